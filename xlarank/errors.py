@@ -1,0 +1,55 @@
+"""Every exception that xlarank raises on purpose.
+
+    XlarankError
+    ├── ConfigError            a spec, config file, flag or argument is wrong
+    ├── RequestError           the caller's fault; the server goes on
+    │   ├── FeatureError       a feature is missing, unknown or malformed
+    │   └── ModelNotFoundError no such model or version
+    ├── ModelError             the compiler refuses a model
+    │   └── VerifyError        its compiled scores leave the tolerance
+    ├── BundleError            a bundle is damaged, truncated or of an unknown format
+    ├── BucketError            no compiled bucket fits; a bug of ours, requests are planned before
+    └── UnavailableError       the engine is loading, draining or closed
+
+A message says where, what was expected, what came and, if there is one, the fix.
+"""
+
+
+class XlarankError(Exception):
+    """Base of every exception above."""
+
+
+class ConfigError(XlarankError, ValueError):
+    """A spec, config file, flag or argument is wrong."""
+
+
+class RequestError(XlarankError, ValueError):
+    """The caller's fault; the server goes on."""
+
+
+class FeatureError(RequestError):
+    """A feature of a request is missing, unknown or malformed."""
+
+
+class ModelNotFoundError(RequestError, LookupError):
+    """The repository has no such model or version."""
+
+
+class ModelError(XlarankError):
+    """The compiler refuses a model; the message names the operation or the output."""
+
+
+class VerifyError(ModelError):
+    """Compiled scores differ from the reference by more than the tolerance."""
+
+
+class BundleError(XlarankError):
+    """A bundle is damaged, truncated or of an unknown format version."""
+
+
+class BucketError(XlarankError):
+    """No compiled bucket holds the rows and requests asked for."""
+
+
+class UnavailableError(XlarankError):
+    """The engine is loading, draining or closed."""

@@ -1,0 +1,77 @@
+"""The nouns of xlarank, one definition each: features, request, buckets, signature, precision, profile.
+
+numpy and the standard library only.
+"""
+
+from xlarank.spec.buckets import DEFAULT_ROWS, Bucket, BucketLadder
+from xlarank.spec.columns import Column, Ragged, StringColumn, take
+from xlarank.spec.features import (
+    Combiner,
+    FeatureKind,
+    FeatureSpec,
+    ModelSpec,
+    OutOfRange,
+    Scope,
+    TableSpec,
+    TaskKind,
+    TaskSpec,
+    ValueType,
+    rows_needed,
+)
+from xlarank.spec.precision import FLOAT32, PrecisionPolicy, Tolerance
+from xlarank.spec.preprocessing import (
+    Bucketise,
+    Clip,
+    Hash,
+    Log1p,
+    Operation,
+    Standardise,
+    Vocabulary,
+    operation_from_dict,
+    operation_to_dict,
+)
+from xlarank.spec.profile import LatencyProfile
+from xlarank.spec.request import ContentCheck, RankRequest, check_contents
+from xlarank.spec.signature import MASK_SUFFIX, REQUEST_OF_ROW, Leaf, Signature, Slot
+
+__all__ = [
+    "DEFAULT_ROWS",
+    "FLOAT32",
+    "MASK_SUFFIX",
+    "REQUEST_OF_ROW",
+    "Bucket",
+    "BucketLadder",
+    "Bucketise",
+    "Clip",
+    "Column",
+    "Combiner",
+    "ContentCheck",
+    "FeatureKind",
+    "FeatureSpec",
+    "Hash",
+    "LatencyProfile",
+    "Leaf",
+    "Log1p",
+    "ModelSpec",
+    "Operation",
+    "OutOfRange",
+    "PrecisionPolicy",
+    "Ragged",
+    "RankRequest",
+    "Scope",
+    "Signature",
+    "Slot",
+    "Standardise",
+    "StringColumn",
+    "TableSpec",
+    "TaskKind",
+    "TaskSpec",
+    "Tolerance",
+    "ValueType",
+    "Vocabulary",
+    "check_contents",
+    "operation_from_dict",
+    "operation_to_dict",
+    "rows_needed",
+    "take",
+]

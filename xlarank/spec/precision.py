@@ -1,0 +1,42 @@
+"""Numeric formats of the dense part: `PrecisionPolicy`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from xlarank.errors import ConfigError
+
+__all__ = ["FLOAT32", "PrecisionPolicy", "Tolerance"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """Largest difference from the reference score that verify lets pass."""
+
+    probability: float = 1e-5
+    """Absolute, on scores of binary tasks."""
+
+    regression: float = 1e-5
+    """Times max(1, |score|), on scores of regression tasks."""
+
+    def __post_init__(self) -> None:
+        if not (self.probability > 0 and self.regression > 0):
+            raise ConfigError(f"tolerance: expected values > 0, got {self}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionPolicy:
+    """How matmuls are computed and how far their scores may be off. Static."""
+
+    name: str = "float32"
+    """float32: true float32 on every device (XLA precision HIGHEST)."""
+
+    tolerance: Tolerance = Tolerance()
+    """Verified at compile time and at every load."""
+
+    def __post_init__(self) -> None:
+        if self.name != "float32":
+            raise ConfigError(f"precision: expected 'float32', got {self.name!r}")
+
+
+FLOAT32 = PrecisionPolicy()

@@ -1,0 +1,60 @@
+"""Measured service times: `LatencyProfile`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from xlarank.errors import BucketError
+from xlarank.spec.buckets import Bucket
+
+__all__ = ["LatencyProfile"]
+
+_KNEE_SHARE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyProfile:
+    """Median seconds that one device kind takes for one batch, by bucket.
+
+    Batcher, scheduler and admission all read this one table. A bundle's is a prior; a server measures its
+    own while warming up.
+    """
+
+    seconds: Mapping[Bucket, float]
+    """Seconds a batch, by bucket; each > 0."""
+
+    def seconds_of(self, bucket: Bucket) -> float:
+        """Service time of a bucket; raises BucketError when it was never measured."""
+        try:
+            return self.seconds[bucket]
+        except KeyError:
+            raise BucketError(
+                f"bucket {bucket} has no measured time; measured: {sorted(self.seconds)}"
+            ) from None
+
+    def knee_rows(self) -> int:
+        """Rows beyond which batching stops paying.
+
+        The smallest row count whose throughput reaches 95% of the best one's: past it latency grows in
+        proportion and throughput doesn't (PREBA, arXiv 2411.19114, batch_knee).
+        """
+        throughput: dict[int, float] = {}
+        for bucket, seconds in self.seconds.items():
+            rate = bucket.rows / seconds
+            throughput[bucket.rows] = max(rate, throughput.get(bucket.rows, 0.0))
+        best = max(throughput.values())
+        return min(rows for rows, rate in throughput.items() if rate >= _KNEE_SHARE * best)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """JSON values, one entry a bucket."""
+        return [
+            {"rows": bucket.rows, "requests": bucket.requests, "seconds": seconds}
+            for bucket, seconds in sorted(self.seconds.items())
+        ]
+
+    @classmethod
+    def from_list(cls, entries: list[dict[str, Any]]) -> LatencyProfile:
+        """Inverse of `to_list`."""
+        return cls({Bucket(e["rows"], e["requests"]): float(e["seconds"]) for e in entries})

@@ -1,0 +1,329 @@
+"""One ranking request: `RankRequest`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xlarank.errors import FeatureError
+from xlarank.spec.columns import Column, Ragged, StringColumn
+from xlarank.spec.features import FeatureSpec, ModelSpec, OutOfRange, Scope, ValueType
+from xlarank.spec.preprocessing import Clip, Log1p
+
+__all__ = ["ContentCheck", "RankRequest", "check_contents"]
+
+_DTYPES = {ValueType.FLOAT32: np.dtype(np.float32), ValueType.INT64: np.dtype(np.int64)}
+
+
+class RankRequest:
+    """One context and its N candidates, checked against a `ModelSpec`; it can't exist half valid.
+
+    Immutable: its arrays are read until the scores are answered and must not be changed by the caller.
+
+    Attributes:
+      spec: the model that it was checked against.
+      columns: one a feature, in the order of ``spec.features``; [1] row for scope context, [N] rows for
+        scope candidate. Dense features are float32 [n, K_f]; ids int64 [n], float32 [n] (bucketised) or
+        StringColumn; lists and sequences Ragged.
+      num_candidates: N; may be 0.
+    """
+
+    __slots__ = ("columns", "num_candidates", "spec")
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        features: Mapping[str, Any],
+        *,
+        check: ContentCheck | None = None,
+    ) -> None:
+        """Checks and holds a request.
+
+        Args:
+          spec: the model.
+          features: a value for each feature by name; one with a `default` may be left out. A dense
+            feature takes floats [n] or [n, K_f]; an id takes ints [n], strings [n] or a StringColumn; a
+            list or sequence takes a Ragged or a list of n lists. n is 1 for scope context (a bare number
+            or string will do) and N for scope candidate. Arrays of the right dtype are not copied.
+          check: looks at the values of columns whose form is right; `check_contents` by default. The
+            server passes the native one, which accepts and refuses the same.
+
+        Raises:
+          FeatureError: names the feature, what was expected and what came.
+        """
+        if unknown := sorted(set(features) - set(spec.feature_by_name)):
+            raise FeatureError(
+                f"model {spec.name!r} has no feature {unknown[0]!r}; it has {[f.name for f in spec.features]}"
+            )
+        columns = [
+            None if features.get(f.name) is None else _as_column(f, features[f.name]) for f in spec.features
+        ]
+        self.spec = spec
+        self.num_candidates = _num_candidates(spec, columns)
+        self.columns: tuple[Column, ...] = tuple(
+            _default_column(f, self.num_candidates if f.scope is Scope.CANDIDATE else 1)
+            if column is None
+            else column
+            for f, column in zip(spec.features, columns, strict=True)
+        )
+        (check or check_contents)(spec, self.columns)
+
+    def column(self, name: str) -> Column:
+        """The column of a feature by name."""
+        for feature, column in zip(self.spec.features, self.columns, strict=True):
+            if feature.name == name:
+                return column
+        raise FeatureError(f"model {self.spec.name!r} has no feature {name!r}")
+
+    def __repr__(self) -> str:
+        return f"RankRequest(model={self.spec.name!r}, num_candidates={self.num_candidates})"
+
+
+ContentCheck = Callable[[ModelSpec, Sequence[Column]], None]
+"""Raises FeatureError for a value that its FeatureSpec refuses."""
+
+
+def check_contents(spec: ModelSpec, columns: Sequence[Column]) -> None:
+    """Refuses values that a FeatureSpec doesn't allow: the one definition of what is valid.
+
+    Args:
+      spec: the model.
+      columns: one a feature, of the right dtype and number of rows.
+
+    Raises:
+      FeatureError: for lengths that are negative or don't add up, string offsets likewise, ids out of range under policy
+        `error`, floats that aren't finite (NaN passes where a default stands in), log1p of x <= -1.
+    """
+    for feature, column in zip(spec.features, columns, strict=True):
+        values = column
+        if isinstance(column, Ragged):
+            _check_lengths(feature, column)
+            values = column.values
+        if isinstance(values, StringColumn):
+            _check_offsets(feature, values)
+            continue
+        assert isinstance(values, np.ndarray)
+        if not values.size:
+            continue
+        if feature.dtype is ValueType.FLOAT32:
+            _check_floats(feature, values)
+        elif feature.hash is None and feature.vocabulary is None:
+            _check_range(spec, feature, values)
+
+
+def _as_column(feature: FeatureSpec, value: Any) -> Column:
+    if feature.is_ragged:
+        return _as_ragged(feature, value)
+    if feature.dtype is ValueType.STRING:
+        return _as_strings(feature, value, scalar_ok=True)
+    array = _as_array(feature, value)
+    expected = f"{feature.dtype.value} of shape {_shape_text(feature)}"
+    if array.ndim == 0 and feature.scope is Scope.CONTEXT:
+        array = array.reshape(1)
+    if not feature.is_lookup:
+        if array.ndim == 1 and feature.width == 1:
+            array = array[:, None]
+        if array.ndim != 2 or array.shape[1] != feature.width:
+            raise _unexpected(feature, expected, value)
+    elif array.ndim != 1:
+        raise _unexpected(feature, expected, value)
+    return array
+
+
+def _as_ragged(feature: FeatureSpec, value: Any) -> Ragged:
+    if not isinstance(value, Ragged):
+        if isinstance(value, (str, bytes, np.ndarray)) or not isinstance(value, Sequence):
+            raise _unexpected(feature, "a Ragged or a list of lists, one list a row", value)
+        for bag in value:
+            if isinstance(bag, (str, bytes)) or not isinstance(bag, (Sequence, np.ndarray)):
+                raise _unexpected(feature, "a Ragged or a list of lists, one list a row", value)
+        try:
+            lists = [list(bag) for bag in value]
+            lengths = np.array([len(bag) for bag in lists], np.int32)
+            flat: Any = [item for bag in lists for item in bag]
+            if feature.dtype is ValueType.INT64 and not flat:
+                flat = np.zeros(0, np.int64)
+        except TypeError:
+            raise _unexpected(feature, "a list of lists of ids", value) from None
+        value = Ragged(flat, lengths)
+    if feature.dtype is ValueType.STRING:
+        values: Any = _as_strings(feature, value.values, scalar_ok=False)
+    else:
+        values = _as_array(feature, value.values)
+        if values.ndim != 1:
+            raise _unexpected(feature, f"{feature.dtype.value} values of shape [V]", value.values)
+    lengths = np.asarray(value.lengths)
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+        raise _unexpected(feature, "int32 lengths of shape [n]", lengths)
+    if lengths.dtype != np.int32:
+        if lengths.size and (lengths.max() >= 2**31 or lengths.min() < 0):
+            raise FeatureError(
+                f"feature {feature.name!r}: expected lengths in [0, 2**31), got "
+                f"{lengths.min()} to {lengths.max()}"
+            )
+        lengths = lengths.astype(np.int32)
+    return Ragged(values, np.ascontiguousarray(lengths))
+
+
+def _as_strings(feature: FeatureSpec, value: Any, *, scalar_ok: bool) -> StringColumn:
+    if isinstance(value, StringColumn):
+        return value
+    if scalar_ok and isinstance(value, (str, bytes)) and feature.scope is Scope.CONTEXT:
+        value = [value]
+    if isinstance(value, np.ndarray):
+        if value.ndim != 1:
+            raise _unexpected(feature, f"strings of shape {_shape_text(feature)}", value)
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, (str, bytes)) for v in value):
+        raise _unexpected(feature, f"strings of shape {_shape_text(feature)}", value)
+    return StringColumn.from_strings(value)
+
+
+def _as_array(feature: FeatureSpec, value: Any) -> np.ndarray:
+    """A C-contiguous array of the feature's dtype; only casts that keep the meaning are made."""
+    if isinstance(value, StringColumn):
+        raise _unexpected(feature, f"{feature.dtype.value} of shape {_shape_text(feature)}", value)
+    try:
+        array = np.asarray(value)
+    except (ValueError, OverflowError):
+        raise _unexpected(feature, f"{feature.dtype.value} of shape {_shape_text(feature)}", value) from None
+    dtype = _DTYPES[feature.dtype]
+    if array.dtype == dtype:
+        return np.ascontiguousarray(array) if array.ndim else array
+    from_python = not isinstance(value, np.ndarray)
+    if feature.dtype is ValueType.FLOAT32:
+        allowed = array.dtype.kind == "f" or (from_python and array.dtype.kind in "iu")
+    else:
+        allowed = array.dtype.kind in "iu" and not array.dtype == np.uint64
+        allowed |= from_python and array.size == 0
+    if not allowed:
+        raise _unexpected(feature, f"{feature.dtype.value} of shape {_shape_text(feature)}", array)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array, dtype=dtype) if array.ndim else array.astype(dtype)
+
+
+def _num_candidates(spec: ModelSpec, columns: Sequence[Column | None]) -> int:
+    num_candidates, first = None, ""
+    for feature, column in zip(spec.features, columns, strict=True):
+        if column is None:
+            if feature.default is None:
+                raise FeatureError(
+                    f"feature {feature.name!r} is missing: expected {feature.dtype.value} of shape "
+                    f"{_shape_text(feature)}; it has no default"
+                )
+            continue
+        rows = len(column)
+        if feature.scope is Scope.CONTEXT:
+            if rows != 1:
+                raise FeatureError(
+                    f"feature {feature.name!r}: expected 1 row, got {rows}; its scope is context, "
+                    f"so it is sent once a request"
+                )
+        elif num_candidates is None:
+            num_candidates, first = rows, feature.name
+        elif rows != num_candidates:
+            raise FeatureError(
+                f"feature {feature.name!r}: expected {num_candidates} rows, as feature {first!r} has, "
+                f"got {rows}"
+            )
+    if num_candidates is None:
+        names = [feature.name for feature in spec.candidate_features]
+        raise FeatureError(
+            f"model {spec.name!r}: expected at least one of the candidate features {names}, got none; "
+            f"the number of candidates is unknown"
+        )
+    return num_candidates
+
+
+def _default_column(feature: FeatureSpec, num_rows: int) -> Column:
+    """The column of a feature that was left out."""
+    default: Any = feature.default
+    if feature.is_ragged:
+        lengths = np.full(num_rows, len(default), np.int32)
+        if feature.dtype is ValueType.STRING:
+            return Ragged(StringColumn.from_strings(list(default) * num_rows), lengths)
+        return Ragged(np.tile(np.array(default, np.int64), num_rows), lengths)
+    if feature.dtype is ValueType.STRING:
+        return StringColumn.from_strings([default] * num_rows)
+    shape = (num_rows,) if feature.is_lookup else (num_rows, feature.width)
+    return np.full(shape, default, _DTYPES[feature.dtype])
+
+
+def _check_lengths(feature: FeatureSpec, column: Ragged) -> None:
+    lengths, num_values = column.lengths, len(column.values)
+    if lengths.size and lengths.min() < 0:
+        row = int(np.argmax(lengths < 0))
+        raise FeatureError(
+            f"feature {feature.name!r}: expected lengths >= 0, got {lengths[row]} in row {row}"
+        )
+    total = int(lengths.sum(dtype=np.int64))
+    if total != num_values:
+        raise FeatureError(
+            f"feature {feature.name!r}: expected lengths that add up to its {num_values} values, "
+            f"got a sum of {total}"
+        )
+
+
+def _check_offsets(feature: FeatureSpec, strings: StringColumn) -> None:
+    offsets, num_bytes = strings.offsets, len(strings.blob)
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != num_bytes or (np.diff(offsets) < 0).any():
+        raise FeatureError(
+            f"feature {feature.name!r}: expected string offsets that rise from 0 to its {num_bytes} bytes, "
+            f"got {len(offsets)} offsets from {offsets[:1].tolist()} to {offsets[-1:].tolist()}"
+        )
+
+
+def _check_floats(feature: FeatureSpec, values: np.ndarray) -> None:
+    valid = np.isfinite(values)
+    if feature.default is not None:
+        valid |= np.isnan(values)
+    if not valid.all():
+        row = np.argwhere(~valid)[0]
+        hint = "; it has no default to stand in for NaN" if np.isnan(values[tuple(row)]) else ""
+        raise FeatureError(
+            f"feature {feature.name!r}: expected finite floats, got {values[tuple(row)]} in row "
+            f"{row[0]}{hint}"
+        )
+    low = -np.inf
+    for operation in feature.dense_operations:
+        if isinstance(operation, Clip):
+            low = max(low, operation.low)
+        elif isinstance(operation, Log1p) and low <= -1:
+            invalid = values <= -1
+            if invalid.any():
+                row = np.argwhere(invalid)[0]
+                raise FeatureError(
+                    f"feature {feature.name!r}: expected values > -1, which log1p needs, got "
+                    f"{values[tuple(row)]} in row {row[0]}"
+                )
+
+
+def _check_range(spec: ModelSpec, feature: FeatureSpec, values: np.ndarray) -> None:
+    table = spec.table_of(feature)
+    if table.out_of_range is not OutOfRange.ERROR:
+        return
+    if values.min() < 0 or values.max() >= table.num_rows:
+        position = int(np.argmax((values < 0) | (values >= table.num_rows)))
+        raise FeatureError(
+            f"feature {feature.name!r}: expected ids in [0, {table.num_rows}) of table {table.name!r}, "
+            f"got {values[position]} at position {position}"
+        )
+
+
+def _shape_text(feature: FeatureSpec) -> str:
+    rows = "1" if feature.scope is Scope.CONTEXT else "N"
+    if feature.is_ragged:
+        return f"[V] with lengths [{rows}]"
+    return f"[{rows}, {feature.width}]" if feature.width > 1 else f"[{rows}]"
+
+
+def _unexpected(feature: FeatureSpec, expected: str, got: Any) -> FeatureError:
+    if isinstance(got, np.ndarray):
+        text = f"{got.dtype} of shape {list(got.shape)}"
+    elif isinstance(got, (StringColumn, Ragged)):
+        text = f"{type(got).__name__} of {len(got)} rows"
+    else:
+        text = f"{type(got).__name__} {str(got)[:60]!r}"
+    return FeatureError(f"feature {feature.name!r}: expected {expected}, got {text}")

@@ -1,0 +1,119 @@
+"""Inputs and outputs of the device program: `Signature`. The compiler lowers for it, the server fills it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+from xlarank.spec.buckets import Bucket
+from xlarank.spec.features import FeatureKind, ModelSpec, Scope
+
+__all__ = ["MASK_SUFFIX", "Leaf", "Signature", "Slot"]
+
+MASK_SUFFIX = ".mask"
+"""A sequence ``h`` reaches the model as ``h`` and ``h.mask``."""
+
+REQUEST_OF_ROW = "request_of_row"
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of the device program. Static."""
+
+    name: str
+    """``context``, ``candidate``, a sequence's name, its name and ``.mask``, or ``request_of_row``."""
+
+    scope: Scope
+    """context: leading axis Q; candidate: leading axis B."""
+
+    tail: tuple[int, ...]
+    """Shape after the leading axis."""
+
+    dtype: str
+    """numpy name: float32, bool or int32."""
+
+    def shape(self, bucket: Bucket) -> tuple[int, ...]:
+        """Shape in a bucket: [Q, *tail] or [B, *tail]."""
+        return (self.leading(bucket), *self.tail)
+
+    def leading(self, bucket: Bucket) -> int:
+        """Q or B."""
+        return bucket.requests if self.scope is Scope.CONTEXT else bucket.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a feature's activation lies: columns ``[begin, end)`` of a leaf. Static."""
+
+    leaf: str
+    """Name of the leaf."""
+
+    begin: int
+    """First column; 0 for a sequence, which owns its leaf."""
+
+    end: int
+    """One past the last column."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """Leaves in the order of the program's arguments, and each feature's place in them. Static.
+
+    One float32 matrix [Q, C] holds every dense and pooled feature of the context, one [B, C] those of the
+    candidates, in the order of the ModelSpec; each sequence has a leaf [*, L, D] float32 and a mask
+    [*, L] bool. ``request_of_row`` [B] int32 gives each row's context. A leaf that would be empty is left
+    out.
+    """
+
+    leaves: tuple[Leaf, ...]
+    """All leaves of scope context first, then those of scope candidate, ``request_of_row`` last."""
+
+    slots: Mapping[str, Slot]
+    """By feature name."""
+
+    tasks: tuple[str, ...]
+    """Task names; each output is [B] float32."""
+
+    def __hash__(self) -> int:
+        return hash((self.leaves, tuple(self.slots.items()), self.tasks))
+
+    @functools.cached_property
+    def leaf_by_name(self) -> dict[str, Leaf]:
+        return {leaf.name: leaf for leaf in self.leaves}
+
+    @functools.cached_property
+    def context_leaves(self) -> tuple[Leaf, ...]:
+        return tuple(leaf for leaf in self.leaves if leaf.scope is Scope.CONTEXT)
+
+    @functools.cached_property
+    def candidate_leaves(self) -> tuple[Leaf, ...]:
+        """Leaves of scope candidate without ``request_of_row``."""
+        return tuple(
+            leaf for leaf in self.leaves if leaf.scope is Scope.CANDIDATE and leaf.name != REQUEST_OF_ROW
+        )
+
+    @classmethod
+    def of_model(cls, spec: ModelSpec) -> Signature:
+        """The one layout that compiler, kernel and server agree on."""
+        leaves: list[Leaf] = []
+        slots: dict[str, Slot] = {}
+        for scope in (Scope.CONTEXT, Scope.CANDIDATE):
+            features = [f for f in spec.features if f.scope is scope]
+            column = 0
+            sequences: list[Leaf] = []
+            for feature in features:
+                if feature.kind is FeatureKind.SEQUENCE:
+                    length, dim = feature.max_length or 0, spec.table_of(feature).dim
+                    sequences.append(Leaf(feature.name, scope, (length, dim), "float32"))
+                    sequences.append(Leaf(feature.name + MASK_SUFFIX, scope, (length,), "bool"))
+                    slots[feature.name] = Slot(feature.name, 0, dim)
+                    continue
+                width = spec.table_of(feature).dim if feature.is_lookup else feature.width
+                slots[feature.name] = Slot(scope.value, column, column + width)
+                column += width
+            if column:
+                leaves.append(Leaf(scope.value, scope, (column,), "float32"))
+            leaves += sequences
+        leaves.append(Leaf(REQUEST_OF_ROW, Scope.CANDIDATE, (), "int32"))
+        return cls(tuple(leaves), slots, tuple(task.name for task in spec.tasks))
