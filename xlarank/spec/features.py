@@ -289,9 +289,9 @@ class FeatureSpec:
         elif len(names) > 1 or len(to_rows) != len(names):
             raise ConfigError(f"{where}: ids take one of hash, vocabulary, bucketise, got {names}")
         for op in self.dense_operations:
-            if isinstance(op, Standardise) and op.mean is not None:
-                if len(op.mean) not in (1, self.width):
-                    raise ConfigError(f"{where}: standardise has {len(op.mean)} means for width {self.width}")
+            means = op.mean if isinstance(op, Standardise) else None
+            if means is not None and len(means) not in (1, self.width):
+                raise ConfigError(f"{where}: standardise has {len(means)} means for width {self.width}")
         self._check_dtype(where)
 
     def _check_dtype(self, where: str) -> None:

@@ -182,7 +182,7 @@ def operation_from_dict(value: str | Mapping[str, Any]) -> Operation:
     Raises:
       ConfigError: for an unknown operation or parameter.
     """
-    fields = {"op": value} if isinstance(value, str) else dict(value)
+    fields: dict[str, Any] = {"op": value} if isinstance(value, str) else dict(value)
     name = fields.pop("op", None)
     if name not in _OPERATIONS:
         raise ConfigError(f"preprocessing: expected an op of {sorted(_OPERATIONS)}, got {name!r}")

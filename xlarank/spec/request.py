@@ -93,8 +93,8 @@ def check_contents(spec: ModelSpec, columns: Sequence[Column]) -> None:
       columns: one a feature, of the right dtype and number of rows.
 
     Raises:
-      FeatureError: for lengths that are negative or don't add up, string offsets likewise, ids out of range under policy
-        `error`, floats that aren't finite (NaN passes where a default stands in), log1p of x <= -1.
+      FeatureError: for lengths that are negative or don't add up, string offsets likewise, ids out of
+        range under policy `error`, floats that aren't finite (NaN passes where a default stands in), log1p of x <= -1.
     """
     for feature, column in zip(spec.features, columns, strict=True):
         values = column
@@ -118,7 +118,7 @@ def _as_column(feature: FeatureSpec, value: Any) -> Column:
         return _as_ragged(feature, value)
     if feature.dtype is ValueType.STRING:
         return _as_strings(feature, value, scalar_ok=True)
-    array = _as_array(feature, value)
+    array: Any = _as_array(feature, value)
     expected = f"{feature.dtype.value} of shape {_shape_text(feature)}"
     if array.ndim == 0 and feature.scope is Scope.CONTEXT:
         array = array.reshape(1)
@@ -196,7 +196,7 @@ def _as_array(feature: FeatureSpec, value: Any) -> np.ndarray:
     if feature.dtype is ValueType.FLOAT32:
         allowed = array.dtype.kind == "f" or (from_python and array.dtype.kind in "iu")
     else:
-        allowed = array.dtype.kind in "iu" and not array.dtype == np.uint64
+        allowed = array.dtype.kind in "iu" and array.dtype != np.uint64
         allowed |= from_python and array.size == 0
     if not allowed:
         raise _unexpected(feature, f"{feature.dtype.value} of shape {_shape_text(feature)}", array)
