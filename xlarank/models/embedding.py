@@ -1,0 +1,129 @@
+"""The embedding tables of a model in training: `EmbeddingCollection`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xlarank.errors import ConfigError
+from xlarank.spec import MASK_SUFFIX, Combiner, FeatureKind, FeatureSpec, ModelSpec
+
+__all__ = ["LENGTHS_SUFFIX", "EmbeddingCollection"]
+
+LENGTHS_SUFFIX = ".lengths"
+"""An id_list or sequence ``f`` comes as ``f`` [B, L] and ``f.lengths`` [B]."""
+
+INIT_STD = 0.05
+"""Standard deviation of fresh table rows."""
+
+
+class EmbeddingCollection(nnx.Module):
+    """Every table of a model and the plain JAX lookup that defines what an activation is.
+
+    Row numbers come in, activations go out; hashing, vocabularies and out-of-range policies are the
+    host's work (`xlarank.host.preprocessing`). Training learns the tables here; at compile time they
+    leave as host arrays and the collection isn't part of the device program.
+
+    Attributes:
+      tables: one Param [R, D] float32 a table, by name.
+    """
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs) -> None:
+        """Makes fresh tables, normal with standard deviation 0.05.
+
+        Args:
+          spec: a fitted spec; the rows of its tables are known.
+          rngs: its stream ``params`` draws the rows.
+
+        Raises:
+          ConfigError: when a table's rows are not fitted.
+        """
+        self.spec = spec
+        init = nnx.initializers.normal(INIT_STD)
+        self.tables = nnx.Dict(
+            {
+                table.name: nnx.Param(init(rngs.params(), (table.num_rows, table.dim), jnp.float32))
+                for table in spec.tables
+            }
+        )
+
+    def __call__(self, inputs: Mapping[str, jax.Array | np.ndarray]) -> dict[str, jax.Array]:
+        """Looks up and pools.
+
+        Args:
+          inputs: what `xlarank.host.preprocessing.model_inputs` gives for B rows: a dense ``f`` [B, K_f]
+            float32; an id ``f`` [B] int32; an id_list or sequence ``f`` [B, L] int32, left-aligned, and
+            ``f.lengths`` [B] int32, each in [0, L]. Row -1 reads as zeros; inside a bag it counts.
+
+        Returns:
+          dense [B, K_f] as it came; ids and id_lists pooled [B, D]; a sequence ``h`` [B, L, D], zeros
+          beyond its length, and ``h.mask`` [B, L] bool.
+        """
+        activations: dict[str, jax.Array] = {}
+        for feature in self.spec.features:
+            values = jnp.asarray(inputs[feature.name])
+            if not feature.is_lookup:
+                activations[feature.name] = values
+                continue
+            vectors = self._rows_of(feature, values)
+            if feature.kind is FeatureKind.ID:
+                activations[feature.name] = vectors
+                continue
+            lengths = jnp.asarray(inputs[feature.name + LENGTHS_SUFFIX])
+            mask = jnp.arange(values.shape[1], dtype=lengths.dtype)[None, :] < lengths[:, None]  # [B, L]
+            vectors = jnp.where(mask[:, :, None], vectors, 0.0)  # [B, L, D]
+            if feature.kind is FeatureKind.SEQUENCE:
+                activations[feature.name] = vectors
+                activations[feature.name + MASK_SUFFIX] = mask
+            else:
+                activations[feature.name] = _pool(feature, vectors, lengths)
+        return activations
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """The tables by name, each [R, D] float32, C-contiguous."""
+        return {
+            name: np.ascontiguousarray(np.asarray(table[...], np.float32))
+            for name, table in self.tables.items()
+        }
+
+    def load_numpy(self, tables: Mapping[str, np.ndarray]) -> None:
+        """Replaces every table's rows.
+
+        Args:
+          tables: [R, D] floats by name, one for each table of the spec.
+
+        Raises:
+          ConfigError: when a table is missing, unknown or of another shape.
+        """
+        names = [table.name for table in self.spec.tables]
+        if sorted(tables) != sorted(names):
+            raise ConfigError(f"model {self.spec.name!r}: expected tables {names}, got {sorted(tables)}")
+        for table in self.spec.tables:
+            rows = np.asarray(tables[table.name], np.float32)
+            if rows.shape != (table.num_rows, table.dim):
+                raise ConfigError(
+                    f"table {table.name!r}: expected shape {[table.num_rows, table.dim]}, "
+                    f"got {list(rows.shape)}"
+                )
+            self.tables[table.name][...] = jnp.asarray(rows)
+
+    def _rows_of(self, feature: FeatureSpec, rows: jax.Array) -> jax.Array:
+        """Table rows of row numbers [...], as [..., D]; -1 gives zeros."""
+        assert feature.table is not None
+        table = self.tables[feature.table][...]  # [R, D]
+        vectors = jnp.take(table, jnp.maximum(rows, 0), axis=0, mode="clip")  # [..., D]
+        return jnp.where((rows >= 0)[..., None], vectors, 0.0)
+
+
+def _pool(feature: FeatureSpec, vectors: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Pools [B, L, D], zeros beyond the lengths [B], into [B, D]."""
+    total = vectors.sum(axis=1)  # [B, D]
+    if feature.combiner is Combiner.SUM:
+        return total
+    # An empty bag is zeros over one, not over nothing.
+    count = jnp.maximum(lengths, 1).astype(total.dtype)[:, None]  # [B, 1]
+    return total / (jnp.sqrt(count) if feature.combiner is Combiner.SQRTN else count)
