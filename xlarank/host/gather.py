@@ -1,0 +1,199 @@
+"""Fills the buffers of a batch from raw requests, in one pass: `Gatherer`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xlarank.errors import BucketError, ConfigError, FeatureError
+from xlarank.host._extension import native
+from xlarank.host.plan import native_plan
+from xlarank.host.reference import gather_numpy
+from xlarank.host.tables import check_form
+from xlarank.spec import Bucket, Column, ModelSpec, RankRequest, Signature, check_contents
+
+__all__ = ["BoundRequest", "Gatherer", "Segment"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class BoundRequest:
+    """A request made ready for `Gatherer.gather`; keeps its arrays alive."""
+
+    request: RankRequest
+    """What was bound."""
+
+    handle: Any
+    """The kernel's pointers to its columns; None in NumPy."""
+
+    @property
+    def num_candidates(self) -> int:
+        """N."""
+        return self.request.num_candidates
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Segment:
+    """Candidates ``[begin, end)`` of a request, and its context: its share of one batch."""
+
+    request: BoundRequest
+    """From `Gatherer.bind`."""
+
+    begin: int
+    """First candidate."""
+
+    end: int
+    """One past the last candidate; > begin."""
+
+
+class Gatherer:
+    """Preprocesses, looks up, pools and writes the features of a batch, one native call a batch.
+
+    Any thread may call any method; a call that finds the helper threads busy does its work alone. The
+    result doesn't depend on the number of threads or on how requests are split, by a bit.
+
+    Attributes:
+      spec: the model.
+      signature: names and places of what is written.
+      backend: "native" or "numpy".
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tables: Mapping[str, np.ndarray],
+        *,
+        num_threads: int = 1,
+        backend: str = "auto",
+    ) -> None:
+        """Prepares vocabularies and threads.
+
+        Args:
+          spec: the model, fitted.
+          tables: [R, D] float32 by name, C-contiguous, best 64-byte aligned; kept, not copied.
+          num_threads: threads that gather, the caller among them; >= 1.
+          backend: "native", "numpy" (the slow reference), or "auto": native where it is built.
+
+        Raises:
+          ConfigError: if spec and tables disagree, or the backend isn't there.
+        """
+        spec.check_fitted()
+        if num_threads < 1:
+            raise ConfigError(f"num_threads must be >= 1; was {num_threads}")
+        if backend not in ("auto", "native", "numpy"):
+            raise ConfigError(f"backend must be 'auto', 'native' or 'numpy'; was {backend!r}")
+        if backend == "native" and native is None:
+            raise ConfigError(
+                "backend 'native' was asked for but the kernel isn't built; `pip install .` builds it"
+            )
+        if set(tables) != set(spec.table_by_name):
+            raise ConfigError(
+                f"model {spec.name!r}: expected tables {sorted(spec.table_by_name)}, got {sorted(tables)}"
+            )
+        for table in spec.tables:
+            check_form(table.name, tables[table.name], (table.num_rows, table.dim))
+        self.spec = spec
+        self.signature = Signature.of_model(spec)
+        self.backend = "numpy" if backend == "numpy" or native is None else "native"
+        self._tables = dict(tables)
+        self._kernel: Any = None
+        if self.backend == "native":
+            self._kernel = native_plan(spec, self.signature, self._tables, num_threads)
+
+    def check(self, spec: ModelSpec, columns: Sequence[Column]) -> None:
+        """A `ContentCheck` for `RankRequest`: what `check_contents` refuses, at native speed.
+
+        Raises:
+          FeatureError: as `check_contents`, which has the last word on everything the kernel doesn't accept.
+        """
+        if self._kernel is not None and spec is self.spec and self._kernel.accepts(columns):
+            return
+        check_contents(spec, columns)
+
+    def bind(self, request: RankRequest) -> BoundRequest:
+        """Makes a request ready for `gather`; once a request, cheap, in the thread that has the request.
+
+        Raises:
+          ConfigError: if the request was made for another model.
+        """
+        if request.spec is not self.spec and request.spec != self.spec:
+            raise ConfigError(
+                f"expected a request of model {self.spec.name!r} as gathered here, got one made for "
+                f"another spec, of model {request.spec.name!r}"
+            )
+        handle = None if self._kernel is None else self._kernel.bind(request.columns, request.num_candidates)
+        return BoundRequest(request, handle)
+
+    def gather(self, segments: Sequence[Segment], bucket: Bucket, out: Mapping[str, np.ndarray]) -> None:
+        """Writes a batch: context s and the candidates of segment s, for every segment in order.
+
+        Every byte of `out` is written: rows past the total repeat the last valid row, contexts past the
+        last repeat the last; positions of a sequence past its length are zeros and their mask False. The
+        GIL is released while the kernel works.
+
+        Args:
+          segments: at least one, none empty; a context is looked up once a segment.
+          bucket: holds them.
+          out: one writable C-contiguous array of ``leaf.shape(bucket)`` and ``leaf.dtype`` for each leaf of
+            `signature`, and nothing else.
+
+        Raises:
+          BucketError: if the bucket doesn't hold the segments.
+          ConfigError: for segments or arrays that aren't as stated.
+          FeatureError: for an id out of range under policy `error`, which `RankRequest` has refused before.
+        """
+        self._check_segments(segments, bucket)
+        self._check_out(bucket, out)
+        if self._kernel is None:
+            parts = [(s.request.request, s.begin, s.end) for s in segments]
+            gather_numpy(self.spec, self._tables, parts, out)
+            return
+        bad = self._kernel.gather(
+            [(s.request.handle, s.begin, s.end) for s in segments],
+            bucket.rows,
+            bucket.requests,
+            [out[leaf.name] for leaf in self.signature.leaves],
+        )
+        if bad >= 0:
+            feature = self.spec.features[bad]
+            table = self.spec.table_of(feature)
+            raise FeatureError(
+                f"feature {feature.name!r}: expected ids in [0, {table.num_rows}) of table {table.name!r}; "
+                f"a request was changed after its check"
+            )
+
+    def _check_segments(self, segments: Sequence[Segment], bucket: Bucket) -> None:
+        if not segments:
+            raise ConfigError("gather: expected at least one segment, got none")
+        for index, segment in enumerate(segments):
+            num_candidates = segment.request.num_candidates
+            if not 0 <= segment.begin < segment.end <= num_candidates:
+                raise ConfigError(
+                    f"gather: segment {index}: expected 0 <= begin < end <= {num_candidates} candidates, "
+                    f"got [{segment.begin}, {segment.end})"
+                )
+            if (segment.request.handle is None) != (self._kernel is None):
+                raise ConfigError(f"gather: segment {index} was bound by a gatherer of another backend")
+        num_rows = sum(segment.end - segment.begin for segment in segments)
+        if not bucket.holds(num_rows, len(segments)):
+            raise BucketError(
+                f"gather: bucket {bucket} (rows x requests) doesn't hold {num_rows} rows of "
+                f"{len(segments)} requests"
+            )
+
+    def _check_out(self, bucket: Bucket, out: Mapping[str, np.ndarray]) -> None:
+        if out.keys() != self.signature.leaf_by_name.keys():
+            raise ConfigError(
+                f"gather: expected arrays {sorted(self.signature.leaf_by_name)}, got {sorted(out)}"
+            )
+        for leaf in self.signature.leaves:
+            array, shape = out[leaf.name], leaf.shape(bucket)
+            if array.shape != shape or array.dtype != leaf.dtype:
+                raise ConfigError(
+                    f"gather: leaf {leaf.name!r}: expected {leaf.dtype} of shape {list(shape)}, "
+                    f"got {array.dtype} of shape {list(array.shape)}"
+                )
+            if not (array.flags.c_contiguous and array.flags.writeable):
+                raise ConfigError(f"gather: leaf {leaf.name!r}: expected a writable C-contiguous array")
