@@ -1,5 +1,24 @@
 """The disk format of a compiled model: writer and reader in one room. No pickle, no JAX."""
 
+from xlarank.bundle.document import FORMAT_VERSION
+from xlarank.bundle.manifest import FileDigest, Form, Manifest, ProgramEntry
+from xlarank.bundle.reader import Bundle, open_bundle
+from xlarank.bundle.repository import latest_version, list_versions, resolve_bundle
 from xlarank.bundle.requests import read_requests, write_requests
+from xlarank.bundle.writer import BundleWriter
 
-__all__ = ["read_requests", "write_requests"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Bundle",
+    "BundleWriter",
+    "FileDigest",
+    "Form",
+    "Manifest",
+    "ProgramEntry",
+    "latest_version",
+    "list_versions",
+    "open_bundle",
+    "read_requests",
+    "resolve_bundle",
+    "write_requests",
+]

@@ -1,0 +1,154 @@
+"""Reading a bundle: `open_bundle`, `Bundle`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+
+from xlarank.bundle.arrays import read_arrays
+from xlarank.bundle.digests import check_file, check_files
+from xlarank.bundle.manifest import (
+    GOLDEN_FILE,
+    MANIFEST_FILE,
+    PARAMS_FILE,
+    Manifest,
+    ProgramEntry,
+    table_file,
+)
+from xlarank.bundle.requests import read_requests
+from xlarank.bundle.tables import map_table
+from xlarank.errors import BundleError
+from xlarank.spec import ModelSpec, RankRequest
+
+__all__ = ["Bundle", "open_bundle"]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def open_bundle(path: Path | str, *, verify: bool = True, num_threads: int | None = None) -> Bundle:
+    """Opens one version of a model.
+
+    Args:
+      path: the version's folder (`resolve_bundle` finds it).
+      verify: whether to read every file and compare its sha256. Without it only presence, size and the
+        tables' headers are looked at.
+      num_threads: threads that read; None for one a core, at most 4.
+
+    Raises:
+      BundleError: if a file is missing, truncated or damaged, or the format version is unknown; names
+        the file and what differs.
+    """
+    path = Path(path)
+    file = path / MANIFEST_FILE
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{file}: missing: no bundle, or a damaged one") from None
+    except OSError as error:
+        raise BundleError(f"{file}: can't be read: {error.strerror}") from error
+    manifest = Manifest.from_json(data, file=str(file))
+    if num_threads is None:
+        num_threads = min(4, os.cpu_count() or 1)
+    check_files(path, manifest.files, content=verify, num_threads=num_threads)
+    return Bundle(path, manifest)
+
+
+class Bundle:
+    """A published version, read-only. Threads may share it."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Used by `open_bundle`, which checks the files first; raises BundleError for a table's header."""
+        self.path = path
+        self.manifest = manifest
+        self._tables = {
+            table.name: map_table(path / table_file(table.name), table.num_rows, table.dim)
+            for table in manifest.spec.tables
+        }
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r})"
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model."""
+        return self.manifest.spec
+
+    def program(self, entry: ProgramEntry) -> bytes:
+        """The exported program of a bucket."""
+        return self._read(entry.file)
+
+    def prepare(self, form: str) -> bytes | None:
+        """The exported `prepare` of a form; None where the params are taken as they are.
+
+        Raises:
+          BundleError: if there is no such form.
+        """
+        if form not in self.manifest.forms:
+            raise BundleError(f"{self.path}: no form {form!r}; it has {sorted(self.manifest.forms)}")
+        file = self.manifest.forms[form].prepare
+        return None if file is None else self._read(file)
+
+    def params(self) -> dict[str, np.ndarray]:
+        """The dense weights, float32, in the order of the manifest; read anew at each call.
+
+        Raises:
+          BundleError: if the file's weights aren't those that the manifest names, or not float32.
+        """
+        path = self.path / PARAMS_FILE
+        arrays, _ = read_arrays(path)
+        if set(arrays) != set(self.manifest.params):
+            differing = sorted(set(arrays) ^ set(self.manifest.params))
+            raise BundleError(
+                f"{path}: expected the params that the manifest names; these differ: {differing}"
+            )
+        for name, array in arrays.items():
+            if array.dtype != np.float32:
+                raise BundleError(f"{path}: param {name!r}: expected float32, got {array.dtype}")
+        return {name: arrays[name] for name in self.manifest.params}
+
+    def tables(self) -> dict[str, np.ndarray]:
+        """Tables by name: [R, D] float32, read-only, 64-byte aligned, mapped and not yet read."""
+        return dict(self._tables)
+
+    def golden(self) -> tuple[list[RankRequest], dict[str, dict[str, np.ndarray]]]:
+        """Golden requests, and ``{"scores": {task: [rows] float32}}`` for every task.
+
+        Raises:
+          BundleError: if a request is no longer valid, or a task has no scores.
+        """
+        path = self.path / GOLDEN_FILE
+        requests, values = read_requests(path, self.spec)
+        scored = values.get("scores", {})
+        if missing := [task.name for task in self.spec.tasks if task.name not in scored]:
+            raise BundleError(f"{path}: expected scores of every task, got none of {missing}")
+        return requests, values
+
+    @functools.cached_property
+    def _whole_cache_files(self) -> tuple[Path, ...]:
+        whole: list[Path] = []
+        for path, digest in self.manifest.cache_files.items():
+            try:
+                check_file(self.path / path, digest, content=True)
+            except BundleError as error:
+                _LOGGER.warning("compiled code left out, it will be compiled again: %s", error)
+            else:
+                whole.append(self.path / path)
+        return tuple(whole)
+
+    def cache_files(self) -> list[Path]:
+        """Files of compiled code whose sha256 is right.
+
+        They only save time: one that is damaged or missing is left out and logged as a warning, and one that
+        the manifest doesn't list is never returned.
+        """
+        return list(self._whole_cache_files)
+
+    def _read(self, file: str) -> bytes:
+        try:
+            return (self.path / file).read_bytes()
+        except OSError as error:
+            raise BundleError(f"{self.path / file}: can't be read: {error.strerror}") from error
