@@ -68,6 +68,8 @@ def hash_strings_numpy(column: StringColumn, seed: int) -> np.ndarray:
     if sizes.size and (sizes.min() < 0 or column.offsets[0] != 0 or column.offsets[-1] != len(column.blob)):
         raise ValueError(f"expected string offsets that rise from 0 to {len(column.blob)}")
     hashes = np.empty(len(sizes), np.uint64)
+    if not len(sizes):
+        return hashes
     order = np.argsort(sizes, kind="stable")
     lengths, begins = np.unique(sizes[order], return_index=True)
     for length, members in zip(lengths, np.split(order, begins[1:]), strict=True):

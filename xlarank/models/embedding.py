@@ -32,24 +32,32 @@ class EmbeddingCollection(nnx.Module):
       tables: one Param [R, D] float32 a table, by name.
     """
 
-    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs) -> None:
-        """Makes fresh tables, normal with standard deviation 0.05.
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        rngs: nnx.Rngs | None = None,
+        tables: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Makes fresh tables, normal with standard deviation 0.05, or takes given ones.
 
         Args:
           spec: a fitted spec; the rows of its tables are known.
-          rngs: its stream ``params`` draws the rows.
+          rngs: its stream ``params`` draws fresh rows.
+          tables: [R, D] float32 by name, instead of `rngs`.
 
         Raises:
-          ConfigError: when a table's rows are not fitted.
+          ConfigError: when a table's rows are not fitted, or given tables don't fit the spec.
         """
         self.spec = spec
-        init = nnx.initializers.normal(INIT_STD)
-        self.tables = nnx.Dict(
-            {
-                table.name: nnx.Param(init(rngs.params(), (table.num_rows, table.dim), jnp.float32))
-                for table in spec.tables
-            }
-        )
+        if tables is None:
+            if rngs is None:
+                raise ConfigError(f"model {spec.name!r}: expected rngs or tables, got neither")
+            init = nnx.initializers.normal(INIT_STD)
+            tables = {t.name: init(rngs.params(), (t.num_rows, t.dim), jnp.float32) for t in spec.tables}
+        else:
+            tables = self._checked(tables)
+        self.tables = nnx.Dict({name: nnx.Param(jnp.asarray(rows)) for name, rows in tables.items()})
 
     def __call__(self, inputs: Mapping[str, jax.Array | np.ndarray]) -> dict[str, jax.Array]:
         """Looks up and pools.
@@ -99,17 +107,21 @@ class EmbeddingCollection(nnx.Module):
         Raises:
           ConfigError: when a table is missing, unknown or of another shape.
         """
+        for name, rows in self._checked(tables).items():
+            self.tables[name][...] = jnp.asarray(rows)
+
+    def _checked(self, tables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = [table.name for table in self.spec.tables]
         if sorted(tables) != sorted(names):
             raise ConfigError(f"model {self.spec.name!r}: expected tables {names}, got {sorted(tables)}")
+        checked = {name: np.asarray(tables[name], np.float32) for name in names}
         for table in self.spec.tables:
-            rows = np.asarray(tables[table.name], np.float32)
-            if rows.shape != (table.num_rows, table.dim):
+            shape = checked[table.name].shape
+            if shape != (table.num_rows, table.dim):
                 raise ConfigError(
-                    f"table {table.name!r}: expected shape {[table.num_rows, table.dim]}, "
-                    f"got {list(rows.shape)}"
+                    f"table {table.name!r}: expected shape {[table.num_rows, table.dim]}, got {list(shape)}"
                 )
-            self.tables[table.name][...] = jnp.asarray(rows)
+        return checked
 
     def _rows_of(self, feature: FeatureSpec, rows: jax.Array) -> jax.Array:
         """Table rows of row numbers [...], as [..., D]; -1 gives zeros."""

@@ -53,7 +53,7 @@ class Ragged:
     @classmethod
     def from_bags(cls, bags: Iterable[Iterable[int]] | Iterable[Iterable[str]]) -> Ragged:
         """Packs lists of ints, or lists of strings."""
-        lists = [list(bag) for bag in bags]
+        lists: list[list] = [list(bag) for bag in bags]
         lengths = np.array([len(bag) for bag in lists], np.int32)
         flat = [value for bag in lists for value in bag]
         if flat and isinstance(flat[0], (str, bytes)):

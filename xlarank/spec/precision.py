@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from xlarank.errors import ConfigError
+from xlarank.spec.features import TaskKind
 
 __all__ = ["FLOAT32", "PrecisionPolicy", "Tolerance"]
 
@@ -18,6 +19,10 @@ class Tolerance:
 
     regression: float = 1e-5
     """Times max(1, |score|), on scores of regression tasks."""
+
+    def of(self, kind: TaskKind) -> float:
+        """The bound for scores of a kind of task."""
+        return self.probability if kind is TaskKind.BINARY else self.regression
 
     def __post_init__(self) -> None:
         if not (self.probability > 0 and self.regression > 0):

@@ -94,7 +94,8 @@ def check_contents(spec: ModelSpec, columns: Sequence[Column]) -> None:
 
     Raises:
       FeatureError: for lengths that are negative or don't add up, string offsets likewise, ids out of
-        range under policy `error`, floats that aren't finite (NaN passes where a default stands in), log1p of x <= -1.
+        range under policy `error`, floats that aren't finite (NaN passes where a default stands in),
+        log1p of x <= -1.
     """
     for feature, column in zip(spec.features, columns, strict=True):
         values = column

@@ -1,0 +1,64 @@
+"""The reference score of a request: the model applied in float32, op by op, without the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xlarank.compiler.split import scores_of
+from xlarank.errors import ModelError
+from xlarank.host import model_inputs
+from xlarank.models import EmbeddingCollection
+from xlarank.spec import ModelSpec, RankRequest, Scope, take
+
+__all__ = ["reference_scores"]
+
+
+def reference_scores(
+    module: nnx.Module,
+    spec: ModelSpec,
+    tables: Mapping[str, np.ndarray],
+    requests: Sequence[RankRequest],
+) -> dict[str, list[np.ndarray]]:
+    """Scores requests as DESIGN §3 defines the reference.
+
+    The context is repeated N times, tables are looked up by `EmbeddingCollection` in plain JAX and the
+    module runs under `jax.disable_jit()`, so that a fault of the compiler can't agree with itself.
+
+    Args:
+      module: in evaluation mode.
+      spec: the model.
+      tables: float32 [R, D] by name.
+      requests: each with at least one candidate.
+
+    Returns:
+      By task, one [N] float32 array a request.
+
+    Raises:
+      ModelError: if the module's answer has the wrong form, or a score isn't finite.
+    """
+    scores: dict[str, list[np.ndarray]] = {task.name: [] for task in spec.tasks}
+    cpu = jax.local_devices(backend="cpu")[0]
+    with jax.disable_jit(), jax.default_matmul_precision("highest"), jax.default_device(cpu):
+        collection = EmbeddingCollection(spec, tables=tables)
+        for number, request in enumerate(requests):
+            repeat = np.zeros(request.num_candidates, np.int64)
+            columns = [
+                take(column, repeat) if feature.scope is Scope.CONTEXT else column
+                for feature, column in zip(spec.features, request.columns, strict=True)
+            ]
+            inputs = {name: jnp.asarray(value) for name, value in model_inputs(spec, columns).items()}
+            logits = module(collection(inputs))  # type: ignore[operator]
+            for task, values in scores_of(spec, logits, request.num_candidates).items():
+                array = np.array(values)
+                if not np.isfinite(array).all():
+                    raise ModelError(
+                        f"model {spec.name!r}, task {task!r}: the reference score of golden request {number} "
+                        f"is {array[~np.isfinite(array)][0]}; expected finite scores"
+                    )
+                scores[task].append(array)
+    return scores

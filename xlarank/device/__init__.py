@@ -1,0 +1,42 @@
+"""The one place that runs a program: compile or load, place parameters, dispatch, time, replay goldens.
+
+What the compiler proves and what the server runs is this code.
+"""
+
+from xlarank.device.platform import (  # first: it sets the environment that JAX reads at import
+    compile_cache_at,
+    configure,
+    default_compile_cache,
+    device_kind,
+    devices,
+    fingerprint,
+    seed_compile_cache,
+)
+
+# isort: split
+from xlarank.device.buffers import BatchBuffers, BufferRing
+from xlarank.device.compiles import num_request_path_compiles, request_path
+from xlarank.device.replay import GoldenReplay, check_errors, score_errors
+from xlarank.device.replica import Executable, Replica, deserialize_program
+from xlarank.device.timing import measure_profile
+
+__all__ = [
+    "BatchBuffers",
+    "BufferRing",
+    "Executable",
+    "GoldenReplay",
+    "Replica",
+    "check_errors",
+    "compile_cache_at",
+    "configure",
+    "default_compile_cache",
+    "deserialize_program",
+    "device_kind",
+    "devices",
+    "fingerprint",
+    "measure_profile",
+    "num_request_path_compiles",
+    "request_path",
+    "score_errors",
+    "seed_compile_cache",
+]

@@ -1,0 +1,158 @@
+"""JAX set-up of a process: devices, dispatch mode, compilation cache, fingerprint."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+# jax 0.10.1 logs two long 'SIGILL' lines at every CPU cache hit unless this is set before its import.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import jaxlib
+from jax.experimental.compilation_cache import compilation_cache
+
+from xlarank.errors import ConfigError
+
+__all__ = [
+    "compile_cache_at",
+    "configure",
+    "default_compile_cache",
+    "device_kind",
+    "devices",
+    "fingerprint",
+    "seed_compile_cache",
+]
+
+
+def default_compile_cache() -> Path:
+    """``$XDG_CACHE_HOME/xlarank/compiled``, by default below ``~/.cache``."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "xlarank" / "compiled"
+
+
+def configure(*, num_devices: int | None = None, compile_cache: Path | None = None) -> None:
+    """Prepares JAX for serving; call it before anything else of the process touches a device.
+
+    Args:
+      num_devices: on a CPU host, the number of XLA host devices to make; elsewhere the number of
+        accelerators that must be there. None leaves what there is.
+      compile_cache: the process's one compilation cache; None keeps the one that JAX is configured with,
+        else takes `default_compile_cache`.
+
+    Raises:
+      ConfigError: if JAX already runs with fewer devices, or the cache folder can't be made.
+    """
+    # Dispatch from one thread a device, inline: a pool thread in between costs up to 500 us at p99.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if num_devices is not None:
+        _make_cpu_devices(num_devices)
+    if compile_cache is None and jax.config.jax_compilation_cache_dir is None:
+        compile_cache = default_compile_cache()
+    if compile_cache is not None:
+        _use_compile_cache(compile_cache)
+    if num_devices is not None and len(jax.devices()) < num_devices:
+        raise ConfigError(
+            f"{num_devices} devices were asked for, JAX has {len(jax.devices())} of kind "
+            f"{device_kind(jax.devices()[0])!r}"
+        )
+
+
+def devices(num_devices: int | None = None) -> list[jax.Device]:
+    """The first `num_devices` local devices, all by default."""
+    found = jax.local_devices()
+    if num_devices is not None and not 1 <= num_devices <= len(found):
+        raise ConfigError(f"expected 1 to {len(found)} devices, got {num_devices}")
+    return found[:num_devices]
+
+
+def device_kind(device: jax.Device) -> str:
+    """JAX's name of the device's make, such as ``cpu`` or ``NVIDIA H100 80GB HBM3``."""
+    return device.device_kind
+
+
+@contextlib.contextmanager
+def compile_cache_at(folder: Path) -> Iterator[None]:
+    """Compiles into `folder` for a while: how a bundle's cache/ is filled."""
+    before = jax.config.jax_compilation_cache_dir
+    _use_compile_cache(folder)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
+def seed_compile_cache(files: Iterable[Path]) -> None:
+    """Copies compiled code into the process's compilation cache, each file whole or not at all.
+
+    Args:
+      files: as JAX wrote them into another cache folder, from a source as trusted as this program.
+    """
+    folder = Path(jax.config.jax_compilation_cache_dir or default_compile_cache())
+    for file in files:
+        target = folder / file.name
+        if target.exists():
+            continue
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".seed-", delete=False) as copy:
+            copy.write(file.read_bytes())
+        os.replace(copy.name, target)
+
+
+@functools.cache
+def fingerprint() -> dict[str, str]:
+    """What compiled code depends on: toolchain, flags, device and CPU features."""
+    device = jax.local_devices()[0]
+    return {
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "platform_version": device.client.platform_version.replace("\n", " "),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "device_kind": device_kind(device),
+        "machine": platform.machine(),
+        "cpu_features": _cpu_features(),
+    }
+
+
+def _make_cpu_devices(num_devices: int) -> None:
+    if num_devices < 1:
+        raise ConfigError(f"num_devices must be >= 1; was {num_devices}")
+    try:
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    except RuntimeError as error:  # the backend runs already
+        if len(jax.devices()) < num_devices:
+            raise ConfigError(
+                f"{num_devices} devices were asked for after JAX started with {len(jax.devices())}; "
+                f"ask before anything uses JAX"
+            ) from error
+
+
+def _use_compile_cache(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"compile cache {folder}: {error.strerror}") from error
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Every program is worth keeping: start-up is their sum.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # JAX binds the folder at the first compile of the process; bind it anew.
+    compilation_cache.reset_cache()
+
+
+def _cpu_features() -> str:
+    """Digest of the CPU's feature flags, which XLA:CPU compiles for."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    flags = next(
+        (line.split(":", 1)[1] for line in text.splitlines() if line.startswith(("flags", "Features"))), ""
+    )
+    return hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:16]

@@ -1,0 +1,152 @@
+"""Replays golden requests through the path that serves: gather, buffers, compiled programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from xlarank.device.replica import Replica
+from xlarank.errors import VerifyError
+from xlarank.host import BoundRequest, Gatherer, Segment
+from xlarank.spec import Bucket, ModelSpec, RankRequest, Scope, TaskKind, Tolerance, take
+
+__all__ = ["GoldenReplay", "check_errors", "score_errors"]
+
+
+class GoldenReplay:
+    """Golden requests that can fill a batch of any size, and the scores each row must get.
+
+    A golden request is repeated, candidate by candidate, up to the largest bucket's rows, so that even a
+    bucket of 1024 rows and one request is filled by one context.
+    """
+
+    def __init__(
+        self,
+        gatherer: Gatherer,
+        requests: Sequence[RankRequest],
+        scores: Mapping[str, Sequence[np.ndarray]],
+        max_rows: int,
+    ) -> None:
+        """
+        Args:
+          gatherer: of the bundle's tables.
+          requests: G golden requests with at least one candidate each.
+          scores: by task, one [N] float32 reference a request.
+          max_rows: B of the largest bucket.
+        """
+        self._gatherer = gatherer
+        self._requests = requests
+        self._scores = scores
+        self._max_rows = max_rows
+        self._bound: dict[int, BoundRequest] = {}
+
+    @property
+    def num_requests(self) -> int:
+        """G."""
+        return len(self._requests)
+
+    def fill(
+        self, leaves: Mapping[str, np.ndarray], bucket: Bucket, num_rows: int, start: int = 0
+    ) -> dict[str, np.ndarray]:
+        """Gathers one batch.
+
+        Args:
+          leaves: buffers of the bucket, written whole (padding included).
+          bucket: its size.
+          num_rows: valid rows, in [1, B], spread evenly over as many requests as fit.
+          start: number of the first golden request; different starts take different rows too.
+
+        Returns:
+          The expected scores [num_rows] by task.
+        """
+        num_requests = min(bucket.requests, num_rows)
+        ends = [num_rows * (i + 1) // num_requests for i in range(num_requests)]
+        segments: list[Segment] = []
+        expected: dict[str, list[np.ndarray]] = {task: [] for task in self._scores}
+        begin_row = 0
+        for i, end_row in enumerate(ends):
+            golden = (start + i) % len(self._requests)
+            size = end_row - begin_row
+            # Any spread will do, as long as small buckets get to see all candidates in time.
+            begin = (start * 97 + i * 31) % (self._max_rows - size + 1)
+            segments.append(Segment(self._bound_request(golden), begin, begin + size))
+            for task, rows in expected.items():
+                scores = self._scores[task][golden]
+                rows.append(scores[np.arange(begin, begin + size) % len(scores)])
+            begin_row = end_row
+        self._gatherer.gather(segments, bucket, leaves)
+        return {task: np.concatenate(rows) for task, rows in expected.items()}
+
+    def replay(
+        self, replica: Replica, leaves_of: Callable[[Bucket], Mapping[str, np.ndarray]], num_batches: int
+    ) -> dict[Bucket, dict[str, float]]:
+        """Runs full batches in every bucket.
+
+        Args:
+          replica: the device.
+          leaves_of: buffers by bucket.
+          num_batches: batches a bucket; stops early once every golden request was seen.
+
+        Returns:
+          Largest error by bucket and task, as `score_errors` measures it.
+        """
+        spec = self._requests[0].spec
+        errors: dict[Bucket, dict[str, float]] = {}
+        for bucket in replica.executables:
+            worst = dict.fromkeys(self._scores, 0.0)
+            for start in range(0, min(self.num_requests, num_batches * bucket.requests), bucket.requests):
+                leaves = leaves_of(bucket)
+                expected = self.fill(leaves, bucket, bucket.rows, start)
+                for task, error in score_errors(spec, replica.run(bucket, leaves), expected).items():
+                    worst[task] = max(worst[task], error)
+            errors[bucket] = worst
+        return errors
+
+    def _bound_request(self, golden: int) -> BoundRequest:
+        if golden not in self._bound:
+            request = self._requests[golden]
+            rows = np.arange(self._max_rows) % request.num_candidates
+            features = {
+                feature.name: take(column, rows) if feature.scope is Scope.CANDIDATE else column
+                for feature, column in zip(request.spec.features, request.columns, strict=True)
+            }
+            self._bound[golden] = self._gatherer.bind(RankRequest(request.spec, features))
+        return self._bound[golden]
+
+
+def score_errors(
+    spec: ModelSpec, actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    """Largest difference by task over the valid rows.
+
+    Absolute for binary tasks, divided by max(1, |expected|) for regression; infinite when a score isn't
+    finite.
+
+    Args:
+      spec: the model.
+      actual: [B] or more rows by task, the valid ones first.
+      expected: [n] rows by task.
+    """
+    errors: dict[str, float] = {}
+    for task in spec.tasks:
+        wanted = expected[task.name]
+        difference = np.abs(actual[task.name][: len(wanted)].astype(np.float64) - wanted)
+        if task.kind is TaskKind.REGRESSION:
+            difference /= np.maximum(1.0, np.abs(wanted))
+        worst = float(difference.max(initial=0.0))
+        errors[task.name] = worst if np.isfinite(worst) else float("inf")
+    return errors
+
+
+def check_errors(
+    spec: ModelSpec, bucket: Bucket, errors: Mapping[str, float], tolerance: Tolerance, where: str
+) -> None:
+    """Raises VerifyError naming task, bucket and error when one leaves the tolerance."""
+    for task in spec.tasks:
+        limit = tolerance.of(task.kind)
+        if errors[task.name] > limit:
+            raise VerifyError(
+                f"model {spec.name!r}, task {task.name!r}, bucket {bucket} (rows x requests), {where}: "
+                f"scores differ from the reference by {errors[task.name]:.3g}, expected {limit:.3g} or less"
+            )

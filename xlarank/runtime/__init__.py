@@ -1,0 +1,20 @@
+"""Online: engine, batcher, device pool, lifecycle, metrics. No Flax, no compiler."""
+
+from xlarank.runtime.batcher import Batch, Batcher, Part
+from xlarank.runtime.engine import Engine
+from xlarank.runtime.lifecycle import ModelRepository
+from xlarank.runtime.loading import LoadReport
+from xlarank.runtime.metrics import Metrics, ModelMetrics
+from xlarank.runtime.pool import DevicePool
+
+__all__ = [
+    "Batch",
+    "Batcher",
+    "DevicePool",
+    "Engine",
+    "LoadReport",
+    "Metrics",
+    "ModelMetrics",
+    "ModelRepository",
+    "Part",
+]

@@ -1,0 +1,274 @@
+"""One version of one model, loaded, proven and answering: `Engine`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from xlarank import device
+from xlarank.bundle import open_bundle, resolve_bundle
+from xlarank.errors import UnavailableError
+from xlarank.host import BoundRequest, Gatherer, Segment
+from xlarank.runtime.batcher import Batch, Batcher, Part
+from xlarank.runtime.loading import LoadReport, Loader
+from xlarank.runtime.metrics import Metrics, ModelMetrics
+from xlarank.runtime.pool import DevicePool, Job
+from xlarank.spec import BucketLadder, LatencyProfile, ModelSpec, RankRequest
+
+__all__ = ["Engine"]
+
+_log = logging.getLogger(__name__)
+
+# A buffer is read while its batch runs and written again after: one a device.
+_BUFFERS_A_DEVICE = 1
+
+
+class _Pending:
+    """A request on its way through the engine."""
+
+    __slots__ = ("bound", "execute_seconds", "future", "gather_seconds", "queued_at", "rows_left", "scores")
+    __slots__ += ("started_at",)
+
+    def __init__(self, bound: BoundRequest, tasks: tuple[str, ...], queued_at: float) -> None:
+        self.bound = bound
+        self.future: Future[dict[str, np.ndarray]] = Future()
+        self.scores = {task: np.empty(bound.num_candidates, np.float32) for task in tasks}
+        # Parts of one request run on one device, one after the other, so nothing here needs a lock.
+        self.rows_left = bound.num_candidates
+        self.queued_at = queued_at
+        self.started_at = queued_at
+        self.gather_seconds = 0.0
+        self.execute_seconds = 0.0
+
+
+class Engine:
+    """Scores requests on one or more devices.
+
+    Any thread may call `submit` and `score`. Requests of different callers share batches; each request
+    runs whole on one device.
+
+    Attributes:
+      spec: what a request must hold.
+      version: the bundle's.
+      ladder: the compiled buckets.
+      profile: measured seconds a bucket, of the slowest device.
+      load_report: what loading did and how long each step took.
+      metrics: counters of this model and version.
+    """
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        num_devices: int | None = None,
+        host_threads: int | None = None,
+        compile_cache: Path | None = None,
+        use_bundle_code: bool = True,
+        backend: str = "auto",
+        pool: DevicePool | None = None,
+        metrics: Metrics | None = None,
+        on_progress: Callable[[str], None] | None = None,
+    ) -> Engine:
+        """Loads a bundle; when this returns every bucket on every device has run and been proven.
+
+        Args:
+          path: a version folder ``<repository>/<model>/<version>``, or ``<repository>/<model>`` for its
+            latest version.
+          num_devices: how many devices to serve on, all by default; on a CPU host that hasn't used JAX yet,
+            so many XLA host devices are made.
+          host_threads: threads of the gather; by default the CPUs of the process, 4 at most.
+          compile_cache: the process's compilation cache folder, see `xlarank.device.configure`.
+          use_bundle_code: whether compiled code in the bundle may be used; without it programs/ is
+            compiled.
+          backend: of the gather: "native", "numpy" or "auto".
+          pool: device threads to share with other engines; its own by default.
+          metrics: registry to count in; its own by default.
+          on_progress: told each step in words.
+
+        Raises:
+          BundleError: if the bundle is damaged, truncated or of an unknown format.
+          VerifyError: if its golden requests get other scores here.
+          ConfigError: for devices or options that can't be had.
+        """
+        device.configure(num_devices=num_devices, compile_cache=compile_cache)
+        bundle = open_bundle(resolve_bundle(Path(path)))
+        loader = Loader(
+            bundle,
+            devices=device.devices(num_devices if pool is None else pool.num_devices),
+            host_threads=host_threads or min(4, len(os.sched_getaffinity(0))),
+            use_bundle_code=use_bundle_code,
+            backend=backend,
+            on_progress=on_progress,
+        )
+        return cls(loader, pool, (metrics or Metrics()).model(bundle.spec.name, bundle.manifest.version))
+
+    def __init__(self, loader: Loader, pool: DevicePool | None, metrics: ModelMetrics) -> None:
+        """Use `load`."""
+        loaded = loader.load()
+        self.spec: ModelSpec = loaded.gatherer.spec
+        self.version = loaded.version
+        self.ladder: BucketLadder = loaded.ladder
+        self.profile: LatencyProfile = loaded.profile
+        self.load_report: LoadReport = loaded.report
+        self.metrics = metrics
+        self._gatherer: Gatherer = loaded.gatherer
+        self._replicas = loaded.replicas
+        self._rings = [
+            device.BufferRing(self._gatherer.signature, self.ladder, _BUFFERS_A_DEVICE) for _ in self._replicas
+        ]
+        self._tasks = tuple(task.name for task in self.spec.tasks)
+        self._batcher: Batcher[_Pending] = Batcher(self.ladder, max_batch_rows=self.profile.knee_rows())
+        self._num_open = 0  # guarded by _idle
+        self._idle = threading.Condition()
+        self._owns_pool = pool is None
+        self._pool = pool or DevicePool(len(self._replicas))
+        self._pool.attach(self)
+
+    def check(self, spec: ModelSpec, columns) -> None:
+        """The `ContentCheck` to make requests with: as strict as the default one, at native speed."""
+        self._gatherer.check(spec, columns)
+
+    def request(self, features: Mapping[str, object]) -> RankRequest:
+        """Makes a request for this model; see `RankRequest`."""
+        return RankRequest(self.spec, features, check=self._gatherer.check)
+
+    def submit(self, request: RankRequest) -> Future[dict[str, np.ndarray]]:
+        """Queues a request.
+
+        Args:
+          request: made for this engine's `spec` (or an equal one).
+
+        Returns:
+          A future of {task: [N] float32 scores}, empty arrays for zero candidates. Cancelling it before its
+          batch is gathered drops the request.
+
+        Raises:
+          UnavailableError: if the engine is closed.
+          ConfigError: if the request was made for another model.
+        """
+        pending = _Pending(self._gatherer.bind(request), self._tasks, time.monotonic())
+        if request.num_candidates == 0:
+            pending.future.set_result(pending.scores)
+            return pending.future
+        with self._idle:
+            self._num_open += 1
+        pending.future.add_done_callback(self._on_done)
+        try:
+            self._pool.submit(self, lambda: self._batcher.add(pending, request.num_candidates))
+        except UnavailableError as error:
+            pending.future.set_exception(error)
+            raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed") from error
+        return pending.future
+
+    def score(self, request: RankRequest) -> dict[str, np.ndarray]:
+        """Scores a request and waits: {task: [N] float32}; see `submit`."""
+        return self.submit(request).result()
+
+    def close(self) -> None:
+        """Finishes what was accepted, then stops. Idempotent."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._num_open == 0)
+        self._pool.detach(self)
+        if self._owns_pool:
+            self._pool.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def next_job(self, device_index: int) -> Job | None:
+        """For the pool, under its lock; see `Workload`."""
+        while (batch := self._batcher.next_batch(device_index)) is not None:
+            if any(part.item.future.cancelled() for part in batch.parts):
+                batch = self._without_cancelled(batch)
+            if batch is not None:
+                return lambda batch=batch: self._run(batch, device_index)
+        return None
+
+    def _without_cancelled(self, batch: Batch[_Pending]) -> Batch[_Pending] | None:
+        kept: list[Part[_Pending]] = []
+        for part in batch.parts:
+            if part.item.future.cancelled():
+                self._batcher.drop(part.item)
+            else:
+                kept.append(part)
+        if not kept:
+            return None
+        num_rows = sum(part.num_rows for part in kept)
+        return Batch(self.ladder.bucket_for(num_rows, len(kept)), tuple(kept))
+
+    def _run(self, batch: Batch[_Pending], device_index: int) -> None:
+        ring = self._rings[device_index]
+        buffers = ring.acquire()
+        try:
+            with device.request_path():
+                start = time.monotonic()
+                leaves = buffers.leaves(batch.bucket)
+                segments = [Segment(part.item.bound, part.begin, part.end) for part in batch.parts]
+                self._gatherer.gather(segments, batch.bucket, leaves)
+                gathered = time.monotonic()
+                scores = self._replicas[device_index].run(batch.bucket, leaves)
+                executed = time.monotonic()
+        except Exception as error:  # the boundary of a device's thread: a batch may fail, the thread not
+            _log.exception("model %s: a batch of bucket %s failed", self.spec.name, batch.bucket)
+            self._fail(batch, error)
+            return
+        finally:
+            ring.release(buffers)
+        num_requests = len(batch.parts)
+        self.metrics.record_batch(
+            batch.bucket, batch.num_rows, num_requests, gathered - start, executed - gathered
+        )
+        row = 0
+        for part in batch.parts:
+            pending = part.item
+            for task, values in scores.items():
+                pending.scores[task][part.begin : part.end] = values[row : row + part.num_rows]
+            row += part.num_rows
+            if part.begin == 0:
+                pending.started_at = start
+            pending.gather_seconds += gathered - start
+            pending.execute_seconds += executed - gathered
+            pending.rows_left -= part.num_rows
+            if pending.rows_left == 0:
+                self._respond(pending)
+
+    def _respond(self, pending: _Pending) -> None:
+        self.metrics.record_success(
+            num_rows=pending.bound.num_candidates,
+            queue_seconds=pending.started_at - pending.queued_at,
+            gather_seconds=pending.gather_seconds,
+            execute_seconds=pending.execute_seconds,
+            total_seconds=time.monotonic() - pending.queued_at,
+        )
+        if pending.future.set_running_or_notify_cancel():
+            pending.future.set_result(pending.scores)
+
+    def _fail(self, batch: Batch[_Pending], error: Exception) -> None:
+        with self._pool.locked():
+            for part in batch.parts:
+                self._batcher.drop(part.item)
+        for part in batch.parts:
+            if part.item.future.set_running_or_notify_cancel():
+                part.item.future.set_exception(error)
+
+    def _on_done(self, _: Future) -> None:
+        with self._idle:
+            self._num_open -= 1
+            if self._num_open == 0:
+                self._idle.notify_all()
+

@@ -1,0 +1,128 @@
+"""The models of a repository, loaded and answering: `ModelRepository`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from xlarank import device
+from xlarank.bundle import list_versions
+from xlarank.errors import ConfigError, ModelNotFoundError, UnavailableError
+from xlarank.host import native_available
+from xlarank.runtime.engine import Engine
+from xlarank.runtime.metrics import Metrics
+from xlarank.runtime.pool import DevicePool
+
+__all__ = ["ModelRepository"]
+
+
+class ModelRepository:
+    """The latest version of every model in a folder, on shared devices. Any thread may call it."""
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        num_devices: int | None = None,
+        host_threads: int | None = None,
+        compile_cache: Path | None = None,
+        use_bundle_code: bool = True,
+        allow_reference_gather: bool = False,
+        metrics: Metrics | None = None,
+        on_progress: Callable[[str], None] | None = None,
+    ) -> ModelRepository:
+        """Loads every model; when this returns all of them are ready.
+
+        Args:
+          path: ``<path>/<model>/<version>`` are the bundles.
+          num_devices, host_threads, compile_cache, use_bundle_code, metrics, on_progress: see `Engine.load`.
+          allow_reference_gather: serve without the native kernel, slowly.
+
+        Raises:
+          ConfigError: if the folder holds no bundle, or the native kernel isn't built.
+          BundleError: if a bundle is damaged.
+          VerifyError: if a bundle's golden requests get other scores here.
+        """
+        if not native_available() and not allow_reference_gather:
+            raise ConfigError(
+                "the native gather kernel isn't built and the NumPy one is far slower: build it with "
+                "`pip install .`, or serve all the same with --allow-reference-gather"
+            )
+        root = Path(path)
+        if not root.is_dir():
+            raise ConfigError(f"repository {root}: expected a folder of models, found none")
+        versions = {model: numbers[-1] for model, numbers in list_versions(root).items() if numbers}
+        if not versions:
+            raise ConfigError(
+                f"repository {root}: expected bundles as <model>/<version>, found none; "
+                f"`xlarank compile` writes them"
+            )
+        device.configure(num_devices=num_devices, compile_cache=compile_cache)
+        pool = DevicePool(len(device.devices(num_devices)))
+        repository = cls(pool)
+        try:
+            for model, version in sorted(versions.items()):
+                repository._engines[model] = Engine.load(
+                    root / model / str(version),
+                    host_threads=host_threads,
+                    use_bundle_code=use_bundle_code,
+                    pool=pool,
+                    metrics=metrics,
+                    on_progress=on_progress,
+                )
+        except BaseException:
+            repository.close()
+            raise
+        return repository
+
+    def __init__(self, pool: DevicePool) -> None:
+        """Use `open`."""
+        self._pool = pool
+        self._engines: dict[str, Engine] = {}  # by model; complete before anybody else sees it
+        self._is_open = True  # moves one way
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every model is loaded and none is draining."""
+        return self._is_open
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that the models share."""
+        return self._pool.num_devices
+
+    def models(self) -> list[tuple[str, int, bool]]:
+        """Name, version and readiness of every loaded model."""
+        return [(name, engine.version, self._is_open) for name, engine in self._engines.items()]
+
+    def engine(self, name: str, version: str = "") -> Engine:
+        """The engine that answers for a model.
+
+        Args:
+          name: of the model.
+          version: a number, or "" for the latest.
+
+        Raises:
+          ModelNotFoundError: if there is no such model or version.
+          UnavailableError: if the repository is closing.
+        """
+        engine = self._engines.get(name)
+        if engine is None:
+            raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+        if version and version != str(engine.version):
+            raise ModelNotFoundError(
+                f"Request for unknown model: '{name}' version {version} is not found; "
+                f"version {engine.version} is served"
+            )
+        if not self._is_open:
+            raise UnavailableError(f"model '{name}' is shutting down")
+        return engine
+
+    def close(self) -> None:
+        """Finishes what was accepted, then stops everything."""
+        self._is_open = False
+        for engine in self._engines.values():
+            engine.close()
+        self._pool.close()

@@ -1,0 +1,168 @@
+"""From a bundle on disk to proven executables: `Loader`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from xlarank import device
+from xlarank.bundle import Bundle
+from xlarank.host import Gatherer
+from xlarank.spec import Bucket, BucketLadder, LatencyProfile
+
+__all__ = ["LoadReport", "LoadedModel", "Loader"]
+
+_log = logging.getLogger(__name__)
+
+_REPLAYED_BATCHES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What loading did."""
+
+    seconds: dict[str, float]
+    """By step: tables, compile (deserialise, place weights, compile or find in the cache), replay,
+    profile."""
+
+    fingerprint_differences: dict[str, tuple[str, str]]
+    """What differs here from where the bundle was compiled: {key: (there, here)}; then programs/ was
+    compiled anew."""
+
+    max_error: dict[str, float]
+    """Largest golden error by task, over buckets and devices."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """Everything that serving needs of one bundle."""
+
+    version: int
+    gatherer: Gatherer
+    ladder: BucketLadder
+    replicas: Sequence[device.Replica]
+    profile: LatencyProfile
+    report: LoadReport
+
+
+class Loader:
+    """Loads one bundle onto devices; nothing is served before all of it has run."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        devices: Sequence[jax.Device],
+        host_threads: int,
+        use_bundle_code: bool = True,
+        backend: str = "auto",
+        on_progress: Callable[[str], None] | None = None,
+    ) -> None:
+        """See `xlarank.runtime.Engine.load`."""
+        self._bundle = bundle
+        self._devices = devices
+        self._host_threads = host_threads
+        self._use_bundle_code = use_bundle_code
+        self._backend = backend
+        self._on_progress = on_progress
+        self._seconds: dict[str, float] = {}
+
+    def load(self) -> LoadedModel:
+        """Maps tables, compiles, replays the golden requests on every device and bucket, times them.
+
+        Raises:
+          BundleError: if a file of the bundle can't be read as what it should be.
+          VerifyError: names task, bucket and error when golden scores differ here.
+        """
+        manifest = self._bundle.manifest
+        differences = self._fingerprint_differences()
+        gatherer = self._timed("tables", self._gatherer)
+        replicas = self._timed("compile", self._replicas, gatherer, not differences)
+        golden, buffers = self._golden(gatherer), device.BatchBuffers(gatherer.signature, manifest.ladder)
+        errors = self._timed("replay", self._replay, replicas, golden, buffers)
+        profile = self._timed("profile", self._profile, replicas, golden, buffers)
+        return LoadedModel(
+            version=manifest.version,
+            gatherer=gatherer,
+            ladder=manifest.ladder,
+            replicas=replicas,
+            profile=profile,
+            report=LoadReport(self._seconds, differences, errors),
+        )
+
+    def _timed(self, step: str, work: Callable, *args):
+        if self._on_progress is not None:
+            self._on_progress(f"{self._bundle.spec.name} {self._bundle.manifest.version}: {step}")
+        start = time.perf_counter()
+        result = work(*args)
+        self._seconds[step] = time.perf_counter() - start
+        return result
+
+    def _fingerprint_differences(self) -> dict[str, tuple[str, str]]:
+        there, here = self._bundle.manifest.fingerprint, device.fingerprint()
+        differences = {
+            key: (there.get(key, ""), here.get(key, ""))
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key)
+        }
+        if differences:
+            text = "; ".join(f"{key}: {a!r} there, {b!r} here" for key, (a, b) in differences.items())
+            _log.warning(
+                "bundle %s was compiled elsewhere, its programs are compiled anew: %s",
+                self._bundle.path,
+                text,
+            )
+        return differences
+
+    def _gatherer(self) -> Gatherer:
+        return Gatherer(
+            self._bundle.spec, self._bundle.tables(), num_threads=self._host_threads, backend=self._backend
+        )
+
+    def _replicas(self, gatherer: Gatherer, is_same_place: bool) -> list[device.Replica]:
+        if self._use_bundle_code and is_same_place:
+            device.seed_compile_cache(self._bundle.cache_files())
+        programs = {
+            Bucket(entry.bucket.rows, entry.bucket.requests): device.deserialize_program(
+                self._bundle.program(entry)
+            )
+            for entry in self._bundle.manifest.programs
+        }
+        params = list(self._bundle.params().values())
+        return [device.Replica(d, gatherer.signature, programs, params) for d in self._devices]
+
+    def _golden(self, gatherer: Gatherer) -> device.GoldenReplay:
+        requests, values = self._bundle.golden()
+        ends = np.cumsum([request.num_candidates for request in requests])
+        scores = {task: np.split(rows, ends[:-1]) for task, rows in values["scores"].items()}
+        return device.GoldenReplay(gatherer, requests, scores, self._bundle.manifest.ladder.max_rows)
+
+    def _replay(
+        self,
+        replicas: Sequence[device.Replica],
+        golden: device.GoldenReplay,
+        buffers: device.BatchBuffers,
+    ) -> dict[str, float]:
+        spec, tolerance = self._bundle.spec, self._bundle.manifest.tolerance
+        worst = dict.fromkeys((task.name for task in spec.tasks), 0.0)
+        for replica in replicas:
+            for bucket, errors in golden.replay(replica, buffers.leaves, _REPLAYED_BATCHES).items():
+                device.check_errors(spec, bucket, errors, tolerance, f"golden replay on {replica.device}")
+                worst = {task: max(worst[task], errors[task]) for task in worst}
+        return worst
+
+    @staticmethod
+    def _profile(
+        replicas: Sequence[device.Replica],
+        golden: device.GoldenReplay,
+        buffers: device.BatchBuffers,
+    ) -> LatencyProfile:
+        profiles = [device.measure_profile(replica, golden, buffers) for replica in replicas]
+        return LatencyProfile(
+            {bucket: max(p.seconds_of(bucket) for p in profiles) for bucket in profiles[0].seconds}
+        )
