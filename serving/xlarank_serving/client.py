@@ -1,0 +1,222 @@
+"""A client for any xlarank server: `RankingClient`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+
+from xlarank.errors import FeatureError, RequestError, UnavailableError
+from xlarank.spec import (
+    Column,
+    Combiner,
+    FeatureKind,
+    FeatureSpec,
+    Hash,
+    ModelSpec,
+    RankRequest,
+    Scope,
+    TableSpec,
+    TaskSpec,
+    ValueType,
+)
+from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.encoding import add_inputs
+from xlarank_serving.layout import LENGTHS_SUFFIX, SERVICE_NAME
+from xlarank_serving.status import error_of
+
+__all__ = ["RankingClient"]
+
+_DTYPES = {"FP32": ValueType.FLOAT32, "INT64": ValueType.INT64, "BYTES": ValueType.STRING}
+
+_TABLE = "ids"
+
+
+class RankingClient:
+    """Scores candidates on a server. Any thread; a context manager.
+
+    It asks the server once for a model's inputs, so it needs no ModelSpec.
+
+        with RankingClient("localhost:8001") as client:
+            scores = client.score("feed", {"age": 31.0, "video": [5, 8, 13]})
+    """
+
+    def __init__(self, address: str, *, timeout: float | None = 60.0) -> None:
+        """
+        Args:
+          address: host:port. Nothing is sent until a method is called.
+          timeout: seconds a call may take unless it says otherwise; None for no limit.
+        """
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(
+            address,
+            options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
+        )
+        self._calls = {
+            name: self._channel.unary_unary(
+                f"/{SERVICE_NAME}/{name}",
+                request_serializer=getattr(messages, f"{name}Request").SerializeToString,
+                response_deserializer=getattr(messages, f"{name}Response").FromString,
+            )
+            for name in ("ServerReady", "ModelReady", "ModelMetadata", "ModelInfer")
+        }
+        # By model name and version. Any thread may add an entry; a lost race asks the server twice.
+        self._inputs: dict[tuple[str, str], _ModelInputs] = {}
+
+    def score(
+        self,
+        model_name: str,
+        features: Mapping[str, Any],
+        *,
+        version: str | int = "",
+        timeout: float | None = None,
+        packed: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """Scores the candidates of one request.
+
+        Args:
+          model_name: a model of the server.
+          features: a value for each feature by name, as `RankRequest` takes them; one that the model has
+            a default for may be left out or None.
+          version: a version of it; the latest ready one by default.
+          timeout: seconds; the client's by default.
+          packed: sends the features of a scope in one tensor a type; saves the server time from some
+            dozens of features on.
+
+        Returns:
+          {task output: [N] float32}.
+
+        Raises:
+          RequestError: the request is refused (FeatureError: before it was sent).
+          ModelNotFoundError: no such model or version.
+          UnavailableError: the server can't be reached, is loading or stopping.
+          XlarankError: anything else, the deadline included.
+        """
+        key = (model_name, str(version))
+        inputs = self._inputs.get(key)
+        if inputs is None:
+            inputs = self._inputs[key] = _ModelInputs(self.metadata(model_name, version=version))
+        message = messages.ModelInferRequest(model_name=model_name, model_version=str(version))
+        add_inputs(message, inputs.spec, inputs.request(features), packed=packed)
+        try:
+            response = self._call("ModelInfer", message, timeout)
+        except RequestError:
+            # A newer version may have other features; ask again next time.
+            self._inputs.pop(key, None)
+            raise
+        return {
+            output.name: np.frombuffer(raw, "<f4").astype(np.float32)
+            for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
+        }
+
+    def is_ready(
+        self, model_name: str = "", *, version: str | int = "", timeout: float | None = None
+    ) -> bool:
+        """Whether a model is ready, or the whole server if none is named; False if it can't be reached.
+
+        Raises:
+          ModelNotFoundError: no such model or version.
+        """
+        try:
+            if model_name:
+                request = messages.ModelReadyRequest(name=model_name, version=str(version))
+                return self._call("ModelReady", request, timeout).ready
+            return self._call("ServerReady", messages.ServerReadyRequest(), timeout).ready
+        except UnavailableError:
+            return False
+
+    def metadata(
+        self, model_name: str, *, version: str | int = "", timeout: float | None = None
+    ) -> messages.ModelMetadataResponse:
+        """Inputs, outputs and ready versions of a model, asked for anew.
+
+        Raises:
+          ModelNotFoundError: no such model or version.
+          UnavailableError: the server can't be reached, is loading or stopping.
+        """
+        request = messages.ModelMetadataRequest(name=model_name, version=str(version))
+        return self._call("ModelMetadata", request, timeout)
+
+    def close(self) -> None:
+        """Closes the connection; calls under way are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> RankingClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, name: str, request: Any, timeout: float | None) -> Any:
+        try:
+            return self._calls[name](request, timeout=self._timeout if timeout is None else timeout)
+        except grpc.RpcError as error:
+            call: Any = error  # a failed call is its own status
+            raise error_of(call.code(), call.details()) from None
+
+
+class _ModelInputs:
+    """What a server says of a model's inputs, as a ModelSpec: what matters on the wire, the rest made up."""
+
+    def __init__(self, metadata: messages.ModelMetadataResponse) -> None:
+        shapes = {tensor.name: list(tensor.shape) for tensor in metadata.inputs}
+        features = [
+            _feature(tensor.name, tensor.datatype, shapes)
+            for tensor in metadata.inputs
+            if not tensor.name.endswith(LENGTHS_SUFFIX)
+        ]
+        tasks = tuple(TaskSpec(name=f"task_{i}", output=o.name) for i, o in enumerate(metadata.outputs))
+        self.spec = _spec(metadata.name, features, tasks)
+        self._spec_of_some = functools.lru_cache(maxsize=64)(self._build_spec_of_some)
+
+    def request(self, features: Mapping[str, Any]) -> RankRequest:
+        """The features that are given, in the form that RankRequest gives them; the server checks values."""
+        given = {name for name, value in features.items() if value is not None}
+        if unknown := sorted(given - set(self.spec.feature_by_name)):
+            raise FeatureError(
+                f"model {self.spec.name!r} has no feature {unknown[0]!r}; "
+                f"it has {list(self.spec.feature_by_name)}"
+            )
+        return RankRequest(self._spec_of_some(frozenset(given)), features, check=_accept)
+
+    def _build_spec_of_some(self, given: frozenset[str]) -> ModelSpec:
+        if not any(feature.name in given for feature in self.spec.candidate_features):
+            names = [feature.name for feature in self.spec.candidate_features]
+            raise FeatureError(
+                f"model {self.spec.name!r}: expected at least one of the candidate features {names}, got "
+                f"none; the number of candidates is unknown"
+            )
+        some = [feature for feature in self.spec.features if feature.name in given]
+        return _spec(self.spec.name, some, self.spec.tasks)
+
+
+def _spec(name: str, features: Sequence[FeatureSpec], tasks: tuple[TaskSpec, ...]) -> ModelSpec:
+    has_table = any(feature.is_lookup for feature in features)
+    tables = (TableSpec(name=_TABLE, dim=1),) if has_table else ()
+    return ModelSpec(name=name, features=tuple(features), tables=tables, tasks=tasks)
+
+
+def _feature(name: str, datatype: str, shapes: Mapping[str, list[int]]) -> FeatureSpec:
+    is_ragged = name + LENGTHS_SUFFIX in shapes
+    rows = shapes[name + LENGTHS_SUFFIX if is_ragged else name][0]
+    scope = Scope.CONTEXT if rows == 1 else Scope.CANDIDATE
+    dtype = _DTYPES[datatype]
+    if dtype is ValueType.FLOAT32:
+        width = shapes[name][1] if len(shapes[name]) == 2 else 1
+        return FeatureSpec(name=name, kind=FeatureKind.DENSE, scope=scope, width=width)
+    return FeatureSpec(
+        name=name,
+        kind=FeatureKind.ID_LIST if is_ragged else FeatureKind.ID,
+        scope=scope,
+        dtype=dtype,
+        table=_TABLE,
+        combiner=Combiner.SUM if is_ragged else None,
+        preprocessing=(Hash(),) if dtype is ValueType.STRING else (),
+    )
+
+
+def _accept(spec: ModelSpec, columns: Sequence[Column]) -> None:
+    """The server knows ranges, defaults and policies; the client doesn't."""

@@ -1,0 +1,324 @@
+"""ModelInfer messages to ranking requests, and scores to ModelInfer messages: `ModelCodec`.
+
+`layout` says which tensors there are. Raw contents become numpy views without a copy; every declared size
+is compared with the bytes that came before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xlarank.errors import FeatureError, RequestError
+from xlarank.host import split_bytes_tensor
+from xlarank.spec import ContentCheck, ModelSpec, Ragged, RankRequest, Scope, StringColumn
+from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.layout import (
+    LENGTHS_SUFFIX,
+    WireInput,
+    feature_inputs,
+    float_features,
+    id_features,
+    packed_inputs,
+)
+
+__all__ = ["ModelCodec"]
+
+_DTYPES = {
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+}
+
+_TYPED_FIELDS = {
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "BYTES": "bytes_contents",
+}
+
+_FIELD_DATATYPES = {
+    "bool_contents": "BOOL",
+    "int_contents": "INT32",
+    "int64_contents": "INT64",
+    "uint_contents": "UINT32",
+    "uint64_contents": "UINT64",
+    "fp32_contents": "FP32",
+    "fp64_contents": "FP64",
+    "bytes_contents": "BYTES",
+}
+
+_UNSUPPORTED_PARAMETERS = ("shared_memory_region", "classification")
+
+_MAX_SHOWN_DIMS = 8
+
+
+class ModelCodec:
+    """Reads the requests of one model and writes its responses. Immutable; any thread.
+
+    Attributes:
+      spec: the model.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._feature_inputs = list(feature_inputs(spec))
+        self._inputs = {i.name: i for i in [*self._feature_inputs, *packed_inputs(spec)]}
+        self._floats = {scope: float_features(spec, scope) for scope in Scope}
+        self._ids = {scope: id_features(spec, scope) for scope in Scope}
+        self._task_of_output = {task.output: task.name for task in spec.tasks}
+
+    def metadata(self, versions: Sequence[int]) -> messages.ModelMetadataResponse:
+        """Per-feature inputs and the outputs; `versions` are those that are ready."""
+        response = messages.ModelMetadataResponse(
+            name=self.spec.name, versions=[str(version) for version in versions], platform="xlarank"
+        )
+        for wire in self._feature_inputs:
+            response.inputs.add(name=wire.name, datatype=wire.datatype, shape=wire.metadata_shape)
+        for output in self._task_of_output:
+            response.outputs.add(name=output, datatype="FP32", shape=[-1])
+        return response
+
+    def requested_outputs(self, request: messages.ModelInferRequest) -> list[str]:
+        """Names of the outputs to answer, each once, in the order asked for; all when none is named.
+
+        Raises:
+          RequestError: for an output that the model doesn't have.
+        """
+        names = []
+        for output in request.outputs:
+            if output.name not in self._task_of_output:
+                raise RequestError(
+                    f"model {self.spec.name!r} has no output {output.name!r}; "
+                    f"it has {list(self._task_of_output)}"
+                )
+            _check_parameters(f"output {output.name!r}", output.parameters)
+            names.append(output.name)
+        return list(dict.fromkeys(names)) or list(self._task_of_output)
+
+    def decode(
+        self, request: messages.ModelInferRequest, *, check: ContentCheck | None = None
+    ) -> RankRequest:
+        """Reads the inputs. Arrays of raw contents are views of the message's bytes.
+
+        Args:
+          request: inputs raw or typed, per feature or packed.
+          check: as for RankRequest.
+
+        Raises:
+          FeatureError: names the feature or input, what was expected and what came.
+        """
+        return RankRequest(self.spec, self._features(self._arrays(request)), check=check)
+
+    def encode_response(
+        self,
+        request: messages.ModelInferRequest,
+        *,
+        version: int,
+        outputs: Sequence[str],
+        scores: Mapping[str, np.ndarray],
+    ) -> messages.ModelInferResponse:
+        """Writes an answer, raw.
+
+        Args:
+          request: its id is echoed.
+          version: the version that answered.
+          outputs: names from `requested_outputs`.
+          scores: [N] float32 by task name.
+        """
+        response = messages.ModelInferResponse(
+            model_name=request.model_name, model_version=str(version), id=request.id
+        )
+        for name in outputs:
+            values = scores[self._task_of_output[name]]
+            response.outputs.add(name=name, datatype="FP32", shape=values.shape)
+            response.raw_output_contents.append(values.astype("<f4", copy=False).tobytes())
+        return response
+
+    def _arrays(self, request: messages.ModelInferRequest) -> dict[str, Any]:
+        """Arrays and string columns by input name, each of a datatype and shape that its input allows."""
+        raws = request.raw_input_contents
+        num_raws = len(raws)
+        arrays: dict[str, Any] = {}
+        for position, tensor in enumerate(request.inputs):
+            wire = self._inputs.get(tensor.name)
+            if wire is None:
+                raise FeatureError(
+                    f"model {self.spec.name!r} has no input {tensor.name!r}; "
+                    f"it has {[i.name for i in self._feature_inputs]}"
+                )
+            if tensor.name in arrays:
+                raise FeatureError(f"{wire.where}: expected once, got it again as input {position}")
+            shape = _checked_shape(wire, tensor)
+            if num_raws:
+                if tensor.HasField("contents"):
+                    raise FeatureError(
+                        f"contents field must not be specified when using raw_input_contents for "
+                        f"{tensor.name!r} for model {self.spec.name!r}"
+                    )
+                if position >= num_raws:
+                    raise FeatureError(
+                        f"{wire.where}: unable to find data for input tensor {tensor.name!r}: expected "
+                        f"{len(request.inputs)} entries of raw_input_contents, got {num_raws}"
+                    )
+                arrays[tensor.name] = _from_raw(wire, tensor.datatype, shape, raws[position])
+            else:
+                arrays[tensor.name] = _from_typed(wire, tensor.datatype, shape, tensor.contents)
+        if num_raws > len(request.inputs):
+            raise FeatureError(
+                f"model {self.spec.name!r}: expected one entry of raw_input_contents for each of "
+                f"{len(request.inputs)} inputs, got {num_raws}"
+            )
+        return arrays
+
+    def _features(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Values by feature name."""
+        features: dict[str, Any] = {}
+        for feature in self.spec.features:
+            name, lengths_name = feature.name, feature.name + LENGTHS_SUFFIX
+            if feature.is_ragged and (name in arrays) != (lengths_name in arrays):
+                came, missing = (name, lengths_name) if name in arrays else (lengths_name, name)
+                raise FeatureError(
+                    f"feature {name!r}: expected input {missing!r} beside input {came!r}, got none; "
+                    f"it is {self._inputs[missing].expected}"
+                )
+            if name in arrays:
+                values = arrays[name]
+                features[name] = Ragged(values, arrays[lengths_name]) if feature.is_ragged else values
+        for scope in Scope:
+            packed = self._packed_floats(scope, arrays) | self._packed_ids(scope, arrays)
+            if twice := [name for name in packed if name in features]:
+                raise FeatureError(
+                    f"feature {twice[0]!r}: expected once, got it by name and in the packed inputs of "
+                    f"scope {scope.value}"
+                )
+            features |= packed
+        return features
+
+    def _packed_floats(self, scope: Scope, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        dense = arrays.get(f"{scope.value}.dense")
+        if dense is None:
+            return {}
+        features, column = {}, 0
+        for feature in self._floats[scope]:
+            values = dense[:, column : column + feature.width]  # [n, K_f]
+            features[feature.name] = values[:, 0] if feature.is_lookup else values
+            column += feature.width
+        return features
+
+    def _packed_ids(self, scope: Scope, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        names = (f"{scope.value}.values", scope.value + LENGTHS_SUFFIX)
+        values, lengths = (arrays.get(name) for name in names)  # [V] and [F, n]
+        if values is None and lengths is None:
+            return {}
+        if values is None or lengths is None:
+            came, missing = names if lengths is None else names[::-1]
+            raise FeatureError(
+                f"input {missing!r}: expected {self._inputs[missing].expected} beside {came!r}, got none"
+            )
+        if lengths.size and lengths.min() < 0:
+            row, column = (int(i) for i in np.argwhere(lengths < 0)[0])
+            raise FeatureError(
+                f"feature {self._ids[scope][row].name!r}: expected lengths >= 0, got "
+                f"{lengths[row, column]} in row {column} of input {names[1]!r}"
+            )
+        ends = np.cumsum(lengths.sum(axis=1, dtype=np.int64)).tolist()  # [F]
+        if ends[-1] != len(values):
+            raise FeatureError(
+                f"input {names[1]!r}: expected lengths that add up to the {len(values)} values of "
+                f"{names[0]!r}, got a sum of {ends[-1]}"
+            )
+        features: dict[str, Any] = {}
+        begin = 0
+        for feature, own_lengths, end in zip(self._ids[scope], lengths, ends, strict=True):
+            own_values = values[begin:end]
+            begin = end
+            if feature.is_ragged:
+                features[feature.name] = Ragged(own_values, own_lengths)
+            elif (own_lengths == 1).all():
+                features[feature.name] = own_values
+            elif own_lengths.any() or feature.default is None:
+                row = int(np.argmax(own_lengths != 1))
+                raise FeatureError(
+                    f"feature {feature.name!r}: expected length 1 in every row, as it is one id, got "
+                    f"{own_lengths[row]} in row {row} of input {names[1]!r}"
+                )
+        return features
+
+
+def _check_parameters(where: str, parameters: Mapping[str, Any]) -> None:
+    for name in _UNSUPPORTED_PARAMETERS:
+        if name in parameters:
+            raise RequestError(f"{where}: parameter {name!r} is not supported")
+
+
+def _checked_shape(wire: WireInput, tensor: Any) -> tuple[int, ...]:
+    if tensor.parameters:
+        _check_parameters(wire.where, tensor.parameters)
+    shape, datatype = tensor.shape, tensor.datatype
+    if datatype in wire.accepted and wire.allows(shape):
+        return tuple(shape)
+    shown = ", ".join(map(str, shape[:_MAX_SHOWN_DIMS])) + (", ..." if len(shape) > _MAX_SHOWN_DIMS else "")
+    hint = ""
+    if wire.scope is Scope.CONTEXT and datatype in wire.accepted:
+        hint = "; its scope is context, so it is sent once a request"
+    raise FeatureError(f"{wire.where}: expected {wire.expected}, got {datatype} of shape [{shown}]{hint}")
+
+
+def _from_raw(wire: WireInput, datatype: str, shape: tuple[int, ...], raw: bytes) -> Any:
+    """A view of the bytes, or a string column."""
+    num_elements = math.prod(shape)  # Python ints: a hostile shape can't overflow
+    if datatype == "BYTES":
+        try:
+            column = split_bytes_tensor(raw)
+        except ValueError as error:
+            raise FeatureError(
+                f"{wire.where}: expected strings, each 4 bytes of length and its bytes; {error}"
+            ) from None
+        return _checked_strings(wire, column, num_elements)
+    dtype = _DTYPES[datatype]
+    if len(raw) != num_elements * dtype.itemsize:
+        raise FeatureError(
+            f"{wire.where}: input byte size mismatch: expected {num_elements * dtype.itemsize} bytes for "
+            f"{datatype} of shape {list(shape)}, got {len(raw)}"
+        )
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def _from_typed(wire: WireInput, datatype: str, shape: tuple[int, ...], contents: Any) -> Any:
+    """A copy of typed contents."""
+    field_name = _TYPED_FIELDS[datatype]
+    for descriptor, _ in contents.ListFields():
+        if descriptor.name != field_name:
+            raise FeatureError(
+                f"{wire.where}: unexpected explicit tensor data for input tensor {wire.name!r} of type "
+                f"{_FIELD_DATATYPES[descriptor.name]!r}, expected datatype {datatype!r}"
+            )
+    values = getattr(contents, field_name)
+    num_elements = math.prod(shape)
+    if num_elements and not values:
+        raise FeatureError(
+            f"{wire.where}: unable to find data for input tensor {wire.name!r}: expected {num_elements} "
+            f"elements in contents or raw_input_contents, got none"
+        )
+    if datatype == "BYTES":
+        return _checked_strings(wire, StringColumn.from_strings(values), num_elements)
+    if len(values) != num_elements:
+        raise FeatureError(
+            f"{wire.where}: expected {num_elements} elements for {datatype} of shape {list(shape)}, "
+            f"got {len(values)}"
+        )
+    return np.fromiter(values, _DTYPES[datatype], count=len(values)).reshape(shape)
+
+
+def _checked_strings(wire: WireInput, column: StringColumn, num_elements: int) -> StringColumn:
+    if len(column) != num_elements:
+        raise FeatureError(
+            f"{wire.where}: unexpected number of string elements: expected {num_elements}, got {len(column)}"
+        )
+    return column

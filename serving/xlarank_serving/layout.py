@@ -1,0 +1,166 @@
+"""Which tensors a model has on the wire: the one definition that server, client and ModelMetadata share.
+
+Per feature, n = N for scope candidate and 1 for scope context:
+
+    raw values            tensors
+    float32               `f` FP32 [n], or [n, k] for a dense feature of width k
+    int64, string         `f` INT64 or BYTES [n]
+    lists, sequences      `f` INT64 or BYTES [V] and `f.lengths` INT32 [n]
+
+Packed, per scope, for models with hundreds of features:
+
+    `<scope>.dense`       FP32 [n, K]: all float32 features of the scope, bucketised ids included
+    `<scope>.values`      INT64 [V]: all int64 features of the scope, one after the other
+    `<scope>.lengths`     INT32 [F, n]: the number of values in each row of each of them; 1 for a plain id,
+                          0 in every row for one that is left out because it has a default
+
+Both follow the order of the ModelSpec, which is the order of ModelMetadata's inputs. A packed tensor holds
+all features of its group; strings travel beside by name. The two forms may be mixed as long as no feature
+comes twice. FP64 does for FP32 and INT32 for INT64 values; they are converted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Iterator, Sequence
+
+from xlarank.spec import FeatureSpec, ModelSpec, Scope, ValueType
+
+__all__ = [
+    "LENGTHS_SUFFIX",
+    "SERVICE_NAME",
+    "Role",
+    "WireInput",
+    "feature_inputs",
+    "float_features",
+    "id_features",
+    "packed_inputs",
+]
+
+SERVICE_NAME = "inference.GRPCInferenceService"
+"""Full name of the gRPC service."""
+
+LENGTHS_SUFFIX = ".lengths"
+"""`f.lengths` are the lengths of `f`."""
+
+_DATATYPES = {ValueType.FLOAT32: "FP32", ValueType.INT64: "INT64", ValueType.STRING: "BYTES"}
+
+_ACCEPTED = {"FP32": ("FP32", "FP64"), "INT64": ("INT64", "INT32"), "BYTES": ("BYTES",), "INT32": ("INT32",)}
+
+Form = tuple[int | str, ...]
+"""A shape: a size, or a letter (N or V) for any size."""
+
+
+class Role(enum.Enum):
+    """What an input holds."""
+
+    VALUES = enum.auto()
+    """Values of one feature."""
+
+    LENGTHS = enum.auto()
+    """Lengths of one list or sequence."""
+
+    PACKED_DENSE = enum.auto()
+    PACKED_VALUES = enum.auto()
+    PACKED_LENGTHS = enum.auto()
+
+
+@dataclasses.dataclass(frozen=True)
+class WireInput:
+    """An input that a model accepts."""
+
+    name: str
+    datatype: str
+    """As ModelMetadata states it; `accepted` may hold others."""
+
+    forms: tuple[Form, ...]
+    """Shapes that will do; ModelMetadata states the first."""
+
+    role: Role
+    scope: Scope
+
+    where: str
+    """Opening of error messages: names the feature, or the packed input."""
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Datatypes that may be sent."""
+        return _ACCEPTED[self.datatype]
+
+    @property
+    def metadata_shape(self) -> tuple[int, ...]:
+        """The first form, -1 for any size."""
+        return tuple(size if isinstance(size, int) else -1 for size in self.forms[0])
+
+    @functools.cached_property
+    def expected(self) -> str:
+        """Datatypes and shapes, in words."""
+        shapes = [f"[{', '.join(map(str, form))}]" for form in self.forms]
+        return f"{' or '.join(self.accepted)} of shape {' or '.join(shapes)}"
+
+    def allows(self, shape: Sequence[int]) -> bool:
+        """Whether a shape is one of the forms."""
+        return any(
+            len(shape) == len(form)
+            and all(
+                got >= 0 if isinstance(want, str) else got == want
+                for want, got in zip(form, shape, strict=True)
+            )
+            for form in self.forms
+        )
+
+
+def float_features(spec: ModelSpec, scope: Scope) -> tuple[FeatureSpec, ...]:
+    """Features of `<scope>.dense`, in its order."""
+    return _features(spec, scope, ValueType.FLOAT32)
+
+
+def id_features(spec: ModelSpec, scope: Scope) -> tuple[FeatureSpec, ...]:
+    """Features of `<scope>.values` and `<scope>.lengths`, in their order."""
+    return _features(spec, scope, ValueType.INT64)
+
+
+def feature_inputs(spec: ModelSpec) -> Iterator[WireInput]:
+    """The per-feature inputs, in the order of the ModelSpec."""
+    for feature in spec.features:
+        rows = _rows(feature.scope)
+        where = f"feature {feature.name!r}"
+        forms: tuple[Form, ...] = ((rows,),)
+        if feature.is_ragged:
+            forms = (("V",),)
+        elif feature.width > 1:
+            forms = ((rows, feature.width),)
+        elif not feature.is_lookup:
+            forms = ((rows,), (rows, 1))
+        yield WireInput(feature.name, _DATATYPES[feature.dtype], forms, Role.VALUES, feature.scope, where)
+        if feature.is_ragged:
+            name = feature.name + LENGTHS_SUFFIX
+            yield WireInput(
+                name, "INT32", ((rows,),), Role.LENGTHS, feature.scope, f"{where}: input {name!r}"
+            )
+
+
+def packed_inputs(spec: ModelSpec) -> Iterator[WireInput]:
+    """The packed inputs; none for a group without features."""
+    for scope in Scope:
+        rows = _rows(scope)
+        inputs: list[tuple[str, str, Form, Role]] = []
+        if floats := float_features(spec, scope):
+            form = (rows, sum(feature.width for feature in floats))
+            inputs.append((f"{scope.value}.dense", "FP32", form, Role.PACKED_DENSE))
+        if ids := id_features(spec, scope):
+            inputs.append((f"{scope.value}.values", "INT64", ("V",), Role.PACKED_VALUES))
+            form = (len(ids), rows)
+            inputs.append((scope.value + LENGTHS_SUFFIX, "INT32", form, Role.PACKED_LENGTHS))
+        for name, datatype, form, role in inputs:
+            yield WireInput(name, datatype, (form,), role, scope, f"input {name!r}")
+
+
+def _features(spec: ModelSpec, scope: Scope, dtype: ValueType) -> tuple[FeatureSpec, ...]:
+    return tuple(f for f in spec.features if f.scope is scope and f.dtype is dtype)
+
+
+def _rows(scope: Scope) -> int | str:
+    return 1 if scope is Scope.CONTEXT else "N"

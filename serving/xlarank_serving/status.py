@@ -1,0 +1,95 @@
+"""The one place where exceptions become gRPC codes, and codes become exceptions again."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import grpc
+
+from xlarank.errors import ModelNotFoundError, RequestError, UnavailableError, XlarankError
+
+__all__ = ["answering", "error_of", "failure_reason", "status_of"]
+
+_log = logging.getLogger(__name__)
+
+# First match wins, so a subclass stands before its base.
+_CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
+    (ModelNotFoundError, grpc.StatusCode.NOT_FOUND),
+    (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (concurrent.futures.CancelledError, grpc.StatusCode.CANCELLED),
+    (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
+)
+
+_ERRORS: dict[grpc.StatusCode, type[XlarankError]] = {
+    grpc.StatusCode.NOT_FOUND: ModelNotFoundError,
+    grpc.StatusCode.INVALID_ARGUMENT: RequestError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+}
+
+_FAILURE_REASONS = {
+    grpc.StatusCode.UNAVAILABLE: "REJECTED",
+    grpc.StatusCode.CANCELLED: "CANCELED",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "CANCELED",
+    grpc.StatusCode.INTERNAL: "BACKEND",
+}
+
+_MAX_DETAIL_BYTES = 2000
+"""A status travels as an HTTP/2 header, where a byte outside printable ASCII takes three; past 8 KiB the
+client would get RESOURCE_EXHAUSTED instead of the message."""
+
+
+def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
+    """Code and details that a client gets for an exception.
+
+    An exception that isn't xlarank's own is INTERNAL. Details are cut to fit into a gRPC header.
+    """
+    for error_type, code in _CODES:
+        if isinstance(error, error_type):
+            return code, _cut(str(error) or code.name.lower().replace("_", " "))
+    return grpc.StatusCode.INTERNAL, _cut(f"internal error: {type(error).__name__}: {error}")
+
+
+def failure_reason(error: BaseException) -> str:
+    """The label under which `nv_inference_request_failure` counts an exception."""
+    return _FAILURE_REASONS.get(status_of(error)[0], "OTHER")
+
+
+def error_of(code: grpc.StatusCode, details: str) -> XlarankError:
+    """The exception that a client raises for a status: inverse of `status_of` as far as there is one."""
+    error_type = _ERRORS.get(code)
+    return error_type(details) if error_type else XlarankError(f"{code.name}: {details}")
+
+
+def answering(method: Callable[[Any, Any], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
+    """Wraps an RPC method so that its exceptions reach the client as statuses and the server goes on.
+
+    INTERNAL is logged with its traceback.
+    """
+
+    @functools.wraps(method)
+    def answer(request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return method(request, context)
+        except Exception as error:
+            _abort(context, error)
+
+    return answer
+
+
+def _abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
+    code, details = status_of(error)
+    if code is grpc.StatusCode.INTERNAL:
+        _log.error("request failed: %s", details, exc_info=error)
+    context.abort(code, details)
+
+
+def _cut(details: str) -> str:
+    data = details.encode(errors="replace")
+    if len(data) <= _MAX_DETAIL_BYTES:
+        return data.decode()
+    return data[:_MAX_DETAIL_BYTES].decode(errors="ignore") + "..."

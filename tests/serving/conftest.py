@@ -1,0 +1,277 @@
+"""A repository of fake engines that score by arithmetic, and a real server over it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import threading
+from types import SimpleNamespace
+
+import grpc
+import numpy as np
+import pytest
+
+from xlarank.errors import ModelNotFoundError, UnavailableError
+from xlarank.runtime.metrics import Metrics
+from xlarank.spec import (
+    Bucketise,
+    Clip,
+    FeatureSpec,
+    Hash,
+    ModelSpec,
+    OutOfRange,
+    Ragged,
+    StringColumn,
+    TableSpec,
+    TaskKind,
+    TaskSpec,
+    check_contents,
+)
+from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.client import RankingClient
+from xlarank_serving.layout import SERVICE_NAME
+from xlarank_serving.server import RankingServer, ServerConfig
+
+
+def column_sum(column):
+    """Per row: the sum of its numbers, ids or string lengths. [n] float64."""
+    if isinstance(column, Ragged):
+        flat = column_sum(column.values)
+        ends = np.cumsum(column.lengths)
+        return np.array([flat[end - n : end].sum() for end, n in zip(ends, column.lengths, strict=True)])
+    if isinstance(column, StringColumn):
+        return np.diff(column.offsets).astype(np.float64)
+    return column.astype(np.float64).reshape(len(column), -1).sum(axis=1)
+
+
+def expected_scores(request):
+    """What FakeEngine answers: context plus candidate sums, and twice that."""
+    total = np.zeros(request.num_candidates)
+    for place, column in enumerate(request.columns, start=1):
+        total = total + place * column_sum(column)
+    return {"finish": total.astype(np.float32), "share": (2 * total).astype(np.float32)}
+
+
+class FakeEngine:
+    """Answers at once, unless `hold` keeps requests waiting."""
+
+    def __init__(self, spec, version, metrics):
+        self.spec, self.version, self.metrics = spec, version, metrics
+        self.check = check_contents
+        self.requests = []
+        self.held = None  # a list of (future, request) while holding
+        self.error = None
+
+    def submit(self, request):
+        future = concurrent.futures.Future()
+        self.requests.append(request)
+        if self.error is not None:
+            future.set_exception(self.error)
+        elif self.held is not None:
+            self.held.append((future, request))
+            self.arrived.release()
+        else:
+            future.set_result(expected_scores(request))
+        return future
+
+    def hold(self):
+        self.held, self.arrived = [], threading.Semaphore(0)
+
+    def release(self):
+        for future, request in self.held:
+            if future.set_running_or_notify_cancel():
+                future.set_result(expected_scores(request))
+        self.held = None
+
+
+class FakeRepository:
+    """What InferenceService asks for."""
+
+    def __init__(self, metrics):
+        self.metrics = metrics
+        self.engines = {}
+        self.loading = set()
+        self.is_closed = False
+
+    def add(self, spec, version):
+        engine = FakeEngine(spec, version, self.metrics.model(spec.name, version))
+        self.engines[spec.name, version] = engine
+        return engine
+
+    @property
+    def is_ready(self):
+        return not self.loading
+
+    def models(self):
+        return [(name, version, (name, version) not in self.loading) for name, version in self.engines]
+
+    def engine(self, name, version):
+        versions = [own for own_name, own in self.engines if own_name == name]
+        if not versions:
+            raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+        if version and version not in map(str, versions):
+            raise ModelNotFoundError(
+                f"Request for unknown model: '{name}' version {version} is not found"
+            )
+        key = (name, int(version) if version else max(versions))
+        if key in self.loading:
+            raise UnavailableError(f"Request for unknown model: '{name}' version {key[1]} is not at ready state")
+        return self.engines[key]
+
+    def close(self):
+        self.is_closed = True
+
+
+def feature(name, kind, scope, **fields):
+    return FeatureSpec(name=name, kind=kind, scope=scope, **fields)
+
+
+# Every kind of tensor in both scopes; `mood` and `fresh` have defaults.
+FEED = ModelSpec(
+    name="feed",
+    features=(
+        feature("age", "dense", "context"),
+        feature("country", "id", "context", table="hashed", dtype="string", preprocessing=[Hash()]),
+        feature("watched", "sequence", "context", table="videos", max_length=4),
+        feature("mood", "dense", "context", width=2, default=0.5),
+        feature("video", "id", "candidate", table="videos"),
+        feature("topics", "id_list", "candidate", table="hashed", combiner="mean", preprocessing=[Hash()]),
+        feature(
+            "tags", "id_list", "candidate", table="hashed", combiner="sum", dtype="string", preprocessing=[Hash()]
+        ),
+        feature("likes", "dense", "candidate", preprocessing=[Clip(low=0.0, high=100.0)]),
+        feature("vector", "dense", "candidate", width=3),
+        feature(
+            "hour", "id", "candidate", table="hours", preprocessing=[Bucketise(boundaries=(6.0, 12.0))]
+        ),
+        feature("fresh", "id", "candidate", table="videos", default=1),
+    ),
+    tables=(
+        TableSpec(name="videos", rows=100, dim=4),
+        TableSpec(name="hashed", rows=50, dim=4, out_of_range=OutOfRange.ZERO),
+        TableSpec(name="hours", rows=3, dim=4),
+    ),
+    tasks=(TaskSpec(name="finish"), TaskSpec(name="share", kind=TaskKind.REGRESSION, output="share.score")),
+)
+
+
+@dataclasses.dataclass
+class Serving:
+    """A running server and what is behind it."""
+
+    server: RankingServer
+    repository: FakeRepository
+    engine: FakeEngine
+    client: RankingClient
+    metrics: Metrics
+    channel: grpc.Channel
+
+    def call(self, method, request, **options):
+        """One RPC with our own messages."""
+        return self.channel.unary_unary(
+            f"/{SERVICE_NAME}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=getattr(messages, f"{method}Response").FromString,
+        )(request, timeout=10, **options)
+
+    def infer(self, request, **options):
+        return self.call("ModelInfer", request, **options)
+
+    def refusal(self, request, code=grpc.StatusCode.INVALID_ARGUMENT):
+        """Details of the status that ModelInfer answers, which must have this code."""
+        with pytest.raises(grpc.RpcError) as info:
+            self.infer(request)
+        assert info.value.code() is code, info.value.details()
+        return info.value.details()
+
+
+def start(**options):
+    metrics = Metrics()
+    repository = FakeRepository(metrics)
+    engine = repository.add(FEED, 3)
+    config = ServerConfig(port=0, http_port=0, **options)
+    server = RankingServer(repository, metrics.text, config)
+    client = RankingClient(server.address, timeout=10)
+    return Serving(server, repository, engine, client, metrics, grpc.insecure_channel(server.address))
+
+
+@pytest.fixture
+def serving():
+    """A server of its own for one test."""
+    running = start()
+    yield running
+    running.channel.close()
+    running.client.close()
+    running.server.stop(0)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """One server for tests that leave it as they found it."""
+    running = start()
+    yield running
+    running.channel.close()
+    running.client.close()
+    running.server.stop(0)
+
+
+@pytest.fixture
+def candidates():
+    """Values of every feature of FEED for 3 candidates."""
+    return {
+        "age": 31.5,
+        "country": "de",
+        "watched": [[5, 6, 7]],
+        "mood": [[0.25, 0.75]],
+        "video": [8, 0, 99],
+        "topics": [[1, 2], [], [2**40]],
+        "tags": [["a"], ["b", "ccc"], []],
+        "likes": [0.5, 1.5, 2.5],
+        "vector": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]],
+        "hour": [3.0, 9.0, 23.0],
+        "fresh": [4, 5, 6],
+    }
+
+
+def raw_request(model="feed", **inputs):
+    """A ModelInferRequest with raw contents; each input is an array, or (datatype, shape, bytes)."""
+    names = {"float32": "FP32", "float64": "FP64", "int32": "INT32", "int64": "INT64"}
+    request = messages.ModelInferRequest(model_name=model)
+    for name, value in inputs.items():
+        name = name.replace("__", ".")
+        if isinstance(value, tuple):
+            datatype, shape, raw = value
+        elif isinstance(value, list):
+            datatype, shape = "BYTES", [len(value)]
+            raw = b"".join(len(v).to_bytes(4, "little") + v for v in value)
+        else:
+            datatype, shape, raw = names[str(value.dtype)], value.shape, value.tobytes()
+        request.inputs.add(name=name, datatype=datatype, shape=shape)
+        request.raw_input_contents.append(raw)
+    return request
+
+
+def valid_inputs(n=3):
+    """Per-feature inputs of FEED for n candidates; `mood` and `fresh` are left out."""
+    return {
+        "age": np.array([31.5], np.float32),
+        "country": [b"de"],
+        "watched": np.array([5, 6, 7], np.int64),
+        "watched__lengths": np.array([3], np.int32),
+        "video": np.arange(n, dtype=np.int64),
+        "topics": np.arange(2 * n, dtype=np.int64),
+        "topics__lengths": np.full(n, 2, np.int32),
+        "tags": [b"x"] * n,
+        "tags__lengths": np.ones(n, np.int32),
+        "likes": np.linspace(0, 1, n, dtype=np.float32),
+        "vector": np.ones((n, 3), np.float32),
+        "hour": np.full(n, 9, np.float32),
+    }
+
+
+@pytest.fixture
+def wire():
+    """Helpers to write requests by hand."""
+    return SimpleNamespace(
+        messages=messages, raw=raw_request, valid=valid_inputs, expected=expected_scores, spec=FEED, start=start
+    )

@@ -1,0 +1,255 @@
+"""Prometheus metrics under the names that Triton's dashboards know, and a few of our own: `Metrics`.
+
+`Metrics` holds one `ModelMetrics` a model version; engines write into those, `Metrics.text` is what
+`/metrics` answers. Names (labels `model` and `version`; durations in microseconds, summed over requests):
+
+    nv_inference_request_success            requests answered
+    nv_inference_request_failure            requests refused or failed, by `reason`: REJECTED, CANCELED,
+                                            BACKEND, OTHER (bad input)
+    nv_inference_count                      rows scored
+    nv_inference_exec_count                 batches executed
+    nv_inference_request_duration_us        submit to answer
+    nv_inference_queue_duration_us          submit to the start of gather
+    nv_inference_compute_input_duration_us  gather
+    nv_inference_compute_infer_duration_us  execute
+    nv_inference_compute_output_duration_us respond
+    nv_inference_pending_request_count      requests submitted and not yet answered
+    nv_inference_*_duration_histogram_us    the same five durations as histograms
+    xlarank_batch_rows_total                valid rows in executed batches
+    xlarank_padding_rows_total              rows of executed buckets that held no candidate
+    xlarank_bucket_batches_total            batches executed, by `bucket` (rows x requests)
+    xlarank_gather_seconds_total            time spent gathering, summed over batches
+    xlarank_execute_seconds_total           time spent executing, summed over batches
+    xlarank_request_path_compiles_total     compiles that a request had to wait for: a defect
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+import prometheus_client
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from xlarank.errors import ConfigError
+from xlarank.spec import Bucket
+
+__all__ = ["FAILURE_REASONS", "Metrics", "ModelMetrics"]
+
+FAILURE_REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
+"""Triton's: refused unrun or timed out in the queue; given up by the caller; failed while running; else."""
+
+_STAGES = ("request", "queue", "compute_input", "compute_infer", "compute_output")
+
+_BOUNDS_US = tuple(10.0 * 2**i for i in range(21))
+"""Upper bounds of the histograms: 10 us to 10.5 s, each twice the one before."""
+
+_BOUND_NAMES = (*(f"{bound:.0f}" for bound in _BOUNDS_US), "+Inf")
+
+_HELP = {
+    "nv_inference_request_success": "Requests answered",
+    "nv_inference_request_failure": "Requests refused or failed, by reason",
+    "nv_inference_count": "Rows scored",
+    "nv_inference_exec_count": "Batches executed",
+    "nv_inference_request_duration_us": "Microseconds from submit to answer, summed over requests",
+    "nv_inference_queue_duration_us": "Microseconds from submit to gather, summed over requests",
+    "nv_inference_compute_input_duration_us": "Microseconds of gather, summed over requests",
+    "nv_inference_compute_infer_duration_us": "Microseconds of execute, summed over requests",
+    "nv_inference_compute_output_duration_us": "Microseconds of respond, summed over requests",
+    "nv_inference_pending_request_count": "Requests submitted and not yet answered",
+    "xlarank_batch_rows_total": "Valid rows in executed batches",
+    "xlarank_padding_rows_total": "Rows of executed buckets that held no candidate",
+    "xlarank_bucket_batches_total": "Batches executed, by bucket (rows x requests)",
+    "xlarank_gather_seconds_total": "Seconds of gather, summed over batches",
+    "xlarank_execute_seconds_total": "Seconds of execute, summed over batches",
+    "xlarank_request_path_compiles_total": "Compiles that a request had to wait for",
+}
+
+# prometheus_client writes counters' headers with the suffix _total, which Triton's names don't have.
+_TRITON_HEADER = re.compile(r"^(# (?:HELP|TYPE) nv_inference_\w+)_total ", re.MULTILINE)
+
+
+class ModelMetrics:
+    """What one model version did. Any thread may write; a write costs a few microseconds.
+
+    The engine counts batches and answered requests. Failures are counted by whoever tells the caller (the
+    server), because only there the bad input that no engine saw and the caller who left are known too.
+    """
+
+    def __init__(self, model: str, version: int, *, pending: Callable[[], int] = lambda: 0) -> None:
+        """
+        Args:
+          model: its name.
+          version: its version.
+          pending: requests submitted and not yet answered; asked at each scrape.
+        """
+        self.labels = {"model": model, "version": str(version)}
+        self._pending = pending
+        self._lock = threading.Lock()
+        # All below guarded by _lock.
+        self._values = dict.fromkeys(_HELP, 0.0)  # by metric name
+        self._failures: Counter[str] = Counter(dict.fromkeys(FAILURE_REASONS, 0))
+        self._batches: Counter[Bucket] = Counter()
+        self._sums_us = [0.0] * len(_STAGES)
+        self._histograms = [[0] * len(_BOUND_NAMES) for _ in _STAGES]  # not cumulative
+
+    def record_batch(
+        self, bucket: Bucket, num_rows: int, num_requests: int, gather_seconds: float, execute_seconds: float
+    ) -> None:
+        """Counts one executed batch.
+
+        Args:
+          bucket: the compiled size that ran.
+          num_rows: rows in it that are candidates; the rest is padding.
+          num_requests: requests with rows in it.
+          gather_seconds: looking up and filling the buffers.
+          execute_seconds: dispatch to scores on the host.
+        """
+        assert 0 < num_rows <= bucket.rows
+        assert 0 < num_requests <= bucket.requests
+        with self._lock:
+            values = self._values
+            values["nv_inference_exec_count"] += 1
+            values["xlarank_batch_rows_total"] += num_rows
+            values["xlarank_padding_rows_total"] += bucket.rows - num_rows
+            values["xlarank_gather_seconds_total"] += gather_seconds
+            values["xlarank_execute_seconds_total"] += execute_seconds
+            self._batches[bucket] += 1
+
+    def record_success(
+        self,
+        num_rows: int,
+        *,
+        queue_seconds: float,
+        gather_seconds: float,
+        execute_seconds: float,
+        total_seconds: float,
+    ) -> None:
+        """Counts one answered request; its share of a batch counts as the whole batch's time, as in Triton.
+
+        What is left of the total beside queue, gather and execute counts as respond.
+
+        Args:
+          num_rows: N.
+          queue_seconds: submit to the start of gather.
+          gather_seconds: of its batch, or summed over its parts.
+          execute_seconds: likewise.
+          total_seconds: submit to the answered future.
+        """
+        respond_seconds = max(0.0, total_seconds - queue_seconds - gather_seconds - execute_seconds)
+        durations = (total_seconds, queue_seconds, gather_seconds, execute_seconds, respond_seconds)
+        with self._lock:
+            self._values["nv_inference_request_success"] += 1
+            self._values["nv_inference_count"] += num_rows
+            for stage, seconds in enumerate(durations):
+                duration_us = seconds * 1e6
+                self._sums_us[stage] += duration_us
+                self._histograms[stage][bisect.bisect_left(_BOUNDS_US, duration_us)] += 1
+
+    def record_failure(self, reason: str) -> None:
+        """Counts one refused or failed request; `reason` is one of FAILURE_REASONS."""
+        if reason not in FAILURE_REASONS:
+            raise ConfigError(f"failure reason: expected one of {list(FAILURE_REASONS)}, got {reason!r}")
+        with self._lock:
+            self._failures[reason] += 1
+
+    def set_compiles(self, count: int) -> None:
+        """States how many compiles happened on the request path so far."""
+        with self._lock:
+            self._values["xlarank_request_path_compiles_total"] = count
+
+    def samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """Name, labels and value of every series but the histograms', of one moment."""
+        with self._lock:
+            values, failures = self._values.copy(), self._failures.copy()
+            batches, sums_us = self._batches.copy(), list(self._sums_us)
+        for stage, total_us in zip(_STAGES, sums_us, strict=True):
+            values[f"nv_inference_{stage}_duration_us"] = total_us
+        values["nv_inference_pending_request_count"] = self._pending()
+        for name in _HELP:
+            if name == "nv_inference_request_failure":
+                for reason, count in failures.items():
+                    yield name, {**self.labels, "reason": reason}, count
+            elif name == "xlarank_bucket_batches_total":
+                for bucket, count in sorted(batches.items()):
+                    yield name, {**self.labels, "bucket": str(bucket)}, count
+            else:
+                yield name, self.labels, values[name]
+
+    def histograms(self) -> Iterator[tuple[str, list[tuple[str, int]], float]]:
+        """Metric name, cumulative counts by upper bound, and sum in microseconds, of one moment."""
+        with self._lock:
+            histograms, sums_us = [list(counts) for counts in self._histograms], list(self._sums_us)
+        for stage, counts, total_us in zip(_STAGES, histograms, sums_us, strict=True):
+            cumulative = list(zip(_BOUND_NAMES, itertools.accumulate(counts), strict=True))
+            yield f"nv_inference_{stage}_duration_histogram_us", cumulative, total_us
+
+
+class Metrics(Collector):
+    """The metrics of a process, one `ModelMetrics` a model version."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        """
+        Args:
+          registry: where to register; a new one, with the process's own metrics, by default.
+        """
+        if registry is None:
+            registry = CollectorRegistry()
+            prometheus_client.ProcessCollector(registry=registry)
+        self._registry = registry
+        self._lock = threading.Lock()
+        self._models: dict[tuple[str, int], ModelMetrics] = {}  # guarded by _lock
+        registry.register(self)
+
+    def model(self, name: str, version: int, *, pending: Callable[[], int] = lambda: 0) -> ModelMetrics:
+        """New metrics of a model version; they replace those of an earlier load of the same version."""
+        metrics = ModelMetrics(name, version, pending=pending)
+        with self._lock:
+            self._models[name, version] = metrics
+        return metrics
+
+    def remove(self, name: str, version: int) -> None:
+        """Forgets an unloaded version."""
+        with self._lock:
+            self._models.pop((name, version), None)
+
+    def text(self) -> bytes:
+        """Prometheus text format 0.0.4, with the names exactly as above."""
+        text = prometheus_client.generate_latest(self._registry).decode()
+        return _TRITON_HEADER.sub(r"\1 ", text).encode()
+
+    def collect(self) -> Iterable[Metric]:
+        """For prometheus_client."""
+        with self._lock:
+            models = list(self._models.values())
+        families = {
+            name: Metric(name.removesuffix("_total"), text, _type_of(name)) for name, text in _HELP.items()
+        }
+        for name, labels, value in itertools.chain.from_iterable(model.samples() for model in models):
+            families[name].add_sample(name, labels, value)
+        yield from families.values()
+        for stage in _STAGES:
+            help_text = _HELP[f"nv_inference_{stage}_duration_us"].removesuffix(", summed over requests")
+            yield self._histogram(f"nv_inference_{stage}_duration_histogram_us", help_text, models)
+
+    def describe(self) -> Iterable[Metric]:
+        """For prometheus_client: nothing to compare at registration."""
+        return []
+
+    def _histogram(self, name: str, help_text: str, models: list[ModelMetrics]) -> Metric:
+        family = HistogramMetricFamily(name, help_text, labels=["model", "version"])
+        for model in models:
+            for own_name, buckets, total_us in model.histograms():
+                if own_name == name:
+                    family.add_metric(list(model.labels.values()), buckets, total_us)
+        return family
+
+
+def _type_of(name: str) -> str:
+    return "gauge" if name == "nv_inference_pending_request_count" else "counter"
