@@ -13,7 +13,7 @@ from xlarank.host._extension import native
 from xlarank.host.plan import native_plan
 from xlarank.host.reference import gather_numpy
 from xlarank.host.tables import check_form
-from xlarank.spec import Bucket, Column, ModelSpec, RankRequest, Signature, check_contents
+from xlarank.spec import Bucket, Column, ModelSpec, Ragged, RankRequest, Signature, StringColumn, check_contents
 
 __all__ = ["BoundRequest", "Gatherer", "Segment"]
 
@@ -24,6 +24,9 @@ class BoundRequest:
 
     request: RankRequest
     """What was bound."""
+
+    token: object
+    """Of the gatherer that bound it."""
 
     handle: Any
     """The kernel's pointers to its columns; None in NumPy."""
@@ -98,6 +101,7 @@ class Gatherer:
         self.signature = Signature.of_model(spec)
         self.backend = "numpy" if backend == "numpy" or native is None else "native"
         self._tables = dict(tables)
+        self._token = object()
         self._kernel: Any = None
         if self.backend == "native":
             self._kernel = native_plan(spec, self.signature, self._tables, num_threads)
@@ -123,8 +127,17 @@ class Gatherer:
                 f"expected a request of model {self.spec.name!r} as gathered here, got one made for "
                 f"another spec, of model {request.spec.name!r}"
             )
-        handle = None if self._kernel is None else self._kernel.bind(request.columns, request.num_candidates)
-        return BoundRequest(request, handle)
+        if self._kernel is None:
+            return BoundRequest(request, self._token, None)
+        handle = self._kernel.bind(request.columns, request.num_candidates)
+        if handle is None:
+            # Valid but in another form, such as int32 string offsets; or changed since its check.
+            columns = tuple(_plain(column) for column in request.columns)
+            check_contents(self.spec, columns)
+            handle = self._kernel.bind(columns, request.num_candidates)
+        if handle is None:
+            raise FeatureError(f"{request!r}: its columns changed after they were checked")
+        return BoundRequest(request, self._token, handle)
 
     def gather(self, segments: Sequence[Segment], bucket: Bucket, out: Mapping[str, np.ndarray]) -> None:
         """Writes a batch: context s and the candidates of segment s, for every segment in order.
@@ -174,8 +187,8 @@ class Gatherer:
                     f"gather: segment {index}: expected 0 <= begin < end <= {num_candidates} candidates, "
                     f"got [{segment.begin}, {segment.end})"
                 )
-            if (segment.request.handle is None) != (self._kernel is None):
-                raise ConfigError(f"gather: segment {index} was bound by a gatherer of another backend")
+            if segment.request.token is not self._token:
+                raise ConfigError(f"gather: segment {index}: its request was bound by another gatherer")
         num_rows = sum(segment.end - segment.begin for segment in segments)
         if not bucket.holds(num_rows, len(segments)):
             raise BucketError(
@@ -197,3 +210,15 @@ class Gatherer:
                 )
             if not (array.flags.c_contiguous and array.flags.writeable):
                 raise ConfigError(f"gather: leaf {leaf.name!r}: expected a writable C-contiguous array")
+
+
+def _plain(column: Column) -> Column:
+    """A column in the dtypes and strides of spec/columns.py."""
+    if isinstance(column, Ragged):
+        values = _plain(column.values)
+        assert not isinstance(values, Ragged)
+        return Ragged(values, np.ascontiguousarray(column.lengths, np.int32))
+    if isinstance(column, StringColumn):
+        blob = np.ascontiguousarray(column.blob, np.uint8)
+        return StringColumn(blob, np.ascontiguousarray(column.offsets, np.int64))
+    return np.ascontiguousarray(column)

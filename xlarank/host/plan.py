@@ -2,20 +2,119 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from xlarank.host._extension import native
-from xlarank.spec import ModelSpec, Signature
+from xlarank.host.vocabulary import index_of
+from xlarank.spec import Clip, FeatureKind, FeatureSpec, Log1p, ModelSpec, Signature, ValueType
 
 __all__ = ["native_plan"]
 
 
 def native_plan(
-    spec: ModelSpec, signature: Signature, tables: Mapping[str, np.ndarray], num_threads: int
+    spec: ModelSpec,
+    signature: Signature,
+    tables: Mapping[str, np.ndarray],
+    num_threads: int,
+    *,
+    isa: str = "auto",
 ) -> Any:
-    """The kernel for a model."""
+    """Prepares the kernel for a model.
+
+    Args:
+      spec: the model, fitted.
+      signature: of the model.
+      tables: [R, D] float32 by name, C-contiguous; kept alive by the kernel.
+      num_threads: threads that gather, the caller among them.
+      isa: instruction set of pooling: "avx512", "avx2", "baseline", or "auto", the best that the CPU runs.
+
+    Returns:
+      A ``_native.Kernel``.
+
+    Raises:
+      ValueError: if the CPU doesn't run `isa`.
+    """
     assert native is not None
-    raise NotImplementedError
+    table_names = [table.name for table in spec.tables]
+    leaf_names = [leaf.name for leaf in signature.leaves]
+    features = []
+    for feature in spec.features:
+        slot = signature.slots[feature.name]
+        fields = _feature(feature)
+        fields["table"] = table_names.index(feature.table) if feature.table is not None else -1
+        fields["leaf"], fields["begin"] = leaf_names.index(slot.leaf), slot.begin
+        features.append(fields)
+    return native.Kernel(
+        tables=[{"values": tables[t.name], "out_of_range": t.out_of_range.value} for t in spec.tables],
+        features=features,
+        leaves=[
+            (leaf.scope.value, math.prod(leaf.tail) * np.dtype(leaf.dtype).itemsize)
+            for leaf in signature.leaves
+        ],
+        num_threads=num_threads,
+        isa=isa,
+    )
+
+
+def _feature(feature: FeatureSpec) -> dict[str, Any]:
+    floats = feature.dtype is ValueType.FLOAT32
+    has_default = floats and feature.default is not None
+    vocabulary = None
+    if feature.vocabulary is not None and feature.vocabulary.values:
+        vocabulary = index_of(feature.vocabulary).native
+    boundaries = feature.bucketise.boundaries if feature.bucketise is not None else ()
+    return {
+        "kind": feature.kind.value,
+        "scope": feature.scope.value,
+        "dtype": feature.dtype.value,
+        "width": feature.width if feature.kind is FeatureKind.DENSE else 1,
+        "combiner": feature.combiner.value if feature.combiner is not None else "sum",
+        "max_length": feature.max_length or 0,
+        "has_default": has_default,
+        "default_value": _float32(feature.default)[0] if has_default else 0.0,
+        "operations": _operations(feature),
+        "checks_log1p": _checks_log1p(feature),
+        "rows_from": _rows_from(feature),
+        "hash_seed": feature.hash.seed if feature.hash is not None else 0,
+        "vocabulary": vocabulary,
+        "boundaries": _float32(boundaries),
+    }
+
+
+def _rows_from(feature: FeatureSpec) -> str:
+    for name in ("hash", "vocabulary", "bucketise"):
+        if getattr(feature, name) is not None:
+            return name
+    return "id"
+
+
+def _operations(feature: FeatureSpec) -> list[tuple[str, list[float], list[float]]]:
+    operations: list[tuple[str, list[float], list[float]]] = []
+    for operation in feature.dense_operations:
+        if isinstance(operation, Log1p):
+            operations.append(("log1p", [], []))
+        elif isinstance(operation, Clip):
+            operations.append(("clip", _float32(operation.low), _float32(operation.high)))
+        else:
+            operations.append(("standardise", _float32(operation.mean), _float32(operation.std)))
+    return operations
+
+
+def _checks_log1p(feature: FeatureSpec) -> bool:
+    """Whether `check_contents` looks for values <= -1, as it does unless a clip before log1p lifts them."""
+    for operation in feature.dense_operations:
+        if isinstance(operation, Log1p):
+            return True
+        if isinstance(operation, Clip) and operation.low > -1:
+            return False
+    return False
+
+
+def _float32(values: Any) -> list[float]:
+    """Rounded to float32, infinite where beyond it, as `xlarank.host.preprocessing` has them."""
+    with np.errstate(over="ignore"):
+        return np.atleast_1d(np.array(values, np.float64)).astype(np.float32).tolist()

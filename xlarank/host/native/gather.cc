@@ -1,0 +1,340 @@
+#include "gather.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "preprocess.h"
+
+namespace xlarank {
+namespace {
+
+constexpr int64_t kLineBytes = 64;
+// Lines in flight by prefetch: what a core's miss buffers hold, in lines so that wide rows don't overrun them.
+constexpr int64_t kLinesAhead = 32;
+// A task, in lines touched: large enough to pay for its prologue, small enough to balance the threads.
+constexpr int64_t kMinTaskLines = 512;
+constexpr int64_t kMaxTaskLines = 16384;
+constexpr int64_t kTasksAThread = 8;
+// Less than this in all is done before a helper would have woken up.
+constexpr int64_t kInlineLines = 2048;
+constexpr int64_t kDenseBlockRows = 32;
+
+// Rows [begin, end) of a batch for one lookup feature, or for all dense features of a scope.
+struct Task {
+  const Feature* feature;  // null: the dense features
+  Scope scope;
+  int64_t begin;
+  int64_t end;
+};
+
+// Reused by every task of a thread.
+struct Scratch {
+  std::vector<int32_t> rows;
+  std::vector<int64_t> bounds;
+};
+
+int64_t lines_of(int64_t bytes) { return bytes / kLineBytes + 1; }
+
+class Batch {
+ public:
+  Batch(const Plan& plan, PoolFunction pool, const std::vector<Segment>& segments, int64_t num_rows,
+        int64_t num_requests, const std::vector<uint8_t*>& leaves)
+      : plan_(plan), pool_(pool), segments_(segments), leaves_(leaves), sizes_{num_requests, num_rows} {
+    starts_.reserve(segments.size() + 1);
+    starts_.push_back(0);
+    for (const Segment& segment : segments) starts_.push_back(starts_.back() + segment.end - segment.begin);
+  }
+
+  int64_t fill(ThreadPool& threads) {
+    std::vector<Task> tasks;
+    const int64_t lines = plan_tasks(threads.num_threads(), tasks);
+    run(threads, lines, tasks, [this](const Task& task) { do_task(task); });
+    write_request_of_row();
+    pad(threads);
+    return bad_feature_.load(std::memory_order_relaxed);
+  }
+
+ private:
+  int64_t valid_rows(Scope scope) const {
+    return scope == Scope::kContext ? static_cast<int64_t>(segments_.size()) : starts_.back();
+  }
+
+  template <class Item, class Body>
+  static void run(ThreadPool& threads, int64_t lines, const std::vector<Item>& items, const Body& body) {
+    const int64_t count = static_cast<int64_t>(items.size());
+    if (lines < kInlineLines) {
+      for (const Item& item : items) body(item);
+    } else {
+      threads.run(count, [&](int64_t i) { body(items[static_cast<size_t>(i)]); });
+    }
+  }
+
+  // Calls body(column, first, last, row) for the parts of batch rows [begin, end) that lie in one request:
+  // rows [first, last) of the feature's column belong at batch row `row`.
+  template <class Body>
+  void for_each_part(const Feature& feature, int64_t begin, int64_t end, const Body& body) const {
+    const size_t index = static_cast<size_t>(&feature - plan_.features.data());
+    if (feature.scope == Scope::kContext) {
+      for (int64_t s = begin; s < end; ++s) {
+        body(segments_[static_cast<size_t>(s)].request->columns[index], int64_t{0}, int64_t{1}, s);
+      }
+      return;
+    }
+    size_t s = static_cast<size_t>(std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin()) - 1;
+    for (int64_t row = begin; row < end; ++s) {
+      const int64_t first = segments_[s].begin + row - starts_[s];
+      const int64_t count = std::min(end, starts_[s + 1]) - row;
+      body(segments_[s].request->columns[index], first, first + count, row);
+      row += count;
+    }
+  }
+
+  // Appends all tasks; returns the lines that they touch, about.
+  int64_t plan_tasks(int num_threads, std::vector<Task>& tasks) const {
+    std::vector<std::pair<Task, int64_t>> wholes;  // one a feature, and its lines
+    int64_t total = 0;
+    for (const Scope scope : {Scope::kContext, Scope::kCandidate}) {
+      const int64_t rows = valid_rows(scope);
+      int64_t dense_width = 0;
+      for (const Feature& feature : plan_.features) {
+        if (feature.scope != scope) continue;
+        if (feature.kind == Kind::kDense) {
+          dense_width += feature.width;
+          continue;
+        }
+        wholes.push_back({Task{&feature, scope, 0, rows}, lookup_lines(feature, rows)});
+      }
+      if (dense_width) wholes.push_back({Task{nullptr, scope, 0, rows}, rows * lines_of(dense_width * 8)});
+    }
+    for (const auto& whole : wholes) total += whole.second;
+    const int64_t target = std::clamp(total / (num_threads * kTasksAThread), kMinTaskLines, kMaxTaskLines);
+    for (const auto& [whole, lines] : wholes) {
+      const int64_t parts = std::clamp<int64_t>((lines + target - 1) / target, 1, whole.end);
+      for (int64_t part = 0; part < parts; ++part) {
+        tasks.push_back(Task{whole.feature, whole.scope, whole.end * part / parts, whole.end * (part + 1) / parts});
+      }
+    }
+    return total;
+  }
+
+  int64_t lookup_lines(const Feature& feature, int64_t rows) const {
+    int64_t num_ids = 0;
+    for_each_part(feature, 0, rows, [&](const Column& column, int64_t first, int64_t last, int64_t) {
+      num_ids += column.bags.empty()
+                     ? last - first
+                     : column.bags[static_cast<size_t>(last)] - column.bags[static_cast<size_t>(first)];
+    });
+    if (feature.max_length) num_ids = std::min(num_ids, rows * feature.max_length);
+    const int64_t row_bytes = plan_.tables[static_cast<size_t>(feature.table)].dim * 4;
+    const int64_t written = feature.kind == Kind::kSequence ? feature.max_length : 1;
+    return num_ids * lines_of(row_bytes) + rows * written * lines_of(row_bytes);
+  }
+
+  void do_task(const Task& task) {
+    if (!task.feature) {
+      write_dense_rows(task);
+      return;
+    }
+    thread_local Scratch scratch;
+    switch (task.feature->kind) {
+      case Kind::kId:
+        look_up_ids(task, scratch);
+        break;
+      case Kind::kIdList:
+        pool_bags(task, scratch);
+        break;
+      case Kind::kSequence:
+        copy_sequences(task, scratch);
+        break;
+      case Kind::kDense:
+        break;
+    }
+  }
+
+  // Address of a feature's first column in row `row` of a leaf of floats, and the leaf's floats a row.
+  float* place(const Feature& feature, int64_t row) const {
+    return reinterpret_cast<float*>(leaves_[static_cast<size_t>(feature.leaf)]) + row * stride(feature) + feature.begin;
+  }
+  int64_t stride(const Feature& feature) const {
+    return plan_.leaves[static_cast<size_t>(feature.leaf)].row_bytes / static_cast<int64_t>(sizeof(float));
+  }
+  const Table& table_of(const Feature& feature) const { return plan_.tables[static_cast<size_t>(feature.table)]; }
+
+  // In blocks of rows, so that the lines of a block stay in cache from feature to feature.
+  void write_dense_rows(const Task& task) const {
+    for (int64_t begin = task.begin; begin < task.end; begin += kDenseBlockRows) {
+      const int64_t end = std::min(task.end, begin + kDenseBlockRows);
+      for (const Feature& feature : plan_.features) {
+        if (feature.kind != Kind::kDense || feature.scope != task.scope) continue;
+        for_each_part(feature, begin, end, [&](const Column& column, int64_t first, int64_t last, int64_t row) {
+          write_dense(feature, column, first, last, place(feature, row), stride(feature));
+        });
+      }
+    }
+  }
+
+  void resolve(const Feature& feature, const Column& column, int64_t begin, int64_t end, int32_t* rows) {
+    if (resolve_rows(feature, table_of(feature), column, begin, end, rows)) return;
+    const int64_t index = &feature - plan_.features.data();
+    int64_t seen = bad_feature_.load(std::memory_order_relaxed);
+    while ((seen < 0 || index < seen) && !bad_feature_.compare_exchange_weak(seen, index)) {
+    }
+  }
+
+  // Row numbers of the ids of a task's bags, truncated, into the scratch: flat, with bounds.
+  void resolve_bags(const Task& task, Scratch& scratch) {
+    const Feature& feature = *task.feature;
+    const int64_t limit = feature.max_length ? feature.max_length : INT64_MAX;
+    scratch.rows.clear();
+    scratch.bounds.assign(1, 0);
+    for_each_part(feature, task.begin, task.end, [&](const Column& column, int64_t first, int64_t last, int64_t) {
+      const auto flush = [&](int64_t begin, int64_t end) {
+        const size_t at = scratch.rows.size();
+        scratch.rows.resize(at + static_cast<size_t>(end - begin));
+        if (end > begin) resolve(feature, column, begin, end, scratch.rows.data() + at);
+      };
+      int64_t run_begin = column.bags[static_cast<size_t>(first)], run_end = run_begin;
+      for (int64_t row = first; row < last; ++row) {
+        const int64_t end = column.bags[static_cast<size_t>(row) + 1];
+        const int64_t begin = std::max(column.bags[static_cast<size_t>(row)], end - std::min(limit, end));
+        if (begin != run_end) {
+          flush(run_begin, run_end);
+          run_begin = begin;
+        }
+        run_end = end;
+        scratch.bounds.push_back(scratch.bounds.back() + end - begin);
+      }
+      flush(run_begin, run_end);
+    });
+  }
+
+  void pool_bags(const Task& task, Scratch& scratch) {
+    const Feature& feature = *task.feature;
+    resolve_bags(task, scratch);
+    const Table& table = table_of(feature);
+    const Bags bags{scratch.rows.data(), scratch.bounds.data(), task.end - task.begin};
+    const Divide divide = feature.combiner == Combiner::kSum    ? Divide::kNo
+                          : feature.combiner == Combiner::kMean ? Divide::kByCount
+                                                                : Divide::kBySqrtCount;
+    pool_(table.data, table.dim, bags, divide, ahead(table), place(feature, task.begin), stride(feature));
+  }
+
+  void look_up_ids(const Task& task, Scratch& scratch) {
+    const Feature& feature = *task.feature;
+    scratch.rows.resize(static_cast<size_t>(task.end - task.begin));
+    for_each_part(feature, task.begin, task.end, [&](const Column& column, int64_t first, int64_t last, int64_t row) {
+      resolve(feature, column, first, last, scratch.rows.data() + (row - task.begin));
+    });
+    const Table& table = table_of(feature);
+    Reader reader(table, scratch.rows);
+    float* out = place(feature, task.begin);
+    for (size_t i = 0; i < scratch.rows.size(); ++i, out += stride(feature)) reader.copy(i, out);
+  }
+
+  void copy_sequences(const Task& task, Scratch& scratch) {
+    const Feature& feature = *task.feature;
+    resolve_bags(task, scratch);
+    const Table& table = table_of(feature);
+    const int64_t length = feature.max_length;
+    Reader reader(table, scratch.rows);
+    float* out = place(feature, task.begin);
+    uint8_t* mask = leaves_[static_cast<size_t>(feature.leaf) + 1] + task.begin * length;
+    for (size_t bag = 0; bag + 1 < scratch.bounds.size(); ++bag, out += length * table.dim, mask += length) {
+      const int64_t begin = scratch.bounds[bag], count = scratch.bounds[bag + 1] - begin;
+      for (int64_t i = 0; i < count; ++i) reader.copy(static_cast<size_t>(begin + i), out + i * table.dim);
+      std::memset(out + count * table.dim, 0, static_cast<size_t>((length - count) * table.dim) * sizeof(float));
+      std::memset(mask, 1, static_cast<size_t>(count));
+      std::memset(mask + count, 0, static_cast<size_t>(length - count));
+    }
+  }
+
+  static int64_t ahead(const Table& table) {
+    return std::max<int64_t>(1, kLinesAhead / lines_of(table.dim * static_cast<int64_t>(sizeof(float)) - 1));
+  }
+
+  // Copies rows of a table in the order of a row array, the prefetch cursor in front.
+  class Reader {
+   public:
+    Reader(const Table& table, const std::vector<int32_t>& rows)
+        : table_(table), rows_(rows), ahead_(static_cast<size_t>(Batch::ahead(table))) {
+      for (size_t i = 0; i < ahead_; ++i) prefetch(i);
+    }
+
+    void copy(size_t at, float* out) const {
+      prefetch(at + ahead_);
+      const size_t bytes = static_cast<size_t>(table_.dim) * sizeof(float);
+      if (rows_[at] < 0) {
+        std::memset(out, 0, bytes);
+      } else {
+        std::memcpy(out, table_.data + static_cast<int64_t>(rows_[at]) * table_.dim, bytes);
+      }
+    }
+
+   private:
+    void prefetch(size_t at) const {
+      if (at >= rows_.size() || rows_[at] < 0) return;
+      const char* const first =
+          reinterpret_cast<const char*>(table_.data + static_cast<int64_t>(rows_[at]) * table_.dim);
+      const char* const last = first + table_.dim * static_cast<int64_t>(sizeof(float)) - 1;
+      for (const char* line = first; line <= last; line += kLineBytes) __builtin_prefetch(line);
+      __builtin_prefetch(last);
+    }
+
+    const Table& table_;
+    const std::vector<int32_t>& rows_;
+    size_t ahead_;
+  };
+
+  void write_request_of_row() const {
+    int32_t* const out = reinterpret_cast<int32_t*>(leaves_.back());
+    for (size_t s = 0; s < segments_.size(); ++s) {
+      std::fill(out + starts_[s], out + starts_[s + 1], static_cast<int32_t>(s));
+    }
+  }
+
+  // Repeats the last valid row of each leaf to its end.
+  void pad(ThreadPool& threads) const {
+    struct Rows {
+      size_t leaf;
+      int64_t begin;
+      int64_t end;
+    };
+    std::vector<Rows> parts;
+    int64_t lines = 0;
+    for (size_t leaf = 0; leaf < plan_.leaves.size(); ++leaf) {
+      const int64_t row_lines = lines_of(plan_.leaves[leaf].row_bytes);
+      const int64_t end = sizes_[static_cast<size_t>(plan_.leaves[leaf].scope)];
+      const int64_t step = std::max<int64_t>(1, kMinTaskLines / row_lines);
+      for (int64_t begin = valid_rows(plan_.leaves[leaf].scope); begin < end; begin += step) {
+        parts.push_back(Rows{leaf, begin, std::min(end, begin + step)});
+        lines += (parts.back().end - begin) * row_lines;
+      }
+    }
+    run(threads, lines, parts, [this](const Rows& rows) {
+      const Leaf& leaf = plan_.leaves[rows.leaf];
+      const size_t bytes = static_cast<size_t>(leaf.row_bytes);
+      const uint8_t* const last = leaves_[rows.leaf] + (valid_rows(leaf.scope) - 1) * leaf.row_bytes;
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        std::memcpy(leaves_[rows.leaf] + row * leaf.row_bytes, last, bytes);
+      }
+    });
+  }
+
+  const Plan& plan_;
+  const PoolFunction pool_;
+  const std::vector<Segment>& segments_;
+  const std::vector<uint8_t*>& leaves_;
+  const int64_t sizes_[2];  // rows of the bucket by scope: Q, B
+  std::vector<int64_t> starts_;  // first batch row of each segment, then their total
+  std::atomic<int64_t> bad_feature_{-1};
+};
+
+}  // namespace
+
+int64_t gather(const Plan& plan, PoolFunction pool, ThreadPool& threads, const std::vector<Segment>& segments,
+               int64_t num_rows, int64_t num_requests, const std::vector<uint8_t*>& leaves) {
+  return Batch(plan, pool, segments, num_rows, num_requests, leaves).fill(threads);
+}
+
+}  // namespace xlarank

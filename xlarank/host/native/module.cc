@@ -1,0 +1,380 @@
+// The Python door of the kernel: checks what memory safety needs, points, releases the GIL, calls.
+// Good messages are the Python side's work.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "columns.h"
+#include "gather.h"
+#include "hashing.h"
+#include "preprocess.h"
+#include "vocabulary.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace xlarank {
+namespace {
+
+// Scans of more values than this leave the GIL to others; for less, taking it back costs more.
+constexpr int64_t kValuesWithGil = 65536;
+
+// A numpy array that owns a vector.
+template <class T>
+nb::object to_numpy(std::vector<T>&& values) {
+  auto* const owned = new std::vector<T>(std::move(values));
+  nb::capsule owner(owned, [](void* pointer) noexcept { delete static_cast<std::vector<T>*>(pointer); });
+  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(owned->data(), {owned->size()}, owner));
+}
+
+// Position of a name among an enum's, in the order of the C++ enumerators.
+template <class E>
+E parse(const nb::dict& fields, const char* key, std::initializer_list<const char*> names) {
+  const std::string name = nb::cast<std::string>(fields[key]);
+  int position = 0;
+  for (const char* candidate : names) {
+    if (name == candidate) return static_cast<E>(position);
+    ++position;
+  }
+  throw std::invalid_argument(std::string(key) + ": the kernel doesn't know '" + name + "'");
+}
+
+const int64_t* int64_values(const Buffer& buffer) {
+  if (!buffer.is('i', 8, 1)) throw std::invalid_argument("expected a C-contiguous int64 array of rank 1");
+  return buffer.data<const int64_t>();
+}
+
+Strings string_values(nb::handle blob, nb::handle offsets, Buffers& buffers, int64_t& num_strings) {
+  Strings strings;
+  if (!read_strings(blob.ptr(), offsets.ptr(), buffers, strings, num_strings)) {
+    throw std::invalid_argument("expected uint8 bytes and int64 string offsets that rise from 0 to their number");
+  }
+  return strings;
+}
+
+nb::object hash_ints(nb::handle values, uint64_t seed) {
+  const Buffer buffer(values.ptr());
+  const int64_t* const data = int64_values(buffer);
+  std::vector<uint64_t> hashes(static_cast<size_t>(buffer.size(0)));
+  {
+    nb::gil_scoped_release release;
+    for (size_t i = 0; i < hashes.size(); ++i) hashes[i] = hash_int64(load<int64_t>(data + i), seed);
+  }
+  return to_numpy(std::move(hashes));
+}
+
+nb::object hash_texts(nb::handle blob, nb::handle offsets, uint64_t seed) {
+  Buffers buffers;
+  int64_t num_strings = 0;
+  const Strings strings = string_values(blob, offsets, buffers, num_strings);
+  std::vector<uint64_t> hashes(static_cast<size_t>(num_strings));
+  {
+    nb::gil_scoped_release release;
+    for (size_t i = 0; i < hashes.size(); ++i) {
+      const int64_t from = load<int64_t>(strings.offsets + i), to = load<int64_t>(strings.offsets + i + 1);
+      hashes[i] = hash_bytes(strings.blob + from, static_cast<size_t>(to - from), seed);
+    }
+  }
+  return to_numpy(std::move(hashes));
+}
+
+template <class Lookup>
+nb::object look_up(int64_t num_values, const Lookup& lookup) {
+  std::vector<int64_t> wide(static_cast<size_t>(num_values));
+  {
+    nb::gil_scoped_release release;
+    std::vector<int32_t> rows(wide.size());
+    lookup(rows.data());
+    std::copy(rows.begin(), rows.end(), wide.begin());
+  }
+  return to_numpy(std::move(wide));
+}
+
+// Elements of a BYTES tensor: 4 bytes of length, little-endian, then the bytes.
+nb::tuple split_bytes_tensor(nb::handle raw) {
+  const Buffer buffer(raw.ptr());
+  if (!buffer.is('u', 1, 1)) throw std::invalid_argument("expected a bytes-like object");
+  const uint8_t* const data = buffer.data<const uint8_t>();
+  const int64_t size = buffer.size(0);
+  std::vector<int64_t> offsets{0};
+  std::vector<uint8_t> blob;
+  {
+    nb::gil_scoped_release release;
+    blob.reserve(static_cast<size_t>(size));
+    for (int64_t at = 0; at < size;) {
+      const int64_t left = size - at;
+      const auto refuse = [&](int64_t expected, const char* what, int64_t have) {
+        throw std::invalid_argument("element " + std::to_string(offsets.size() - 1) + ": expected " +
+                                    std::to_string(expected) + what + ", " + std::to_string(have) + " are left");
+      };
+      if (left < 4) refuse(4, " bytes of length", left);
+      const int64_t length = load<uint32_t>(data + at);
+      if (length > left - 4) refuse(length, " bytes", left - 4);
+      blob.insert(blob.end(), data + at + 4, data + at + 4 + length);
+      offsets.push_back(static_cast<int64_t>(blob.size()));
+      at += 4 + length;
+    }
+  }
+  return nb::make_tuple(to_numpy(std::move(blob)), to_numpy(std::move(offsets)));
+}
+
+DenseOperation parse_operation(const nb::tuple& fields) {
+  const std::string name = nb::cast<std::string>(fields[0]);
+  using Type = DenseOperation::Type;
+  const Type type = name == "log1p" ? Type::kLog1p : name == "clip" ? Type::kClip : Type::kStandardise;
+  return DenseOperation{type, nb::cast<std::vector<float>>(fields[1]), nb::cast<std::vector<float>>(fields[2])};
+}
+
+Feature parse_feature(const nb::dict& fields) {
+  Feature feature;
+  feature.kind = parse<Kind>(fields, "kind", {"dense", "id", "id_list", "sequence"});
+  feature.scope = parse<Scope>(fields, "scope", {"context", "candidate"});
+  feature.type = parse<ValueType>(fields, "dtype", {"float32", "int64", "string"});
+  feature.rows_from = parse<RowsFrom>(fields, "rows_from", {"id", "hash", "vocabulary", "bucketise"});
+  feature.combiner = parse<Combiner>(fields, "combiner", {"sum", "mean", "sqrtn"});
+  feature.width = nb::cast<int64_t>(fields["width"]);
+  feature.table = nb::cast<int64_t>(fields["table"]);
+  feature.max_length = nb::cast<int64_t>(fields["max_length"]);
+  feature.has_default = nb::cast<bool>(fields["has_default"]);
+  feature.default_value = nb::cast<float>(fields["default_value"]);
+  feature.checks_log1p = nb::cast<bool>(fields["checks_log1p"]);
+  feature.hash_seed = nb::cast<uint64_t>(fields["hash_seed"]);
+  for (nb::handle operation : nb::list(fields["operations"])) {
+    feature.operations.push_back(parse_operation(nb::cast<nb::tuple>(operation)));
+  }
+  feature.boundaries = nb::cast<std::vector<float>>(fields["boundaries"]);
+  const nb::object vocabulary = nb::borrow(fields["vocabulary"]);
+  if (!vocabulary.is_none()) {
+    if (feature.type == ValueType::kString) {
+      feature.string_vocabulary = nb::cast<const StringVocabulary*>(vocabulary);
+    } else {
+      feature.int_vocabulary = nb::cast<const IntVocabulary*>(vocabulary);
+    }
+  }
+  feature.leaf = nb::cast<int64_t>(fields["leaf"]);
+  feature.begin = nb::cast<int64_t>(fields["begin"]);
+  return feature;
+}
+
+// A request of one kernel, and the Python memory that it points at.
+struct BoundColumns {
+  BoundColumns() = default;
+  BoundColumns(const BoundColumns&) = delete;
+
+  uint64_t kernel = 0;
+  Request request;
+  Buffers buffers;
+};
+
+class Kernel {
+ public:
+  Kernel(const nb::list& tables, const nb::list& features, const nb::list& leaves, int num_threads,
+         const std::string& isa)
+      : pool_(pool_function(isa.c_str())), threads_(num_threads) {
+    if (!pool_) throw std::invalid_argument("this CPU doesn't run the kernel's '" + isa + "' form");
+    for (nb::handle item : tables) {
+      const nb::dict fields = nb::cast<nb::dict>(item);
+      const Buffer& values = buffers_.emplace_back(nb::object(fields["values"]).ptr());
+      if (!values.is('f', 4, 2)) throw std::invalid_argument("expected tables of float32 [R, D]");
+      plan_.tables.push_back(
+          Table{values.data<const float>(), values.size(0), values.size(1),
+                parse<OutOfRange>(fields, "out_of_range", {"error", "zero", "clip", "hash"})});
+    }
+    for (nb::handle item : features) {
+      const nb::dict fields = nb::cast<nb::dict>(item);
+      plan_.features.push_back(parse_feature(fields));
+      vocabularies_.push_back(nb::borrow(fields["vocabulary"]));
+    }
+    for (nb::handle item : leaves) {
+      const nb::tuple leaf = nb::cast<nb::tuple>(item);
+      const bool context = nb::cast<std::string>(leaf[0]) == "context";
+      plan_.leaves.push_back(Leaf{context ? Scope::kContext : Scope::kCandidate, nb::cast<int64_t>(leaf[1])});
+    }
+    check_plan();
+  }
+
+  // Whether check_contents would accept: false also for forms that it may accept after a look.
+  bool accepts(const nb::object& columns) const {
+    const nb::tuple items(columns);
+    if (items.size() != plan_.features.size()) return false;
+    Buffers buffers;
+    std::vector<Column> read(plan_.features.size());
+    int64_t num_values = 0;
+    for (size_t i = 0; i < read.size(); ++i) {
+      if (!read_column(plan_.features[i], items[i], buffers, read[i])) return false;
+      num_values += read[i].num_values;
+    }
+    if (num_values <= kValuesWithGil) return accepts_all(read);
+    nb::gil_scoped_release release;
+    return accepts_all(read);
+  }
+
+  // None if a column isn't in the kernel's form.
+  std::unique_ptr<BoundColumns> bind(const nb::object& columns, int64_t num_candidates) const {
+    const nb::tuple items(columns);
+    if (items.size() != plan_.features.size()) return nullptr;
+    auto bound = std::make_unique<BoundColumns>();
+    bound->kernel = id_;
+    bound->request.num_candidates = num_candidates;
+    bound->request.columns.resize(plan_.features.size());
+    for (size_t i = 0; i < plan_.features.size(); ++i) {
+      const Feature& feature = plan_.features[i];
+      Column& column = bound->request.columns[i];
+      if (!read_column(feature, items[i], bound->buffers, column)) return nullptr;
+      if (column.num_rows != (feature.scope == Scope::kContext ? 1 : num_candidates)) return nullptr;
+    }
+    return bound;
+  }
+
+  int64_t gather_batch(const nb::list& parts, int64_t num_rows, int64_t num_requests, const nb::list& out) {
+    std::vector<Segment> segments;
+    segments.reserve(parts.size());
+    int64_t total = 0;
+    for (nb::handle part : parts) {
+      const nb::tuple fields = nb::cast<nb::tuple>(part);
+      const auto& bound = nb::cast<const BoundColumns&>(fields[0]);
+      const int64_t begin = nb::cast<int64_t>(fields[1]), end = nb::cast<int64_t>(fields[2]);
+      if (bound.kernel != id_) throw std::invalid_argument("a segment was bound by another kernel");
+      if (begin < 0 || begin >= end || end > bound.request.num_candidates) {
+        throw std::invalid_argument("a segment leaves its request");
+      }
+      segments.push_back(Segment{&bound.request, begin, end});
+      total += end - begin;
+    }
+    if (segments.empty() || total > num_rows || static_cast<int64_t>(segments.size()) > num_requests) {
+      throw std::invalid_argument("the bucket doesn't hold the segments");
+    }
+    if (out.size() != plan_.leaves.size()) throw std::invalid_argument("expected one array a leaf");
+    Buffers buffers;
+    std::vector<uint8_t*> leaves;
+    for (size_t i = 0; i < plan_.leaves.size(); ++i) {
+      const Buffer& leaf = buffers.emplace_back(nb::handle(out[i]).ptr(), true);
+      const int64_t rows = plan_.leaves[i].scope == Scope::kContext ? num_requests : num_rows;
+      if (leaf.bytes() != rows * plan_.leaves[i].row_bytes) {
+        throw std::invalid_argument("expected writable C-contiguous arrays of the bucket's size");
+      }
+      leaves.push_back(leaf.data<uint8_t>());
+    }
+    nb::gil_scoped_release release;
+    return gather(plan_, pool_, threads_, segments, num_rows, num_requests, leaves);
+  }
+
+ private:
+  static uint64_t next_id() {
+    static std::atomic<uint64_t> last{0};
+    return ++last;
+  }
+
+  // Places of features lie inside their leaves and tables exist: gather relies on it.
+  void check_plan() const {
+    const auto check = [](bool holds) {
+      if (!holds) throw std::invalid_argument("kernel: the plan contradicts itself");
+    };
+    check(!plan_.leaves.empty() && plan_.leaves.back().row_bytes == 4);
+    for (const Table& table : plan_.tables) {
+      check(table.num_rows >= 1 && table.num_rows < (int64_t{1} << 31) && table.dim >= 1);
+    }
+    for (const Feature& feature : plan_.features) {
+      const bool sequence = feature.kind == Kind::kSequence;
+      check(feature.leaf >= 0 && feature.leaf + sequence + 1 < static_cast<int64_t>(plan_.leaves.size()));
+      check(feature.width >= 1 && feature.max_length >= 0 && feature.begin >= 0);
+      const bool dense = feature.kind == Kind::kDense;
+      check(dense || (feature.table >= 0 && feature.table < static_cast<int64_t>(plan_.tables.size())));
+      int64_t floats = dense ? feature.width : plan_.tables[static_cast<size_t>(feature.table)].dim;
+      if (sequence) {
+        floats *= feature.max_length;
+        check(feature.max_length >= 1 && feature.begin == 0);
+        check(plan_.leaves[static_cast<size_t>(feature.leaf) + 1].row_bytes == feature.max_length);
+      }
+      check((feature.begin + floats) * 4 <= plan_.leaves[static_cast<size_t>(feature.leaf)].row_bytes);
+      for (const DenseOperation& operation : feature.operations) {
+        const size_t count = operation.first.size();
+        check(count == operation.second.size());
+        check(operation.type == DenseOperation::Type::kLog1p || count == 1 ||
+              static_cast<int64_t>(count) == feature.width);
+      }
+    }
+  }
+
+  bool accepts_all(const std::vector<Column>& columns) const {
+    for (size_t i = 0; i < columns.size(); ++i) {
+      const Feature& feature = plan_.features[i];
+      const Table* const table = feature.table < 0 ? nullptr : &plan_.tables[static_cast<size_t>(feature.table)];
+      if (!xlarank::accepts(feature, table, columns[i])) return false;
+    }
+    return true;
+  }
+
+  const uint64_t id_ = next_id();
+  Plan plan_;
+  Buffers buffers_;                        // memory of the tables
+  std::vector<nb::object> vocabularies_;  // keeps what the plan points at
+  PoolFunction pool_;
+  ThreadPool threads_;
+};
+
+}  // namespace
+}  // namespace xlarank
+
+NB_MODULE(_native, module) {
+  using namespace xlarank;
+  module.doc() = "The native kernel of xlarank.host; see the Python modules beside it.";
+  module.def("hash_int64", &hash_ints, "values"_a, "seed"_a);
+  module.def("hash_strings", &hash_texts, "blob"_a, "offsets"_a, "seed"_a);
+  module.def("split_bytes_tensor", &split_bytes_tensor, "raw"_a);
+
+  nb::class_<IntVocabulary>(module, "IntVocabulary")
+      .def(
+          "__init__",
+          [](IntVocabulary* self, nb::handle values) {
+            const Buffer buffer(values.ptr());
+            const int64_t* const data = int64_values(buffer);
+            new (self) IntVocabulary(data, static_cast<size_t>(buffer.size(0)));
+          },
+          "values"_a)
+      .def(
+          "lookup",
+          [](const IntVocabulary& self, nb::handle values) {
+            const Buffer buffer(values.ptr());
+            const int64_t* const data = int64_values(buffer);
+            const int64_t count = buffer.size(0);
+            return look_up(count, [&](int32_t* rows) { self.lookup(data, static_cast<size_t>(count), rows); });
+          },
+          "values"_a);
+
+  nb::class_<StringVocabulary>(module, "StringVocabulary")
+      .def(
+          "__init__",
+          [](StringVocabulary* self, nb::handle blob, nb::handle offsets) {
+            Buffers buffers;
+            int64_t count = 0;
+            const Strings strings = string_values(blob, offsets, buffers, count);
+            new (self) StringVocabulary(strings, static_cast<size_t>(count));
+          },
+          "blob"_a, "offsets"_a)
+      .def(
+          "lookup",
+          [](const StringVocabulary& self, nb::handle blob, nb::handle offsets) {
+            Buffers buffers;
+            int64_t count = 0;
+            const Strings strings = string_values(blob, offsets, buffers, count);
+            return look_up(count, [&](int32_t* rows) { self.lookup(strings, 0, static_cast<size_t>(count), rows); });
+          },
+          "blob"_a, "offsets"_a);
+
+  nb::class_<BoundColumns>(module, "BoundColumns");
+  nb::class_<Kernel>(module, "Kernel")
+      .def(nb::init<const nb::list&, const nb::list&, const nb::list&, int, const std::string&>(), "tables"_a,
+           "features"_a, "leaves"_a, "num_threads"_a, "isa"_a)
+      .def("accepts", &Kernel::accepts, "columns"_a)
+      .def("bind", &Kernel::bind, "columns"_a, "num_candidates"_a)
+      .def("gather", &Kernel::gather_batch, "segments"_a, "rows"_a, "requests"_a, "out"_a);
+}
