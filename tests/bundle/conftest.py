@@ -1,4 +1,6 @@
-"""A tiny bundle, made in each test's own folder."""
+"""A tiny bundle, in each test's own folder."""
+
+import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ TABLES = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_spec():
     return ModelSpec.from_dict(
         {
@@ -41,7 +43,7 @@ def tiny_spec():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_golden(tiny_spec):
     """Two requests of 2 and 3 candidates, and the scores of their 5 rows."""
     requests = [
@@ -52,7 +54,7 @@ def tiny_golden(tiny_spec):
     return requests, {"scores": {"like": rows / 5, "stay": rows - 2}}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_manifest(tiny_spec):
     return Manifest(
         spec=tiny_spec,
@@ -75,7 +77,7 @@ def tiny_manifest(tiny_spec):
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fill(tiny_golden, tiny_manifest):
     """Adds everything that `tiny_manifest` names to an open writer."""
 
@@ -107,3 +109,17 @@ def publish(tmp_path, fill, tiny_manifest):
             return writer.publish(tiny_manifest)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory, fill, tiny_manifest):
+    """A published version that tests may read."""
+    with BundleWriter(tmp_path_factory.mktemp("template"), "tiny") as writer:
+        fill(writer)
+        return writer.publish(tiny_manifest)
+
+
+@pytest.fixture
+def bundle_path(template, tmp_path):
+    """A copy of `template` that a test may damage; publishing waits for the disk, copying doesn't."""
+    return shutil.copytree(template, tmp_path / "tiny" / "1")

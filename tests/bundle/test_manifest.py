@@ -1,0 +1,194 @@
+"""`Manifest`: one text form, strict reading, and contradictions refused."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from xlarank.bundle import FORMAT_VERSION, FileDigest, Form, Manifest
+from xlarank.bundle.document import render
+from xlarank.errors import BundleError, ConfigError
+from xlarank.spec import Bucket
+
+
+@pytest.fixture
+def published(tiny_manifest):
+    digest = FileDigest("ab" * 32, 7)
+    files = dict.fromkeys(tiny_manifest.required_files, digest)
+    return dataclasses.replace(tiny_manifest, version=3, files=files, cache_files={"cache/x": digest})
+
+
+def edited(manifest, edit):
+    """The manifest's bytes after `edit(document)`, its digest made anew."""
+    document = json.loads(manifest.to_json())
+    edit(document)
+    return render(document).encode()
+
+
+def test_a_manifest_reads_back_equal_and_renders_the_same(published):
+    text = published.to_json()
+    read = Manifest.from_json(text.encode())
+    assert read == published
+    assert read.to_json() == text
+    assert json.loads(text)["format_version"] == FORMAT_VERSION == 1
+
+
+@pytest.mark.parametrize("version", [0, 2, 999, "1", None, True, 1.0])
+def test_an_unknown_format_version_is_refused_before_anything_else(published, version):
+    data = json.dumps({"format_version": version, "spec": "of another time"}).encode()
+    with pytest.raises(
+        BundleError, match=rf"m\.json: format version {version!r}; this xlarank reads version 1"
+    ):
+        Manifest.from_json(data, file="m.json")
+    document = json.loads(published.to_json())
+    del document["format_version"]
+    with pytest.raises(BundleError, match="format version None; this xlarank reads version 1"):
+        Manifest.from_json(render(document).encode())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "0 bytes that are no JSON"),
+        (b"\xff\xfe", "no JSON document"),
+        (b"[1]", "expected a JSON object, got list"),
+        (b"[" * 100_000, "no JSON document"),
+        (b'{"format_version": NaN}', "NaN is no JSON number"),
+        (b'{"format_version": ' + b"1" * 5000 + b"}", "no JSON document"),
+        (b'{"format_version": 1, "digest": "x", "a": 1e999}', "damaged or edited: Out of range"),
+        (b'{"format_version": 1}', "damaged or edited: its digest says None"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(data, message):
+    with pytest.raises(BundleError, match=rf"m\.json: .*{message}"):
+        Manifest.from_json(data, file="m.json")
+
+
+def test_changes_that_keep_every_value_are_found_too(published):
+    text = published.to_json()
+    for changed in (
+        text + " ",
+        text.replace(": ", ":  ", 1),
+        text.replace("{", '{"version": 3,', 1),
+        text.replace("0.004", "0.0040"),
+        text.replace("tiny", "\\u0074iny", 1),
+    ):
+        assert json.loads(changed) == json.loads(text)
+        with pytest.raises(BundleError, match="damaged or edited: "):
+            Manifest.from_json(changed.encode())
+
+
+def put(*keys, value):
+    """An edit that sets a value deep in the document."""
+
+    def edit(document):
+        for key in keys[:-1]:
+            document = document[key]
+        document[keys[-1]] = value
+
+    return edit
+
+
+def drop(*keys):
+    """An edit that removes a key deep in the document."""
+
+    def edit(document):
+        for key in keys[:-1]:
+            document = document[key]
+        del document[keys[-1]]
+
+    return edit
+
+
+FILE = "params.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (put("colour", value=1), r"m\.json: unknown keys \['colour'\]"),
+        (put("programs", 0, "colour", value=1), r"m\.json: programs\[0\]: unknown keys \['colour'\]"),
+        (put("forms", "wide", "colour", value=1), r"forms\['wide'\]: unknown keys"),
+        (put("tolerance", "colour", value=1), r"tolerance: unknown keys"),
+        (put("files", FILE, "colour", value=1), r"files\['params.safetensors'\]: unknown keys"),
+        (put("spec", "colour", value=1), r"spec: model: unknown keys \['colour'\]"),
+        (drop("params"), r"'params' is missing"),
+        (drop("spec"), r"'spec' is missing"),
+        (drop("programs", 1, "precision"), r"programs\[1\]: 'precision' is missing"),
+        (put("version", value=True), r"'version': expected int, got True"),
+        (put("version", value=0), r"expected a version >= 1, got 0"),
+        (put("version", value="3"), r"'version': expected int, got '3'"),
+        (put("programs", value={}), r"'programs': expected list, got {}"),
+        (put("programs", value=[]), r"expected a program a bucket, got none"),
+        (put("programs", 0, value=7), r"programs\[0\]: expected an object, got 7"),
+        (put("programs", 0, "rows", value=4.0), r"'rows': expected int, got 4.0"),
+        (put("programs", 0, "rows", value=0), r"expected 1 <= requests <= rows"),
+        (put("programs", 2, "rows", value=4), r"program 4x8|requests <= rows"),
+        (put("programs", 1, "requests", value=1), r"expected distinct ascending buckets, got 4x1, 4x1, 8x8"),
+        (put("programs", 0, "form", value="tall"), r"program 4x1: form 'tall' is not of the forms"),
+        (put("programs", 0, "file", value="4x1.bin"), r"program 4x1: expected a path under programs/"),
+        (put("programs", 0, "file", value="programs/4x4.bin"), r"'programs/4x4.bin' is another bucket's"),
+        (put("programs", 0, "precision", value=""), r"expected the name of a precision policy"),
+        (put("programs", 0, "max_error", "like", value=-1), r"expected finite errors >= 0"),
+        (put("programs", 0, "max_error", "like", value="0"), r"max_error: 'like': expected a finite number"),
+        (put("programs", 0, "max_error", "like", value=10**400), r"'like': expected a finite number"),
+        (drop("programs", 0, "max_error", "like"), r"expected max_error of \['like', 'stay'\], got {'stay'"),
+        (put("programs", 0, "seconds", "cpu", value=0), r"expected finite seconds > 0"),
+        (drop("programs", 1, "seconds", "gpu"), r"program 4x4: expected seconds for \['cpu', 'gpu'\]"),
+        (put("forms", "wide", "prepare", value="../p"), r"expected a path inside the bundle, got '../p'"),
+        (put("forms", "wide", "prepare", value=3), r"'prepare': expected str, got 3"),
+        (put("params", value=["a", "a"]), r"params must be distinct"),
+        (put("params", value=["a", 1]), r"'params': expected strings, got 1"),
+        (put("tolerance", "probability", value=0), r"tolerance: expected values > 0"),
+        (put("provenance", "created", value=None), r"provenance: 'created': expected str, got None"),
+        (put("fingerprint", value=[]), r"'fingerprint': expected dict, got \[\]"),
+        (put("files", FILE, "sha256", value="AB" * 32), r"expected 64 hex digits"),
+        (put("files", FILE, "bytes", value=-1), r"a size >= 0"),
+        (drop("files", FILE), r"names \['params.safetensors'\] but has no digest"),
+        (
+            put("files", "/etc/passwd", value={"sha256": "0" * 64, "bytes": 1}),
+            r"inside the bundle, got '/etc",
+        ),
+        (put("files", "cache/y", value={"sha256": "0" * 64, "bytes": 1}), r"outside cache/, got 'cache/y'"),
+        (put("cache_files", "x", value={"sha256": "0" * 64, "bytes": 1}), r"under cache/, got 'x'"),
+        (put("cache_files", "cache/../x", value={"sha256": "0" * 64, "bytes": 1}), r"got 'cache/../x'"),
+        (put("spec", "features", value=5), r"spec: "),
+        (put("spec", "tables", 0, "dim", value="3"), r"spec: "),
+        (drop("spec", "tables", 0, "rows"), r"model 'tiny' is not fitted: rows of table 'users'"),
+    ],
+)
+def test_a_value_that_is_missing_ill_typed_or_contradictory_is_refused_by_name(published, edit, message):
+    with pytest.raises(BundleError, match=message) as refusal:
+        Manifest.from_json(edited(published, edit), file="m.json")
+    assert str(refusal.value).startswith("m.json: ")
+
+
+def test_a_manifest_made_in_memory_is_checked_as_one_read(tiny_manifest):
+    with pytest.raises(ConfigError, match="provenance: expected strings, got 'rows': 3"):
+        dataclasses.replace(tiny_manifest, provenance={"rows": 3})
+    with pytest.raises(ConfigError, match="program 4x1: form 'wide' is not of the forms"):
+        dataclasses.replace(tiny_manifest, forms={"plain": Form()})
+    with pytest.raises(ConfigError, match=r"program 4x1: expected finite seconds > 0, got \{'cpu': inf}"):
+        dataclasses.replace(tiny_manifest.programs[0], seconds={"cpu": math.inf})
+    with pytest.raises(ConfigError, match="version must be >= 0; was -1"):
+        dataclasses.replace(tiny_manifest, version=-1)
+
+
+def test_errors_and_seconds_may_be_numpy_numbers(tiny_manifest):
+    program = dataclasses.replace(
+        tiny_manifest.programs[0],
+        bucket=Bucket(2, 1),
+        max_error={"like": np.float32(0.5), "stay": np.float64(0.25)},
+        seconds={"cpu": np.float32(2.0), "gpu": 1},
+    )
+    manifest = dataclasses.replace(tiny_manifest, programs=(program,))
+    assert json.loads(manifest.to_json())["programs"][0]["max_error"] == {"like": 0.5, "stay": 0.25}
+
+
+def test_a_number_that_json_has_not_is_refused_in_writing(tiny_manifest, tiny_spec):
+    features = (*tiny_spec.features[:1], dataclasses.replace(tiny_spec.features[1], default=math.inf))
+    spec = dataclasses.replace(tiny_spec, features=(*features, *tiny_spec.features[2:]))
+    with pytest.raises(ConfigError, match="manifest: not a JSON value: Out of range float"):
+        dataclasses.replace(tiny_manifest, spec=spec).to_json()
