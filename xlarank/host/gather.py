@@ -13,7 +13,16 @@ from xlarank.host._extension import native
 from xlarank.host.plan import native_plan
 from xlarank.host.reference import gather_numpy
 from xlarank.host.tables import check_form
-from xlarank.spec import Bucket, Column, ModelSpec, Ragged, RankRequest, Signature, StringColumn, check_contents
+from xlarank.spec import (
+    Bucket,
+    Column,
+    ModelSpec,
+    Ragged,
+    RankRequest,
+    Signature,
+    StringColumn,
+    check_contents,
+)
 
 __all__ = ["BoundRequest", "Gatherer", "Segment"]
 

@@ -1,0 +1,432 @@
+"""The native gather against the NumPy reference, over random models and requests."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from xlarank.errors import BucketError, ConfigError, FeatureError
+from xlarank.host import Gatherer, Segment, aligned_empty, model_inputs, native_available
+from xlarank.host.plan import native_plan
+from xlarank.spec import (
+    Bucket,
+    FeatureSpec,
+    ModelSpec,
+    Ragged,
+    RankRequest,
+    StringColumn,
+    TableSpec,
+    TaskSpec,
+)
+
+needs_native = pytest.mark.skipif(not native_available(), reason="the native kernel isn't built")
+
+WORDS = ["", "a", "ab", "naïve", "x" * 31, "y" * 32, "z" * 33, "w" * 100]
+DIMS = [1, 2, 3, 4, 5, 8, 12, 16, 17, 31, 48, 64, 100, 129, 260]
+DENSE_CHAINS = [
+    (),
+    ({"op": "log1p"},),
+    ({"op": "clip", "low": -0.5, "high": 2.0},),
+    ({"op": "clip", "low": -0.5, "high": 2.0}, {"op": "log1p"}),
+    ({"op": "standardise", "mean": 0.3, "std": 1.7},),
+    (
+        {"op": "log1p"},
+        {"op": "standardise", "mean": 0.1, "std": 0.2},
+        {"op": "clip", "low": -1, "high": 1e39},
+    ),
+]
+
+
+def random_table(rng, index):
+    return TableSpec(
+        name=f"t{index}",
+        dim=int(rng.choice(DIMS)),
+        rows=int(rng.integers(len(WORDS) + 2, 40)),
+        out_of_range=str(rng.choice(["error", "zero", "clip", "hash"])),
+    )
+
+
+def random_feature(rng, index, scope, tables):
+    kind = str(rng.choice(["dense", "id", "id", "id_list", "id_list", "sequence"]))
+    fields: dict = {"name": f"f{index}", "kind": kind, "scope": scope}
+    chain = DENSE_CHAINS[rng.integers(len(DENSE_CHAINS))]
+    if kind == "dense":
+        fields |= {"width": int(rng.integers(1, 4)), "preprocessing": chain}
+        if rng.random() < 0.5:
+            fields["default"] = 0.25
+        return FeatureSpec(**fields)
+    fields["table"] = str(rng.choice([table.name for table in tables]))
+    if kind == "id_list":
+        fields["combiner"] = str(rng.choice(["sum", "mean", "sqrtn"]))
+    if kind == "sequence" or (kind == "id_list" and rng.random() < 0.5):
+        fields["max_length"] = int(rng.integers(1, 6))
+    source = rng.choice(["id", "hash", "hash_string", "vocabulary", "vocabulary_string", "bucketise"])
+    if source == "bucketise" and kind == "id":
+        boundaries = [-0.3, 0.0, 0.5, 1.0]
+        fields["preprocessing"] = (*chain, {"op": "bucketise", "boundaries": boundaries})
+        fields["default"] = 0.75
+    elif source.startswith("hash"):
+        fields["preprocessing"] = ({"op": "hash", "seed": int(rng.integers(2**63))},)
+    elif source == "vocabulary":
+        fields["preprocessing"] = ({"op": "vocabulary", "values": [7, -3, 2**62, 0]},)
+    elif source == "vocabulary_string":
+        fields["preprocessing"] = ({"op": "vocabulary", "values": WORDS[1:]},)
+    if source.endswith("string"):
+        fields["dtype"] = "string"
+    return FeatureSpec(**fields)
+
+
+def random_spec(rng):
+    tables = [random_table(rng, i) for i in range(3)]
+    features = [random_feature(rng, i, "context", tables) for i in range(int(rng.integers(0, 6)))]
+    features += [random_feature(rng, i + 10, "candidate", tables) for i in range(int(rng.integers(1, 7)))]
+    used = {feature.table for feature in features}
+    return ModelSpec(
+        name="m",
+        features=tuple(features),
+        tables=tuple(table for table in tables if table.name in used),
+        tasks=(TaskSpec(name="like"),),
+    )
+
+
+def random_values(rng, spec, feature, count):
+    if feature.dtype == "string":
+        return StringColumn.from_strings([WORDS[i] for i in rng.integers(len(WORDS), size=count)])
+    if feature.dtype == "float32":
+        shape = (count, feature.width) if feature.kind == "dense" else (count,)
+        values = rng.uniform(-0.9, 3, shape).astype(np.float32)
+        if feature.default is not None:
+            values[rng.random(shape) < 0.3] = np.nan
+        return values
+    num_rows = spec.table_of(feature).num_rows
+    ids = rng.integers(0, num_rows, count)
+    ids[rng.random(count) < 0.2] = rng.choice([0, num_rows - 1])
+    strict = spec.table_of(feature).out_of_range == "error"
+    if not strict or feature.hash or feature.vocabulary:
+        wild = rng.random(count) < 0.3
+        extremes = np.array([-1, num_rows, 2**31, -(2**63), 2**63 - 1, 7, -3, 2**62])
+        ids[wild] = rng.choice(extremes, wild.sum())
+    return ids
+
+
+def random_request(rng, spec, num_candidates):
+    features = {}
+    for feature in spec.features:
+        rows = 1 if feature.scope == "context" else num_candidates
+        if feature.is_ragged:
+            lengths = rng.choice([0, 1, 2, 3, 9], rows).astype(np.int32)
+            features[feature.name] = Ragged(random_values(rng, spec, feature, int(lengths.sum())), lengths)
+        else:
+            features[feature.name] = random_values(rng, spec, feature, rows)
+    return RankRequest(spec, features)
+
+
+def random_tables(rng, spec):
+    return {t.name: rng.standard_normal((t.num_rows, t.dim)).astype(np.float32) for t in spec.tables}
+
+
+def outputs(gatherer, bucket):
+    """Arrays of a batch full of what an earlier batch might have left."""
+    arrays = {leaf.name: aligned_empty(leaf.shape(bucket), leaf.dtype) for leaf in gatherer.signature.leaves}
+    for array in arrays.values():
+        array.view(np.uint8)[...] = 0xFF if array.dtype != bool else 1
+    return arrays
+
+
+def gather(gatherer, parts, bucket):
+    out = outputs(gatherer, bucket)
+    bound = {id(request): gatherer.bind(request) for request, _, _ in parts}
+    gatherer.gather([Segment(bound[id(r)], begin, end) for r, begin, end in parts], bucket, out)
+    return out
+
+
+def random_parts(rng, spec, num_requests=4, most=9):
+    parts = []
+    for _ in range(num_requests):
+        request = random_request(rng, spec, int(rng.integers(1, most)))
+        begin = int(rng.integers(request.num_candidates))
+        parts.append((request, begin, int(rng.integers(begin, request.num_candidates)) + 1))
+    return parts
+
+
+def rows_of(parts):
+    return sum(end - begin for _, begin, end in parts)
+
+
+def assert_equal(ours, expected):
+    assert ours.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(ours[name], expected[name], err_msg=name, strict=True)
+
+
+@needs_native
+@pytest.mark.parametrize("seed", range(60))
+def test_the_kernel_equals_the_numpy_reference_bit_for_bit(seed):
+    rng = np.random.default_rng(seed)
+    spec = random_spec(rng)
+    tables, parts = random_tables(rng, spec), random_parts(rng, spec)
+    bucket = Bucket(rows_of(parts) + seed % 3, len(parts) + seed % 2 if seed % 3 else len(parts))
+    native = gather(Gatherer(spec, tables, backend="native"), parts, bucket)
+    assert_equal(native, gather(Gatherer(spec, tables, backend="numpy"), parts, bucket))
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_bits(isa):
+    for seed in range(100, 115):
+        rng = np.random.default_rng(seed)
+        spec = random_spec(rng)
+        tables, parts = random_tables(rng, spec), random_parts(rng, spec)
+        gatherer = Gatherer(spec, tables, backend="native")
+        try:
+            gatherer._kernel = native_plan(spec, gatherer.signature, tables, 1, isa=isa)
+        except ValueError as error:
+            pytest.skip(str(error))
+        expected = gather(Gatherer(spec, tables, backend="numpy"), parts, Bucket(64, 8))
+        assert_equal(gather(gatherer, parts, Bucket(64, 8)), expected)
+
+
+@needs_native
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_threads_never_change_a_bit(num_threads):
+    for seed in range(200, 206):
+        rng = np.random.default_rng(seed)
+        spec = random_spec(rng)
+        tables = random_tables(rng, spec)
+        parts = random_parts(rng, spec, num_requests=6, most=400)  # more than is done inline
+        bucket = Bucket(rows_of(parts) + 300, 8)
+        alone = gather(Gatherer(spec, tables, backend="native"), parts, bucket)
+        assert_equal(gather(Gatherer(spec, tables, num_threads=num_threads), parts, bucket), alone)
+
+
+@pytest.mark.parametrize("backend", ["numpy", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize("seed", range(300, 310))
+def test_the_parts_of_a_request_equal_the_whole(backend, seed):
+    rng = np.random.default_rng(seed)
+    spec = random_spec(rng)
+    gatherer = Gatherer(spec, random_tables(rng, spec), backend=backend)
+    request = random_request(rng, spec, 11)
+    whole = gather(gatherer, [(request, 0, 11)], Bucket(11, 1))
+    cuts = [0, 1, 5, 11]
+    parts = [(request, a, b) for a, b in itertools.pairwise(cuts)]
+    split = gather(gatherer, parts, Bucket(11, 3))
+    np.testing.assert_array_equal(split.pop("request_of_row"), np.repeat([0, 1, 2], [1, 4, 6]))
+    whole.pop("request_of_row")
+    for name, values in split.items():
+        leaf = gatherer.signature.leaf_by_name[name]
+        expected = np.repeat(whole[name], 3, axis=0) if leaf.scope == "context" else whole[name]
+        np.testing.assert_array_equal(values, expected, err_msg=name)
+
+
+@pytest.mark.parametrize("backend", ["numpy", pytest.param("native", marks=needs_native)])
+def test_neighbours_and_padding_never_change_a_row(backend):
+    for seed in range(400, 410):
+        rng = np.random.default_rng(seed)
+        spec = random_spec(rng)
+        gatherer = Gatherer(spec, random_tables(rng, spec), backend=backend)
+        first, second = random_request(rng, spec, 3), random_request(rng, spec, 2)
+        alone = gather(gatherer, [(first, 0, 3)], Bucket(3, 1))
+        mixed = gather(gatherer, [(second, 0, 2), (first, 0, 3)], Bucket(8, 4))
+        for leaf in gatherer.signature.leaves[:-1]:
+            begin, end = (1, 2) if leaf.scope == "context" else (2, 5)
+            values = mixed[leaf.name]
+            np.testing.assert_array_equal(values[begin:end], alone[leaf.name], err_msg=leaf.name)
+            padding = values[end:]
+            np.testing.assert_array_equal(padding, np.repeat(values[end - 1 : end], len(padding), axis=0))
+        np.testing.assert_array_equal(mixed["request_of_row"], [0, 0, 1, 1, 1, 1, 1, 1])
+
+
+SPEC = ModelSpec(
+    name="m",
+    features=(
+        FeatureSpec(name="user", kind="id", scope="context", table="small"),
+        FeatureSpec(name="seen", kind="sequence", scope="context", table="small", max_length=3),
+        FeatureSpec(name="age", kind="dense", scope="candidate", width=2, default=5.0),
+        FeatureSpec(name="tags", kind="id_list", scope="candidate", table="small", combiner="mean"),
+    ),
+    tables=(TableSpec(name="small", dim=2, rows=4, out_of_range="zero"),),
+    tasks=(TaskSpec(name="like"),),
+)
+TABLES = {"small": np.array([[1, 10], [2, 20], [3, 30], [4, 40]], np.float32)}
+BACKENDS = ["numpy", pytest.param("native", marks=needs_native)]
+
+
+def small_request(**features):
+    values = {
+        "user": 3,
+        "seen": [[0, 1, 9, 2]],
+        "age": np.array([[1, np.nan], [3, 4]], np.float32),
+        "tags": [[], [0, 3, -1]],
+    }
+    return RankRequest(SPEC, values | features)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_worked_out_by_hand(backend):
+    out = gather(Gatherer(SPEC, TABLES, backend=backend), [(small_request(), 0, 2)], Bucket(3, 2))
+    np.testing.assert_array_equal(out["context"], [[4, 40], [4, 40]])
+    # The last three of [0, 1, 9, 2]; 9 is out of range, reads as zeros and counts as present.
+    np.testing.assert_array_equal(out["seen"], [[[2, 20], [0, 0], [3, 30]]] * 2)
+    np.testing.assert_array_equal(out["seen.mask"], [[True, True, True]] * 2)
+    third = np.float32(3)
+    row = [3, 4, np.float32(5) / third, np.float32(50) / third]
+    np.testing.assert_array_equal(out["candidate"], [[1, 5, 0, 0], row, row])
+    np.testing.assert_array_equal(out["request_of_row"], [0, 0, 0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_positions_past_a_sequence_are_zeros_and_masked(backend):
+    request = small_request(seen=[[2]])
+    out = gather(Gatherer(SPEC, TABLES, backend=backend), [(request, 0, 1)], Bucket(1, 1))
+    np.testing.assert_array_equal(out["seen"], [[[3, 30], [0, 0], [0, 0]]])
+    np.testing.assert_array_equal(out["seen.mask"], [[True, False, False]])
+
+
+def test_model_inputs_and_the_gather_agree():
+    rng = np.random.default_rng(7)
+    for _ in range(20):
+        spec = random_spec(rng)
+        tables, request = random_tables(rng, spec), random_request(rng, spec, 5)
+        gatherer = Gatherer(spec, tables)
+        out = gather(gatherer, [(request, 0, 5)], Bucket(5, 1))
+        inputs = model_inputs(spec, request.columns)
+        for feature in spec.features:
+            slot, values = gatherer.signature.slots[feature.name], inputs[feature.name]
+            if feature.kind == "dense":
+                np.testing.assert_array_equal(out[slot.leaf][:, slot.begin : slot.end], values)
+                continue
+            table = np.vstack([tables[feature.table or ""], np.zeros(spec.table_of(feature).dim)])
+            looked_up = table[values].astype(np.float32)  # -1 reads the row of zeros at the end
+            if feature.kind == "id":
+                np.testing.assert_array_equal(out[slot.leaf][:, slot.begin : slot.end], looked_up)
+                continue
+            lengths = inputs[feature.name + ".lengths"]
+            if feature.kind == "sequence":
+                np.testing.assert_array_equal(out[feature.name], looked_up)
+                np.testing.assert_array_equal(out[feature.name + ".mask"].sum(axis=1), lengths)
+                continue
+            divisor = {"sum": 1, "mean": lengths, "sqrtn": np.sqrt(lengths)}[feature.combiner or "sum"]
+            expected = looked_up.sum(axis=1) / np.maximum(divisor, 1)[..., None]
+            actual = out[slot.leaf][:, slot.begin : slot.end]
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_concurrent_callers_get_their_own_batches(num_threads):
+    rng = np.random.default_rng(0)
+    spec = random_spec(rng)
+    tables = random_tables(rng, spec)
+    gatherer = Gatherer(spec, tables, num_threads=num_threads)
+    batches = [random_parts(rng, spec, most=300) for _ in range(8)]
+    bucket = Bucket(1300, 4)
+    expected = [gather(gatherer, parts, bucket) for parts in batches]
+    with ThreadPoolExecutor(4) as executor:
+        for _ in range(5):
+            for ours, theirs in zip(
+                executor.map(lambda p: gather(gatherer, p, bucket), batches), expected, strict=True
+            ):
+                assert_equal(ours, theirs)
+
+
+def test_a_bucket_that_is_too_small_is_refused():
+    gatherer = Gatherer(SPEC, TABLES)
+    with pytest.raises(
+        BucketError, match=r"bucket 1x1 \(rows x requests\) doesn't hold 2 rows of 1 requests"
+    ):
+        gather(gatherer, [(small_request(), 0, 2)], Bucket(1, 1))
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 3), (-1, 1), (1, 1), (2, 1)])
+def test_a_segment_outside_its_request_is_refused(begin, end):
+    with pytest.raises(ConfigError, match=r"segment 0: expected 0 <= begin < end <= 2 candidates, got \["):
+        gather(Gatherer(SPEC, TABLES), [(small_request(), begin, end)], Bucket(8, 1))
+
+
+def test_no_segments_are_refused():
+    gatherer = Gatherer(SPEC, TABLES)
+    with pytest.raises(ConfigError, match="expected at least one segment, got none"):
+        gatherer.gather([], Bucket(1, 1), outputs(gatherer, Bucket(1, 1)))
+
+
+def test_a_request_bound_elsewhere_is_refused():
+    gatherer = Gatherer(SPEC, TABLES)
+    other = Gatherer(SPEC, TABLES).bind(small_request())
+    with pytest.raises(ConfigError, match="segment 0: its request was bound by another gatherer"):
+        gatherer.gather([Segment(other, 0, 1)], Bucket(1, 1), outputs(gatherer, Bucket(1, 1)))
+
+
+def test_a_request_of_another_model_is_refused():
+    spec = ModelSpec(name="other", features=SPEC.features, tables=SPEC.tables, tasks=SPEC.tasks)
+    with pytest.raises(ConfigError, match="expected a request of model 'other'"):
+        Gatherer(spec, TABLES).bind(small_request())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"context": np.zeros((1, 3), np.float32)},
+            r"'context': expected float32 of shape \[1, 2\], got float32",
+        ),
+        ({"context": np.zeros((1, 2), np.float64)}, r"'context': .* got float64 of shape \[1, 2\]"),
+        ({"seen": np.zeros((2, 3, 1), np.float32).T}, "'seen': expected a writable C-contiguous array"),
+        ({"extra": np.zeros(1)}, r"expected arrays \['candidate', 'context'"),
+    ],
+)
+def test_a_wrong_output_array_is_refused(change, message):
+    gatherer = Gatherer(SPEC, TABLES)
+    out = outputs(gatherer, Bucket(2, 1)) | change
+    if "seen" in change:
+        out["seen"] = np.zeros((1, 2, 3), np.float32).transpose(0, 2, 1)
+    with pytest.raises(ConfigError, match=message):
+        gatherer.gather([Segment(gatherer.bind(small_request()), 0, 1)], Bucket(2, 1), out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ids_changed_after_the_check_never_read_outside_a_table(backend):
+    spec = ModelSpec(
+        name="strict",
+        features=(FeatureSpec(name="item", kind="id", scope="candidate", table="t"),),
+        tables=(TableSpec(name="t", dim=2, rows=4),),
+        tasks=SPEC.tasks,
+    )
+    ids = np.array([1, 2])
+    gatherer = Gatherer(spec, {"t": TABLES["small"]}, backend=backend)
+    request = RankRequest(spec, {"item": ids})
+    bound = gatherer.bind(request)
+    ids[1] = 2**40
+    with pytest.raises(FeatureError, match=r"feature 'item': expected ids in \[0, 4\) of table 't'"):
+        gatherer.gather([Segment(bound, 0, 2)], Bucket(2, 1), outputs(gatherer, Bucket(2, 1)))
+
+
+@needs_native
+def test_valid_columns_of_other_dtypes_are_bound():
+    spec = ModelSpec(
+        name="s",
+        features=(
+            FeatureSpec(
+                name="item", kind="id", scope="candidate", table="t", dtype="string", preprocessing=("hash",)
+            ),
+        ),
+        tables=(TableSpec(name="t", dim=2, rows=4),),
+        tasks=SPEC.tasks,
+    )
+    strings = StringColumn.from_strings(["a", "bc", "d"])
+    narrow = StringColumn(strings.blob, strings.offsets.astype(np.int32))
+    gatherer = Gatherer(spec, {"t": TABLES["small"]}, backend="native")
+    expected = gather(gatherer, [(RankRequest(spec, {"item": strings}), 0, 3)], Bucket(3, 1))
+    request = RankRequest(spec, {"item": narrow}, check=gatherer.check)
+    assert_equal(gather(gatherer, [(request, 0, 3)], Bucket(3, 1)), expected)
+
+
+def test_tables_and_arguments_are_checked():
+    with pytest.raises(ConfigError, match=r"expected tables \['small'\], got \['big'\]"):
+        Gatherer(SPEC, {"big": TABLES["small"]})
+    with pytest.raises(ConfigError, match=r"table 'small': expected float32 of shape \[4, 2\]"):
+        Gatherer(SPEC, {"small": TABLES["small"][:3]})
+    with pytest.raises(ConfigError, match="num_threads must be >= 1; was 0"):
+        Gatherer(SPEC, TABLES, num_threads=0)
+    with pytest.raises(ConfigError, match=r"backend must be .*; was 'gpu'"):
+        Gatherer(SPEC, TABLES, backend="gpu")
