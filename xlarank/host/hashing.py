@@ -89,7 +89,8 @@ def _xxh64(data: np.ndarray, seed: int) -> np.ndarray:
             for i in range(4):
                 lanes[i] = _round(lanes[i], _word(data, position + 8 * i, 8))
             position += 32
-        state = sum((_rotl(lane, by) for lane, by in zip(lanes, (1, 7, 12, 18), strict=True)), np.uint64(0))
+        a, b, c, d = lanes
+        state = _rotl(a, 1) + _rotl(b, 7) + _rotl(c, 12) + _rotl(d, 18)
         for lane in lanes:
             state = (state ^ _round(np.zeros_like(lane), lane)) * np.uint64(_PRIME_1) + np.uint64(_PRIME_4)
     else:
