@@ -1,0 +1,252 @@
+"""`xlarank inspect`: what a bundle holds, for a person or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from xlarank.bundle import FORMAT_VERSION, Bundle, open_bundle, resolve_bundle
+from xlarank.spec import FeatureSpec, ModelSpec, Vocabulary, operation_to_dict
+
+__all__ = ["add_parser", "run"]
+
+_EXAMPLE = """example:
+  xlarank inspect models/movielens       the highest version
+  xlarank inspect models/movielens/3     this one
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand to those of `argparse`."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show what a bundle holds",
+        description="Shows the features, tables, buckets, precision, sizes, fingerprint, measured latency "
+        "and errors of a bundle, after checking that every file is whole.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder of a version, or of a model")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="look at sizes only; don't read every file for its sha256"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints tables; returns the same as JSON values.
+
+    Raises:
+      BundleError: if the bundle isn't whole.
+    """
+    bundle = open_bundle(resolve_bundle(args.bundle), verify=not args.no_verify)
+    facts = _facts(bundle, is_verified=not args.no_verify)
+    _show(facts, Console())
+    return facts
+
+
+def _facts(bundle: Bundle, *, is_verified: bool) -> dict[str, Any]:
+    manifest, spec = bundle.manifest, bundle.spec
+    requests, _ = bundle.golden()
+    return {
+        "path": str(bundle.path),
+        "model": spec.name,
+        "version": manifest.version,
+        "format_version": FORMAT_VERSION,
+        "verified": is_verified,
+        "features": [_feature_facts(feature) for feature in spec.features],
+        "tables": _table_facts(spec),
+        "tasks": [{"name": t.name, "kind": t.kind.value, "output": t.output} for t in spec.tasks],
+        "buckets": [
+            {
+                "rows": program.bucket.rows,
+                "requests": program.bucket.requests,
+                "form": program.form,
+                "precision": program.precision,
+                "program_bytes": manifest.files[program.file].bytes,
+                "max_error": dict(program.max_error),
+                "seconds": dict(program.seconds),
+            }
+            for program in manifest.programs
+        ],
+        "forms": {
+            name: "params as they are" if form.prepare is None else form.prepare
+            for name, form in manifest.forms.items()
+        },
+        "tolerance": {
+            "probability": manifest.tolerance.probability,
+            "regression": manifest.tolerance.regression,
+        },
+        "params": {
+            "arrays": len(manifest.params),
+            "values": sum(array.size for array in bundle.params().values()),
+        },
+        "golden": {"requests": len(requests), "rows": sum(request.num_candidates for request in requests)},
+        "bytes": _sizes(bundle),
+        "cache": {
+            "listed_files": len(manifest.cache_files),
+            "whole_files": len(bundle.cache_files()),
+        },
+        "fingerprint": dict(manifest.fingerprint),
+        "provenance": dict(manifest.provenance),
+    }
+
+
+def _feature_facts(feature: FeatureSpec) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "name": feature.name,
+        "scope": feature.scope.value,
+        "kind": feature.kind.value,
+        "dtype": feature.dtype.value,
+        "table": feature.table,
+        "combiner": None if feature.combiner is None else feature.combiner.value,
+        "max_length": feature.max_length,
+        "preprocessing": [_operation_text(operation) for operation in feature.preprocessing],
+        "default": feature.default,
+    }
+    if not feature.is_lookup:
+        facts["width"] = feature.width
+    return facts
+
+
+def _operation_text(operation: Any) -> str:
+    """An operation in a few words; its long lists as their number of values."""
+    values = operation_to_dict(operation)
+    name = values.pop("op")
+    if isinstance(operation, Vocabulary):
+        return f"{name} of {len(values['values'])}"
+    texts = [
+        f"{key}={f'[{len(value)} values]' if isinstance(value, list) and len(value) > 4 else value}"
+        for key, value in values.items()
+    ]
+    return f"{name} {' '.join(texts)}".strip()
+
+
+def _table_facts(spec: ModelSpec) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": table.name,
+            "rows": table.num_rows,
+            "dim": table.dim,
+            "dtype": table.dtype,
+            "out_of_range": table.out_of_range.value,
+            "bytes": 4 * table.num_rows * table.dim,
+            "features": [feature.name for feature in spec.features if feature.table == table.name],
+        }
+        for table in spec.tables
+    ]
+
+
+def _sizes(bundle: Bundle) -> dict[str, int]:
+    """Bytes on the disk by part of the bundle, and in all."""
+    sizes: dict[str, int] = {}
+    for files in (bundle.manifest.files, bundle.manifest.cache_files):
+        for path, digest in files.items():
+            part = path.split("/")[0]
+            sizes[part] = sizes.get(part, 0) + digest.bytes
+    return {**sizes, "total": sum(sizes.values())}
+
+
+def _show(facts: Mapping[str, Any], console: Console) -> None:
+    state = "every file is whole" if facts["verified"] else "sizes checked, contents not"
+    console.print(f"{facts['model']} version {facts['version']}: {state}", style="bold", highlight=False)
+    console.print(facts["path"], soft_wrap=True, highlight=False, markup=False)
+    _print_table(
+        console,
+        "features",
+        ("feature", "scope", "kind", "type", "table", "pooling", "preprocessing", "default"),
+        [
+            (
+                feature["name"],
+                feature["scope"],
+                feature["kind"],
+                feature["dtype"] + (f" x {feature['width']}" if feature.get("width", 1) > 1 else ""),
+                feature["table"],
+                " ".join(str(v) for v in (feature["combiner"], feature["max_length"]) if v is not None),
+                ", ".join(feature["preprocessing"]),
+                feature["default"],
+            )
+            for feature in facts["features"]
+        ],
+    )
+    _print_table(
+        console,
+        "tables",
+        ("table", "rows", "dim", "type", "out of range", "size", "features"),
+        [
+            (t["name"], f"{t['rows']:,}", t["dim"], t["dtype"], t["out_of_range"], _size_text(t["bytes"]),
+             ", ".join(t["features"]))
+            for t in facts["tables"]
+        ],
+    )  # fmt: skip
+    _print_table(
+        console,
+        "tasks",
+        ("task", "kind", "output"),
+        [(task["name"], task["kind"], task["output"]) for task in facts["tasks"]],
+    )
+    _show_buckets(facts, console)
+    sizes = {part: _size_text(num_bytes) for part, num_bytes in facts["bytes"].items()}
+    _print_table(console, "sizes", ("part", "bytes"), sizes.items())
+    weights, golden, cache = facts["params"], facts["golden"], facts["cache"]
+    counts = {
+        "dense weights": f"{weights['values']:,} in {weights['arrays']} arrays",
+        "golden requests": f"{golden['requests']:,} with {golden['rows']:,} candidates",
+        "files of compiled code": f"{cache['whole_files']} whole of {cache['listed_files']}",
+    }
+    counts |= {f"form {name}": prepare for name, prepare in facts["forms"].items()}
+    _print_table(console, "contents", ("what", "how much"), counts.items())
+    for title in ("fingerprint", "provenance"):
+        _print_table(console, title, ("key", "value"), sorted(facts[title].items()))
+
+
+def _show_buckets(facts: Mapping[str, Any], console: Console) -> None:
+    kinds = sorted({kind for bucket in facts["buckets"] for kind in bucket["seconds"]})
+    tasks = [task["name"] for task in facts["tasks"]]
+    tolerance = facts["tolerance"]
+    _print_table(
+        console,
+        f"buckets (tolerance {tolerance['probability']:g} on probabilities, "
+        f"{tolerance['regression']:g} x max(1, |score|) on regressions)",
+        ("rows", "requests", "form", "precision", "program", *(f"ms on {k}" for k in kinds),
+         *(f"error of {task}" for task in tasks)),
+        [
+            (
+                bucket["rows"],
+                bucket["requests"],
+                bucket["form"],
+                bucket["precision"],
+                _size_text(bucket["program_bytes"]),
+                *(f"{1000 * bucket['seconds'][kind]:.3f}" for kind in kinds),
+                *(f"{bucket['max_error'][task]:.1e}" for task in tasks),
+            )
+            for bucket in facts["buckets"]
+        ],
+    )  # fmt: skip
+
+
+def _print_table(
+    console: Console, title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]
+) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        # As Text, for a default or a config may look like markup.
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    console.print(table)
+
+
+def _size_text(num_bytes: int) -> str:
+    """Bytes with a unit of 1024s, three digits."""
+    size, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
