@@ -93,9 +93,10 @@ class EmbeddingCollection(nnx.Module):
 
     def to_numpy(self) -> dict[str, np.ndarray]:
         """The tables by name, each [R, D] float32, C-contiguous."""
+        # By name, because a table may be called "items", which hides that method of the dict.
         return {
-            name: np.ascontiguousarray(np.asarray(table[...], np.float32))
-            for name, table in self.tables.items()
+            table.name: np.ascontiguousarray(np.asarray(self.tables[table.name][...], np.float32))
+            for table in self.spec.tables
         }
 
     def load_numpy(self, tables: Mapping[str, np.ndarray]) -> None:

@@ -1,0 +1,1 @@
+"""Training: data readers, fitting of preprocessing, the trainer, checkpoints, metrics and evaluation."""
