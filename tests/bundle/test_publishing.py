@@ -102,7 +102,9 @@ def test_a_writer_that_loses_the_race_takes_the_next_version(publish, fill, tiny
         (staging.path / "file").touch()
     assert one.publish(1) == tmp_path / "m" / "1"
     assert other.publish(1) is None
-    assert other.publish(2) == tmp_path / "m" / "2"
+    (tmp_path / "m" / "2").mkdir()  # empty, so that a bare rename would replace it
+    assert other.publish(2) is None
+    assert other.publish(3) == tmp_path / "m" / "3"
 
 
 def test_nothing_is_visible_before_publish_and_nothing_is_left_without_it(fill, tmp_path):

@@ -128,6 +128,8 @@ def test_values_that_fit_no_row_or_task_are_refused(spec, tmp_path, values, mess
 def test_no_requests_or_requests_of_two_models_are_refused(spec, tmp_path):
     with pytest.raises(ConfigError, match="at least one request"):
         write_requests(tmp_path / "r", [], {})
+    with pytest.raises(BundleError, match=r"folder/r: can't be written: .*No such file"):
+        write_requests(tmp_path / "folder" / "r", requests_of(spec), {})
     other = ModelSpec.from_dict(
         {
             "name": "other",

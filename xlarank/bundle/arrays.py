@@ -30,7 +30,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
 
     Raises:
       ConfigError: for an array of another dtype.
-      BundleError: if what was read back differs from what was given.
+      BundleError: if the file can't be written, or what was read back differs from what was given.
     """
     packed: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
@@ -48,6 +48,8 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
             if not _same_bits(array, written.get(name)):
                 raise BundleError(f"{path}: array {name!r} reads back different from what was written")
         os.replace(temporary, path)
+    except SafetensorError as error:  # a full disk or a missing folder, too
+        raise BundleError(f"{path}: can't be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -168,23 +168,18 @@ def _text(document: Mapping[str, Any]) -> str:
 
     (`json.dumps(indent=…)` runs in Python: a second for a vocabulary of a million.)
     """
-    return (
-        _object_text(
-            {
-                key: _object_text({k: _dump(v) for k, v in value.items()}, "  ")
-                if isinstance(value, dict) and value
-                else _dump(value)
-                for key, value in document.items()
-            },
-            "",
-        )
-        + "\n"
-    )
+    lines = ",\n".join(f"  {_dump(key)}: {_value_text(value)}" for key, value in document.items())
+    return f"{{\n{lines}\n}}\n"
 
 
-def _object_text(texts: Mapping[str, str], indent: str) -> str:
-    lines = ",\n".join(f"{indent}  {_dump(key)}: {text}" for key, text in texts.items())
-    return f"{{\n{lines}\n{indent}}}"
+def _value_text(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        lines = ",\n".join(f"    {_dump(key)}: {_dump(item)}" for key, item in value.items())
+        return f"{{\n{lines}\n  }}"
+    if isinstance(value, list) and value:
+        lines = ",\n".join(f"    {_dump(item)}" for item in value)
+        return f"[\n{lines}\n  ]"
+    return _dump(value)
 
 
 def _dump(value: Any) -> str:

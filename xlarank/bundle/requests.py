@@ -43,6 +43,7 @@ def write_requests(
 
     Raises:
       ConfigError: if the above doesn't hold.
+      BundleError: if the file can't be written.
     """
     path = Path(path)
     if not requests:

@@ -47,11 +47,8 @@ class Staging:
             return None
         try:
             os.rename(self.path, target)
-        except FileExistsError:
-            return None
         except OSError as error:
-            # ENOTEMPTY: another writer published this version in between.
-            if target.exists() and self.path.exists():
+            if target.exists():  # published by another writer in between
                 return None
             raise BundleError(f"{target}: can't be published: {error.strerror}") from error
         for folder in (self._model_folder, self._model_folder.parent):
