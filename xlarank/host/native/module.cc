@@ -326,6 +326,8 @@ class Kernel {
 
 NB_MODULE(_native, module) {
   using namespace xlarank;
+  // At exit threads may still hold kernels; the process takes their memory with it.
+  nb::set_leak_warnings(false);
   module.doc() = "The native kernel of xlarank.host; see the Python modules beside it.";
   module.def("hash_int64", &hash_ints, "values"_a, "seed"_a);
   module.def("hash_strings", &hash_texts, "blob"_a, "offsets"_a, "seed"_a);
