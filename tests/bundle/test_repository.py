@@ -2,10 +2,11 @@
 
 import os
 import re
+import shutil
 
 import pytest
 
-from xlarank.bundle import latest_version, list_versions, resolve_bundle
+from xlarank.bundle import latest_version, list_versions, open_bundle, resolve_bundle
 from xlarank.errors import BundleError, ModelNotFoundError
 
 
@@ -45,6 +46,17 @@ def test_a_model_folder_means_its_highest_version(publish, tmp_path):
 def test_a_bundle_may_be_opened_wherever_it_was_copied_to(bundle_path, tmp_path):
     os.rename(bundle_path, tmp_path / "copy")
     assert resolve_bundle(tmp_path / "copy") == tmp_path / "copy"
+    assert open_bundle(tmp_path / "copy").manifest.version == 1
+
+
+def test_a_version_copied_to_a_new_number_is_that_number(bundle_path, tmp_path, monkeypatch):
+    shutil.copytree(bundle_path, tmp_path / "tiny" / "8")
+    assert open_bundle(resolve_bundle(tmp_path / "tiny")).manifest.version == 8
+    (tmp_path / "tiny" / "9").symlink_to(bundle_path, target_is_directory=True)
+    assert list_versions(tmp_path) == {"tiny": [1, 8, 9]}
+    assert open_bundle(tmp_path / "tiny" / "9").manifest.version == 9
+    monkeypatch.chdir(tmp_path / "tiny" / "8")
+    assert open_bundle(".").manifest.version == 8
 
 
 def test_a_path_that_is_neither_says_what_it_is(bundle_path, tmp_path):

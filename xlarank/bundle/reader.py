@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -19,6 +20,7 @@ from xlarank.bundle.manifest import (
     ProgramEntry,
     table_file,
 )
+from xlarank.bundle.repository import version_of
 from xlarank.bundle.requests import read_requests
 from xlarank.bundle.tables import map_table
 from xlarank.errors import BundleError
@@ -38,6 +40,10 @@ def open_bundle(path: Path | str, *, verify: bool = True, num_threads: int | Non
         tables' headers are looked at.
       num_threads: threads that read; None for one a core, at most 4.
 
+    Returns:
+      The bundle; its version is the folder's number, or the one it was published as where the folder has
+      another kind of name.
+
     Raises:
       BundleError: if a file is missing, truncated or damaged, or the format version is unknown; names
         the file and what differs.
@@ -54,7 +60,10 @@ def open_bundle(path: Path | str, *, verify: bool = True, num_threads: int | Non
     if num_threads is None:
         num_threads = min(4, os.cpu_count() or 1)
     check_files(path, manifest.files, content=verify, num_threads=num_threads)
-    return Bundle(path, manifest)
+    # The folder's name is what listings and clients go by, so a version that was copied to a new number, to
+    # roll back to it, is that number.
+    version = version_of(path) or manifest.version
+    return Bundle(path, dataclasses.replace(manifest, version=version))
 
 
 class Bundle:

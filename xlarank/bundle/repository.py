@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from xlarank.bundle.manifest import MANIFEST_FILE
 from xlarank.errors import BundleError, ModelNotFoundError
 
-__all__ = ["latest_version", "list_versions", "resolve_bundle", "versions_in"]
+__all__ = ["latest_version", "list_versions", "resolve_bundle", "version_of", "versions_in"]
 
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
@@ -34,11 +35,18 @@ def list_versions(repository: Path | str) -> dict[str, list[int]]:
 def versions_in(folder: Path) -> list[int]:
     """Versions in a model's folder, ascending; none if the folder isn't there."""
     try:
-        return sorted(int(p.name) for p in folder.iterdir() if _VERSION.fullmatch(p.name) and p.is_dir())
+        versions = ((version_of(path), path) for path in folder.iterdir())
+        return sorted(version for version, path in versions if version is not None and path.is_dir())
     except FileNotFoundError:
         return []
     except OSError as error:
         raise BundleError(f"{folder}: can't be listed: {error.strerror}") from error
+
+
+def version_of(path: Path) -> int | None:
+    """The version that a folder's name is; None if it is no plain integer >= 1."""
+    name = os.path.basename(os.path.abspath(path))  # of "." too; a link's name, not its target's
+    return int(name) if _VERSION.fullmatch(name) else None
 
 
 def latest_version(repository: Path | str, model: str) -> int:
@@ -71,7 +79,7 @@ def resolve_bundle(path: Path | str) -> Path:
         return path
     if versions := versions_in(path):
         return path / str(versions[-1])
-    if _VERSION.fullmatch(path.name):
+    if version_of(path) is not None:
         raise BundleError(f"{path}: {MANIFEST_FILE} is missing: no bundle, or a damaged one")
     if models := list_versions(path):
         raise BundleError(
