@@ -119,7 +119,7 @@ def analyze(
         if equation.primitive.name == "dot_general":
             groups[source].append(equation)
         else:
-            elementwise += sum(math.prod(v.aval.shape) for v in equation.outvars if _is_float(v.aval))
+            elementwise += sum(math.prod(aval.shape) for aval in _avals(equation.outvars) if _is_float(aval))
     return Analysis(
         layers=_layers(model),
         matmuls=tuple(_matmul(source, found, bucket.rows) for source, found in groups.items()),
@@ -140,6 +140,10 @@ def _equations(jaxpr: core.Jaxpr, caller: str) -> Iterator[tuple[core.JaxprEqn, 
             yield equation, source
 
 
+def _avals(atoms: Sequence[Any]) -> list[Any]:
+    return [atom.aval for atom in atoms]
+
+
 def _is_float(aval: Any) -> bool:
     return hasattr(aval, "dtype") and np.issubdtype(aval.dtype, np.floating)
 
@@ -157,12 +161,12 @@ def _layers(model: DenseModel) -> tuple[LayerCost, ...]:
 def _matmul(source: str, equations: list[core.JaxprEqn], num_rows: int) -> MatmulCost:
     flops, weight_bytes = 0.0, 0
     for equation in equations:
-        left, right = (v.aval for v in equation.invars)
+        left, right = _avals(equation.invars)
         (contracted, _), _ = equation.params["dimension_numbers"]
         inner = math.prod(left.shape[axis] for axis in contracted)
-        flops += 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
+        flops += 2.0 * inner * math.prod(_avals(equation.outvars)[0].shape)
         weight_bytes += math.prod(right.shape) * right.dtype.itemsize
-    left, right = (v.aval for v in equations[0].invars)
+    left, right = _avals(equations[0].invars)
     shapes = f"{list(left.shape)} @ {list(right.shape)}"
     return MatmulCost(source, len(equations), shapes, flops / num_rows, weight_bytes)
 
@@ -191,5 +195,3 @@ def _tables(spec: ModelSpec, golden: Sequence[RankRequest]) -> tuple[TableCost, 
 def _buffer_bytes(signature: Signature, scope: Scope) -> int:
     leaves = [leaf for leaf in signature.leaves if leaf.scope is scope]
     return sum(math.prod(leaf.tail) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
-
-

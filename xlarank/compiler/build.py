@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -139,6 +140,7 @@ def build(
     """
     spec.check_fitted()
     check_tables(spec, tables)
+    fingerprint = device.fingerprint()
     ladder = BucketLadder.of_rows(options.bucket_rows)
     requests = [r for r in (golden if golden is not None else random_requests(spec)) if r.num_candidates]
     if not requests:
@@ -163,7 +165,7 @@ def build(
             params=model.names,
             tolerance=options.precision.tolerance,
             provenance=_provenance() | dict(options.provenance),
-            fingerprint=device.fingerprint(),
+            fingerprint=fingerprint,
         )
         writer.add_text("report.html", render_report(manifest, analysis))
         path = writer.publish(manifest)
@@ -219,6 +221,8 @@ def _compile(
 
 
 def _provenance() -> dict[str, str]:
-    versions = {name: importlib.metadata.version(name) for name in ("xlarank", "flax", "jaxlib")}
+    versions = {name: importlib.metadata.version(name) for name in ("flax", "jaxlib")}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a source tree
+        versions["xlarank"] = importlib.metadata.version("xlarank")
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"created": created, "python": platform.python_version(), "jax": jax.__version__, **versions}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src import source_info_util  # no public name; wrapped once, in `source_of`
 from jax.extend import core
+from jax.extend.core import ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 from xlarank.compiler.split import RowProgram
 from xlarank.spec import Bucket, Scope, Signature
@@ -25,16 +26,16 @@ def source_of(equation: core.JaxprEqn) -> str:
     return source_info_util.summarize(equation.source_info)
 
 
-def inner_jaxpr(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
+def inner_jaxpr(equation: core.JaxprEqn) -> ClosedJaxpr | None:
     """The program that an equation merely calls (jit, custom derivatives, remat), else None."""
     if equation.primitive.name in ("scan", "while", "cond"):
         return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = equation.params.get(name)
-        if isinstance(inner, core.ClosedJaxpr):
+        if isinstance(inner, ClosedJaxpr):
             return inner
         if isinstance(inner, core.Jaxpr):
-            return core.ClosedJaxpr(inner, ())
+            return ClosedJaxpr(inner, ())
     return None
 
 
@@ -105,7 +106,7 @@ def find_crossing(
 
 
 def _walk(
-    closed: core.ClosedJaxpr, inputs: Sequence[_Runs], caller: str
+    closed: ClosedJaxpr, inputs: Sequence[_Runs], caller: str
 ) -> Generator[tuple[core.JaxprEqn, str, list[_Runs], list[_Runs]], None, list[_Runs]]:
     """Evaluates equation by equation, into nested programs.
 

@@ -40,7 +40,9 @@ def lower_program(
             jax.eval_shape(jitted, *avals)
         except (TypeError, IndexError, jax.errors.JAXTypeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"model {spec.name!r} can't be traced at {bucket.rows} rows: {reason}") from error
+            raise ModelError(
+                f"model {spec.name!r} can't be traced at {bucket.rows} rows: {reason}"
+            ) from error
         here = jax.default_backend()
         try:
             exported = export.export(jitted, platforms=_PLATFORMS)(*avals)

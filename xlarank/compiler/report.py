@@ -11,7 +11,8 @@ from xlarank.compiler.analyze import Analysis
 __all__ = ["render_report"]
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #1d2733; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem;
+       color: #1d2733 }
 h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin-top: 2rem }
 p.lead { color: #5a6775; margin-top: .2rem }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
@@ -38,8 +39,8 @@ def render_report(manifest: Manifest, analysis: Analysis) -> str:
         f"{_bytes(sum(t.num_bytes for t in analysis.tables))} of embedding tables; "
         f"tasks {html.escape(', '.join(task.name for task in spec.tasks))}</p>",
         "<h2>Buckets</h2>",
-        f"<p>Median of a full batch. Scores were proven against the op-by-op Flax reference at fills of 1, 2, "
-        f"half, full - 1 and full rows; allowed: {tolerance.probability:g} on probabilities, "
+        f"<p>Median of a full batch. Scores were proven against the op-by-op Flax reference at fills of 1, "
+        f"2, half, full - 1 and full rows; allowed: {tolerance.probability:g} on probabilities, "
         f"{tolerance.regression:g} relative on regressions.</p>",
     ]
     for kind, profile in manifest.latency.items():
@@ -57,7 +58,9 @@ def render_report(manifest: Manifest, analysis: Analysis) -> str:
             for entry in manifest.programs
         ]
         errors = [f"error {task.name}" for task in spec.tasks]
-        parts.append(f"<p>Device kind <code>{html.escape(kind)}</code>, knee at {profile.knee_rows()} rows</p>")
+        parts.append(
+            f"<p>Device kind <code>{html.escape(kind)}</code>, knee at {profile.knee_rows()} rows</p>"
+        )
         parts.append(_table(["rows", "requests", "ms", "rows/s", *errors, "form", ""], rows))
     parts += [
         "<h2>Matrix multiplications</h2>",

@@ -13,7 +13,15 @@ from flax import nnx
 from xlarank.errors import ModelError
 from xlarank.spec import MASK_SUFFIX, Bucket, FeatureKind, ModelSpec, Signature, TaskKind
 
-__all__ = ["DenseModel", "RowProgram", "activation_shapes", "program_avals", "row_program", "scores_of", "split_module"]
+__all__ = [
+    "DenseModel",
+    "RowProgram",
+    "activation_shapes",
+    "program_avals",
+    "row_program",
+    "scores_of",
+    "split_module",
+]
 
 RowProgram = Callable[..., dict[str, jax.Array]]
 """(prepared, context leaves, candidate leaves, request_of_row [B]) -> {task: scores [B]}."""
@@ -160,5 +168,3 @@ def program_avals(
         leaf_avals(signature.candidate_leaves),
         request_of_row,
     )
-
-

@@ -47,6 +47,8 @@ def verify_bucket(
       ModelError: names the operation that crosses rows.
     """
     leaves = buffers.leaves(bucket)
+    golden.fill(leaves, bucket, bucket.rows)
+    _check_rows_independent(spec, signature, bucket, replica, program, leaves)
     worst = dict.fromkeys((task.name for task in spec.tasks), 0.0)
     fills = sorted({1, 2, bucket.rows // 2, bucket.rows - 1, bucket.rows} & set(range(1, bucket.rows + 1)))
     batches = [(num_rows, start) for start, num_rows in enumerate(fills)]
@@ -57,8 +59,6 @@ def verify_bucket(
         errors = score_errors(spec, replica.run(bucket, leaves), expected)
         check_errors(spec, bucket, errors, tolerance, f"{num_rows} valid rows")
         worst = {task: max(worst[task], errors[task]) for task in worst}
-    golden.fill(leaves, bucket, bucket.rows)
-    _check_rows_independent(spec, signature, bucket, replica, program, leaves)
     return worst
 
 

@@ -5,6 +5,7 @@ What the compiler proves and what the server runs is this code.
 
 from xlarank.device.platform import (  # first: it sets the environment that JAX reads at import
     compile_cache_at,
+    compiler_options,
     configure,
     default_compile_cache,
     device_kind,
@@ -28,6 +29,7 @@ __all__ = [
     "Replica",
     "check_errors",
     "compile_cache_at",
+    "compiler_options",
     "configure",
     "default_compile_cache",
     "deserialize_program",

@@ -5,23 +5,31 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
+import logging
 import os
 import platform
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # jax 0.10.1 logs two long 'SIGILL' lines at every CPU cache hit unless this is set before its import.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
-import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
 
 from xlarank.errors import ConfigError
 
+if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
+    from jaxlib._jax import Device
+
+_log = logging.getLogger(__name__)
+
 __all__ = [
     "compile_cache_at",
+    "compiler_options",
     "configure",
     "default_compile_cache",
     "device_kind",
@@ -64,7 +72,7 @@ def configure(*, num_devices: int | None = None, compile_cache: Path | None = No
         )
 
 
-def devices(num_devices: int | None = None) -> list[jax.Device]:
+def devices(num_devices: int | None = None) -> list[Device]:
     """The first `num_devices` local devices, all by default."""
     found = jax.local_devices()
     if num_devices is not None and not 1 <= num_devices <= len(found):
@@ -72,7 +80,7 @@ def devices(num_devices: int | None = None) -> list[jax.Device]:
     return found[:num_devices]
 
 
-def device_kind(device: jax.Device) -> str:
+def device_kind(device: Device) -> str:
     """JAX's name of the device's make, such as ``cpu`` or ``NVIDIA H100 80GB HBM3``."""
     return device.device_kind
 
@@ -106,18 +114,51 @@ def seed_compile_cache(files: Iterable[Path]) -> None:
 
 
 @functools.cache
+def compiler_options(platform_name: str) -> dict[str, str]:
+    """XLA options that every program of ours is compiled with, in training as in serving.
+
+    jaxlib 0.11 and later hand reductions on CPU to YNNPACK, which reads out of bounds when an operand was
+    broadcast: wrong scores that differ from run to run (google/XNNPACK pull request 11243; measured on
+    0.12.0). Its matmuls are right and fast, so they stay.
+
+    Args:
+      platform_name: of the device, such as ``cpu``.
+
+    Returns:
+      For `compiler_options` of `jax.jit` and `Lowered.compile`; empty where the options don't exist.
+    """
+    release = tuple(int(part) for part in _jaxlib_version().split(".")[:2])
+    if platform_name != "cpu" or release < (0, 11):
+        return {}
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    cpu = jax.local_devices(backend="cpu")[0]
+    with jax.default_device(cpu):
+        try:
+            jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((), "float32")).compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:  # a later release without the option
+            _log.warning("XLA no longer knows %s: %s", options, error)
+            return {}
+    return options
+
+
+@functools.cache
 def fingerprint() -> dict[str, str]:
     """What compiled code depends on: toolchain, flags, device and CPU features."""
     device = jax.local_devices()[0]
     return {
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": _jaxlib_version(),
         "platform_version": device.client.platform_version.replace("\n", " "),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "compiler_options": " ".join(f"{k}={v}" for k, v in compiler_options(device.platform).items()),
         "device_kind": device_kind(device),
         "machine": platform.machine(),
         "cpu_features": _cpu_features(),
     }
+
+
+def _jaxlib_version() -> str:
+    return importlib.metadata.version("jaxlib")
 
 
 def _make_cpu_devices(num_devices: int) -> None:
@@ -142,6 +183,8 @@ def _use_compile_cache(folder: Path) -> None:
     # Every program is worth keeping: start-up is their sum.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # XLA's own GPU caches would put this folder's path into every key, and no bundle's code would fit.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     # JAX binds the folder at the first compile of the process; bind it anew.
     compilation_cache.reset_cache()
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jax import export
 
+from xlarank.device.platform import compiler_options
 from xlarank.spec import Bucket, Signature
+
+if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
+    from jaxlib._jax import Device
 
 __all__ = ["Executable", "Replica", "deserialize_program"]
 
@@ -62,7 +67,7 @@ class Replica:
 
     def __init__(
         self,
-        device: jax.Device,
+        device: Device,
         signature: Signature,
         programs: Mapping[Bucket, export.Exported],
         params: Sequence[np.ndarray],
@@ -76,12 +81,11 @@ class Replica:
           params: dense weights in the programs' order.
         """
         self.device = device
-        sharding = jax.sharding.SingleDeviceSharding(device)
-        prepared = tuple(jax.device_put(param, sharding) for param in params)
+        prepared = tuple(jax.device_put(param, device) for param in params)
         context = tuple(leaf.name for leaf in signature.context_leaves)
         candidate = tuple(leaf.name for leaf in signature.candidate_leaves)
         self.executables = {
-            bucket: Executable(bucket, _compile(program, sharding), prepared, context, candidate)
+            bucket: Executable(bucket, _compile(program, device), prepared, context, candidate)
             for bucket, program in programs.items()
         }
 
@@ -90,10 +94,12 @@ class Replica:
         return self.executables[bucket](leaves)
 
 
-def _compile(program: export.Exported, sharding: jax.sharding.Sharding) -> jax.stages.Compiled:
+def _compile(program: export.Exported, device: Device) -> jax.stages.Compiled:
     def xlarank_program(*args):  # the name shows in profiles and in the names of cache files
         return program.call(*args)
 
-    avals = jax.tree.unflatten(program.in_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.in_avals])
-    args, _ = avals
-    return jax.jit(xlarank_program, in_shardings=sharding, out_shardings=sharding).lower(*args).compile()
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in program.in_avals]
+    args, _ = jax.tree.unflatten(program.in_tree, avals)
+    lowered = jax.jit(xlarank_program, in_shardings=sharding, out_shardings=sharding).lower(*args)
+    return lowered.compile(compiler_options=compiler_options(device.platform))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import threading
@@ -19,7 +18,7 @@ from xlarank.bundle import open_bundle, resolve_bundle
 from xlarank.errors import UnavailableError
 from xlarank.host import BoundRequest, Gatherer, Segment
 from xlarank.runtime.batcher import Batch, Batcher, Part
-from xlarank.runtime.loading import LoadReport, Loader
+from xlarank.runtime.loading import Loader, LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pool import DevicePool, Job
 from xlarank.spec import BucketLadder, LatencyProfile, ModelSpec, RankRequest
@@ -35,8 +34,16 @@ _BUFFERS_A_DEVICE = 1
 class _Pending:
     """A request on its way through the engine."""
 
-    __slots__ = ("bound", "execute_seconds", "future", "gather_seconds", "queued_at", "rows_left", "scores")
-    __slots__ += ("started_at",)
+    __slots__ = (
+        "bound",
+        "execute_seconds",
+        "future",
+        "gather_seconds",
+        "queued_at",
+        "rows_left",
+        "scores",
+        "started_at",
+    )
 
     def __init__(self, bound: BoundRequest, tasks: tuple[str, ...], queued_at: float) -> None:
         self.bound = bound
@@ -124,7 +131,8 @@ class Engine:
         self._gatherer: Gatherer = loaded.gatherer
         self._replicas = loaded.replicas
         self._rings = [
-            device.BufferRing(self._gatherer.signature, self.ladder, _BUFFERS_A_DEVICE) for _ in self._replicas
+            device.BufferRing(self._gatherer.signature, self.ladder, _BUFFERS_A_DEVICE)
+            for _ in self._replicas
         ]
         self._tasks = tuple(task.name for task in self.spec.tasks)
         self._batcher: Batcher[_Pending] = Batcher(self.ladder, max_batch_rows=self.profile.knee_rows())
@@ -271,4 +279,3 @@ class Engine:
             self._num_open -= 1
             if self._num_open == 0:
                 self._idle.notify_all()
-

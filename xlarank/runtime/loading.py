@@ -6,14 +6,17 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from xlarank import device
 from xlarank.bundle import Bundle
 from xlarank.host import Gatherer
 from xlarank.spec import Bucket, BucketLadder, LatencyProfile
+
+if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
+    from jaxlib._jax import Device
 
 __all__ = ["LoadReport", "LoadedModel", "Loader"]
 
@@ -57,7 +60,7 @@ class Loader:
         self,
         bundle: Bundle,
         *,
-        devices: Sequence[jax.Device],
+        devices: Sequence[Device],
         host_threads: int,
         use_bundle_code: bool = True,
         backend: str = "auto",

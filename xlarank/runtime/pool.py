@@ -106,4 +106,3 @@ class DevicePool:
                 if self._is_closed:
                     return None
                 self._condition.wait()
-
