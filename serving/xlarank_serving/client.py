@@ -174,13 +174,13 @@ class _ModelInputs:
 
     def request(self, features: Mapping[str, Any]) -> RankRequest:
         """The features that are given, in the form that RankRequest gives them; the server checks values."""
-        given = {name for name, value in features.items() if value is not None}
-        if unknown := sorted(given - set(self.spec.feature_by_name)):
+        given = {name: value for name, value in features.items() if value is not None}
+        if unknown := sorted(set(features) - set(self.spec.feature_by_name)):
             raise FeatureError(
                 f"model {self.spec.name!r} has no feature {unknown[0]!r}; "
                 f"it has {list(self.spec.feature_by_name)}"
             )
-        return RankRequest(self._spec_of_some(frozenset(given)), features, check=_accept)
+        return RankRequest(self._spec_of_some(frozenset(given)), given, check=_accept)
 
     def _build_spec_of_some(self, given: frozenset[str]) -> ModelSpec:
         if not any(feature.name in given for feature in self.spec.candidate_features):

@@ -11,6 +11,9 @@ from xlarank.errors import ConfigError
 
 __all__ = ["MetricsServer"]
 
+_POLL_SECONDS = 0.1
+"""How often the listening thread looks whether it shall stop."""
+
 
 class MetricsServer:
     """Answers GET /metrics on a thread of its own until closed.
@@ -37,7 +40,9 @@ class MetricsServer:
                 f"http port {port} on {host}: expected a free port, got {error.strerror or error}"
             ) from error
         self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics-http", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_SECONDS,), name="metrics-http", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:

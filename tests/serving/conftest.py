@@ -41,7 +41,7 @@ def column_sum(column):
         return np.array([flat[end - n : end].sum() for end, n in zip(ends, column.lengths, strict=True)])
     if isinstance(column, StringColumn):
         return np.diff(column.offsets).astype(np.float64)
-    return column.astype(np.float64).reshape(len(column), -1).sum(axis=1)
+    return column.astype(np.float64).sum(axis=tuple(range(1, column.ndim)))
 
 
 def expected_scores(request):
@@ -185,14 +185,19 @@ class Serving:
         return info.value.details()
 
 
-def start(**options):
+def start_at(**options):
+    """A running server; ConfigError if it can't listen."""
     metrics = Metrics()
     repository = FakeRepository(metrics)
     engine = repository.add(FEED, 3)
-    config = ServerConfig(port=0, http_port=0, **options)
-    server = RankingServer(repository, metrics.text, config)
+    server = RankingServer(repository, metrics.text, ServerConfig(**options))
     client = RankingClient(server.address, timeout=10)
     return Serving(server, repository, engine, client, metrics, grpc.insecure_channel(server.address))
+
+
+def start(**options):
+    """A running server on free ports."""
+    return start_at(port=0, http_port=0, **options)
 
 
 @pytest.fixture
@@ -273,5 +278,5 @@ def valid_inputs(n=3):
 def wire():
     """Helpers to write requests by hand."""
     return SimpleNamespace(
-        messages=messages, raw=raw_request, valid=valid_inputs, expected=expected_scores, spec=FEED, start=start
+        messages=messages, raw=raw_request, valid=valid_inputs, expected=expected_scores, spec=FEED, start=start, start_at=start_at
     )

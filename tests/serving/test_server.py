@@ -1,0 +1,344 @@
+"""Health, reflection, metadata, ports, metrics over HTTP, statuses, and the stop."""
+
+import http.client
+import os
+import signal
+import socket
+import threading
+import urllib.request
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import proto_reflection_descriptor_database
+from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
+from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
+from prometheus_client.parser import text_string_to_metric_families
+
+from xlarank.errors import (
+    BundleError,
+    ConfigError,
+    FeatureError,
+    ModelNotFoundError,
+    RequestError,
+    UnavailableError,
+    XlarankError,
+)
+from xlarank_serving.server import RankingServer, ServerConfig, stop_on_signals
+from xlarank_serving.status import error_of, failure_reason, status_of
+
+Status = health_pb2.HealthCheckResponse
+
+
+def metric_values(text):
+    """Value by sample name and labels, as a scraper reads it."""
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def scrape(serving):
+    with urllib.request.urlopen(f"http://{serving.server.http_address}/metrics", timeout=10) as response:
+        assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        return response.read().decode()
+
+
+def test_live_ready_and_server_metadata(serving, wire):
+    m = wire.messages
+    assert serving.call("ServerLive", m.ServerLiveRequest()).live
+    assert serving.call("ServerReady", m.ServerReadyRequest()).ready
+    assert serving.call("ModelReady", m.ModelReadyRequest(name="feed")).ready
+    assert serving.call("ServerMetadata", m.ServerMetadataRequest()).name == "xlarank"
+    serving.repository.loading.add(("feed", 3))
+    assert not serving.call("ServerReady", m.ServerReadyRequest()).ready
+    assert not serving.call("ModelReady", m.ModelReadyRequest(name="feed", version="3")).ready
+    with pytest.raises(UnavailableError, match="is not at ready state"):
+        serving.client.metadata("feed")
+
+
+@pytest.mark.parametrize("method", ["ModelReady", "ModelMetadata"])
+def test_an_unknown_model_is_not_found(shared, wire, method):
+    request = getattr(wire.messages, f"{method}Request")
+    with pytest.raises(grpc.RpcError, match="Request for unknown model: 'food' is not found") as info:
+        shared.call(method, request(name="food"))
+    assert info.value.code() is grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.RpcError, match="'feed' version 9 is not found") as info:
+        shared.call(method, request(name="feed", version="9"))
+    assert info.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_an_unknown_model_or_version_is_not_found_by_infer(shared, wire):
+    details = shared.refusal(wire.messages.ModelInferRequest(model_name="food"), grpc.StatusCode.NOT_FOUND)
+    assert details == "Request for unknown model: 'food' is not found"
+    request = wire.raw(**wire.valid(1))
+    request.model_version = "two"
+    assert "version two is not found" in shared.refusal(request, grpc.StatusCode.NOT_FOUND)
+
+
+def test_model_metadata_states_every_tensor_in_order(shared):
+    metadata = shared.client.metadata("feed")
+    assert (metadata.name, list(metadata.versions), metadata.platform) == ("feed", ["3"], "xlarank")
+    assert [(t.name, t.datatype, list(t.shape)) for t in metadata.inputs] == [
+        ("age", "FP32", [1]),
+        ("country", "BYTES", [1]),
+        ("watched", "INT64", [-1]),
+        ("watched.lengths", "INT32", [1]),
+        ("mood", "FP32", [1, 2]),
+        ("video", "INT64", [-1]),
+        ("topics", "INT64", [-1]),
+        ("topics.lengths", "INT32", [-1]),
+        ("tags", "BYTES", [-1]),
+        ("tags.lengths", "INT32", [-1]),
+        ("likes", "FP32", [-1]),
+        ("vector", "FP32", [-1, 3]),
+        ("hour", "FP32", [-1]),
+        ("fresh", "INT64", [-1]),
+    ]
+    assert [(t.name, t.datatype, list(t.shape)) for t in metadata.outputs] == [
+        ("finish", "FP32", [-1]),
+        ("share.score", "FP32", [-1]),
+    ]
+
+
+def test_health_follows_the_repository(serving):
+    stub = health_pb2_grpc.HealthStub(serving.channel)
+
+    def check(service):
+        return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
+
+    assert (check(""), check("feed")) == (Status.SERVING, Status.SERVING)
+    with pytest.raises(grpc.RpcError) as info:
+        check("food")
+    assert info.value.code() is grpc.StatusCode.NOT_FOUND
+    watch = stub.Watch(health_pb2.HealthCheckRequest(service="feed"), timeout=10)
+    assert next(watch).status == Status.SERVING
+    serving.repository.loading.add(("feed", 3))
+    assert (check(""), check("feed")) == (Status.NOT_SERVING, Status.NOT_SERVING)
+    assert next(watch).status == Status.NOT_SERVING
+    watch.cancel()
+
+
+def test_reflection_describes_what_is_served(shared):
+    database = proto_reflection_descriptor_database.ProtoReflectionDescriptorDatabase(shared.channel)
+    assert set(database.get_services()) == {
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+        "inference.GRPCInferenceService",
+    }
+    file = database.FindFileContainingSymbol("inference.GRPCInferenceService")
+    (service,) = file.service
+    assert {method.name for method in service.method} == {
+        "ServerLive",
+        "ServerReady",
+        "ServerMetadata",
+        "ModelReady",
+        "ModelMetadata",
+        "ModelInfer",
+    }
+    assert database.FindFileContainingSymbol("grpc.health.v1.Health").package == "grpc.health.v1"
+    del database
+
+
+def test_probes_answer_while_every_ranking_thread_is_busy(wire, candidates):
+    running = wire.start(num_threads=2)
+    running.engine.hold()
+    streams = [ServerReflectionStub(running.channel).ServerReflectionInfo(iter_forever()) for _ in range(4)]
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(running.client.score, "feed", candidates) for _ in range(3)]
+        for _ in range(2):
+            assert running.engine.arrived.acquire(timeout=10)
+        stub = health_pb2_grpc.HealthStub(running.channel)
+        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=10).status == Status.SERVING
+        assert running.client.is_ready("feed", timeout=10)
+        running.engine.release()  # and the third is answered as soon as a thread is free
+        assert [len(answer.result(timeout=10)["finish"]) for answer in answers] == [3, 3, 3]
+    for stream in streams:
+        stream.cancel()
+    running.channel.close()
+    running.client.close()
+    running.server.stop(0)
+
+
+def iter_forever():
+    yield ServerReflectionRequest(list_services="")
+    threading.Event().wait()
+
+
+def test_metrics_over_http_count_successes_and_failures(serving, wire, candidates):
+    serving.client.score("feed", candidates)
+    serving.engine.metrics.record_success(
+        3, queue_seconds=0.001, gather_seconds=0.002, execute_seconds=0.003, total_seconds=0.01
+    )
+    serving.refusal(wire.raw(age=("FP32", [1], b"")))
+    serving.engine.error = UnavailableError("model 'feed' version 3 is closed")
+    with pytest.raises(UnavailableError, match="is closed"):
+        serving.client.score("feed", candidates)
+    serving.engine.error = ZeroDivisionError("boom")
+    with pytest.raises(XlarankError, match="INTERNAL: internal error: ZeroDivisionError: boom"):
+        serving.client.score("feed", candidates)
+    values = metric_values(scrape(serving))
+    model = (("model", "feed"), ("version", "3"))
+    assert values["nv_inference_request_success_total", *model] == 1
+    assert values["nv_inference_count_total", *model] == 3
+    for reason, count in {"OTHER": 1, "REJECTED": 1, "BACKEND": 1, "CANCELED": 0}.items():
+        labels = (model[0], ("reason", reason), model[1])
+        assert values["nv_inference_request_failure_total", *labels] == count
+
+
+def test_http_answers_nothing_but_metrics(shared):
+    host, port = shared.server.http_address.split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    connection.request("GET", "/")
+    assert connection.getresponse().status == 404
+    connection.close()
+
+
+def test_an_internal_error_is_logged_and_the_server_goes_on(serving, candidates, caplog):
+    serving.engine.error = ZeroDivisionError("boom")
+    with pytest.raises(XlarankError, match="ZeroDivisionError: boom"):
+        serving.client.score("feed", candidates)
+    assert "ZeroDivisionError: boom" in caplog.text
+    serving.engine.error = None
+    assert len(serving.client.score("feed", candidates)["finish"]) == 3
+
+
+def test_a_caller_who_leaves_cancels_its_request(serving, wire):
+    serving.engine.hold()
+    request = wire.raw(**wire.valid(2))
+    call = serving.channel.unary_unary(
+        "/inference.GRPCInferenceService/ModelInfer", type(request).SerializeToString
+    ).future(request)
+    assert serving.engine.arrived.acquire(timeout=10)
+    ((future, _),) = serving.engine.held
+    gone = threading.Event()
+    future.add_done_callback(lambda _: gone.set())
+    call.cancel()
+    assert gone.wait(timeout=10)
+    assert future.cancelled()
+    serving.engine.release()
+
+
+@pytest.mark.parametrize("which", ["grpc", "http"])
+def test_a_port_in_use_is_an_error_that_names_it(wire, which):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ports = {"port": port, "http_port": 0} if which == "grpc" else {"port": 0, "http_port": port}
+        with pytest.raises(ConfigError, match=f"{which} port {port} on 127.0.0.1: expected a free port, got"):
+            wire.start_at(**ports)
+
+
+def test_two_servers_never_share_a_port(shared, wire):
+    with pytest.raises(ConfigError, match=f"grpc port {shared.server.port} on 127.0.0.1: expected a free port"):
+        wire.start_at(port=shared.server.port, http_port=0)
+    with pytest.raises(ConfigError, match=f"http port {shared.server.http_port} on 127.0.0.1"):
+        wire.start_at(port=0, http_port=shared.server.http_port)
+
+
+def test_an_address_that_is_not_ours_is_an_error(wire):
+    with pytest.raises(ConfigError, match="port 0 on 192.0.2.1: expected a free port, got"):
+        wire.start_at(host="192.0.2.1", port=0, http_port=0)
+
+
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"port": 65536}, r"port must be in \[0, 65535\]; was 65536"),
+        ({"http_port": -1}, r"http_port must be in \[0, 65535\]; was -1"),
+        ({"num_threads": 0}, "num_threads must be >= 1; was 0"),
+        ({"max_message_mib": 4096}, "max_message_mib must be <= 2047; was 4096"),
+        ({"grace_seconds": -1.0}, "grace_seconds must be >= 0; was -1.0"),
+    ],
+)
+def test_a_bad_config_is_refused(fields, text):
+    with pytest.raises(ConfigError, match=text):
+        ServerConfig(**fields)
+
+
+def test_stop_answers_what_was_accepted_and_then_closes_the_repository(wire, candidates):
+    running = wire.start()
+    running.engine.hold()
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(running.client.score, "feed", candidates) for _ in range(2)]
+        for _ in range(2):
+            assert running.engine.arrived.acquire(timeout=10)
+        watch = health_pb2_grpc.HealthStub(running.channel).Watch(health_pb2.HealthCheckRequest(), timeout=10)
+        assert next(watch).status == Status.SERVING
+        stopped = pool.submit(running.server.stop, 30)
+        assert next(watch).status == Status.NOT_SERVING  # the stop has begun
+        watch.cancel()
+        assert not running.repository.is_closed
+        running.engine.release()
+        assert [len(answer.result(timeout=10)["finish"]) for answer in answers] == [3, 3]
+        stopped.result(timeout=10)
+    assert running.repository.is_closed
+    with pytest.raises(UnavailableError):
+        running.client.score("feed", candidates)
+    running.channel.close()
+    running.client.close()
+
+
+def test_a_stop_without_grace_cancels_what_is_left(wire, candidates):
+    running = wire.start()
+    running.engine.hold()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(running.client.score, "feed", candidates)
+        assert running.engine.arrived.acquire(timeout=10)
+        running.server.stop(0)
+        with pytest.raises(XlarankError):
+            answer.result(timeout=10)
+    assert running.engine.held[0][0].cancelled()
+    running.channel.close()
+    running.client.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_for_a_stop_and_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with stop_on_signals() as stop:
+        assert not stop.is_set()
+        os.kill(os.getpid(), number)
+        assert stop.wait(timeout=10)
+        assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(
+    "error, code, text, reason",
+    [
+        (FeatureError("feature 'x': no"), "INVALID_ARGUMENT", "feature 'x': no", "OTHER"),
+        (RequestError("no"), "INVALID_ARGUMENT", "no", "OTHER"),
+        (ModelNotFoundError("no model"), "NOT_FOUND", "no model", "OTHER"),
+        (UnavailableError("closed"), "UNAVAILABLE", "closed", "REJECTED"),
+        (CancelledError(), "CANCELLED", "cancelled", "CANCELED"),
+        (TimeoutError(), "DEADLINE_EXCEEDED", "deadline exceeded", "CANCELED"),
+        (BundleError("bad"), "INTERNAL", "internal error: BundleError: bad", "BACKEND"),
+        (ValueError("bad"), "INTERNAL", "internal error: ValueError: bad", "BACKEND"),
+    ],
+)
+def test_each_exception_has_its_code(error, code, text, reason):
+    assert status_of(error) == (grpc.StatusCode[code], text)
+    assert failure_reason(error) == reason
+
+
+@pytest.mark.parametrize("error", [RequestError("r"), ModelNotFoundError("m"), UnavailableError("u")])
+def test_a_client_gets_the_exception_back(error):
+    back = error_of(*status_of(error))
+    assert (type(back), str(back)) == (type(error), str(error))
+
+
+def test_details_are_cut_between_characters():
+    _, details = status_of(RequestError("aé" * 10_000))
+    assert details == "aé" * 666 + "a..."  # 3 bytes a pair; the 2000th would be half an é
+
+
+def test_a_server_is_a_context_manager(wire):
+    running = wire.start()
+    with running.server as server:
+        assert isinstance(server, RankingServer)
+        assert running.client.is_ready()
+    assert running.repository.is_closed
+    running.channel.close()
+    running.client.close()

@@ -1,0 +1,119 @@
+"""`xlarank serve`: a repository over gRPC until SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from xlarank.errors import ConfigError
+
+__all__ = ["add_parser", "run"]
+
+_EPILOG = """\
+example:
+  xlarank serve /models --devices 2 --host 0.0.0.0
+
+When every model is ready it prints one line, "ready: grpc HOST:PORT http HOST:PORT models NAME/VERSION ..."
+(with --json an object with these keys), and serves until SIGTERM or SIGINT; then it takes no more requests,
+answers those it has accepted, and ends. A second signal ends it at once.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve the models of a repository over gRPC",
+        description="Serves the latest version of every model in a repository (Open Inference Protocol).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("repository", type=Path, help="folder of <model>/<version> bundles")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all")
+    parser.add_argument("--port", type=int, default=8001, help="gRPC port (%(default)s); 0 for a free one")
+    parser.add_argument(
+        "--http-port", type=int, default=8002, help="port of /metrics (%(default)s); 0 for a free one"
+    )
+    parser.add_argument(
+        "--port-file", type=Path, help="write the ready line's JSON object here once ready, for scripts"
+    )
+    parser.add_argument(
+        "--devices", type=_devices, default=None, metavar="all|N", help="devices to serve on (all)"
+    )
+    parser.add_argument("--host-threads", type=int, help="threads of the gather (CPUs, 4 at most)")
+    parser.add_argument("--compile-cache", type=Path, help="folder of compiled code")
+    parser.add_argument(
+        "--no-bundle-code", action="store_true", help="leave compiled code in bundles untouched; compile programs/"
+    )
+    parser.add_argument(
+        "--allow-reference-gather", action="store_true", help="serve without the native kernel, slowly"
+    )
+    parser.add_argument("--threads", type=int, default=64, help="requests worked on at a time (%(default)s)")
+    parser.add_argument(
+        "--grace", type=float, default=30.0, metavar="SECONDS", help="longest stop (%(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Serves until a signal; returns what it served.
+
+    Raises:
+      ConfigError: for a port in use, or options or a repository that can't be served.
+      BundleError: if a bundle is damaged.
+    """
+    from xlarank.runtime import Metrics, ModelRepository
+    from xlarank_serving.server import RankingServer, ServerConfig, stop_on_signals
+
+    config = ServerConfig(
+        host=args.host,
+        port=args.port,
+        http_port=args.http_port,
+        num_threads=args.threads,
+        grace_seconds=args.grace,
+    )
+    metrics = Metrics()
+    repository = ModelRepository.open(
+        args.repository,
+        num_devices=args.devices,
+        host_threads=args.host_threads,
+        compile_cache=args.compile_cache,
+        use_bundle_code=not args.no_bundle_code,
+        allow_reference_gather=args.allow_reference_gather,
+        metrics=metrics,
+    )
+    with stop_on_signals() as stop:
+        try:
+            server = RankingServer(repository, metrics.text, config)
+        except ConfigError:
+            repository.close()
+            raise
+        with server:
+            models = [f"{name}/{version}" for name, version, _ in repository.models()]
+            ready = {"grpc": server.address, "http": server.http_address, "models": models}
+            if args.port_file is not None:
+                _write_whole(args.port_file, json.dumps(ready))
+            if getattr(args, "json", False):
+                print(json.dumps(ready), flush=True)
+            else:
+                print(f"ready: grpc {ready['grpc']} http {ready['http']} models {' '.join(models)}", flush=True)
+            stop.wait()
+    return ready
+
+
+def _devices(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected all or a number >= 1, got {text!r}")
+    return int(text)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A reader sees the whole file or none."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    beside.replace(path)
