@@ -10,6 +10,10 @@ from types import SimpleNamespace
 import grpc
 import numpy as np
 import pytest
+from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.client import RankingClient
+from xlarank_serving.layout import SERVICE_NAME
+from xlarank_serving.server import RankingServer, ServerConfig
 
 from xlarank.errors import ModelNotFoundError, UnavailableError
 from xlarank.runtime.metrics import Metrics
@@ -27,10 +31,6 @@ from xlarank.spec import (
     TaskSpec,
     check_contents,
 )
-from xlarank_serving._proto import grpc_service_pb2 as messages
-from xlarank_serving.client import RankingClient
-from xlarank_serving.layout import SERVICE_NAME
-from xlarank_serving.server import RankingServer, ServerConfig
 
 
 def column_sum(column):
@@ -110,12 +110,12 @@ class FakeRepository:
         if not versions:
             raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
         if version and version not in map(str, versions):
-            raise ModelNotFoundError(
-                f"Request for unknown model: '{name}' version {version} is not found"
-            )
+            raise ModelNotFoundError(f"Request for unknown model: '{name}' version {version} is not found")
         key = (name, int(version) if version else max(versions))
         if key in self.loading:
-            raise UnavailableError(f"Request for unknown model: '{name}' version {key[1]} is not at ready state")
+            raise UnavailableError(
+                f"Request for unknown model: '{name}' version {key[1]} is not at ready state"
+            )
         return self.engines[key]
 
     def close(self):
@@ -137,13 +137,17 @@ FEED = ModelSpec(
         feature("video", "id", "candidate", table="videos"),
         feature("topics", "id_list", "candidate", table="hashed", combiner="mean", preprocessing=[Hash()]),
         feature(
-            "tags", "id_list", "candidate", table="hashed", combiner="sum", dtype="string", preprocessing=[Hash()]
+            "tags",
+            "id_list",
+            "candidate",
+            table="hashed",
+            combiner="sum",
+            dtype="string",
+            preprocessing=[Hash()],
         ),
         feature("likes", "dense", "candidate", preprocessing=[Clip(low=0.0, high=100.0)]),
         feature("vector", "dense", "candidate", width=3),
-        feature(
-            "hour", "id", "candidate", table="hours", preprocessing=[Bucketise(boundaries=(6.0, 12.0))]
-        ),
+        feature("hour", "id", "candidate", table="hours", preprocessing=[Bucketise(boundaries=(6.0, 12.0))]),
         feature("fresh", "id", "candidate", table="videos", default=1),
     ),
     tables=(
@@ -278,5 +282,11 @@ def valid_inputs(n=3):
 def wire():
     """Helpers to write requests by hand."""
     return SimpleNamespace(
-        messages=messages, raw=raw_request, valid=valid_inputs, expected=expected_scores, spec=FEED, start=start, start_at=start_at
+        messages=messages,
+        raw=raw_request,
+        valid=valid_inputs,
+        expected=expected_scores,
+        spec=FEED,
+        start=start,
+        start_at=start_at,
     )

@@ -5,9 +5,9 @@ import struct
 import grpc
 import numpy as np
 import pytest
+from xlarank_serving.codec import ModelCodec
 
 from xlarank.errors import FeatureError
-from xlarank_serving.codec import ModelCodec
 
 
 def f32(*shape):
@@ -53,12 +53,18 @@ CASES = {
         {"topics__lengths": i64(2, 2, 2)},
         r"feature 'topics': input 'topics.lengths': expected INT32 of shape \[N\], got INT64",
     ),
-    "rank too high": ({"video": ("INT64", [3, 1], bytes(24))}, r"feature 'video': .* got INT64 of shape \[3, 1\]"),
+    "rank too high": (
+        {"video": ("INT64", [3, 1], bytes(24))},
+        r"feature 'video': .* got INT64 of shape \[3, 1\]",
+    ),
     "rank too low": (
         {"vector": f32(9)},
         r"feature 'vector': expected FP32 or FP64 of shape \[N, 3\], got FP32 of shape \[9\]",
     ),
-    "wrong width": ({"vector": f32(3, 4)}, r"feature 'vector': .* of shape \[N, 3\], got FP32 of shape \[3, 4\]"),
+    "wrong width": (
+        {"vector": f32(3, 4)},
+        r"feature 'vector': .* of shape \[N, 3\], got FP32 of shape \[3, 4\]",
+    ),
     "scalar": ({"age": ("FP32", [], bytes(4))}, r"feature 'age': .* got FP32 of shape \[\]"),
     "hundred dimensions": (
         {"age": ("FP32", [1] * 100, bytes(4))},
@@ -83,7 +89,10 @@ CASES = {
         rf"feature 'video': input byte size mismatch: expected {8 * 2**62} bytes for INT64 of shape "
         rf"\[{2**62}\], got 8",
     ),
-    "absurd empty size": ({"vector": ("FP32", [0, 2**62], b"")}, r"feature 'vector': .*of shape \[N, 3\], got"),
+    "absurd empty size": (
+        {"vector": ("FP32", [0, 2**62], b"")},
+        r"feature 'vector': .*of shape \[N, 3\], got",
+    ),
     "absurd number of strings": (
         {"tags": ("BYTES", [2**62], b"")},
         f"feature 'tags': unexpected number of string elements: expected {2**62}, got 0",
@@ -92,11 +101,14 @@ CASES = {
         {"video": ("INT64", [3], bytes(23))},
         r"feature 'video': input byte size mismatch: expected 24 bytes for INT64 of shape \[3\], got 23",
     ),
-    "too many bytes": ({"video": ("INT64", [3], bytes(32))}, "feature 'video': .* expected 24 bytes .* got 32"),
+    "too many bytes": (
+        {"video": ("INT64", [3], bytes(32))},
+        "feature 'video': .* expected 24 bytes .* got 32",
+    ),
     "string length cut": (
         {"country": ("BYTES", [1], b"\x02\x00\x00")},
-        "feature 'country': expected strings, each 4 bytes of length and its bytes; element 0: expected 4 bytes "
-        "of length",
+        "feature 'country': expected strings, each 4 bytes of length and its bytes; element 0: expected 4 "
+        "bytes of length",
     ),
     "string cut": (
         {"country": ("BYTES", [1], struct.pack("<I", 2**32 - 1) + b"de")},
@@ -132,12 +144,18 @@ CASES = {
         r"feature 'video': expected ids in \[0, 100\) of table 'videos', got 100 at position 1",
     ),
     "id negative": ({"video": i64(0, 1, -1)}, r"feature 'video': .* got -1 at position 2"),
-    "id too large in a sequence": ({"watched": i64(5, 6, 1000)}, r"feature 'watched': .* got 1000 at position 2"),
+    "id too large in a sequence": (
+        {"watched": i64(5, 6, 1000)},
+        r"feature 'watched': .* got 1000 at position 2",
+    ),
     "not a number": (
         {"likes": np.array([0, np.nan, 1], np.float32)},
         "feature 'likes': expected finite floats, got nan in row 1; it has no default to stand in for NaN",
     ),
-    "infinite": ({"age": np.array([np.inf], np.float32)}, "feature 'age': expected finite floats, got inf in row 0"),
+    "infinite": (
+        {"age": np.array([np.inf], np.float32)},
+        "feature 'age': expected finite floats, got inf in row 0",
+    ),
     "beyond float32": (
         {"likes": np.array([0, 1e300, 0])},
         "feature 'likes': expected finite floats, got inf in row 1",
@@ -158,7 +176,7 @@ CASES = {
     ),
     "packed context N times": (
         {"context__dense": f32(3, 3)},
-        r"input 'context.dense': expected FP32 or FP64 of shape \[1, 3\], got FP32 of shape \[3, 3\]; its scope is",
+        r"input 'context.dense': expected FP32 or FP64 of shape \[1, 3\], got FP32 of shape \[3, 3\]; its",
     ),
     "packed values without lengths": (
         {"candidate__values": i64(1, 2, 3)},
@@ -166,7 +184,7 @@ CASES = {
     ),
     "packed lengths without values": (
         {"candidate__lengths": np.ones((3, 3), np.int32)},
-        r"input 'candidate.values': expected INT64 or INT32 of shape \[V\] beside 'candidate.lengths', got none",
+        r"input 'candidate.values': expected INT64 or INT32 of shape \[V\] beside 'candidate.lengths', got",
     ),
     "packed lengths of another number of features": (
         {"candidate__values": i64(1), "candidate__lengths": np.ones((2, 3), np.int32)},
@@ -178,16 +196,22 @@ CASES = {
     ),
     "packed lengths don't add up": (
         {"candidate__values": i64(1, 2), "candidate__lengths": np.ones((3, 1), np.int32)},
-        "input 'candidate.lengths': expected lengths that add up to the 2 values of 'candidate.values', got a "
-        "sum of 3",
+        "input 'candidate.lengths': expected lengths that add up to the 2 values of 'candidate.values', got "
+        "a sum of 3",
     ),
     "packed ids of more than one value": (
-        {"candidate__values": i64(1, 2, 3, 4), "candidate__lengths": np.array([[1, 2], [0, 0], [1, 0]], np.int32)},
+        {
+            "candidate__values": i64(1, 2, 3, 4),
+            "candidate__lengths": np.array([[1, 2], [0, 0], [1, 0]], np.int32),
+        },
         "feature 'video': expected length 1 in every row, as it is one id, got 2 in row 1 of input "
         "'candidate.lengths'",
     ),
     "packed id with a default missing in one row": (
-        {"candidate__values": i64(1, 2, 3), "candidate__lengths": np.array([[1, 1], [0, 0], [1, 0]], np.int32)},
+        {
+            "candidate__values": i64(1, 2, 3),
+            "candidate__lengths": np.array([[1, 1], [0, 0], [1, 0]], np.int32),
+        },
         "feature 'fresh': expected length 1 in every row, as it is one id, got 0 in row 1",
     ),
     "packed required id left out": (
@@ -206,7 +230,7 @@ def request_of(wire, changes):
     return wire.raw(**inputs)
 
 
-@pytest.mark.parametrize("changes, text", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("changes", "text"), CASES.values(), ids=CASES)
 def test_a_bad_request_is_refused_by_name(wire, changes, text):
     with pytest.raises(FeatureError, match=text):
         ModelCodec(wire.spec).decode(request_of(wire, changes))
@@ -259,7 +283,7 @@ def test_an_input_without_any_contents_is_refused(shared, wire):
 
 
 @pytest.mark.parametrize(
-    "field, values, text",
+    ("field", "values", "text"),
     [
         ("fp64_contents", [1.0], "input tensor 'age' of type 'FP64', expected datatype 'FP32'"),
         ("int_contents", [1], "input tensor 'age' of type 'INT32', expected datatype 'FP32'"),

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from xlarank_serving.client import RankingClient
 
 from xlarank.errors import FeatureError, ModelNotFoundError, RequestError, UnavailableError, XlarankError
 from xlarank.spec import Ragged, RankRequest, StringColumn
-from xlarank_serving.client import RankingClient
 
 TYPED = {
     "FP32": "fp32_contents",
@@ -17,7 +17,8 @@ TYPED = {
 
 
 def scores_of(response):
-    return {o.name: np.frombuffer(raw, "<f4") for o, raw in zip(response.outputs, response.raw_output_contents)}
+    raws = response.raw_output_contents
+    return {o.name: np.frombuffer(raw, "<f4") for o, raw in zip(response.outputs, raws, strict=True)}
 
 
 def as_typed(request, wire):
@@ -193,7 +194,9 @@ def test_a_version_may_be_named_and_the_latest_answers_otherwise(serving, wire):
 
 
 def test_client_refuses_what_the_model_has_no_input_for(shared, candidates):
-    with pytest.raises(FeatureError, match=r"model 'feed' has no feature 'heigth'; it has \['age', 'country'"):
+    with pytest.raises(
+        FeatureError, match=r"model 'feed' has no feature 'heigth'; it has \['age', 'country'"
+    ):
         shared.client.score("feed", candidates | {"heigth": 1.0})
     with pytest.raises(FeatureError, match=r"feature 'vector': expected float32 of shape \[N, 3\]"):
         shared.client.score("feed", candidates | {"vector": [[1.0], [2.0], [3.0]]})

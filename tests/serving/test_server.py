@@ -15,6 +15,8 @@ from grpc_reflection.v1alpha import proto_reflection_descriptor_database
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from prometheus_client.parser import text_string_to_metric_families
+from xlarank_serving.server import RankingServer, ServerConfig, stop_on_signals
+from xlarank_serving.status import error_of, failure_reason, status_of
 
 from xlarank.errors import (
     BundleError,
@@ -25,8 +27,6 @@ from xlarank.errors import (
     UnavailableError,
     XlarankError,
 )
-from xlarank_serving.server import RankingServer, ServerConfig, stop_on_signals
-from xlarank_serving.status import error_of, failure_reason, status_of
 
 Status = health_pb2.HealthCheckResponse
 
@@ -231,19 +231,21 @@ def test_a_port_in_use_is_an_error_that_names_it(wire, which):
 
 
 def test_two_servers_never_share_a_port(shared, wire):
-    with pytest.raises(ConfigError, match=f"grpc port {shared.server.port} on 127.0.0.1: expected a free port"):
+    with pytest.raises(
+        ConfigError, match=f"grpc port {shared.server.port} on 127.0.0.1: expected a free port"
+    ):
         wire.start_at(port=shared.server.port, http_port=0)
     with pytest.raises(ConfigError, match=f"http port {shared.server.http_port} on 127.0.0.1"):
         wire.start_at(port=0, http_port=shared.server.http_port)
 
 
 def test_an_address_that_is_not_ours_is_an_error(wire):
-    with pytest.raises(ConfigError, match="port 0 on 192.0.2.1: expected a free port, got"):
+    with pytest.raises(ConfigError, match=r"port 0 on 192\.0\.2\.1: expected a free port, got"):
         wire.start_at(host="192.0.2.1", port=0, http_port=0)
 
 
 @pytest.mark.parametrize(
-    "fields, text",
+    ("fields", "text"),
     [
         ({"port": 65536}, r"port must be in \[0, 65535\]; was 65536"),
         ({"http_port": -1}, r"http_port must be in \[0, 65535\]; was -1"),
@@ -306,7 +308,7 @@ def test_the_first_signal_asks_for_a_stop_and_handlers_are_put_back(number):
 
 
 @pytest.mark.parametrize(
-    "error, code, text, reason",
+    ("error", "code", "text", "reason"),
     [
         (FeatureError("feature 'x': no"), "INVALID_ARGUMENT", "feature 'x': no", "OTHER"),
         (RequestError("no"), "INVALID_ARGUMENT", "no", "OTHER"),

@@ -32,7 +32,9 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("repository", type=Path, help="folder of <model>/<version> bundles")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all"
+    )
     parser.add_argument("--port", type=int, default=8001, help="gRPC port (%(default)s); 0 for a free one")
     parser.add_argument(
         "--http-port", type=int, default=8002, help="port of /metrics (%(default)s); 0 for a free one"
@@ -46,7 +48,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--host-threads", type=int, help="threads of the gather (CPUs, 4 at most)")
     parser.add_argument("--compile-cache", type=Path, help="folder of compiled code")
     parser.add_argument(
-        "--no-bundle-code", action="store_true", help="leave compiled code in bundles untouched; compile programs/"
+        "--no-bundle-code",
+        action="store_true",
+        help="leave compiled code in bundles untouched; compile programs/",
     )
     parser.add_argument(
         "--allow-reference-gather", action="store_true", help="serve without the native kernel, slowly"
@@ -65,8 +69,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       ConfigError: for a port in use, or options or a repository that can't be served.
       BundleError: if a bundle is damaged.
     """
-    from xlarank.runtime import Metrics, ModelRepository
     from xlarank_serving.server import RankingServer, ServerConfig, stop_on_signals
+
+    from xlarank.runtime import Metrics, ModelRepository
 
     config = ServerConfig(
         host=args.host,
@@ -99,7 +104,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if getattr(args, "json", False):
                 print(json.dumps(ready), flush=True)
             else:
-                print(f"ready: grpc {ready['grpc']} http {ready['http']} models {' '.join(models)}", flush=True)
+                print(
+                    f"ready: grpc {ready['grpc']} http {ready['http']} models {' '.join(models)}", flush=True
+                )
             stop.wait()
     return ready
 

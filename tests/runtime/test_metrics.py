@@ -1,0 +1,158 @@
+"""What `/metrics` says after known events."""
+
+import threading
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from xlarank.errors import ConfigError
+from xlarank.runtime.metrics import FAILURE_REASONS, Metrics
+from xlarank.spec import Bucket
+
+LABELS = '{model="feed",version="3"}'
+
+
+@pytest.fixture
+def metrics():
+    return Metrics(CollectorRegistry())
+
+
+@pytest.fixture
+def feed(metrics):
+    return metrics.model("feed", 3)
+
+
+def lines(metrics):
+    return metrics.text().decode().splitlines()
+
+
+def value(metrics, name, labels=LABELS):
+    (line,) = [line for line in lines(metrics) if line.startswith(f"{name}{labels} ")]
+    return float(line.rpartition(" ")[2])
+
+
+def succeed(model, num_rows=1, **seconds):
+    defaults = {"queue_seconds": 0.0, "gather_seconds": 0.0, "execute_seconds": 0.0, "total_seconds": 0.0}
+    model.record_success(num_rows, **defaults | seconds)
+
+
+def test_a_success_counts_once_with_its_rows_and_durations(metrics, feed):
+    succeed(feed, 500, queue_seconds=1.0, gather_seconds=0.25, execute_seconds=0.5, total_seconds=2.0)
+    succeed(feed, 20, queue_seconds=0.5, gather_seconds=0.25, execute_seconds=0.5, total_seconds=1.5)
+    assert value(metrics, "nv_inference_request_success") == 2
+    assert value(metrics, "nv_inference_count") == 520
+    assert value(metrics, "nv_inference_request_duration_us") == 3.5e6
+    assert value(metrics, "nv_inference_queue_duration_us") == 1.5e6
+    assert value(metrics, "nv_inference_compute_input_duration_us") == 0.5e6
+    assert value(metrics, "nv_inference_compute_infer_duration_us") == 1e6
+    assert value(metrics, "nv_inference_compute_output_duration_us") == 0.5e6  # what is left of the total
+
+
+def test_a_batch_counts_its_rows_padding_and_bucket(metrics, feed):
+    feed.record_batch(Bucket(512, 1), 500, 1, 0.25, 0.5)
+    feed.record_batch(Bucket(512, 16), 300, 9, 0.25, 0.5)
+    feed.record_batch(Bucket(512, 1), 512, 1, 0.25, 0.5)
+    assert value(metrics, "nv_inference_exec_count") == 3
+    assert value(metrics, "xlarank_batch_rows_total") == 1312
+    assert value(metrics, "xlarank_padding_rows_total") == 12 + 212
+    assert value(metrics, "xlarank_gather_seconds_total") == 0.75
+    assert value(metrics, "xlarank_execute_seconds_total") == 1.5
+    bucket = '{bucket="512x1",model="feed",version="3"}'
+    assert value(metrics, "xlarank_bucket_batches_total", bucket) == 2
+
+
+def test_failures_are_counted_by_reason(metrics, feed):
+    for count, reason in enumerate(FAILURE_REASONS):
+        for _ in range(count):
+            feed.record_failure(reason)
+    for count, reason in enumerate(FAILURE_REASONS):
+        labels = f'{{model="feed",reason="{reason}",version="3"}}'
+        assert value(metrics, "nv_inference_request_failure", labels) == count
+    with pytest.raises(ConfigError, match=r"expected one of .*, got 'BORED'"):
+        feed.record_failure("BORED")
+
+
+def test_histogram_buckets_are_cumulative_and_their_bounds_inclusive(metrics, feed):
+    for seconds in (5e-6, 1e-5, 1.5e-5, 0.05, 100.0):
+        succeed(feed, total_seconds=seconds)
+    name = "nv_inference_request_duration_histogram_us"
+
+    def up_to(bound):
+        return value(metrics, f"{name}_bucket", f'{{le="{bound}",model="feed",version="3"}}')
+
+    assert [up_to(bound) for bound in (10, 20, 40960, 81920, 10485760, "+Inf")] == [2, 3, 3, 4, 4, 5]
+    assert value(metrics, f"{name}_count") == 5
+    assert value(metrics, f"{name}_sum") == pytest.approx(100_050_030, rel=1e-12)
+
+
+def test_compiles_and_pending_are_what_they_were_set_to(metrics):
+    pending = [4]
+    model = metrics.model("feed", 3, pending=lambda: pending[0])
+    assert value(metrics, "xlarank_request_path_compiles_total") == 0
+    model.set_compiles(2)
+    pending[0] = 7
+    assert value(metrics, "xlarank_request_path_compiles_total") == 2
+    assert value(metrics, "nv_inference_pending_request_count") == 7
+
+
+def test_names_and_types_are_triton_s(metrics, feed):
+    types = [line.split()[2:] for line in lines(metrics) if line.startswith("# TYPE")]
+    stages = ("request", "queue", "compute_input", "compute_infer", "compute_output")
+    expected = {
+        "nv_inference_request_success": "counter",
+        "nv_inference_request_failure": "counter",
+        "nv_inference_count": "counter",
+        "nv_inference_exec_count": "counter",
+        "nv_inference_pending_request_count": "gauge",
+        "xlarank_batch_rows_total": "counter",
+        "xlarank_padding_rows_total": "counter",
+        "xlarank_bucket_batches_total": "counter",
+        "xlarank_gather_seconds_total": "counter",
+        "xlarank_execute_seconds_total": "counter",
+        "xlarank_request_path_compiles_total": "counter",
+        **{f"nv_inference_{stage}_duration_us": "counter" for stage in stages},
+        **{f"nv_inference_{stage}_duration_histogram_us": "histogram" for stage in stages},
+    }
+    assert dict(types) == expected
+    assert len(types) == len(expected)
+
+
+def test_a_scraper_can_read_all_of_it(metrics, feed):
+    metrics.model('odd "name"', 1)
+    families = list(text_string_to_metric_families(metrics.text().decode()))
+    models = {sample.labels["model"] for family in families for sample in family.samples}
+    assert models == {"feed", 'odd "name"'}
+
+
+def test_a_model_version_loaded_again_starts_anew_and_a_removed_one_is_gone(metrics, feed):
+    succeed(feed)
+    metrics.model("feed", 3)
+    metrics.model("feed", 4)
+    assert value(metrics, "nv_inference_request_success") == 0
+    metrics.remove("feed", 3)
+    text = metrics.text().decode()
+    assert 'version="3"' not in text
+    assert 'version="4"' in text
+
+
+def test_the_process_s_own_metrics_stand_beside():
+    assert b"process_resident_memory_bytes " in Metrics().text()
+
+
+def test_no_event_of_several_threads_is_lost(metrics, feed):
+    def work():
+        for _ in range(500):
+            succeed(feed, 2, total_seconds=1.0)
+            feed.record_batch(Bucket(8, 1), 2, 1, 0.0, 0.0)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert value(metrics, "nv_inference_request_success") == 2000
+    assert value(metrics, "nv_inference_count") == 4000
+    assert value(metrics, "xlarank_padding_rows_total") == 12000
+    count = value(metrics, "nv_inference_request_duration_histogram_us_count")
+    assert count == 2000
