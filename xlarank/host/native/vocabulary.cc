@@ -18,6 +18,10 @@ size_t capacity_for(size_t num_values) {
   return capacity;
 }
 
+bool equal_bytes(const uint8_t* a, const uint8_t* b, int64_t size) {
+  return size == 0 || std::memcmp(a, b, static_cast<size_t>(size)) == 0;
+}
+
 }  // namespace
 
 IntVocabulary::IntVocabulary(const int64_t* values, size_t num_values)
@@ -79,7 +83,7 @@ void StringVocabulary::lookup(Strings strings, size_t begin, size_t num_strings,
       for (; slots_[slot].row; slot = (slot + 1) & mask) {
         const int64_t entry = slots_[slot].row - 1;
         if (slots_[slot].hash == hashes[i] && offsets_[entry + 1] - offsets_[entry] == size &&
-            std::memcmp(blob_.data() + offsets_[entry], strings.blob + from, static_cast<size_t>(size)) == 0) {
+            equal_bytes(blob_.data() + offsets_[entry], strings.blob + from, size)) {
           break;
         }
       }
