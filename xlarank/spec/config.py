@@ -12,7 +12,7 @@ from xlarank.errors import ConfigError
 from xlarank.spec.buckets import DEFAULT_ROWS
 from xlarank.spec.features import ModelSpec
 
-__all__ = ["DataConfig", "ModelConfig", "TrainingConfig", "load_config"]
+__all__ = ["DataConfig", "ModelConfig", "TrainingConfig", "load_config", "parse_config"]
 
 _SPEC_KEYS = ("name", "features", "tables", "tasks")
 _KEYS = (*_SPEC_KEYS, "model", "model_options", "buckets", "data", "training")
@@ -140,10 +140,19 @@ def load_config(path: Path | str) -> ModelConfig:
     """
     path = Path(path)
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
-    except (IsADirectoryError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected a TOML file: {error}") from error
+    return parse_config(text, path)
+
+
+def parse_config(text: str, path: Path) -> ModelConfig:
+    """`load_config` of a file's text; `path` is where modules are looked for, and named in errors."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: expected a TOML file: {error}") from error
     _check_keys(document, _KEYS, str(path))
     for key in ("name", "features", "tasks", "model"):

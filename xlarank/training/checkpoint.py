@@ -30,7 +30,7 @@ from xlarank.training.data import RankingData
 from xlarank.training.ranker import Ranker, make_ranker
 from xlarank.training.trainer import TrainedModel
 
-__all__ = ["VALIDATION_FILE", "load_ranker", "restore", "save"]
+__all__ = ["VALIDATION_FILE", "check_destination", "epochs_as_json", "load_ranker", "restore", "save"]
 
 VALIDATION_FILE = "validation.safetensors"
 """Requests and the group "labels", as `xlarank.bundle.requests` reads them."""
@@ -51,11 +51,8 @@ def save(directory: Path | str, config: ModelConfig, trained: TrainedModel, vali
     Raises:
       ConfigError: when the directory holds something else than a checkpoint.
     """
+    check_destination(directory)
     directory = Path(directory).absolute()
-    if directory.exists() and not (directory / _SPEC).is_file() and not _is_empty(directory):
-        raise ConfigError(
-            f"{directory}: expected an empty folder or a checkpoint to replace, got something else"
-        )
     staging = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -66,7 +63,7 @@ def save(directory: Path | str, config: ModelConfig, trained: TrainedModel, vali
     report = {
         "best_epoch": trained.best_epoch,
         "seconds": trained.seconds,
-        "epochs": [_finite(dataclasses.asdict(epoch)) for epoch in trained.epochs],
+        "epochs": epochs_as_json(trained),
     }
     (staging / _REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     sample = _sample(validation)
@@ -78,6 +75,20 @@ def save(directory: Path | str, config: ModelConfig, trained: TrainedModel, vali
     if directory.exists():
         shutil.rmtree(directory)
     staging.rename(directory)
+
+
+def check_destination(directory: Path | str) -> None:
+    """Raises ConfigError when the directory holds something else than a checkpoint to replace."""
+    directory = Path(directory).absolute()
+    if directory.exists() and not (directory / _SPEC).is_file() and not _is_empty(directory):
+        raise ConfigError(
+            f"{directory}: expected an empty folder or a checkpoint to replace, got something else"
+        )
+
+
+def epochs_as_json(trained: TrainedModel) -> list[dict[str, Any]]:
+    """The epochs' reports as JSON values; what isn't finite is None."""
+    return [_finite(dataclasses.asdict(epoch)) for epoch in trained.epochs]
 
 
 def restore(
@@ -123,8 +134,8 @@ def load_ranker(config: ModelConfig, directory: Path | str) -> tuple[ModelSpec, 
         want, got = (_describe(tree.get(name)) for tree in (expected, arrays))
         if want != got:
             raise ConfigError(
-                f"{directory}: parameter {'/'.join(name)}: config {config.path} makes {want}, the checkpoint has "
-                f"{got}; compile with the config that was trained"
+                f"{directory}: parameter {'/'.join(name)}: config {config.path} makes {want}, the checkpoint "
+                f"has {got}; use the config that was trained"
             )
     for path, variable in _variables(ranker).items():
         if path in arrays:
@@ -175,8 +186,8 @@ def _check_same_model(config: ModelConfig, spec: ModelSpec, directory: Path) -> 
             differing = [pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]]
             a, b = differing[0] if differing else (ours, theirs)
             raise ConfigError(
-                f"{directory}: {kind} differ: config {config.path} has {a}, the checkpoint {b}; use the config "
-                f"that was trained"
+                f"{directory}: {kind} differ: config {config.path} has {a}, the checkpoint {b}; use the "
+                f"config that was trained"
             )
 
 

@@ -44,7 +44,13 @@ class RankingData:
     """[num_rows] float32 by task, finite; 0 or 1 for a binary task."""
 
     groups: np.ndarray
-    """[num_requests] int64: the user of each request, for metrics within a user."""
+    """[num_requests] int64: the user of each request, for metrics within a user and the baseline."""
+
+    items: np.ndarray | None = None
+    """[num_rows] int64: the item of each row, for the baseline; None when there is no such thing."""
+
+    truth: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """[num_rows] float32 by task: expected labels, where made-up data know them."""
 
     def __post_init__(self) -> None:
         rows, owner = len(self.request_of_row), self.request_of_row
@@ -53,7 +59,13 @@ class RankingData:
                 raise ConfigError(
                     f"context {name!r}: expected {self.num_requests} rows, one a request, got {len(column)}"
                 )
-        for kind, columns in (("candidate", self.candidates), ("label", self.labels)):
+        rows_of_items = {} if self.items is None else {"items": self.items}
+        for kind, columns in (
+            ("candidate", self.candidates),
+            ("label", self.labels),
+            ("truth", self.truth),
+            ("column", rows_of_items),
+        ):
             for name, column in columns.items():
                 if len(column) != rows:
                     raise ConfigError(f"{kind} {name!r}: expected {rows} rows, got {len(column)}")
@@ -162,6 +174,8 @@ class RankingData:
             request_of_row=np.repeat(np.arange(len(requests)), sizes),
             labels={name: label[rows] for name, label in self.labels.items()},
             groups=self.groups[requests],
+            items=None if self.items is None else self.items[rows],
+            truth={name: values[rows] for name, values in self.truth.items()},
         )
 
 
@@ -182,6 +196,7 @@ class Splits:
 def concatenate(parts: Sequence[RankingData]) -> RankingData:
     """The requests of several data sets with the same features and labels, one after the other."""
     starts = np.cumsum([0, *(part.num_requests for part in parts)])
+    items = [part.items for part in parts]
     return RankingData(
         contexts={name: _join([p.contexts[name] for p in parts]) for name in parts[0].contexts},
         candidates={name: _join([p.candidates[name] for p in parts]) for name in parts[0].candidates},
@@ -190,6 +205,10 @@ def concatenate(parts: Sequence[RankingData]) -> RankingData:
         ),
         labels={name: np.concatenate([p.labels[name] for p in parts]) for name in parts[0].labels},
         groups=np.concatenate([part.groups for part in parts]),
+        items=None
+        if any(part is None for part in items)
+        else np.concatenate([p for p in items if p is not None]),
+        truth={name: np.concatenate([p.truth[name] for p in parts]) for name in parts[0].truth},
     )
 
 

@@ -99,6 +99,7 @@ def read(
                 "love": (rating[rows] >= _LOVED).astype(np.float32),
             },
             groups=user[first],
+            items=item[rows],
         )
     return Splits(**splits)
 
