@@ -1,0 +1,64 @@
+"""xlarank: a JAX/XLA-native inference runtime for ranking models.
+
+The names below are loaded when they are first used: importing xlarank loads neither JAX nor Flax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xlarank.compiler import build_bundle
+    from xlarank.errors import (
+        BucketError,
+        BundleError,
+        ConfigError,
+        FeatureError,
+        ModelError,
+        ModelNotFoundError,
+        RequestError,
+        UnavailableError,
+        VerifyError,
+        XlarankError,
+    )
+    from xlarank.runtime import Engine
+    from xlarank.spec import FeatureSpec, ModelSpec, RankRequest, TableSpec, TaskSpec
+
+__all__ = [
+    "BucketError",
+    "BundleError",
+    "ConfigError",
+    "Engine",
+    "FeatureError",
+    "FeatureSpec",
+    "ModelError",
+    "ModelNotFoundError",
+    "ModelSpec",
+    "RankRequest",
+    "RequestError",
+    "TableSpec",
+    "TaskSpec",
+    "UnavailableError",
+    "VerifyError",
+    "XlarankError",
+    "build_bundle",
+]
+
+_MODULES = {
+    "build_bundle": "xlarank.compiler",
+    "Engine": "xlarank.runtime",
+    "FeatureSpec": "xlarank.spec",
+    "ModelSpec": "xlarank.spec",
+    "RankRequest": "xlarank.spec",
+    "TableSpec": "xlarank.spec",
+    "TaskSpec": "xlarank.spec",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'xlarank' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES.get(name, "xlarank.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

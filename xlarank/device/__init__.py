@@ -16,7 +16,7 @@ from xlarank.device.platform import (  # first: it sets the environment that JAX
 
 # isort: split
 from xlarank.device.buffers import BatchBuffers, BufferRing
-from xlarank.device.compiles import num_request_path_compiles, request_path
+from xlarank.device.compiles import CompileCounter
 from xlarank.device.replay import GoldenReplay, check_errors, score_errors
 from xlarank.device.replica import Executable, Replica, deserialize_program
 from xlarank.device.timing import measure_profile
@@ -24,6 +24,7 @@ from xlarank.device.timing import measure_profile
 __all__ = [
     "BatchBuffers",
     "BufferRing",
+    "CompileCounter",
     "Executable",
     "GoldenReplay",
     "Replica",
@@ -37,8 +38,6 @@ __all__ = [
     "devices",
     "fingerprint",
     "measure_profile",
-    "num_request_path_compiles",
-    "request_path",
     "score_errors",
     "seed_compile_cache",
 ]

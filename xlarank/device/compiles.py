@@ -8,36 +8,45 @@ from collections.abc import Iterator
 
 import jax.monitoring
 
-__all__ = ["num_request_path_compiles", "request_path"]
+__all__ = ["CompileCounter"]
 
 # JAX's own event; it fires on hits of the compilation cache too, which also stall a request.
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
 _thread = threading.local()
-_lock = threading.Lock()
-_count = 0  # guarded by _lock
 
 
-@contextlib.contextmanager
-def request_path() -> Iterator[None]:
-    """Marks the calling thread as answering requests: a compile in here is a defect and is counted."""
-    _thread.is_request_path = True
-    try:
-        yield
-    finally:
-        _thread.is_request_path = False
+class CompileCounter:
+    """Compiles that happened while threads were answering requests of one model. Any thread may use it."""
 
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0  # guarded by _lock
 
-def num_request_path_compiles() -> int:
-    """Compiles inside `request_path` since the process started."""
-    return _count
+    @property
+    def count(self) -> int:
+        """Compiles inside `request_path` so far."""
+        return self._count
+
+    @contextlib.contextmanager
+    def request_path(self) -> Iterator[None]:
+        """Marks the calling thread as answering requests: a compile in here is a defect and is counted."""
+        _thread.counter = self
+        try:
+            yield
+        finally:
+            _thread.counter = None
+
+    def add(self) -> None:
+        """Counts one compile."""
+        with self._lock:
+            self._count += 1
 
 
 def _on_event(event: str, duration_secs: float, **_: object) -> None:
-    global _count
-    if event == _EVENT and getattr(_thread, "is_request_path", False):
-        with _lock:
-            _count += 1
+    counter: CompileCounter | None = getattr(_thread, "counter", None)
+    if event == _EVENT and counter is not None:
+        counter.add()
 
 
 jax.monitoring.register_event_duration_secs_listener(_on_event)

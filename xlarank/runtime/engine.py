@@ -117,17 +117,22 @@ class Engine:
             backend=backend,
             on_progress=on_progress,
         )
-        return cls(loader, pool, (metrics or Metrics()).model(bundle.spec.name, bundle.manifest.version))
+        return cls(loader, pool, metrics or Metrics())
 
-    def __init__(self, loader: Loader, pool: DevicePool | None, metrics: ModelMetrics) -> None:
+    def __init__(self, loader: Loader, pool: DevicePool | None, metrics: Metrics) -> None:
         """Use `load`."""
         loaded = loader.load()
+        self._num_open = 0  # guarded by _idle
+        self._idle = threading.Condition()
         self.spec: ModelSpec = loaded.gatherer.spec
         self.version = loaded.version
         self.ladder: BucketLadder = loaded.ladder
         self.profile: LatencyProfile = loaded.profile
         self.load_report: LoadReport = loaded.report
-        self.metrics = metrics
+        self.metrics: ModelMetrics = metrics.model(
+            self.spec.name, self.version, pending=lambda: self._num_open
+        )
+        self._compiles = device.CompileCounter()
         self._gatherer: Gatherer = loaded.gatherer
         self._replicas = loaded.replicas
         self._rings = [
@@ -136,11 +141,14 @@ class Engine:
         ]
         self._tasks = tuple(task.name for task in self.spec.tasks)
         self._batcher: Batcher[_Pending] = Batcher(self.ladder, max_batch_rows=self.profile.knee_rows())
-        self._num_open = 0  # guarded by _idle
-        self._idle = threading.Condition()
         self._owns_pool = pool is None
         self._pool = pool or DevicePool(len(self._replicas))
         self._pool.attach(self)
+
+    @property
+    def num_request_path_compiles(self) -> int:
+        """Compiles while answering requests; anything but 0 is a defect."""
+        return self._compiles.count
 
     def check(self, spec: ModelSpec, columns) -> None:
         """The `ContentCheck` to make requests with: as strict as the default one, at native speed."""
@@ -223,7 +231,7 @@ class Engine:
         ring = self._rings[device_index]
         buffers = ring.acquire()
         try:
-            with device.request_path():
+            with self._compiles.request_path():
                 start = time.monotonic()
                 leaves = buffers.leaves(batch.bucket)
                 segments = [Segment(part.item.bound, part.begin, part.end) for part in batch.parts]
@@ -241,6 +249,7 @@ class Engine:
         self.metrics.record_batch(
             batch.bucket, batch.num_rows, num_requests, gathered - start, executed - gathered
         )
+        self.metrics.set_compiles(self._compiles.count)
         row = 0
         for part in batch.parts:
             pending = part.item

@@ -1,0 +1,60 @@
+# The verbs of this project. Each does its own set-up; CI calls these and nothing else.
+#   make demo    a model trained, compiled, served and asked, in about two minutes
+#   make test    the test suite
+#   make check   format, lint, types, tests
+#   make help    all of them
+
+SHELL := /bin/bash
+VENV ?= .venv
+PIP_FLAGS ?= --quiet --disable-pip-version-check
+ARTIFACTS ?= artifacts
+MOVIELENS_DIR ?= data/ml-100k
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := CMakeLists.txt $(wildcard xlarank/host/native/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format movielens protos bench bench-main clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## .venv with xlarank, its kernel and the development tools
+
+# tools/find_python.sh checks what the machine must have and names what is missing.
+$(STAMP): pyproject.toml $(NATIVE) tools/find_python.sh
+	@python=$$(tools/find_python.sh) && echo "setting up $(VENV) with $$python" && \
+	  "$$python" -m venv $(VENV) && \
+	  $(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train, compile, serve and ask a model of a made-up video feed
+	@$(BIN)/python tools/demo.py --artifacts $(ARTIFACTS)/demo
+
+test: $(STAMP)  ## the test suite
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+check: $(STAMP)  ## formatting, lint, types, layering, tests
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(MAKE) --no-print-directory test
+
+format: $(STAMP)  ## format and mend what the linter can
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+movielens: $(STAMP)  ## bring MovieLens 100K to data/ml-100k (never committed)
+	@tools/movielens.sh $(MOVIELENS_DIR)
+
+protos: $(STAMP)  ## generate the gRPC code anew
+	@$(BIN)/python tools/generate_protos.py
+
+bench: bench-main  ## short form of every benchmark
+
+bench-main: $(STAMP)  ## figures of the main path → bench/main.json
+	@$(BIN)/python tools/bench_main.py --out bench/main.json
+
+clean:  ## remove what make made, but data/
+	rm -rf $(VENV) $(ARTIFACTS) bench build

@@ -1,0 +1,1 @@
+"""The `xlarank` command, one file a subcommand."""

@@ -1,0 +1,6 @@
+"""`python -m xlarank.cli`."""
+
+from xlarank.cli.main import run
+
+if __name__ == "__main__":
+    run()

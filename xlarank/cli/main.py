@@ -1,0 +1,77 @@
+"""The `xlarank` command."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app
+from absl.flags import argparse_flags
+
+from xlarank.cli import compile as compile_command
+from xlarank.cli import evaluate, inspect, score, serve, train
+from xlarank.errors import XlarankError
+
+__all__ = ["main", "run"]
+
+_EPILOG = """\
+example, from data to a server:
+  xlarank train configs/movielens.toml --data data/ml-100k --out artifacts/checkpoint
+  xlarank compile configs/movielens.toml --checkpoint artifacts/checkpoint --out artifacts/models
+  xlarank serve artifacts/models
+
+`xlarank COMMAND --help` shows the options of each, with an example.
+"""
+
+# By the order in which a model goes through them.
+_COMMANDS = (train, compile_command, inspect, score, evaluate, serve)
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    app.run(main, flags_parser=_parse)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs one subcommand.
+
+    Returns:
+      The exit status: 0, or 1 after an error that is told in one line.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s")
+    try:
+        result = args.run(args)
+    except XlarankError as error:
+        print(f"xlarank {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"xlarank {args.command}: interrupted", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser_class = functools.partial(argparse_flags.ArgumentParser, inherited_absl_flags=None)
+    parser = parser_class(
+        prog="xlarank",
+        description="Trains, compiles and serves ranking models written in Flax.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers: Any = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=parser_class
+    )
+    for command in _COMMANDS:
+        command.add_parser(subparsers)
+    for subparser in subparsers.choices.values():
+        subparser.add_argument(
+            "--json", action="store_true", help="print one JSON object as the last line of the output"
+        )
+    return parser.parse_args(argv[1:])
