@@ -135,7 +135,7 @@ class InferenceService:
     def model_infer(
         self, request: messages.ModelInferRequest, context: grpc.ServicerContext
     ) -> messages.ModelInferResponse:
-        """Scores one request; waits no longer than the caller does."""
+        """Scores one request; a caller who leaves or whose deadline passes cancels it."""
         engine = self._repository.engine(request.model_name, request.model_version)
         try:
             return self._infer(engine, request, context)
@@ -153,10 +153,11 @@ class InferenceService:
         def on_end() -> None:
             future.cancel()  # has no effect once answered
 
-        # If the caller leaves, the engine needn't run it; if it has left already, no callback would come.
+        # If the caller leaves or its deadline passes, the engine needn't run it and this thread needn't
+        # wait. If that has happened already, no callback will come.
         if not context.add_callback(on_end):
             on_end()
-        scores = future.result(timeout=context.time_remaining())
+        scores = future.result()
         return codec.encode_response(request, version=engine.version, outputs=outputs, scores=scores)
 
     def _codec(self, engine: Engine) -> ModelCodec:

@@ -22,7 +22,6 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (concurrent.futures.CancelledError, grpc.StatusCode.CANCELLED),
-    (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
 )
 
 _ERRORS: dict[grpc.StatusCode, type[XlarankError]] = {
@@ -34,7 +33,6 @@ _ERRORS: dict[grpc.StatusCode, type[XlarankError]] = {
 _FAILURE_REASONS = {
     grpc.StatusCode.UNAVAILABLE: "REJECTED",
     grpc.StatusCode.CANCELLED: "CANCELED",
-    grpc.StatusCode.DEADLINE_EXCEEDED: "CANCELED",
     grpc.StatusCode.INTERNAL: "BACKEND",
 }
 

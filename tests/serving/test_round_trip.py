@@ -1,5 +1,7 @@
 """Requests in every form through a real server."""
 
+import concurrent.futures
+
 import numpy as np
 import pytest
 from xlarank_serving.client import RankingClient
@@ -224,10 +226,13 @@ def test_client_learns_new_inputs_after_a_refusal(serving, wire, candidates):
     assert len(serving.client.score("feed", candidates)["finish"]) == 3
 
 
-def test_client_says_when_a_deadline_passes(serving, candidates):
+def test_a_deadline_that_passes_is_told_and_cancels_the_request(serving, candidates):
     serving.engine.hold()
     with pytest.raises(XlarankError, match="DEADLINE_EXCEEDED"):
         serving.client.score("feed", candidates, timeout=0.2)
+    ((future, _),) = serving.engine.held
+    concurrent.futures.wait([future], timeout=10)
+    assert future.cancelled()  # so the engine drops it, and its thread is free again
     serving.engine.release()
     assert len(serving.client.score("feed", candidates)["finish"]) == 3
 

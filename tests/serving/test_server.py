@@ -315,7 +315,6 @@ def test_the_first_signal_asks_for_a_stop_and_handlers_are_put_back(number):
         (ModelNotFoundError("no model"), "NOT_FOUND", "no model", "OTHER"),
         (UnavailableError("closed"), "UNAVAILABLE", "closed", "REJECTED"),
         (CancelledError(), "CANCELLED", "cancelled", "CANCELED"),
-        (TimeoutError(), "DEADLINE_EXCEEDED", "deadline exceeded", "CANCELED"),
         (BundleError("bad"), "INTERNAL", "internal error: BundleError: bad", "BACKEND"),
         (ValueError("bad"), "INTERNAL", "internal error: ValueError: bad", "BACKEND"),
     ],

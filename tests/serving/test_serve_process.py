@@ -1,0 +1,200 @@
+"""`xlarank serve` as a process of its own, over a real bundle."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from flax import nnx
+from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.client import RankingClient
+
+from xlarank.compiler import build_bundle
+from xlarank.errors import ModelNotFoundError, RequestError
+from xlarank.spec import FeatureSpec, ModelSpec, TableSpec, TaskKind, TaskSpec
+
+MAIN = """
+import argparse, json
+from xlarank.cli import serve
+parser = argparse.ArgumentParser()
+parser.add_argument("--json", action="store_true")
+serve.add_parser(parser.add_subparsers())
+args = parser.parse_args()
+print(json.dumps(args.run(args)))
+"""
+
+SPEC = ModelSpec(
+    name="linear",
+    features=(
+        FeatureSpec(name="age", kind="dense", scope="context"),
+        FeatureSpec(name="likes", kind="dense", scope="candidate", width=2),
+        FeatureSpec(name="topics", kind="id_list", scope="candidate", table="topics", combiner="sum"),
+    ),
+    tables=(TableSpec(name="topics", rows=10, dim=3),),
+    tasks=(TaskSpec(name="value", kind=TaskKind.REGRESSION),),
+)
+
+
+class Linear(nnx.Module):
+    """value = age * 2 + likes[0] - likes[1] + sum of the topics' vectors."""
+
+    def __init__(self):
+        self.scale = nnx.Param(np.float32([2.0]))
+
+    def __call__(self, features):
+        value = features["age"][:, 0] * self.scale[...][0]
+        return {"value": value + features["likes"] @ np.float32([1.0, -1.0]) + features["topics"].sum(axis=1)}
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve")
+    table = np.arange(30, dtype=np.float32).reshape(10, 3)
+    build_bundle(Linear(), SPEC, {"topics": table}, out=folder / "models", buckets=[4, 16])
+    return folder
+
+
+@contextlib.contextmanager
+def started(folder, *options):
+    """A server process; what is left of it at the end is killed."""
+    command = [sys.executable, "-c", MAIN, "--json", "serve", str(folder / "models")]
+    command += ["--port", "0", "--http-port", "0", "--compile-cache", str(folder / "cache"), *options]
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def running(folder):
+    with started(folder, "--port-file", str(folder / "ports.json")) as process:
+        line = process.stdout.readline()
+        assert line, process.communicate(timeout=60)[1]
+        yield json.loads(line)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["models"] == ["linear/1"]
+
+
+def features(num_candidates):
+    return {
+        "age": 3.0,
+        "likes": np.stack([np.arange(num_candidates) % 7, np.arange(num_candidates) % 5], 1).astype(
+            np.float32
+        ),
+        "topics": [[i % 10, 1] for i in range(num_candidates)],
+    }
+
+
+def expected(num_candidates):
+    # Row t of the table sums to 9t + 3, row 1 to 12.
+    rows = np.arange(num_candidates)
+    return 6.0 + rows % 7 - rows % 5 + (9 * (rows % 10) + 3) + 12.0
+
+
+def test_the_ready_line_and_the_port_file_say_the_same(running, folder):
+    assert json.loads((folder / "ports.json").read_text()) == running
+    assert running["models"] == ["linear/1"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("num_candidates", [0, 1, 7, 16, 40])
+def test_scores_over_the_wire_are_the_model_s(running, num_candidates, packed):
+    with RankingClient(running["grpc"]) as client:
+        scores = client.score("linear", features(num_candidates), packed=packed)
+    np.testing.assert_allclose(scores["value"], expected(num_candidates), rtol=1e-5, atol=1e-4)
+
+
+def test_tritonclient_gets_the_same_scores(running):
+    values = features(5)
+    tensors = {
+        "age": ("FP32", np.float32([3.0])),
+        "likes": ("FP32", values["likes"]),
+        "topics": ("INT64", np.array(values["topics"]).reshape(-1)),
+        "topics.lengths": ("INT32", np.full(5, 2, np.int32)),
+    }
+    inputs = [triton.InferInput(name, array.shape, datatype) for name, (datatype, array) in tensors.items()]
+    for tensor, (_, array) in zip(inputs, tensors.values(), strict=True):
+        tensor.set_data_from_numpy(array)
+    with triton.InferenceServerClient(running["grpc"]) as client:
+        scores = client.infer("linear", inputs).as_numpy("value")
+    np.testing.assert_allclose(scores, expected(5), rtol=1e-5, atol=1e-4)
+
+
+def test_bad_requests_between_good_ones_harm_nobody(running):
+    with RankingClient(running["grpc"]) as client:
+        for _ in range(3):
+            with pytest.raises(RequestError, match=r"feature 'topics': expected ids in \[0, 10\)"):
+                client.score("linear", features(2) | {"topics": [[1], [10]]})
+            with pytest.raises(RequestError, match="feature 'age': expected finite floats"):
+                client.score("linear", features(2) | {"age": np.nan})
+            with pytest.raises(ModelNotFoundError, match="'linear' version 2 is not found"):
+                client.score("linear", features(2), version=2)
+            scores = client.score("linear", features(9))["value"]
+            np.testing.assert_allclose(scores, expected(9), rtol=1e-5, atol=1e-4)
+
+
+def test_metrics_count_what_was_served(running):
+    with RankingClient(running["grpc"]) as client:
+        client.score("linear", features(3))
+    with urllib.request.urlopen(f"http://{running['http']}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    labels = '{model="linear",version="1"}'
+    assert float(values[f"nv_inference_request_success{labels}"]) >= 1
+    assert float(values[f"nv_inference_count{labels}"]) >= 3
+    assert float(values[f"xlarank_request_path_compiles_total{labels}"]) == 0
+
+
+def test_a_second_server_on_the_same_port_ends_with_an_error(running, folder):
+    port = running["grpc"].rpartition(":")[2]
+    with started(folder, "--port", port) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert f"ConfigError: grpc port {port} on 127.0.0.1: expected a free port" in err
+
+
+def test_sigterm_lets_accepted_requests_finish(folder):
+    num_candidates = 20_000  # 1250 batches: most are still to run when the signal comes
+    values = features(num_candidates)
+    request = messages.ModelInferRequest(model_name="linear")
+    for name, datatype, array in (
+        ("age", "FP32", np.float32([3.0])),
+        ("likes", "FP32", values["likes"]),
+        ("topics", "INT64", np.array(values["topics"]).reshape(-1)),
+        ("topics.lengths", "INT32", np.full(num_candidates, 2, np.int32)),
+    ):
+        request.inputs.add(name=name, datatype=datatype, shape=array.shape)
+        request.raw_input_contents.append(array.tobytes())
+    with started(folder) as process:
+        ready = json.loads(process.stdout.readline())
+        with grpc.insecure_channel(ready["grpc"]) as channel:
+            infer = channel.unary_unary(
+                "/inference.GRPCInferenceService/ModelInfer",
+                messages.ModelInferRequest.SerializeToString,
+                messages.ModelInferResponse.FromString,
+            )
+            answers = [infer.future(request, timeout=60) for _ in range(6)]
+            answers[0].result()
+            process.send_signal(signal.SIGTERM)
+            for answer in answers:
+                (raw,) = answer.result().raw_output_contents
+                scores = np.frombuffer(raw, np.float32)
+                np.testing.assert_allclose(scores, expected(num_candidates), rtol=1e-5, atol=1e-4)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
