@@ -3,13 +3,20 @@
 namespace xlarank {
 
 ThreadPool::ThreadPool(int num_threads) {
-  for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this] { help(); });
+  try {
+    for (int i = 1; i < num_threads; ++i) helpers_.emplace_back([this] { help(); });
+  } catch (...) {
+    stop();
+    throw;
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   {
     std::lock_guard lock(mutex_);
-    stop_ = true;
+    stopping_ = true;
   }
   wake_.notify_all();
   for (std::thread& helper : helpers_) helper.join();
@@ -39,8 +46,8 @@ void ThreadPool::help() {
   uint64_t joined = 0;
   std::unique_lock lock(mutex_);
   for (;;) {
-    wake_.wait(lock, [&] { return stop_ || (loop_ && sequence_ != joined); });
-    if (stop_) return;
+    wake_.wait(lock, [&] { return stopping_ || (loop_ && sequence_ != joined); });
+    if (stopping_) return;
     Loop& loop = *loop_;
     joined = sequence_;
     ++num_inside_;

@@ -14,7 +14,7 @@ namespace xlarank {
 
 class ThreadPool {
  public:
-  // `num_threads`: the caller of `run` among them.
+  // `num_threads`: the caller of `run` among them. Throws std::system_error if they can't be had.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -35,6 +35,7 @@ class ThreadPool {
     std::exception_ptr error{};  // guarded by mutex_
   };
 
+  void stop();
   void help();
   void work(Loop& loop);
 
@@ -45,7 +46,7 @@ class ThreadPool {
   Loop* loop_ = nullptr;   // guarded by mutex_; null = nothing to join
   uint64_t sequence_ = 0;  // guarded by mutex_; number of the loop, so that a helper joins it once
   int num_inside_ = 0;     // guarded by mutex_; helpers that may touch *loop_
-  bool stop_ = false;      // guarded by mutex_
+  bool stopping_ = false;  // guarded by mutex_
   std::vector<std::thread> helpers_;
 };
 
