@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -190,8 +191,12 @@ def test_params_and_tables_of_any_memory_order_are_written_right(tiny_golden, ti
     params = {
         "mlp.kernel": np.arange(24, dtype=np.float32).reshape(4, 6).T[::2],
         "bias": np.array(3, np.float32),
+        "half": np.arange(5, dtype=np.float16),
+        "brain": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(3, 2).T,
+        "flags": np.array([True, False]),
         "a.last": np.arange(10, dtype=np.float32)[::-2],
     }
+    tiny_manifest = dataclasses.replace(tiny_manifest, params=tuple(params))
     with BundleWriter(tmp_path, "tiny") as writer:
         for program in tiny_manifest.programs:
             writer.add_program(os.path.basename(program.file), b"p")
@@ -224,7 +229,7 @@ def test_a_table_larger_than_a_chunk_is_written_whole(tmp_path, monkeypatch):
         ),
         (lambda w: w.add_table("t", np.zeros(2, np.float32)), r"got float32 of shape \[2\]"),
         (lambda w: w.add_table("../t", np.zeros((2, 2), np.float32)), r"file name .* got '../t'"),
-        (lambda w: w.add_params({"w": np.zeros(2)}), r"param 'w': expected float32 and a name, got float64"),
+        (lambda w: w.add_params({"w": np.zeros(2)}), r"array 'w': expected one of .*'float32'.*, got dtype\('float64'\)"),
         (lambda w: w.add_params({"w": np.zeros(2, ">f4")}), r"param 'w': .* got >f4"),
         (lambda w: w.add_program("a/b", b""), r"file name .* got 'a/b'"),
         (lambda w: w.add_program(".hidden", b""), r"file name"),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -14,9 +15,18 @@ from xlarank.errors import BundleError, ConfigError
 
 __all__ = ["read_arrays", "write_arrays"]
 
-# Safetensors' names of the types that the format uses. bfloat16 is not among them: numpy has none, and
-# reading it needs a registered extension type.
-_DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F32": np.float32}
+# Safetensors' names of the types that the format uses. Columns need the first four; weights may be of any.
+_DTYPES = {
+    "U8": np.uint8,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "BOOL": np.bool_,
+    "U32": np.uint32,
+    "I8": np.int8,
+}
 _WRITABLE = {np.dtype(dtype) for dtype in _DTYPES.values()}
 
 
@@ -25,7 +35,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
 
     Args:
       path: file to write; replaced if there. Its folder exists.
-      arrays: any shapes; uint8, int32, int64 or float32 of any memory order, in native byte order.
+      arrays: any shapes; dtypes as listed above, of any memory order, in native byte order.
       metadata: text kept in the file's header.
 
     Raises:

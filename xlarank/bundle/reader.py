@@ -102,10 +102,10 @@ class Bundle:
         return None if file is None else self._read(file)
 
     def params(self) -> dict[str, np.ndarray]:
-        """The dense weights, float32, in the order of the manifest; read anew at each call.
+        """The dense weights in the order of the manifest; read anew at each call.
 
         Raises:
-          BundleError: if the file's weights aren't those that the manifest names, or not float32.
+          BundleError: if the file's weights aren't those that the manifest names.
         """
         path = self.path / PARAMS_FILE
         arrays, _ = read_arrays(path)
@@ -114,9 +114,6 @@ class Bundle:
             raise BundleError(
                 f"{path}: expected the params that the manifest names; these differ: {differing}"
             )
-        for name, array in arrays.items():
-            if array.dtype != np.float32:
-                raise BundleError(f"{path}: param {name!r}: expected float32, got {array.dtype}")
         return {name: arrays[name] for name in self.manifest.params}
 
     def tables(self) -> dict[str, np.ndarray]:

@@ -119,14 +119,13 @@ class BundleWriter:
         return self._add_bytes(_checked(file_name), text.encode())
 
     def add_params(self, params: Mapping[str, np.ndarray]) -> str:
-        """Writes the dense weights, each float32 of any shape; returns the path in the bundle.
+        """Writes the dense weights, of any dtype of `write_arrays`; returns the path in the bundle.
 
         Raises:
           ConfigError: names a weight of another dtype.
         """
-        for name, array in params.items():
-            if not name or array.dtype != np.float32:
-                raise ConfigError(f"param {name!r}: expected float32 and a name, got {array.dtype}")
+        if "" in params:
+            raise ConfigError(f"bundle of {self._model!r}: expected every param to have a name")
         target = self._new_file(PARAMS_FILE)
         write_arrays(target, params, {"format": "xlarank.params", "format_version": "1"})
         self._digests[PARAMS_FILE] = digest_of(target).sha256
