@@ -15,7 +15,7 @@ from rich.table import Table
 
 from xlarank.errors import ConfigError
 from xlarank.spec import Column, ModelSpec, RankRequest
-from xlarank.spec.config import DataConfig, ModelConfig, load_config
+from xlarank.spec.config import ModelConfig, load_config
 
 __all__ = ["add_parser", "run"]
 
@@ -43,11 +43,15 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("target", metavar="CONFIG|BUNDLE", help="TOML file of a model, or folder of a bundle")
+    parser.add_argument(
+        "target", type=Path, metavar="CONFIG|BUNDLE", help="TOML file of a model, or folder of a bundle"
+    )
     parser.add_argument("--data", metavar="DIR", required=True, help="folder that the model's reader reads")
     parser.add_argument("--checkpoint", metavar="DIR", help="score with the Flax model of this checkpoint")
     parser.add_argument("--server", metavar="HOST:PORT", help="score over the wire")
-    parser.add_argument("--config", metavar="CONFIG", help="of a BUNDLE whose data are read by code of yours")
+    parser.add_argument(
+        "--config", type=Path, metavar="CONFIG", help="of a BUNDLE whose data are read by code of yours"
+    )
     parser.set_defaults(run=run)
 
 
@@ -61,9 +65,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from xlarank.training.readers import read_data
 
     console = Console(stderr=args.json)
-    with _open_target(args) as (spec, data, folder, scorer):
+    with _open_target(args) as (spec, config, scorer):
         with console.status("reading data"):
-            splits = read_data(data, args.data, folders=[folder])
+            splits = read_data(config, args.data)
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("scoring requests", total=splits.test.num_requests)
             scores = score_requests(
@@ -79,24 +83,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _open_target(args: argparse.Namespace) -> Iterator[tuple[ModelSpec, DataConfig, Path, _Scorer]]:
-    """The model's spec, how its data are read, the folder of its config, and its scorer while open."""
-    target = Path(args.target)
+def _open_target(args: argparse.Namespace) -> Iterator[tuple[ModelSpec, ModelConfig, _Scorer]]:
+    """The model's spec, the config that says how its data are read, and its scorer while open."""
     modes = [name for name in ("checkpoint", "server") if getattr(args, name)]
-    if target.is_dir():
+    if args.target.is_dir():
         if modes:
-            raise ConfigError(f"{target} is a folder, so a bundle; --{modes[0]} goes with a config file")
-        with _bundle_scorer(target, args.config) as opened:
+            raise ConfigError(f"{args.target} is a folder, so a bundle; --{modes[0]} goes with a config file")
+        with _bundle_scorer(args.target, args.config) as opened:
             yield opened
         return
     if args.config is not None:
         raise ConfigError("--config goes with a bundle; the config file is the first argument here")
-    config = load_config(target)
+    config = load_config(args.target)
     if len(modes) != 1:
-        raise ConfigError(f"{target}: expected one of --checkpoint and --server beside a config, got {modes}")
-    opened_scorer = _checkpoint_scorer if args.checkpoint else _server_scorer
-    with opened_scorer(config, getattr(args, modes[0])) as (spec, scorer):
-        yield spec, config.data_or_raise(), config.folder, scorer
+        raise ConfigError(f"{args.target}: expected one of --checkpoint and --server, got {modes or 'none'}")
+    scorer_of = _checkpoint_scorer if args.checkpoint else _server_scorer
+    with scorer_of(config, getattr(args, modes[0])) as (spec, scorer):
+        yield spec, config, scorer
 
 
 @contextlib.contextmanager
@@ -124,24 +127,15 @@ def _server_scorer(config: ModelConfig, address: str) -> Iterator[tuple[ModelSpe
 
 
 @contextlib.contextmanager
-def _bundle_scorer(
-    path: Path, config_path: str | None
-) -> Iterator[tuple[ModelSpec, DataConfig, Path, _Scorer]]:
-    from xlarank.bundle import open_bundle, resolve_bundle
+def _bundle_scorer(path: Path, config: Path | None) -> Iterator[tuple[ModelSpec, ModelConfig, _Scorer]]:
+    from xlarank.bundle import resolve_bundle
+    from xlarank.cli.bundle_config import config_of
     from xlarank.runtime import Engine
-    from xlarank.training.readers import data_from_provenance
 
-    if config_path is None:
-        manifest = open_bundle(resolve_bundle(path), verify=False).manifest
-        data, folder = data_from_provenance(manifest.provenance), Path.cwd()
-    else:
-        config = load_config(config_path)
-        data, folder = config.data_or_raise(), config.folder
-    engine = Engine.load(path)
-    try:
-        yield engine.spec, data, folder, lambda features: engine.score(RankRequest(engine.spec, features))
-    finally:
-        engine.close()
+    version = resolve_bundle(path)
+    how_to_read = config_of(version, config)
+    with Engine.load(version) as engine:
+        yield engine.spec, how_to_read, lambda features: engine.score(RankRequest(engine.spec, features))
 
 
 def _show(report: Mapping[str, Any], console: Console) -> None:

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = load_config(args.config)
     checkpoint.check_destination(args.out)
     with console.status("reading data"):
-        splits = read_data(config.data_or_raise(), args.data, folders=[config.folder])
+        splits = read_data(config, args.data)
     rows = [f"{data.num_rows:,} {name}" for name, data in vars(splits).items()]
     console.print(f"{config.spec.name}: {', '.join(rows)} rows")
 

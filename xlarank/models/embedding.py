@@ -54,10 +54,10 @@ class EmbeddingCollection(nnx.Module):
             if rngs is None:
                 raise ConfigError(f"model {spec.name!r}: expected rngs or tables, got neither")
             init = nnx.initializers.normal(INIT_STD)
-            tables = {t.name: init(rngs.params(), (t.num_rows, t.dim), jnp.float32) for t in spec.tables}
+            arrays = {t.name: init(rngs.params(), (t.num_rows, t.dim), jnp.float32) for t in spec.tables}
         else:
-            tables = self._checked(tables)
-        self.tables = nnx.Dict({name: nnx.Param(jnp.asarray(rows)) for name, rows in tables.items()})
+            arrays = {name: jnp.asarray(rows) for name, rows in self._checked(tables).items()}
+        self.tables = nnx.Dict({name: nnx.Param(rows) for name, rows in arrays.items()})
 
     def __call__(self, inputs: Mapping[str, jax.Array | np.ndarray]) -> dict[str, jax.Array]:
         """Looks up and pools.
@@ -98,18 +98,6 @@ class EmbeddingCollection(nnx.Module):
             table.name: np.ascontiguousarray(np.asarray(self.tables[table.name][...], np.float32))
             for table in self.spec.tables
         }
-
-    def load_numpy(self, tables: Mapping[str, np.ndarray]) -> None:
-        """Replaces every table's rows.
-
-        Args:
-          tables: [R, D] floats by name, one for each table of the spec.
-
-        Raises:
-          ConfigError: when a table is missing, unknown or of another shape.
-        """
-        for name, rows in self._checked(tables).items():
-            self.tables[name][...] = jnp.asarray(rows)
 
     def _checked(self, tables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = [table.name for table in self.spec.tables]

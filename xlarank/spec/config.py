@@ -145,11 +145,21 @@ def load_config(path: Path | str) -> ModelConfig:
         raise ConfigError(f"{path}: no such config file") from None
     except (IsADirectoryError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected a TOML file: {error}") from error
-    return parse_config(text, path)
+    return parse_config(text, path, allow_reader_code=True)
 
 
-def parse_config(text: str, path: Path) -> ModelConfig:
-    """`load_config` of a file's text; `path` is where modules are looked for, and named in errors."""
+def parse_config(text: str, path: Path, *, allow_reader_code: bool = False) -> ModelConfig:
+    """Reads the text of a model's config file, such as the one that a bundle keeps.
+
+    Args:
+      text: TOML.
+      path: the file that it is from, for messages and for the modules that it names.
+      allow_reader_code: whether ``[data] reader`` may be ``module:function``. A bundle's config may not: who
+        made the bundle would choose what code runs here.
+
+    Raises:
+      ConfigError: when the text isn't TOML, or a key is missing, unknown or wrong.
+    """
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -163,11 +173,17 @@ def parse_config(text: str, path: Path) -> ModelConfig:
     buckets = _table(document, "buckets", path)
     _check_keys(buckets, ("rows",), f"{path}: [buckets]")
     try:
+        data = _data(document, path)
+        if data is not None and ":" in data.reader and not allow_reader_code:
+            raise ConfigError(
+                f"data: the bundle's data are read by code, {data.reader!r}, which a bundle may not choose; "
+                f"name its config file with --config"
+            )
         return ModelConfig(
             spec=ModelSpec.from_dict({key: document[key] for key in _SPEC_KEYS if key in document}),
             model=document["model"],
             options=_table(document, "model_options", path),
-            data=_data(document, path),
+            data=data,
             training=_training(document, path),
             bucket_rows=buckets.get("rows", DEFAULT_ROWS),
             path=path,

@@ -118,9 +118,11 @@ def _fit_feature(feature: FeatureSpec, column: Column, vocabulary: tuple | None)
             if not values.size or not np.isfinite(values).all():
                 what = "no rows" if not values.size else "values that aren't finite"
                 raise ConfigError(f"feature {feature.name!r}: can't fit it to data with {what}")
-            fitted = (
-                _standardise(values) if isinstance(operation, Standardise) else _bucketise(operation, values)
-            )
+            if isinstance(operation, Standardise):
+                fitted = _standardise(values)
+            else:
+                assert isinstance(operation, Bucketise)
+                fitted = _bucketise(operation, values)
         operations = (*before, fitted, *feature.preprocessing[position + 1 :])
         feature = dataclasses.replace(feature, preprocessing=operations)
     return feature

@@ -60,8 +60,9 @@ def read(
 
     def columns(id_sizes: Mapping[str, int], widths: Mapping[str, int], rows: int) -> dict[str, Column]:
         drawn: dict[str, Column] = {name: rng.integers(0, size, rows) for name, size in id_sizes.items()}
-        floats = {name: rng.lognormal(size=(rows, width)) for name, width in widths.items()}
-        return drawn | {name: values.astype(np.float32) for name, values in floats.items()}
+        for name, width in widths.items():
+            drawn[name] = rng.lognormal(size=(rows, width)).astype(np.float32)
+        return drawn
 
     def split(requests: int) -> RankingData:
         owner = np.repeat(np.arange(requests), num_candidates)
