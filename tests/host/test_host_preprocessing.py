@@ -143,7 +143,8 @@ def test_bags_within_the_limit_are_not_copied():
 )
 def test_bags_are_left_aligned_and_padded(bags, limit, expected):
     spec, _ = _lookup(kind="id_list", combiner="sum", max_length=limit)
-    inputs = model_inputs(spec, [Ragged(Ragged.from_bags(bags).values.astype(np.int64), _lengths(bags))])
+    values = np.array([value for bag in bags for value in bag], np.int64)
+    inputs = model_inputs(spec, [Ragged(values, np.array([len(bag) for bag in bags], np.int32))])
     np.testing.assert_array_equal(inputs["f"], np.array(expected, np.int32), strict=True)
     lengths = [min(len(bag), limit or 99) for bag in bags]
     np.testing.assert_array_equal(inputs["f.lengths"], np.array(lengths, np.int32), strict=True)
@@ -159,7 +160,3 @@ def test_the_model_inputs_of_ids_are_int32_rows():
     spec, _ = _lookup(out_of_range="zero")
     inputs = model_inputs(spec, [np.array([3, 9])])
     np.testing.assert_array_equal(inputs["f"], np.array([3, -1], np.int32), strict=True)
-
-
-def _lengths(bags):
-    return np.array([len(bag) for bag in bags], np.int32)
