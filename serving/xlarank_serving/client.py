@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -96,11 +97,9 @@ class RankingClient:
           XlarankError: anything else, the deadline included.
         """
         key = (model_name, str(version))
-        inputs = self._inputs.get(key)
-        if inputs is None:
-            inputs = self._inputs[key] = _ModelInputs(self.metadata(model_name, version=version))
         message = messages.ModelInferRequest(model_name=model_name, model_version=str(version))
-        add_inputs(message, inputs.spec, inputs.request(features), packed=packed)
+        model, request = self._request(key, features, timeout)
+        add_inputs(message, model, request, packed=packed)
         try:
             response = self._call("ModelInfer", message, timeout)
         except RequestError:
@@ -150,12 +149,24 @@ class RankingClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _request(
+        self, key: tuple[str, str], features: Mapping[str, Any], timeout: float | None
+    ) -> tuple[ModelSpec, RankRequest]:
+        inputs = self._inputs.get(key)
+        if inputs is not None:
+            with contextlib.suppress(FeatureError):  # what is known may be of an older version
+                return inputs.spec, inputs.request(features)
+        name, version = key
+        inputs = _ModelInputs(self.metadata(name, version=version, timeout=timeout))
+        self._inputs[key] = inputs
+        return inputs.spec, inputs.request(features)
+
     def _call(self, name: str, request: Any, timeout: float | None) -> Any:
         try:
             return self._calls[name](request, timeout=self._timeout if timeout is None else timeout)
         except grpc.RpcError as error:
             call: Any = error  # a failed call is its own status
-            raise error_of(call.code(), call.details()) from None
+            raise error_of(call.code(), call.details() or "") from None
 
 
 class _ModelInputs:

@@ -233,14 +233,15 @@ class ModelCodec:
                 f"input {names[1]!r}: expected lengths that add up to the {len(values)} values of "
                 f"{names[0]!r}, got a sum of {ends[-1]}"
             )
+        is_one_each = (lengths == 1).all(axis=1).tolist()  # [F]
         features: dict[str, Any] = {}
         begin = 0
-        for feature, own_lengths, end in zip(self._ids[scope], lengths, ends, strict=True):
-            own_values = values[begin:end]
+        for i, (feature, end) in enumerate(zip(self._ids[scope], ends, strict=True)):
+            own_values, own_lengths = values[begin:end], lengths[i]
             begin = end
             if feature.is_ragged:
                 features[feature.name] = Ragged(own_values, own_lengths)
-            elif (own_lengths == 1).all():
+            elif is_one_each[i]:
                 features[feature.name] = own_values
             elif own_lengths.any() or feature.default is None:
                 row = int(np.argmax(own_lengths != 1))
@@ -260,9 +261,9 @@ def _check_parameters(where: str, parameters: Mapping[str, Any]) -> None:
 def _checked_shape(wire: WireInput, tensor: Any) -> tuple[int, ...]:
     if tensor.parameters:
         _check_parameters(wire.where, tensor.parameters)
-    shape, datatype = tensor.shape, tensor.datatype
+    shape, datatype = tuple(tensor.shape), tensor.datatype
     if datatype in wire.accepted and wire.allows(shape):
-        return tuple(shape)
+        return shape
     shown = ", ".join(map(str, shape[:_MAX_SHOWN_DIMS])) + (", ..." if len(shape) > _MAX_SHOWN_DIMS else "")
     hint = ""
     if wire.scope is Scope.CONTEXT and datatype in wire.accepted:
@@ -287,7 +288,8 @@ def _from_raw(wire: WireInput, datatype: str, shape: tuple[int, ...], raw: bytes
             f"{wire.where}: input byte size mismatch: expected {num_elements * dtype.itemsize} bytes for "
             f"{datatype} of shape {list(shape)}, got {len(raw)}"
         )
-    return np.frombuffer(raw, dtype).reshape(shape)
+    array = np.frombuffer(raw, dtype)
+    return array if len(shape) == 1 else array.reshape(shape)
 
 
 def _from_typed(wire: WireInput, datatype: str, shape: tuple[int, ...], contents: Any) -> Any:

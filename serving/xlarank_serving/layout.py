@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from xlarank.spec import FeatureSpec, ModelSpec, Scope, ValueType
 
@@ -84,7 +84,7 @@ class WireInput:
     where: str
     """Opening of error messages: names the feature, or the packed input."""
 
-    @property
+    @functools.cached_property
     def accepted(self) -> tuple[str, ...]:
         """Datatypes that may be sent."""
         return _ACCEPTED[self.datatype]
@@ -100,16 +100,11 @@ class WireInput:
         shapes = [f"[{', '.join(map(str, form))}]" for form in self.forms]
         return f"{' or '.join(self.accepted)} of shape {' or '.join(shapes)}"
 
-    def allows(self, shape: Sequence[int]) -> bool:
+    def allows(self, shape: tuple[int, ...]) -> bool:
         """Whether a shape is one of the forms."""
-        return any(
-            len(shape) == len(form)
-            and all(
-                got >= 0 if isinstance(want, str) else got == want
-                for want, got in zip(form, shape, strict=True)
-            )
-            for form in self.forms
-        )
+        if shape == self.forms[0]:  # a context's: half the tensors of many models
+            return True
+        return any(_matches(shape, form) for form in self.forms)
 
 
 def float_features(spec: ModelSpec, scope: Scope) -> tuple[FeatureSpec, ...]:
@@ -156,6 +151,15 @@ def packed_inputs(spec: ModelSpec) -> Iterator[WireInput]:
             inputs.append((scope.value + LENGTHS_SUFFIX, "INT32", form, Role.PACKED_LENGTHS))
         for name, datatype, form, role in inputs:
             yield WireInput(name, datatype, (form,), role, scope, f"input {name!r}")
+
+
+def _matches(shape: tuple[int, ...], form: Form) -> bool:
+    if len(shape) != len(form):
+        return False
+    for got, want in zip(shape, form, strict=True):
+        if got != want and (got < 0 or isinstance(want, int)):
+            return False
+    return True
 
 
 def _features(spec: ModelSpec, scope: Scope, dtype: ValueType) -> tuple[FeatureSpec, ...]:

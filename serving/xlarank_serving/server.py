@@ -129,9 +129,11 @@ class RankingServer:
         self._service.stop_accepting()
         self._health.stop()
         self._server.stop(grace).wait()
-        self._repository.close()
-        self._threads.close()
-        self._http.close()
+        try:
+            self._repository.close()
+        finally:
+            self._threads.close()
+            self._http.close()
 
     def __enter__(self) -> RankingServer:
         return self

@@ -6,8 +6,10 @@ import grpc
 import numpy as np
 import pytest
 from xlarank_serving.codec import ModelCodec
+from xlarank_serving.encoding import add_inputs
 
 from xlarank.errors import FeatureError
+from xlarank.spec import RankRequest
 
 
 def f32(*shape):
@@ -351,3 +353,44 @@ def test_a_message_above_the_limit_is_refused_and_the_server_goes_on(wire):
     running.channel.close()
     running.client.close()
     running.server.stop(0)
+
+
+def mutate(request, rng):
+    """Breaks one thing of a request; it may stay valid."""
+    i = int(rng.integers(len(request.inputs)))
+    tensor, raw = request.inputs[i], request.raw_input_contents[i]
+    kind = rng.integers(7)
+    if kind == 0:
+        sizes = [-(2**63), -1, 0, 1, 2, 3, 4, 2**31, 2**62, 2**63 - 1]
+        tensor.shape[:] = rng.choice(sizes, size=rng.integers(4)).tolist()
+    elif kind == 1:
+        tensor.datatype = str(rng.choice(["FP32", "FP64", "INT32", "INT64", "BYTES", "BOOL", "", "fp32"]))
+    elif kind == 2:
+        request.raw_input_contents[i] = raw[: rng.integers(len(raw) + 1)]
+    elif kind == 3:
+        request.raw_input_contents[i] = rng.bytes(len(raw))
+    elif kind == 4:
+        tensor.name = str(rng.choice([*(other.name for other in request.inputs), "", "context.", "é\0"]))
+    elif kind == 5:
+        del request.inputs[i]
+    else:
+        tensor.contents.int64_contents.extend([1, 2])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_whatever_is_broken_is_refused_and_never_crashes(wire, candidates, packed):
+    codec = ModelCodec(wire.spec)
+    valid = wire.messages.ModelInferRequest(model_name="feed")
+    add_inputs(valid, wire.spec, RankRequest(wire.spec, candidates), packed=packed)
+    rng = np.random.default_rng(7)
+    num_refused = 0
+    for _ in range(1500):
+        request = wire.messages.ModelInferRequest()
+        request.CopyFrom(valid)
+        for _ in range(int(rng.integers(1, 3))):
+            mutate(request, rng)
+        try:
+            codec.decode(request)
+        except FeatureError:
+            num_refused += 1
+    assert 1000 < num_refused < 1500

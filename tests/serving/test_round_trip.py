@@ -1,13 +1,14 @@
 """Requests in every form through a real server."""
 
 import concurrent.futures
+import dataclasses
 
 import numpy as np
 import pytest
 from xlarank_serving.client import RankingClient
 
 from xlarank.errors import FeatureError, ModelNotFoundError, RequestError, UnavailableError, XlarankError
-from xlarank.spec import Ragged, RankRequest, StringColumn
+from xlarank.spec import FeatureSpec, Ragged, RankRequest, StringColumn
 
 TYPED = {
     "FP32": "fp32_contents",
@@ -216,10 +217,19 @@ def test_client_raises_what_the_server_says(shared, candidates):
     assert len(shared.client.score("feed", candidates, version=3)["finish"]) == 3
 
 
-def test_client_learns_new_inputs_after_a_refusal(serving, wire, candidates):
+def test_client_learns_of_inputs_that_a_newer_version_added(serving, wire, candidates):
+    shares = FeatureSpec(name="shares", kind="dense", scope="candidate")
+    spec = dataclasses.replace(wire.spec, features=(*wire.spec.features, shares))
     serving.client.score("feed", candidates)
-    fields = {"features": wire.spec.features[:-1], "tables": wire.spec.tables, "tasks": wire.spec.tasks}
-    serving.repository.add(type(wire.spec)(name="feed", **fields), 4)
+    with pytest.raises(FeatureError, match="model 'feed' has no feature 'shares'"):
+        serving.client.score("feed", candidates | {"shares": [1.0, 2.0, 3.0]})
+    serving.repository.add(spec, 4)
+    assert len(serving.client.score("feed", candidates | {"shares": [1.0, 2.0, 3.0]})["finish"]) == 3
+
+
+def test_client_learns_of_inputs_that_a_newer_version_dropped(serving, wire, candidates):
+    serving.client.score("feed", candidates)
+    serving.repository.add(dataclasses.replace(wire.spec, features=wire.spec.features[:-1]), 4)
     with pytest.raises(RequestError, match="model 'feed' has no input 'fresh'"):
         serving.client.score("feed", candidates)
     del candidates["fresh"]
