@@ -8,12 +8,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.extend import core
 
-from xlarank.compiler.independence import inner_jaxpr, source_of
 from xlarank.compiler.split import DenseModel, program_avals, row_program
+from xlarank.compiler.tracing import inner_jaxpr, source_of, trace
 from xlarank.spec import Bucket, ModelSpec, RankRequest, Scope, Signature
 
 __all__ = ["Analysis", "LayerCost", "MatmulCost", "TableCost", "analyze"]
@@ -112,7 +111,7 @@ def analyze(
     """
     bucket = Bucket(32, 1)
     program = row_program(model, spec, signature, bucket)
-    closed = jax.make_jaxpr(program)(*program_avals(model, signature, bucket))
+    closed = trace(spec.name, program, program_avals(model, signature, bucket))
     groups: dict[str, list[core.JaxprEqn]] = collections.defaultdict(list)
     elementwise = 0.0
     for equation, source in _equations(closed.jaxpr, ""):

@@ -9,34 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import source_info_util  # no public name; wrapped once, in `source_of`
 from jax.extend import core
-from jax.extend.core import ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 from xlarank.compiler.split import RowProgram
+from xlarank.compiler.tracing import ClosedJaxpr, inner_jaxpr, source_of
 from xlarank.spec import Bucket, Scope, Signature
 
-__all__ = ["find_crossing", "inner_jaxpr", "source_of"]
+__all__ = ["find_crossing"]
 
 _MAX_TRIES = 8
-
-
-def source_of(equation: core.JaxprEqn) -> str:
-    """File, line and function of the user's code that an equation comes from."""
-    return source_info_util.summarize(equation.source_info)
-
-
-def inner_jaxpr(equation: core.JaxprEqn) -> ClosedJaxpr | None:
-    """The program that an equation merely calls (jit, custom derivatives, remat), else None."""
-    if equation.primitive.name in ("scan", "while", "cond"):
-        return None
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = equation.params.get(name)
-        if isinstance(inner, ClosedJaxpr):
-            return inner
-        if isinstance(inner, core.Jaxpr):
-            return ClosedJaxpr(inner, ())
-    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 from jax import export
 
 from xlarank.compiler.split import DenseModel, RowProgram, program_avals
-from xlarank.errors import ModelError
+from xlarank.compiler.tracing import trace
 from xlarank.spec import Bucket, ModelSpec, Signature
 
 __all__ = ["lower_program"]
@@ -31,18 +31,12 @@ def lower_program(
       where the model's operations exist on both, else on the platform it was made on.
 
     Raises:
-      ModelError: if the model can't be traced, with JAX's reason.
+      ModelError: if the model can't be traced at this bucket, with the line of its source.
     """
     avals = program_avals(model, signature, bucket)
+    trace(spec.name, program, avals)
     jitted = jax.jit(program)
     with jax.default_matmul_precision("highest"):
-        try:
-            jax.eval_shape(jitted, *avals)
-        except (TypeError, IndexError, jax.errors.JAXTypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(
-                f"model {spec.name!r} can't be traced at {bucket.rows} rows: {reason}"
-            ) from error
         here = jax.default_backend()
         try:
             exported = export.export(jitted, platforms=_PLATFORMS)(*avals)

@@ -1,0 +1,244 @@
+"""From a module to a bundle: what is published is proven, what can't be proven is refused."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import shop
+from flax import nnx
+
+from xlarank.bundle import open_bundle
+from xlarank.compiler import analyze, build_bundle, random_requests, reference_scores
+from xlarank.compiler.split import split_module
+from xlarank.errors import BundleError, ConfigError, ModelError, VerifyError
+from xlarank.runtime import Engine
+from xlarank.spec import Bucket, FeatureSpec, ModelSpec, RankRequest, Signature, TaskSpec
+
+BUCKETS = (4, 64)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    model, tables = shop.Shop(rngs=nnx.Rngs(0)), shop.make_tables()
+    path = build_bundle(model, shop.SPEC, tables, out=tmp_path_factory.mktemp("repo"), buckets=BUCKETS)
+    return path, model, tables
+
+
+def refuse(tmp_path, module, error, message, spec=shop.SPEC, tables=None, **options):
+    tables = shop.make_tables() if tables is None else tables
+    with pytest.raises(error, match=message):
+        build_bundle(module, spec, tables, out=tmp_path, buckets=options.pop("buckets", (8,)), **options)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing is left behind"
+
+
+def test_the_reference_is_the_model_applied_to_the_repeated_context(built):
+    _, model, tables = built
+    requests = random_requests(shop.SPEC, 5, num_candidates=7, seed=1)
+    scores = reference_scores(model, shop.SPEC, tables, requests)
+    for number, request in enumerate(requests):
+        for task, expected in shop.numpy_scores(model, request, tables).items():
+            np.testing.assert_allclose(scores[task][number], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_bundle_scores_as_the_model_computed_by_hand(built):
+    path, model, tables = built
+    requests = random_requests(shop.SPEC, 12, num_candidates=29, seed=2)
+    with Engine.load(path) as engine:
+        futures = [engine.submit(request) for request in requests]
+        for request, future in zip(requests, futures, strict=True):
+            for task, expected in shop.numpy_scores(model, request, tables).items():
+                np.testing.assert_allclose(future.result()[task], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_every_bucket_has_a_proven_and_timed_program(built):
+    manifest = open_bundle(built[0]).manifest
+    assert [entry.bucket for entry in manifest.programs] == [
+        Bucket(4, 1),
+        Bucket(4, 4),
+        Bucket(64, 1),
+        Bucket(64, 2),
+        Bucket(64, 64),
+    ]
+    for entry in manifest.programs:
+        assert set(entry.max_error) == {"click", "spend"}
+        assert max(entry.max_error.values()) <= 1e-5
+        assert min(entry.seconds.values()) > 0
+
+
+def test_versions_ascend_and_an_explicit_one_is_kept(built, tmp_path):
+    _, model, tables = built
+    paths = [build_bundle(model, shop.SPEC, tables, out=tmp_path, buckets=[4], version=v) for v in (None, 7)]
+    paths.append(build_bundle(model, shop.SPEC, tables, out=tmp_path, buckets=[4]))
+    assert [path.name for path in paths] == ["1", "7", "8"]
+    with pytest.raises(BundleError, match=r"shop/7: exists already"):
+        build_bundle(model, shop.SPEC, tables, out=tmp_path, buckets=[4], version=7)
+
+
+def test_the_report_shows_buckets_layers_and_tables(built):
+    report = (built[0] / "report.html").read_text()
+    for text in ("hidden", "items", "tags", "Matrix multiplications", "shop.py"):
+        assert text in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert "<script src" not in report
+
+
+def test_flops_and_parameters_are_those_of_the_layers(built):
+    _, model, _ = built
+    requests = random_requests(shop.SPEC, 8)
+    found = analyze(split_module(model), shop.SPEC, Signature.of_model(shop.SPEC), requests)
+    width = 1 + 8 + 8 + 5 + 2
+    assert found.num_parameters == (width * 32 + 32) + 4 * 32 + (32 * 2 + 2)
+    assert sum(matmul.flops for matmul in found.matmuls) == 2 * (width * 32 + 32 * 2)
+    lookups = {table.name: table.lookups_per_candidate for table in found.tables}
+    assert lookups["items"] == 1.0
+    assert lookups["tags"] == np.mean([r.columns[3].lengths.mean() for r in requests])
+
+
+def test_a_model_written_for_one_task_alone_with_no_context_or_table_compiles(tmp_path):
+    spec = ModelSpec(
+        name="plain",
+        features=(FeatureSpec(name="x", kind="dense", scope="candidate", width=3),),
+        tasks=(TaskSpec(name="y", kind="regression"),),
+    )
+
+    class Sum(nnx.Module):
+        def __call__(self, features):
+            return {"y": features["x"].sum(axis=1)}
+
+    with Engine.load(build_bundle(Sum(), spec, {}, out=tmp_path, buckets=[4])) as engine:
+        x = np.arange(30, dtype=np.float32).reshape(10, 3)
+        np.testing.assert_allclose(engine.score(RankRequest(spec, {"x": x}))["y"], x.sum(axis=1))
+
+
+def test_weights_of_any_dtype_come_through(tmp_path):
+    spec = ModelSpec(
+        name="mixed",
+        features=(FeatureSpec(name="x", kind="dense", scope="candidate", width=3),),
+        tasks=(TaskSpec(name="y", kind="regression"),),
+    )
+
+    class Mixed(nnx.Module):
+        def __init__(self):
+            self.half = nnx.Param(jnp.array([0.5, 1.5, 2.5], jnp.bfloat16))
+            self.pick = nnx.Variable(jnp.array([2, 0, 1], jnp.int32))
+            self.on = nnx.Variable(jnp.array(True))
+
+        def __call__(self, features):
+            x = features["x"][:, self.pick[...]] * self.half[...].astype(jnp.float32)
+            return {"y": jnp.where(self.on[...], x.sum(axis=1), 0.0)}
+
+    with Engine.load(build_bundle(Mixed(), spec, {}, out=tmp_path, buckets=[4])) as engine:
+        scores = engine.score(RankRequest(spec, {"x": [[1.0, 2.0, 3.0]]}))
+    np.testing.assert_allclose(scores["y"], [3 * 0.5 + 1 * 1.5 + 2 * 2.5])
+
+
+class BatchMean(shop.Shop):
+    def __call__(self, features):
+        hidden = self.hidden_of(features)
+        out = self.out(hidden - hidden.mean(axis=0))
+        return {"click": out[:, 0], "spend": out[:, 1]}
+
+
+class Listwise(shop.Shop):
+    def __call__(self, features):
+        logits = super().__call__(features)
+        return {"click": jax.nn.log_softmax(logits["click"]), "spend": logits["spend"]}
+
+
+class TrainingNorm(shop.Shop):
+    def hidden_of(self, features):
+        self.norm.use_running_average = False
+        return super().hidden_of(features)
+
+
+class Neighbours(shop.Shop):
+    def __call__(self, features):
+        out = self.out(self.hidden_of(features))
+        return {"click": out[:, 0] + jnp.roll(out[:, 0], 1), "spend": out[:, 1]}
+
+
+@pytest.mark.parametrize(
+    ("module", "operation"),
+    [
+        (BatchMean, r"reduce_sum \(.*\) at .*test_build\.py:\d+.*BatchMean"),
+        (Listwise, r"reduce_max \(\[8\] -> \[\]\) at .*test_build\.py:\d+.*Listwise"),
+        (TrainingNorm, r"(reduce_sum|reduce_max|dot_general) .* at .*shop\.py:\d+"),
+        (Neighbours, r"(add|add_any) .* at .*test_build\.py:\d+.*Neighbours"),
+    ],
+)
+def test_a_model_whose_rows_touch_is_refused_with_the_operation(tmp_path, module, operation):
+    refuse(
+        tmp_path, module(rngs=nnx.Rngs(0)), ModelError, r"a row's score depends on other rows.*" + operation
+    )
+
+
+class Narrow(shop.Shop):
+    def __call__(self, features):
+        out = self.out(self.hidden_of(features))
+        return {"click": out[:, :1], "spend": out[:, 1]}
+
+
+class Forgetful(shop.Shop):
+    def __call__(self, features):
+        return {"click": super().__call__(features)["click"]}
+
+
+class Tuple(shop.Shop):
+    def __call__(self, features):
+        return tuple(super().__call__(features).values())
+
+
+class Concrete(shop.Shop):
+    def __call__(self, features):
+        if features["age"].sum() > 1e9:
+            return {}
+        return super().__call__(features)
+
+
+class Drifting(shop.Shop):
+    def __call__(self, features):
+        traced = isinstance(features["age"], jax.core.Tracer)
+        logits = super().__call__(features)
+        return {"click": logits["click"] + (1e-3 if traced else 0.0), "spend": logits["spend"]}
+
+
+class Overflowing(shop.Shop):
+    def __call__(self, features):
+        logits = super().__call__(features)
+        return {"click": logits["click"], "spend": logits["spend"] / 0.0}
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "message"),
+    [
+        (Narrow, ModelError, r"task 'click' as floats of shape \[B\] .* got float32 of shape \[\d+, 1\]"),
+        (Forgetful, ModelError, r"task 'spend' is missing from its answer \['click'\]"),
+        (Tuple, ModelError, r"expected a dict of logits by task, got tuple"),
+        (Concrete, ModelError, r"can't be traced: TracerBool.* \(at .*test_build\.py:\d+ \(__call__\)\)"),
+        (Drifting, VerifyError, r"task 'click', bucket 8x1 .* differ from the reference by"),
+        (Overflowing, ModelError, r"task 'spend': the reference score of golden request 0 is"),
+    ],
+)
+def test_a_model_that_breaks_the_contract_is_refused_by_name(tmp_path, module, error, message):
+    refuse(tmp_path, module(rngs=nnx.Rngs(0)), error, message)
+
+
+def test_wrong_tables_buckets_and_goldens_are_refused(tmp_path):
+    model = shop.Shop(rngs=nnx.Rngs(0))
+    tables = shop.make_tables()
+    refuse(tmp_path, model, ConfigError, "tags", tables={"items": tables["items"]})
+    refuse(tmp_path, model, ConfigError, "items", tables=tables | {"items": tables["items"][:, :3]})
+    refuse(tmp_path, model, ConfigError, "row counts must be >= 1; was 0", buckets=(0,))
+    refuse(tmp_path, model, ConfigError, "golden requests with candidates, got none", golden=[])
+    refuse(tmp_path, object(), ModelError, "expected a flax.nnx.Module, got object")
+
+
+def test_the_compiled_programs_hold_no_weights(built):
+    path, model, _ = built
+    state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    sizes = [file.stat().st_size for file in (path / "programs").iterdir()]
+    assert max(sizes) < 30_000 + num_bytes / 4
+    assert re.fullmatch(r"plain-64x64\.stablehlo", sorted(f.name for f in (path / "programs").iterdir())[-1])

@@ -1,0 +1,274 @@
+"""The engine on real bundles: invariances, splitting, closing, zero compiles on the request path."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+import shop
+from flax import nnx
+
+from xlarank.bundle import open_bundle
+from xlarank.compiler import build_bundle, random_requests
+from xlarank.errors import ConfigError, FeatureError, ModelNotFoundError, UnavailableError
+from xlarank.runtime import DevicePool, Engine, Metrics, ModelRepository
+from xlarank.spec import FeatureSpec, ModelSpec, RankRequest, Scope, TaskSpec, take
+
+MAX_ROWS = 1024
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repository")
+    build_bundle(
+        shop.Shop(rngs=nnx.Rngs(0)), shop.SPEC, shop.make_tables(), out=folder, buckets=[8, 128, MAX_ROWS]
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(repository):
+    with Engine.load(repository / "shop") as engine:
+        yield engine
+
+
+def rows_of(request, rows):
+    columns = zip(request.spec.features, request.columns, strict=True)
+    return RankRequest(
+        request.spec,
+        {f.name: take(column, rows) if f.scope is Scope.CANDIDATE else column for f, column in columns},
+    )
+
+
+def assert_same(actual, expected):
+    for task in expected:
+        np.testing.assert_allclose(actual[task], expected[task], rtol=0, atol=2e-6)
+
+
+def test_no_candidate_count_and_no_mixed_batch_compiles_on_the_request_path(engine):
+    (request,) = random_requests(shop.SPEC, 1, num_candidates=1100, seed=4)
+    whole = engine.score(request)
+    futures = []
+    for num_rows in range(1, 1101):
+        part = rows_of(request, np.arange(num_rows))
+        if num_rows % 3:
+            assert_same(engine.score(part), {task: scores[:num_rows] for task, scores in whole.items()})
+        else:  # several at once share batches
+            futures.append((num_rows, engine.submit(part)))
+    for num_rows, future in futures:
+        assert_same(future.result(), {task: scores[:num_rows] for task, scores in whole.items()})
+    assert engine.num_request_path_compiles == 0
+
+
+def test_a_compile_on_the_request_path_is_counted(repository, monkeypatch):
+    with Engine.load(repository / "shop") as engine:
+        replica = engine._replicas[0]
+        run = type(replica).run
+
+        def run_and_compile(self, bucket, leaves):
+            jax.jit(lambda x: x + bucket.rows)(1.0)
+            return run(self, bucket, leaves)
+
+        monkeypatch.setattr(type(replica), "run", run_and_compile)
+        for request in random_requests(shop.SPEC, 1):
+            engine.score(request)
+        assert engine.num_request_path_compiles >= 1
+        samples = {name: value for name, _, value in engine.metrics.samples()}
+        assert samples["xlarank_request_path_compiles_total"] == engine.num_request_path_compiles
+
+
+def test_scores_do_not_depend_on_neighbours_order_or_splitting(engine):
+    requests = random_requests(shop.SPEC, 40, num_candidates=17, seed=5)
+    alone = [engine.score(request) for request in requests]
+    together = [future.result() for future in [engine.submit(request) for request in requests]]
+    for one, other in zip(alone, together, strict=True):
+        assert_same(other, one)
+    order = np.random.default_rng(0).permutation(17)
+    for request, scores in zip(requests[:5], alone, strict=False):
+        assert_same(engine.score(rows_of(request, order)), {t: s[order] for t, s in scores.items()})
+    big = rows_of(requests[0], np.arange(3 * MAX_ROWS + 5) % 17)
+    expected = {t: s[np.arange(3 * MAX_ROWS + 5) % 17] for t, s in alone[0].items()}
+    assert_same(engine.score(big), expected)
+
+
+def test_many_threads_each_get_their_own_scores(engine):
+    requests = random_requests(shop.SPEC, 16, num_candidates=9, seed=6)
+    expected = [engine.score(request) for request in requests]
+    wrong = []
+
+    def work(number):
+        for turn in range(30):
+            pick = (number + turn) % len(requests)
+            got = engine.score(requests[pick])
+            if any(np.abs(got[task] - expected[pick][task]).max() > 2e-6 for task in got):
+                wrong.append((number, turn))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_zero_candidates_get_empty_scores(engine):
+    (request,) = random_requests(shop.SPEC, 1, num_candidates=3)
+    scores = engine.score(rows_of(request, np.zeros(0, np.int64)))
+    assert {task: (values.shape, values.dtype) for task, values in scores.items()} == {
+        "click": ((0,), np.float32),
+        "spend": ((0,), np.float32),
+    }
+
+
+def test_scores_are_the_callers_own_arrays(engine):
+    first, second = random_requests(shop.SPEC, 2, num_candidates=50)
+    scores = engine.score(first)
+    kept = scores["click"].copy()
+    for _ in range(3):
+        engine.score(second)
+    np.testing.assert_array_equal(scores["click"], kept)
+    scores["click"][:] = 0  # writable
+
+
+def test_a_request_of_another_model_is_refused(engine):
+    other = ModelSpec(
+        name="other",
+        features=(FeatureSpec(name="x", kind="dense", scope="candidate"),),
+        tasks=(TaskSpec(name="y"),),
+    )
+    with pytest.raises(ConfigError, match=r"model 'shop' .* of model 'other'"):
+        engine.submit(RankRequest(other, {"x": [1.0]}))
+
+
+def test_bad_input_is_refused_natively_with_the_same_words(engine):
+    with pytest.raises(
+        FeatureError, match=r"feature 'item': expected ids in \[0, 50\).* got 50 at position 1"
+    ):
+        engine.request({"age": 1.0, "item": [0, 50], "tags": [[], []], "price": np.zeros((2, 2))})
+
+
+def test_closing_answers_what_was_accepted_and_refuses_the_rest(repository):
+    engine = Engine.load(repository / "shop")
+    requests = random_requests(shop.SPEC, 30)
+    futures = [engine.submit(request) for request in requests]
+    engine.close()
+    assert all(future.done() for future in futures)
+    assert all(np.isfinite(future.result()["click"]).all() for future in futures)
+    with pytest.raises(UnavailableError, match="model 'shop' version 1 is closed"):
+        engine.submit(requests[0])
+    engine.close()
+
+
+def test_a_cancelled_request_is_dropped_and_its_neighbours_are_answered(repository):
+    pool = DevicePool(len(jax.devices()))
+    engine = Engine.load(repository / "shop", pool=pool)
+    requests = random_requests(shop.SPEC, 6)
+    with pool.locked():  # no device can take anything yet
+        futures = [engine.submit(request) for request in requests]
+        assert futures[2].cancel()
+    for number, future in enumerate(futures):
+        if number != 2:
+            assert np.isfinite(future.result()["click"]).all()
+    engine.close()
+    pool.close()
+    samples = {name: value for name, _, value in engine.metrics.samples()}
+    assert samples["nv_inference_request_success"] == 5
+
+
+def test_a_failing_batch_fails_its_requests_and_not_the_engine(repository, monkeypatch):
+    with Engine.load(repository / "shop") as engine:
+        (request,) = random_requests(shop.SPEC, 1)
+        expected = engine.score(request)
+        with monkeypatch.context() as broken:
+            broken.setattr(
+                type(engine._gatherer), "gather", lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
+            )
+            with pytest.raises(RuntimeError, match="broken"):
+                engine.score(request)
+        assert_same(engine.score(request), expected)
+
+
+def test_every_device_serves(repository):
+    with Engine.load(repository / "shop") as engine:
+        assert len(engine._replicas) == len(jax.devices()) >= 2
+        placed = {
+            replica.executables[bucket].prepared[0].devices().pop()
+            for replica in engine._replicas
+            for bucket in engine.ladder.buckets
+        }
+        assert placed == set(jax.devices())
+
+
+def test_loading_reports_its_steps_and_the_golden_error(engine):
+    report = engine.load_report
+    assert set(report.seconds) == {"tables", "compile", "replay", "profile"}
+    assert report.fingerprint_differences == {}
+    assert max(report.max_error.values()) <= 1e-5
+    assert set(engine.profile.seconds) == set(engine.ladder.buckets)
+
+
+def test_metrics_count_rows_and_padding(repository):
+    metrics = Metrics()
+    with Engine.load(repository / "shop", metrics=metrics) as engine:
+        (request,) = random_requests(shop.SPEC, 1, num_candidates=5)
+        engine.score(request)
+        samples = {name: value for name, _, value in engine.metrics.samples()}
+    assert samples["xlarank_batch_rows_total"] == 5
+    assert samples["xlarank_padding_rows_total"] == 3
+    assert samples["nv_inference_count"] == 5
+
+
+def test_the_numpy_gather_serves_the_same_scores(repository, engine):
+    requests = random_requests(shop.SPEC, 4, seed=9)
+    with Engine.load(repository / "shop", backend="numpy") as slow:
+        for request in requests:
+            assert_same(slow.score(request), engine.score(request))
+
+
+def test_a_repository_serves_the_latest_version_by_name(repository, tmp_path):
+    with pytest.raises(ConfigError, match=r"expected bundles as <model>/<version>, found none"):
+        ModelRepository.open(tmp_path)
+    with pytest.raises(ConfigError, match=r"expected a folder of models, found none"):
+        ModelRepository.open(tmp_path / "nowhere")
+    served = ModelRepository.open(repository)
+    assert served.models() == [("shop", 1, True)]
+    assert served.is_ready
+    assert served.engine("shop").version == served.engine("shop", "1").version == 1
+    with pytest.raises(ModelNotFoundError, match=r"unknown model: 'nothing' is not found"):
+        served.engine("nothing")
+    with pytest.raises(ModelNotFoundError, match=r"'shop' version 2 is not found"):
+        served.engine("shop", "2")
+    served.close()
+    with pytest.raises(UnavailableError, match=r"'shop' is shutting down"):
+        served.engine("shop")
+
+
+def test_a_bundle_compiled_elsewhere_is_compiled_anew_and_says_so(repository, caplog, monkeypatch):
+    from xlarank import device
+
+    here = dict(device.fingerprint())
+    monkeypatch.setattr(device, "fingerprint", lambda: here | {"cpu_features": "another"})
+    with Engine.load(repository / "shop") as engine:
+        assert engine.load_report.fingerprint_differences == {
+            "cpu_features": (here["cpu_features"], "another")
+        }
+        assert "compiled elsewhere" in caplog.text
+        assert "cpu_features" in caplog.text
+        assert engine.num_request_path_compiles == 0
+
+
+def test_a_bundle_whose_golden_scores_differ_here_is_refused(repository, monkeypatch):
+    from xlarank.errors import VerifyError
+
+    bundle_type = type(open_bundle(repository / "shop" / "1"))
+    golden = bundle_type.golden
+
+    def drifted(self):
+        requests, values = golden(self)
+        return requests, {
+            "scores": {task: rows + np.float32(1e-3) for task, rows in values["scores"].items()}
+        }
+
+    monkeypatch.setattr(bundle_type, "golden", drifted)
+    with pytest.raises(VerifyError, match=r"model 'shop', task 'click', bucket 8x1 .* golden replay on"):
+        Engine.load(repository / "shop")
