@@ -1,7 +1,7 @@
 """Requests in every form through a real server."""
 
-import concurrent.futures
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -237,11 +237,14 @@ def test_client_learns_of_inputs_that_a_newer_version_dropped(serving, wire, can
 
 
 def test_a_deadline_that_passes_is_told_and_cancels_the_request(serving, candidates):
+    serving.client.score("feed", candidates)  # so that the inputs are known
     serving.engine.hold()
     with pytest.raises(XlarankError, match="DEADLINE_EXCEEDED"):
-        serving.client.score("feed", candidates, timeout=0.2)
+        serving.client.score("feed", candidates, timeout=0.5)
     ((future, _),) = serving.engine.held
-    concurrent.futures.wait([future], timeout=10)
+    gone = threading.Event()
+    future.add_done_callback(lambda _: gone.set())
+    assert gone.wait(timeout=10)
     assert future.cancelled()  # so the engine drops it, and its thread is free again
     serving.engine.release()
     assert len(serving.client.score("feed", candidates)["finish"]) == 3

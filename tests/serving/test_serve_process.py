@@ -20,16 +20,6 @@ from xlarank.compiler import build_bundle
 from xlarank.errors import ModelNotFoundError, RequestError
 from xlarank.spec import FeatureSpec, ModelSpec, TableSpec, TaskKind, TaskSpec
 
-MAIN = """
-import argparse, json
-from xlarank.cli import serve
-parser = argparse.ArgumentParser()
-parser.add_argument("--json", action="store_true")
-serve.add_parser(parser.add_subparsers())
-args = parser.parse_args()
-print(json.dumps(args.run(args)))
-"""
-
 SPEC = ModelSpec(
     name="linear",
     features=(
@@ -68,7 +58,7 @@ def folder(tmp_path_factory):
 @contextlib.contextmanager
 def started(folder, *options):
     """A server process; what is left of it at the end is killed."""
-    command = [sys.executable, "-c", MAIN, "--json", "serve", str(folder / "models")]
+    command = [sys.executable, "-m", "xlarank.cli", "serve", str(folder / "models"), "--json"]
     command += ["--port", "0", "--http-port", "0", "--compile-cache", str(folder / "cache"), *options]
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -165,8 +155,8 @@ def test_a_second_server_on_the_same_port_ends_with_an_error(running, folder):
     port = running["grpc"].rpartition(":")[2]
     with started(folder, "--port", port) as process:
         _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert f"ConfigError: grpc port {port} on 127.0.0.1: expected a free port" in err
+    assert process.returncode == 1
+    assert f"xlarank serve: grpc port {port} on 127.0.0.1: expected a free port" in err
 
 
 def test_sigterm_lets_accepted_requests_finish(folder):

@@ -26,7 +26,8 @@ def loaded_after(statement, watched):
 @pytest.mark.parametrize(
     "statement",
     [
-        "import xlarank_serving.server, xlarank_serving.client, xlarank.runtime, xlarank.cli.serve",
+        "import xlarank_serving.server, xlarank_serving.client, xlarank.runtime",
+        "import xlarank.cli.main",
     ],
 )
 def test_serving_loads_no_training_stack(statement):
