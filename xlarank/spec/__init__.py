@@ -9,15 +9,14 @@ from xlarank.spec.features import (
     Combiner,
     FeatureKind,
     FeatureSpec,
-    ModelSpec,
     OutOfRange,
     Scope,
     TableSpec,
     TaskKind,
     TaskSpec,
     ValueType,
-    rows_needed,
 )
+from xlarank.spec.model import ModelSpec, rows_needed
 from xlarank.spec.precision import FLOAT32, PrecisionPolicy, Tolerance
 from xlarank.spec.preprocessing import (
     Bucketise,

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable
 
 from xlarank.errors import BucketError, ConfigError
+from xlarank.spec.fields import to_integer, to_tuple
 
 __all__ = ["DEFAULT_ROWS", "Bucket", "BucketLadder"]
 
@@ -28,6 +29,9 @@ class Bucket:
     """Q: contexts in the batch, padding included."""
 
     def __post_init__(self) -> None:
+        for name in ("rows", "requests"):
+            size = to_integer("bucket", name, getattr(self, name), least=0, below=2**31)
+            object.__setattr__(self, name, size)
         if not 1 <= self.requests <= self.rows:
             raise ConfigError(f"bucket: expected 1 <= requests <= rows, got {self}")
 
@@ -41,16 +45,16 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class BucketLadder:
-    """The buckets a bundle is compiled for, ascending. Static.
-
-    The largest row count has a bucket with as many requests as rows, so that any mix of small requests
-    fits up to there.
-    """
+    """The buckets a bundle is compiled for. Static."""
 
     buckets: tuple[Bucket, ...]
+    """At least one, distinct, ascending by rows, then by requests."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "buckets", tuple(self.buckets))
+        object.__setattr__(self, "buckets", to_tuple("bucket ladder", "buckets", self.buckets))
+        for bucket in self.buckets:
+            if not isinstance(bucket, Bucket):
+                raise ConfigError(f"bucket ladder: buckets must be Buckets; one was {bucket!r}")
         if not self.buckets:
             raise ConfigError("bucket ladder: expected at least one bucket, got none")
         if list(self.buckets) != sorted(set(self.buckets)):
@@ -61,11 +65,16 @@ class BucketLadder:
 
     @classmethod
     def of_rows(cls, rows: Iterable[int] = DEFAULT_ROWS) -> BucketLadder:
-        """For each row count B: buckets of 1, B/32 and B requests."""
+        """For each row count B: buckets of 1, B/32 and B requests.
+
+        Any mix of requests that has no more rows than the largest row count fits a bucket.
+
+        Raises:
+          ConfigError: for no row counts, or one that isn't an integer >= 1.
+        """
         buckets = set()
-        for count in rows:
-            if count < 1:
-                raise ConfigError(f"bucket ladder: row counts must be >= 1; was {count}")
+        for value in rows:
+            count = to_integer("bucket ladder", "row counts", value, least=1, below=2**31)
             buckets |= {Bucket(count, q) for q in (1, max(1, count // _ROWS_A_REQUEST), count)}
         return cls(tuple(sorted(buckets)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable
 
 import numpy as np
@@ -25,11 +26,16 @@ class StringColumn:
 
     @classmethod
     def from_strings(cls, strings: Iterable[str | bytes]) -> StringColumn:
-        """Packs Python strings (as UTF-8) or bytes."""
-        parts = [s.encode() if isinstance(s, str) else bytes(s) for s in strings]
+        """Packs Python strings (as UTF-8) or bytes.
+
+        Raises:
+          UnicodeEncodeError: for a string with a lone surrogate, which has no UTF-8.
+          TypeError: for anything but strings and bytes.
+        """
+        parts = [s.encode() if isinstance(s, str) else s for s in strings]
         offsets = np.zeros(len(parts) + 1, np.int64)
         np.cumsum([len(part) for part in parts], out=offsets[1:])
-        return cls(np.frombuffer(b"".join(parts), np.uint8), offsets)
+        return cls(np.frombuffer(b"".join(parts), np.uint8), offsets)  # join refuses other types
 
     def to_bytes(self) -> list[bytes]:
         """The strings as Python bytes."""
@@ -52,13 +58,18 @@ class Ragged:
 
     @classmethod
     def from_bags(cls, bags: Iterable[Iterable[int]] | Iterable[Iterable[str]]) -> Ragged:
-        """Packs lists of ints, or lists of strings."""
+        """Packs lists of ints, or lists of strings.
+
+        Raises:
+          TypeError: for values of another type, or of both.
+          OverflowError: for an int beyond int64.
+        """
         lists: list[list] = [list(bag) for bag in bags]
         lengths = np.array([len(bag) for bag in lists], np.int32)
         flat = [value for bag in lists for value in bag]
         if flat and isinstance(flat[0], (str, bytes)):
             return cls(StringColumn.from_strings(flat), lengths)
-        return cls(np.array(flat, np.int64), lengths)
+        return cls(np.array([operator.index(value) for value in flat], np.int64), lengths)
 
 
 Column = np.ndarray | StringColumn | Ragged

@@ -10,7 +10,7 @@ from typing import Any
 
 from xlarank.errors import ConfigError
 from xlarank.spec.buckets import DEFAULT_ROWS
-from xlarank.spec.features import ModelSpec
+from xlarank.spec.model import ModelSpec
 
 __all__ = ["DataConfig", "ModelConfig", "TrainingConfig", "load_config", "parse_config"]
 

@@ -1,4 +1,4 @@
-"""What a model reads, looks up and answers: `FeatureSpec`, `TableSpec`, `TaskSpec`, `ModelSpec`."""
+"""What a model reads, looks up and answers: `FeatureSpec`, `TableSpec`, `TaskSpec`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import dataclasses
 import enum
 import functools
 import re
-from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from xlarank.errors import ConfigError
+from xlarank.spec.fields import check_name, check_strings, set_enum, to_integer, to_number
 from xlarank.spec.preprocessing import (
     Bucketise,
     Clip,
@@ -26,7 +28,6 @@ __all__ = [
     "Combiner",
     "FeatureKind",
     "FeatureSpec",
-    "ModelSpec",
     "OutOfRange",
     "Scope",
     "TableSpec",
@@ -35,10 +36,12 @@ __all__ = [
     "ValueType",
 ]
 
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_OUTPUT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 
-# Parts of wire names and of the Flax activations that a feature may not take.
-_RESERVED_NAMES = ("context", "candidate")
+# `context.lengths` is packed, not the lengths of a feature; the last is an input of the device program.
+_RESERVED_NAMES = ("context", "candidate", "request_of_row")
+
+_INT32 = 2**31
 
 
 class FeatureKind(enum.StrEnum):
@@ -132,14 +135,14 @@ class TableSpec:
     """Policy for row numbers outside [0, rows)."""
 
     def __post_init__(self) -> None:
-        _check_name("table", self.name)
-        _coerce(self, "out_of_range", OutOfRange, f"table {self.name!r}")
-        if self.dim < 1:
-            raise ConfigError(f"table {self.name!r}: dim must be >= 1; was {self.dim}")
-        if self.rows is not None and not 1 <= self.rows < 2**31:
-            raise ConfigError(f"table {self.name!r}: rows must be in [1, 2**31); was {self.rows}")
+        check_name("table", self.name)
+        where = f"table {self.name!r}"
+        set_enum(self, "out_of_range", OutOfRange, where)
+        object.__setattr__(self, "dim", to_integer(where, "dim", self.dim, least=1, below=_INT32))
+        if self.rows is not None:
+            object.__setattr__(self, "rows", to_integer(where, "rows", self.rows, least=1, below=_INT32))
         if self.dtype != "float32":
-            raise ConfigError(f"table {self.name!r}: dtype must be 'float32'; was {self.dtype!r}")
+            raise ConfigError(f"{where}: dtype must be 'float32'; was {self.dtype!r}")
 
     @property
     def num_rows(self) -> int:
@@ -185,77 +188,92 @@ class FeatureSpec:
     ids for an id_list or sequence. None makes the feature required and its floats finite."""
 
     def __post_init__(self) -> None:
-        _check_name("feature", self.name)
+        check_name("feature", self.name)
         where = f"feature {self.name!r}"
         if self.name in _RESERVED_NAMES:
-            raise ConfigError(f"{where}: the name is reserved")
-        _coerce(self, "kind", FeatureKind, where)
-        _coerce(self, "scope", Scope, where)
+            raise ConfigError(f"{where}: the name is reserved; reserved are {list(_RESERVED_NAMES)}")
+        set_enum(self, "kind", FeatureKind, where)
+        set_enum(self, "scope", Scope, where)
         if self.combiner is not None:
-            _coerce(self, "combiner", Combiner, where)
-        operations = self.preprocessing
-        if isinstance(operations, (str, Mapping)):
-            raise ConfigError(f"{where}: preprocessing must be a list of operations; was {operations!r}")
-        object.__setattr__(
-            self,
-            "preprocessing",
-            tuple(operation_from_dict(op) if isinstance(op, (str, Mapping)) else op for op in operations),
-        )
+            set_enum(self, "combiner", Combiner, where)
+        object.__setattr__(self, "width", to_integer(where, "width", self.width, least=1, below=_INT32))
+        if self.max_length is not None:
+            max_length = to_integer(where, "max_length", self.max_length, least=1, below=_INT32)
+            object.__setattr__(self, "max_length", max_length)
+        object.__setattr__(self, "preprocessing", _operations(where, self.preprocessing))
         if self.dtype is None:
             floats = self.kind is FeatureKind.DENSE or self.bucketise is not None
             object.__setattr__(self, "dtype", ValueType.FLOAT32 if floats else ValueType.INT64)
-        _coerce(self, "dtype", ValueType, where)
-        if isinstance(self.default, list):
-            object.__setattr__(self, "default", tuple(self.default))
+        set_enum(self, "dtype", ValueType, where)
         self._check_kind(where)
         self._check_preprocessing(where)
-        self._check_default(where)
+        if self.default is not None:
+            object.__setattr__(self, "default", self._checked_default(where))
 
-    @property
+    @functools.cached_property
     def is_lookup(self) -> bool:
         """Whether ids are looked up in a table."""
         return self.kind is not FeatureKind.DENSE
 
-    @property
+    @functools.cached_property
+    def is_context(self) -> bool:
+        """Whether it arrives once a request."""
+        return self.scope is Scope.CONTEXT
+
+    @functools.cached_property
+    def array_dtype(self) -> np.dtype | None:
+        """numpy dtype of raw values; None for strings."""
+        return None if self.dtype is ValueType.STRING else np.dtype(self.dtype.value)
+
+    @functools.cached_property
     def is_ragged(self) -> bool:
         """Whether rows hold a varying number of ids, so that lengths travel beside the values."""
         return self.kind in (FeatureKind.ID_LIST, FeatureKind.SEQUENCE)
 
-    @property
+    @functools.cached_property
     def hash(self) -> Hash | None:
         """The hash that makes row numbers, if any."""
         return next((op for op in self.preprocessing if isinstance(op, Hash)), None)
 
-    @property
+    @functools.cached_property
     def vocabulary(self) -> Vocabulary | None:
         """The vocabulary that makes row numbers, if any."""
         return next((op for op in self.preprocessing if isinstance(op, Vocabulary)), None)
 
-    @property
+    @functools.cached_property
     def bucketise(self) -> Bucketise | None:
         """The bucketisation that makes row numbers, if any."""
         return next((op for op in self.preprocessing if isinstance(op, Bucketise)), None)
 
-    @property
+    @functools.cached_property
     def dense_operations(self) -> tuple[Log1p | Clip | Standardise, ...]:
         """The float-to-float operations, in order."""
         return tuple(op for op in self.preprocessing if isinstance(op, (Log1p, Clip, Standardise)))
 
-    @property
+    @functools.cached_property
     def is_fitted(self) -> bool:
         """Whether every operation has its parameters."""
         return all(op.is_fitted for op in self.preprocessing)
+
+    @functools.cached_property
+    def log1p_needs_check(self) -> bool:
+        """Whether a finite value can reach log1p at -1 or below: no clip before it lifts them."""
+        for operation in self.preprocessing:
+            if isinstance(operation, Log1p):
+                return True
+            if isinstance(operation, Clip) and operation.low > -1:
+                return False
+        return False
 
     def _check_kind(self, where: str) -> None:
         if self.kind is FeatureKind.DENSE:
             extra = [n for n in ("table", "combiner", "max_length") if getattr(self, n) is not None]
             if extra:
                 raise ConfigError(f"{where}: a dense feature has no {', '.join(extra)}")
-            if self.width < 1:
-                raise ConfigError(f"{where}: width must be >= 1; was {self.width}")
         else:
             if self.table is None:
                 raise ConfigError(f"{where}: kind {self.kind.value!r} needs a table")
+            check_name(f"{where}: table", self.table)
             if self.width != 1:
                 raise ConfigError(f"{where}: width is for dense features; was {self.width}")
         if self.kind is FeatureKind.ID_LIST and self.combiner is None:
@@ -266,8 +284,6 @@ class FeatureSpec:
             raise ConfigError(f"{where}: a sequence needs max_length")
         if not self.is_ragged and self.max_length is not None:
             raise ConfigError(f"{where}: max_length is for id_list and sequence")
-        if self.max_length is not None and self.max_length < 1:
-            raise ConfigError(f"{where}: max_length must be >= 1; was {self.max_length}")
 
     def _check_preprocessing(self, where: str) -> None:
         ops = self.preprocessing
@@ -315,23 +331,28 @@ class FeatureSpec:
                     f"{type(self.vocabulary.values[0]).__name__} values"
                 )
 
-    def _check_default(self, where: str) -> None:
-        if self.default is None:
-            return
-        if self.is_ragged != isinstance(self.default, tuple):
+    def _checked_default(self, where: str) -> float | int | str | tuple[int | str, ...]:
+        if self.is_ragged != isinstance(self.default, (list, tuple)):
             form = "a list of ids" if self.is_ragged else "one value"
             raise ConfigError(f"{where}: default must be {form}; was {self.default!r}")
-        values = self.default if isinstance(self.default, tuple) else (self.default,)
-        types = {
-            ValueType.FLOAT32: (int, float),
-            ValueType.INT64: int,
-            ValueType.STRING: str,
-        }[self.dtype]
-        for value in values:
-            if not isinstance(value, types) or isinstance(value, bool) or value != value:
-                raise ConfigError(
-                    f"{where}: default must be of dtype {self.dtype.value}; was {self.default!r}"
-                )
+        if self.dtype is ValueType.FLOAT32:
+            number = to_number(where, "default", self.default)
+            if abs(number) > np.finfo(np.float32).max:
+                raise ConfigError(f"{where}: default must fit float32; was {number}")
+            if self.log1p_needs_check and number <= -1:
+                raise ConfigError(f"{where}: default must be > -1, which log1p needs; was {number}")
+            return number
+        values = self.default if isinstance(self.default, (list, tuple)) else (self.default,)
+        if self.dtype is ValueType.INT64:
+            checked = tuple(
+                to_integer(where, "default", value, least=-(2**63), below=2**63) for value in values
+            )
+        else:
+            if not all(isinstance(value, str) for value in values):
+                raise ConfigError(f"{where}: default must be of dtype string; was {self.default!r}")
+            checked = tuple(str(value) for value in values)
+            check_strings(f"{where}: default", checked)
+        return checked if self.is_ragged else checked[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -345,187 +366,24 @@ class TaskSpec:
     """binary or regression."""
 
     output: str = ""
-    """Name on the wire; the task's name when empty."""
+    """Name on the wire, of [A-Za-z0-9_.:/-]; the task's name when empty."""
 
     def __post_init__(self) -> None:
-        _check_name("task", self.name)
-        _coerce(self, "kind", TaskKind, f"task {self.name!r}")
-        if not self.output:
+        check_name("task", self.name)
+        set_enum(self, "kind", TaskKind, f"task {self.name!r}")
+        if self.output == "":
             object.__setattr__(self, "output", self.name)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """Features, tables and tasks of one model, in device-buffer order. Everything hangs from it."""
-
-    name: str
-    """Name of the model in a repository and on the wire."""
-
-    features: tuple[FeatureSpec, ...]
-    """In the order of the packed wire form and of the device buffer's columns."""
-
-    tables: tuple[TableSpec, ...] = ()
-    """Embedding tables; every one is used by a feature."""
-
-    tasks: tuple[TaskSpec, ...]
-    """At least one."""
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
-            raise ConfigError(f"model: expected a name of [A-Za-z0-9_.-], got {self.name!r}")
-        for field in ("features", "tables", "tasks"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        where = f"model {self.name!r}"
-        for kind, items in (
-            ("feature", self.features),
-            ("table", self.tables),
-            ("task", self.tasks),
-        ):
-            if repeated := _repeated(item.name for item in items):
-                raise ConfigError(f"{where}: {kind} names must be distinct; repeated: {repeated}")
-        if repeated := _repeated(task.output for task in self.tasks):
-            raise ConfigError(f"{where}: task outputs must be distinct; repeated: {repeated}")
-        if not self.tasks:
-            raise ConfigError(f"{where}: expected at least one task, got none")
-        if not self.candidate_features:
-            raise ConfigError(f"{where}: expected at least one feature of scope 'candidate', got none")
-        self._check_tables(where)
-
-    @functools.cached_property
-    def feature_by_name(self) -> dict[str, FeatureSpec]:
-        return {feature.name: feature for feature in self.features}
-
-    @functools.cached_property
-    def table_by_name(self) -> dict[str, TableSpec]:
-        return {table.name: table for table in self.tables}
-
-    @functools.cached_property
-    def context_features(self) -> tuple[FeatureSpec, ...]:
-        return tuple(f for f in self.features if f.scope is Scope.CONTEXT)
-
-    @functools.cached_property
-    def candidate_features(self) -> tuple[FeatureSpec, ...]:
-        return tuple(f for f in self.features if f.scope is Scope.CANDIDATE)
-
-    def table_of(self, feature: FeatureSpec) -> TableSpec:
-        """The table that a lookup feature reads."""
-        assert feature.table is not None
-        return self.table_by_name[feature.table]
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether every operation and table has its parameters."""
-        return all(f.is_fitted for f in self.features) and all(t.rows is not None for t in self.tables)
-
-    def check_fitted(self) -> None:
-        """Raises ConfigError naming what training still has to fit."""
-        unfitted = [f"feature {f.name!r}" for f in self.features if not f.is_fitted]
-        unfitted += [f"rows of table {t.name!r}" for t in self.tables if t.rows is None]
-        if unfitted:
+        if not isinstance(self.output, str) or not _OUTPUT.fullmatch(self.output):
             raise ConfigError(
-                f"model {self.name!r} is not fitted: {', '.join(unfitted)}; `xlarank train` fits it"
+                f"task {self.name!r}: output must be of [A-Za-z0-9_.:/-], at most 128 characters; "
+                f"was {self.output!r}"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values that `from_dict` reads back to an equal spec."""
-        return {
-            "name": self.name,
-            "features": [_feature_to_dict(feature) for feature in self.features],
-            "tables": [_plain(table) for table in self.tables],
-            "tasks": [_plain(task) for task in self.tasks],
-        }
 
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> ModelSpec:
-        """Builds a spec from TOML or JSON values.
-
-        Raises:
-          ConfigError: for an unknown key, or anything that the constructors refuse.
-        """
-        _check_keys(value, ("name", "features", "tables", "tasks"), "model")
-        try:
-            return cls(
-                name=value["name"],
-                features=tuple(_build(FeatureSpec, f, "feature") for f in value["features"]),
-                tables=tuple(_build(TableSpec, t, "table") for t in value.get("tables", ())),
-                tasks=tuple(_build(TaskSpec, t, "task") for t in value["tasks"]),
-            )
-        except KeyError as error:
-            raise ConfigError(f"model: missing key {error}") from error
-
-    def _check_tables(self, where: str) -> None:
-        used = {feature.table for feature in self.features if feature.is_lookup}
-        known = {table.name for table in self.tables}
-        if missing := sorted(str(name) for name in used - known):
-            raise ConfigError(f"{where}: features name tables {missing}; it has {sorted(known)}")
-        if unused := sorted(known - used):
-            raise ConfigError(f"{where}: no feature reads tables {unused}")
-        for feature in self.features:
-            if not feature.is_lookup or self.table_of(feature).rows is None or not feature.is_fitted:
-                continue
-            needed = rows_needed(feature)
-            if self.table_of(feature).num_rows < needed:
-                raise ConfigError(
-                    f"feature {feature.name!r}: its preprocessing gives {needed} rows, "
-                    f"table {feature.table!r} has {self.table_of(feature).rows}"
-                )
-
-
-def rows_needed(feature: FeatureSpec) -> int:
-    """Smallest number of table rows that a fitted feature's preprocessing can address."""
-    if feature.vocabulary is not None:
-        return 1 + len(feature.vocabulary.values or ())
-    if feature.bucketise is not None:
-        return 1 + len(feature.bucketise.boundaries or ())
-    return 1
-
-
-def _check_name(kind: str, name: str) -> None:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError(f"{kind}: expected a name of [a-z][a-z0-9_]*, got {name!r}")
-
-
-def _coerce(instance: Any, field: str, enumeration: type[enum.StrEnum], where: str) -> None:
-    value = getattr(instance, field)
+def _operations(where: str, value: Any) -> tuple[Operation, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where}: preprocessing must be a list of operations; was {value!r}")
     try:
-        object.__setattr__(instance, field, enumeration(value))
-    except ValueError:
-        allowed = [member.value for member in enumeration]
-        raise ConfigError(f"{where}: {field} must be one of {allowed}; was {value!r}") from None
-
-
-def _repeated(names: Iterable[str]) -> list[str]:
-    seen: set[str] = set()
-    return sorted({name for name in names if name in seen or seen.add(name)})
-
-
-def _check_keys(value: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    known = list(known)
-    if unknown := sorted(set(value) - set(known)):
-        raise ConfigError(f"{where}: unknown keys {unknown}; expected of {known}")
-
-
-def _build(cls: type, value: Mapping[str, Any], kind: str) -> Any:
-    where = f"{kind} {value.get('name', '?')!r}"
-    _check_keys(value, [field.name for field in dataclasses.fields(cls)], where)
-    try:
-        return cls(**value)
-    except TypeError as error:
+        return tuple(op if isinstance(op, Operation) else operation_from_dict(op) for op in value)
+    except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-
-
-def _plain(instance: Any) -> dict[str, Any]:
-    fields = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
-    return {
-        name: value.value if isinstance(value, enum.StrEnum) else value
-        for name, value in fields.items()
-        if value is not None
-    }
-
-
-def _feature_to_dict(feature: FeatureSpec) -> dict[str, Any]:
-    fields = _plain(feature)
-    fields["preprocessing"] = [operation_to_dict(op) for op in feature.preprocessing]
-    if isinstance(feature.default, tuple):
-        fields["default"] = list(feature.default)
-    return fields

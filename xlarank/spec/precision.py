@@ -6,6 +6,7 @@ import dataclasses
 
 from xlarank.errors import ConfigError
 from xlarank.spec.features import TaskKind
+from xlarank.spec.fields import to_number
 
 __all__ = ["FLOAT32", "PrecisionPolicy", "Tolerance"]
 
@@ -25,6 +26,8 @@ class Tolerance:
         return self.probability if kind is TaskKind.BINARY else self.regression
 
     def __post_init__(self) -> None:
+        for name in ("probability", "regression"):
+            object.__setattr__(self, name, to_number("tolerance", name, getattr(self, name)))
         if not (self.probability > 0 and self.regression > 0):
             raise ConfigError(f"tolerance: expected values > 0, got {self}")
 
@@ -42,6 +45,8 @@ class PrecisionPolicy:
     def __post_init__(self) -> None:
         if self.name != "float32":
             raise ConfigError(f"precision: expected 'float32', got {self.name!r}")
+        if not isinstance(self.tolerance, Tolerance):
+            raise ConfigError(f"precision: tolerance must be a Tolerance; was {self.tolerance!r}")
 
 
 FLOAT32 = PrecisionPolicy()

@@ -11,11 +11,13 @@ never holds one.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from xlarank.errors import ConfigError
+from xlarank.spec.fields import check_strings, from_mapping, to_integer, to_number, to_numbers, to_tuple
 
 __all__ = [
     "Bucketise",
@@ -28,6 +30,9 @@ __all__ = [
     "operation_from_dict",
     "operation_to_dict",
 ]
+
+# What isn't above rounds to 0.
+_HALF_OF_LEAST_FLOAT32 = 2.0**-150
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +55,10 @@ class Clip:
     is_fitted = True
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low <= self.high):
-            raise ConfigError(f"clip: expected finite low <= high, got {self.low} and {self.high}")
+        for name in ("low", "high"):
+            object.__setattr__(self, name, to_number("clip", name, getattr(self, name)))
+        if self.low > self.high:
+            raise ConfigError(f"clip: expected low <= high, got {self.low} and {self.high}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,10 +74,10 @@ class Standardise:
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
             value = getattr(self, name)
-            if isinstance(value, (int, float)):
-                object.__setattr__(self, name, (float(value),))
-            elif value is not None:
-                object.__setattr__(self, name, tuple(float(v) for v in value))
+            if value is None:
+                continue
+            many = isinstance(value, (list, tuple, np.ndarray))
+            object.__setattr__(self, name, to_numbers("standardise", name, value if many else (value,)))
         if (self.mean is None) != (self.std is None):
             raise ConfigError("standardise: give both mean and std, or neither to have them fitted")
         if self.mean is None or self.std is None:
@@ -79,10 +86,8 @@ class Standardise:
             raise ConfigError(
                 f"standardise: expected as many means as stds, got {len(self.mean)} and {len(self.std)}"
             )
-        if not all(math.isfinite(m) for m in self.mean):
-            raise ConfigError(f"standardise: expected finite means, got {list(self.mean)}")
-        if not all(math.isfinite(s) and s > 0 for s in self.std):
-            raise ConfigError(f"standardise: expected finite stds > 0, got {list(self.std)}")
+        if not all(s > _HALF_OF_LEAST_FLOAT32 for s in self.std):
+            raise ConfigError(f"standardise: expected stds > 0 in float32, got {list(self.std)}")
 
     @property
     def is_fitted(self) -> bool:
@@ -103,8 +108,7 @@ class Hash:
     is_fitted = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**64:
-            raise ConfigError(f"hash: expected a seed in [0, 2**64), got {self.seed}")
+        object.__setattr__(self, "seed", to_integer("hash", "seed", self.seed, least=0, below=2**64))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,17 +122,22 @@ class Vocabulary:
     """Fitting keeps the values seen at least this often."""
 
     def __post_init__(self) -> None:
-        if self.min_count < 1:
-            raise ConfigError(f"vocabulary: min_count must be >= 1; was {self.min_count}")
+        min_count = to_integer("vocabulary", "min_count", self.min_count, least=1)
+        object.__setattr__(self, "min_count", min_count)
         if self.values is None:
             return
-        object.__setattr__(self, "values", tuple(self.values))
-        if len(set(self.values)) != len(self.values):
-            raise ConfigError("vocabulary: expected distinct values, got repeated ones")
-        types = {type(value) for value in self.values}
+        values = to_tuple("vocabulary", "values", self.values)
+        object.__setattr__(self, "values", values)
+        types = {type(value) for value in values}
         if not (types <= {int} or types <= {str}):
             names = sorted(t.__name__ for t in types)
             raise ConfigError(f"vocabulary: expected all int or all string values, got {names}")
+        if len(set(values)) != len(values):
+            raise ConfigError("vocabulary: expected distinct values, got repeated ones")
+        if types == {int} and not -(2**63) <= min(values) <= max(values) < 2**63:
+            raise ConfigError(f"vocabulary: expected int64 values, got {min(values)} to {max(values)}")
+        if types == {str}:
+            check_strings("vocabulary", values)
 
     @property
     def is_fitted(self) -> bool:
@@ -143,18 +152,17 @@ class Bucketise:
     """Ascending; None until fitted to `num_buckets` quantiles."""
 
     num_buckets: int | None = None
-    """How many buckets fitting makes; None when boundaries are given."""
+    """How many buckets fitting makes, >= 2; needed only when boundaries aren't given."""
 
     def __post_init__(self) -> None:
+        if self.num_buckets is not None:
+            num_buckets = to_integer("bucketise", "num_buckets", self.num_buckets, least=2)
+            object.__setattr__(self, "num_buckets", num_buckets)
         if self.boundaries is None:
-            if self.num_buckets is None or self.num_buckets < 2:
-                raise ConfigError(
-                    f"bucketise: give boundaries, or num_buckets >= 2; num_buckets was {self.num_buckets}"
-                )
+            if self.num_buckets is None:
+                raise ConfigError("bucketise: give boundaries, or num_buckets to have them fitted")
             return
-        object.__setattr__(self, "boundaries", tuple(float(b) for b in self.boundaries))
-        if not all(math.isfinite(b) for b in self.boundaries):
-            raise ConfigError(f"bucketise: expected finite boundaries, got {list(self.boundaries)}")
+        object.__setattr__(self, "boundaries", to_numbers("bucketise", "boundaries", self.boundaries))
         if any(a >= b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
             raise ConfigError(f"bucketise: expected ascending boundaries, got {list(self.boundaries)}")
 
@@ -182,18 +190,14 @@ def operation_from_dict(value: str | Mapping[str, Any]) -> Operation:
     Raises:
       ConfigError: for an unknown operation or parameter.
     """
-    fields: dict[str, Any] = {"op": value} if isinstance(value, str) else dict(value)
-    name = fields.pop("op", None)
-    if name not in _OPERATIONS:
+    fields: Any = {"op": value} if isinstance(value, str) else value
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"preprocessing: expected an op's name or a table with one, got {value!r}")
+    name = fields.get("op")
+    if not isinstance(name, str) or name not in _OPERATIONS:
         raise ConfigError(f"preprocessing: expected an op of {sorted(_OPERATIONS)}, got {name!r}")
-    cls = _OPERATIONS[name]
-    known = [field.name for field in dataclasses.fields(cls)]
-    if unknown := sorted(set(fields) - set(known)):
-        raise ConfigError(f"preprocessing {name!r}: unknown parameters {unknown}; it has {known}")
-    try:
-        return cls(**fields)
-    except TypeError as error:
-        raise ConfigError(f"preprocessing {name!r}: {error}") from error
+    parameters = {key: fields[key] for key in fields if key != "op"}
+    return from_mapping(_OPERATIONS[name], parameters, f"preprocessing {name!r}")
 
 
 def operation_to_dict(operation: Operation) -> dict[str, Any]:
@@ -202,5 +206,5 @@ def operation_to_dict(operation: Operation) -> dict[str, Any]:
     for field in dataclasses.fields(operation):
         value = getattr(operation, field.name)
         if value is not None:
-            fields[field.name] = list(value) if isinstance(value, Sequence) else value
+            fields[field.name] = list(value) if isinstance(value, tuple) else value
     return fields

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from xlarank.errors import BucketError
+from xlarank.errors import BucketError, ConfigError
 from xlarank.spec.buckets import Bucket
+from xlarank.spec.fields import from_mapping, to_number, to_tuple
 
 __all__ = ["LatencyProfile"]
 
@@ -23,7 +24,16 @@ class LatencyProfile:
     """
 
     seconds: Mapping[Bucket, float]
-    """Seconds a batch, by bucket; each > 0."""
+    """Seconds a batch, by bucket; at least one, each > 0."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seconds, Mapping) or not self.seconds:
+            raise ConfigError(f"latency profile: expected seconds by bucket, got {self.seconds!r}")
+        for bucket, seconds in self.seconds.items():
+            if not isinstance(bucket, Bucket):
+                raise ConfigError(f"latency profile: expected a Bucket as key, got {bucket!r}")
+            if to_number("latency profile", f"seconds of bucket {bucket}", seconds) <= 0:
+                raise ConfigError(f"latency profile: seconds of bucket {bucket} must be > 0; was {seconds!r}")
 
     def seconds_of(self, bucket: Bucket) -> float:
         """Service time of a bucket; raises BucketError when it was never measured."""
@@ -55,6 +65,26 @@ class LatencyProfile:
         ]
 
     @classmethod
-    def from_list(cls, entries: list[dict[str, Any]]) -> LatencyProfile:
-        """Inverse of `to_list`."""
-        return cls({Bucket(e["rows"], e["requests"]): float(e["seconds"]) for e in entries})
+    def from_list(cls, entries: Any) -> LatencyProfile:
+        """Inverse of `to_list`.
+
+        Raises:
+          ConfigError: for anything that `to_list` doesn't give.
+        """
+        measured = [
+            from_mapping(_Entry, entry, "latency profile")
+            for entry in to_tuple("latency profile", "entries", entries)
+        ]
+        buckets = [Bucket(entry.rows, entry.requests) for entry in measured]
+        if len(set(buckets)) != len(buckets):
+            raise ConfigError(f"latency profile: expected distinct buckets, got {[str(b) for b in buckets]}")
+        return cls(dict(zip(buckets, (entry.seconds for entry in measured), strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One of `LatencyProfile.to_list`; checked by what is made of it."""
+
+    rows: int
+    requests: int
+    seconds: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,10 @@ import numpy as np
 
 from xlarank.errors import FeatureError
 from xlarank.spec.columns import Column, Ragged, StringColumn
-from xlarank.spec.features import FeatureSpec, ModelSpec, OutOfRange, Scope, ValueType
-from xlarank.spec.preprocessing import Clip, Log1p
+from xlarank.spec.features import FeatureSpec, OutOfRange, ValueType
+from xlarank.spec.model import ModelSpec
 
 __all__ = ["ContentCheck", "RankRequest", "check_contents"]
-
-_DTYPES = {ValueType.FLOAT32: np.dtype(np.float32), ValueType.INT64: np.dtype(np.int64)}
 
 
 class RankRequest:
@@ -43,7 +42,7 @@ class RankRequest:
 
         Args:
           spec: the model.
-          features: a value for each feature by name; one with a `default` may be left out. A dense
+          features: a value for each feature by name; one with a `default` may be left out, or None. A dense
             feature takes floats [n] or [n, K_f]; an id takes ints [n], strings [n] or a StringColumn; a
             list or sequence takes a Ragged or a list of n lists. n is 1 for scope context (a bare number
             or string will do) and N for scope candidate. Arrays of the right dtype are not copied.
@@ -53,20 +52,28 @@ class RankRequest:
         Raises:
           FeatureError: names the feature, what was expected and what came.
         """
-        if unknown := sorted(set(features) - set(spec.feature_by_name)):
+        if not isinstance(features, Mapping):
             raise FeatureError(
-                f"model {spec.name!r} has no feature {unknown[0]!r}; it has {[f.name for f in spec.features]}"
+                f"model {spec.name!r}: expected values by feature name, got {_described(features)}"
+            )
+        if not features.keys() <= spec.feature_by_name.keys():
+            unknown = next(name for name in features if name not in spec.feature_by_name)
+            raise FeatureError(
+                f"model {spec.name!r} has no feature {unknown!r}; it has {[f.name for f in spec.features]}"
             )
         columns = [
-            None if features.get(f.name) is None else _as_column(f, features[f.name]) for f in spec.features
+            None if (value := features.get(feature.name)) is None else _as_column(feature, value)
+            for feature in spec.features
         ]
         self.spec = spec
         self.num_candidates = _num_candidates(spec, columns)
         self.columns: tuple[Column, ...] = tuple(
-            _default_column(f, self.num_candidates if f.scope is Scope.CANDIDATE else 1)
-            if column is None
-            else column
-            for f, column in zip(spec.features, columns, strict=True)
+            [
+                _default_column(feature, 1 if feature.is_context else self.num_candidates)
+                if column is None
+                else column
+                for feature, column in zip(spec.features, columns, strict=True)
+            ]
         )
         (check or check_contents)(spec, self.columns)
 
@@ -115,82 +122,125 @@ def check_contents(spec: ModelSpec, columns: Sequence[Column]) -> None:
 
 
 def _as_column(feature: FeatureSpec, value: Any) -> Column:
+    """The column of what came, of the right dtype, rank and strides; rows and values are checked later."""
+    if type(value) is np.ndarray and value.dtype == feature.array_dtype and value.flags.c_contiguous:
+        # What the server sends: told apart first, because it is most of a request.
+        if feature.is_lookup:
+            if value.ndim == 1 and not feature.is_ragged:
+                return value
+        elif value.ndim == 2 and value.shape[1] == feature.width:
+            return value
     if feature.is_ragged:
         return _as_ragged(feature, value)
     if feature.dtype is ValueType.STRING:
-        return _as_strings(feature, value, scalar_ok=True)
-    array: Any = _as_array(feature, value)
-    expected = f"{feature.dtype.value} of shape {_shape_text(feature)}"
-    if array.ndim == 0 and feature.scope is Scope.CONTEXT:
+        return _as_strings(feature, value, scalar_ok=feature.is_context)
+    array: Any = _as_array(feature, value, _shape_text(feature))
+    if array.ndim == 0 and feature.is_context:
         array = array.reshape(1)
     if not feature.is_lookup:
         if array.ndim == 1 and feature.width == 1:
             array = array[:, None]
+        elif array.shape == (0,) and not isinstance(value, np.ndarray):
+            array = array.reshape(0, feature.width)
         if array.ndim != 2 or array.shape[1] != feature.width:
-            raise _unexpected(feature, expected, value)
+            raise _unexpected(feature, _expected_text(feature), value)
     elif array.ndim != 1:
-        raise _unexpected(feature, expected, value)
+        raise _unexpected(feature, _expected_text(feature), value)
     return array
 
 
 def _as_ragged(feature: FeatureSpec, value: Any) -> Ragged:
     if not isinstance(value, Ragged):
-        if isinstance(value, (str, bytes, np.ndarray)) or not isinstance(value, Sequence):
-            raise _unexpected(feature, "a Ragged or a list of lists, one list a row", value)
-        for bag in value:
-            if isinstance(bag, (str, bytes)) or not isinstance(bag, (Sequence, np.ndarray)):
-                raise _unexpected(feature, "a Ragged or a list of lists, one list a row", value)
-        try:
-            lists = [list(bag) for bag in value]
-            lengths = np.array([len(bag) for bag in lists], np.int32)
-            flat: Any = [item for bag in lists for item in bag]
-            if feature.dtype is ValueType.INT64 and not flat:
-                flat = np.zeros(0, np.int64)
-        except TypeError:
-            raise _unexpected(feature, "a list of lists of ids", value) from None
-        value = Ragged(flat, lengths)
+        value = _pack_bags(feature, value)
     if feature.dtype is ValueType.STRING:
         values: Any = _as_strings(feature, value.values, scalar_ok=False)
     else:
-        values = _as_array(feature, value.values)
+        values = _as_array(feature, value.values, "[V]")
         if values.ndim != 1:
-            raise _unexpected(feature, f"{feature.dtype.value} values of shape [V]", value.values)
-    lengths = np.asarray(value.lengths)
-    if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
-        raise _unexpected(feature, "int32 lengths of shape [n]", lengths)
-    if lengths.dtype != np.int32:
-        if lengths.size and (lengths.max() >= 2**31 or lengths.min() < 0):
-            raise FeatureError(
-                f"feature {feature.name!r}: expected lengths in [0, 2**31), got "
-                f"{lengths.min()} to {lengths.max()}"
-            )
-        lengths = lengths.astype(np.int32)
-    return Ragged(values, np.ascontiguousarray(lengths))
+            raise _unexpected(feature, "int64 values of shape [V]", value.values)
+    lengths = _integers(value.lengths)
+    if lengths is None:
+        raise _unexpected(feature, "int32 lengths of shape [n]", value.lengths)
+    if lengths.dtype != np.int32 and lengths.size and (lengths.max() >= 2**31 or lengths.min() < 0):
+        raise FeatureError(
+            f"feature {feature.name!r}: expected lengths in [0, 2**31), "
+            f"got {lengths.min()} to {lengths.max()}"
+        )
+    lengths = np.ascontiguousarray(lengths, np.int32)
+    return value if values is value.values and lengths is value.lengths else Ragged(values, lengths)
+
+
+def _pack_bags(feature: FeatureSpec, value: Any) -> Ragged:
+    """Lists of ids, one a row, back to back; the ids are still to be checked."""
+    expected = "a Ragged or a list of lists, one list a row"
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise _unexpected(feature, expected, value)
+    flat: list[Any] = []
+    for bag in value:
+        is_array = isinstance(bag, np.ndarray) and bag.ndim == 1 and not isinstance(bag, np.ma.MaskedArray)
+        if not is_array and (isinstance(bag, (str, bytes)) or not isinstance(bag, Sequence)):
+            raise _unexpected(feature, expected, value)
+        flat.extend(bag)
+    return Ragged(flat, np.array([len(bag) for bag in value], np.int32))  # type: ignore[arg-type]
 
 
 def _as_strings(feature: FeatureSpec, value: Any, *, scalar_ok: bool) -> StringColumn:
+    expected = f"strings of shape {_shape_text(feature)}"
     if isinstance(value, StringColumn):
-        return value
-    if scalar_ok and isinstance(value, (str, bytes)) and feature.scope is Scope.CONTEXT:
-        value = [value]
-    if isinstance(value, np.ndarray):
-        if value.ndim != 1:
-            raise _unexpected(feature, f"strings of shape {_shape_text(feature)}", value)
-        value = value.tolist()
-    if not isinstance(value, (list, tuple)) or not all(isinstance(v, (str, bytes)) for v in value):
-        raise _unexpected(feature, f"strings of shape {_shape_text(feature)}", value)
-    return StringColumn.from_strings(value)
+        return _plain_strings(feature, value)
+    items = value
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
+        items = value.tolist()
+    if scalar_ok and isinstance(items, (str, bytes)):
+        items = [items]
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, (str, bytes)) for item in items):
+        raise _unexpected(feature, expected, value)
+    try:
+        return StringColumn.from_strings(items)
+    except UnicodeEncodeError as error:
+        raise FeatureError(
+            f"feature {feature.name!r}: expected {expected}, got {reprlib.repr(error.object)}, which has no "
+            f"UTF-8: {error.reason}"
+        ) from None
 
 
-def _as_array(feature: FeatureSpec, value: Any) -> np.ndarray:
-    """A C-contiguous array of the feature's dtype; only casts that keep the meaning are made."""
-    if isinstance(value, StringColumn):
-        raise _unexpected(feature, f"{feature.dtype.value} of shape {_shape_text(feature)}", value)
+def _plain_strings(feature: FeatureSpec, column: StringColumn) -> StringColumn:
+    """A string column of the dtypes and strides that its class states: the kernel reads it by pointer."""
+    blob, offsets = column.blob, _integers(column.offsets)
+    if type(blob) is not np.ndarray or blob.ndim != 1 or blob.dtype != np.uint8:
+        raise _unexpected(feature, "a StringColumn with a blob of uint8 of shape [bytes]", blob)
+    if offsets is None or not offsets.size or (offsets.dtype == np.uint64 and offsets.max() >= 2**63):
+        raise _unexpected(feature, "a StringColumn with int64 offsets of shape [n + 1]", column.offsets)
+    blob, offsets = np.ascontiguousarray(blob), np.ascontiguousarray(offsets, np.int64)
+    if blob is column.blob and offsets is column.offsets:
+        return column
+    return StringColumn(blob, offsets)
+
+
+def _integers(value: Any) -> np.ndarray | None:
+    """A [n] array of integers of any width; None for anything else."""
+    if isinstance(value, np.ma.MaskedArray):
+        return None
     try:
         array = np.asarray(value)
-    except (ValueError, OverflowError):
-        raise _unexpected(feature, f"{feature.dtype.value} of shape {_shape_text(feature)}", value) from None
-    dtype = _DTYPES[feature.dtype]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if isinstance(value, (list, tuple)) and not value:
+        array = array.astype(np.int32)
+    return array if array.ndim == 1 and array.dtype.kind in "iu" else None
+
+
+def _as_array(feature: FeatureSpec, value: Any, shape: str) -> np.ndarray:
+    """A C-contiguous array of the feature's dtype; only casts that keep the meaning are made."""
+    expected = f"{feature.dtype.value} of shape {shape}"
+    dtype = feature.array_dtype
+    assert dtype is not None
+    if isinstance(value, np.ma.MaskedArray):
+        raise _unexpected(feature, expected, value)
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        raise _unexpected(feature, expected, value) from None
     if array.dtype == dtype:
         return np.ascontiguousarray(array) if array.ndim else array
     from_python = not isinstance(value, np.ndarray)
@@ -198,9 +248,9 @@ def _as_array(feature: FeatureSpec, value: Any) -> np.ndarray:
         allowed = array.dtype.kind == "f" or (from_python and array.dtype.kind in "iu")
     else:
         allowed = array.dtype.kind in "iu" and array.dtype != np.uint64
-        allowed |= from_python and array.size == 0
-    if not allowed:
-        raise _unexpected(feature, f"{feature.dtype.value} of shape {_shape_text(feature)}", array)
+    if not (allowed or (from_python and array.size == 0)):
+        raise _unexpected(feature, expected, value)
+    # Floats beyond float32 become infinite, which the check of contents refuses.
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, dtype=dtype) if array.ndim else array.astype(dtype)
 
@@ -211,12 +261,12 @@ def _num_candidates(spec: ModelSpec, columns: Sequence[Column | None]) -> int:
         if column is None:
             if feature.default is None:
                 raise FeatureError(
-                    f"feature {feature.name!r} is missing: expected {feature.dtype.value} of shape "
-                    f"{_shape_text(feature)}; it has no default"
+                    f"feature {feature.name!r} is missing: expected {_expected_text(feature)}; "
+                    f"it has no default"
                 )
             continue
         rows = len(column)
-        if feature.scope is Scope.CONTEXT:
+        if feature.is_context:
             if rows != 1:
                 raise FeatureError(
                     f"feature {feature.name!r}: expected 1 row, got {rows}; its scope is context, "
@@ -249,7 +299,7 @@ def _default_column(feature: FeatureSpec, num_rows: int) -> Column:
     if feature.dtype is ValueType.STRING:
         return StringColumn.from_strings([default] * num_rows)
     shape = (num_rows,) if feature.is_lookup else (num_rows, feature.width)
-    return np.full(shape, default, _DTYPES[feature.dtype])
+    return np.full(shape, default, feature.array_dtype)
 
 
 def _check_lengths(feature: FeatureSpec, column: Ragged) -> None:
@@ -287,18 +337,14 @@ def _check_floats(feature: FeatureSpec, values: np.ndarray) -> None:
             f"feature {feature.name!r}: expected finite floats, got {values[tuple(row)]} in row "
             f"{row[0]}{hint}"
         )
-    low = -np.inf
-    for operation in feature.dense_operations:
-        if isinstance(operation, Clip):
-            low = max(low, operation.low)
-        elif isinstance(operation, Log1p) and low <= -1:
-            invalid = values <= -1
-            if invalid.any():
-                row = np.argwhere(invalid)[0]
-                raise FeatureError(
-                    f"feature {feature.name!r}: expected values > -1, which log1p needs, got "
-                    f"{values[tuple(row)]} in row {row[0]}"
-                )
+    if feature.log1p_needs_check:
+        invalid = values <= -1
+        if invalid.any():
+            row = np.argwhere(invalid)[0]
+            raise FeatureError(
+                f"feature {feature.name!r}: expected values > -1, which log1p needs, got "
+                f"{values[tuple(row)]} in row {row[0]}"
+            )
 
 
 def _check_range(spec: ModelSpec, feature: FeatureSpec, values: np.ndarray) -> None:
@@ -314,17 +360,26 @@ def _check_range(spec: ModelSpec, feature: FeatureSpec, values: np.ndarray) -> N
 
 
 def _shape_text(feature: FeatureSpec) -> str:
-    rows = "1" if feature.scope is Scope.CONTEXT else "N"
+    rows = "1" if feature.is_context else "N"
     if feature.is_ragged:
         return f"[V] with lengths [{rows}]"
     return f"[{rows}, {feature.width}]" if feature.width > 1 else f"[{rows}]"
 
 
+def _expected_text(feature: FeatureSpec) -> str:
+    return f"{feature.dtype.value} of shape {_shape_text(feature)}"
+
+
 def _unexpected(feature: FeatureSpec, expected: str, got: Any) -> FeatureError:
+    return FeatureError(f"feature {feature.name!r}: expected {expected}, got {_described(got)}")
+
+
+def _described(got: Any) -> str:
+    """What came, in few words however large it is."""
+    if isinstance(got, np.ma.MaskedArray):
+        return f"a masked array of {got.dtype} of shape {list(got.shape)}; fill it first"
     if isinstance(got, np.ndarray):
-        text = f"{got.dtype} of shape {list(got.shape)}"
-    elif isinstance(got, (StringColumn, Ragged)):
-        text = f"{type(got).__name__} of {len(got)} rows"
-    else:
-        text = f"{type(got).__name__} {str(got)[:60]!r}"
-    return FeatureError(f"feature {feature.name!r}: expected {expected}, got {text}")
+        return f"{got.dtype} of shape {list(got.shape)}"
+    if isinstance(got, (StringColumn, Ragged)):
+        return f"a {type(got).__name__}"
+    return f"{type(got).__name__} {reprlib.repr(got)}"

@@ -7,14 +7,16 @@ import functools
 from collections.abc import Mapping
 
 from xlarank.spec.buckets import Bucket
-from xlarank.spec.features import FeatureKind, ModelSpec, Scope
+from xlarank.spec.features import FeatureKind, Scope
+from xlarank.spec.model import ModelSpec
 
-__all__ = ["MASK_SUFFIX", "Leaf", "Signature", "Slot"]
+__all__ = ["MASK_SUFFIX", "REQUEST_OF_ROW", "Leaf", "Signature", "Slot"]
 
 MASK_SUFFIX = ".mask"
 """A sequence ``h`` reaches the model as ``h`` and ``h.mask``."""
 
 REQUEST_OF_ROW = "request_of_row"
+"""The leaf [B] int32 that gives each row's context."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +82,12 @@ class Signature:
 
     @functools.cached_property
     def leaf_by_name(self) -> dict[str, Leaf]:
+        """The leaves by name."""
         return {leaf.name: leaf for leaf in self.leaves}
 
     @functools.cached_property
     def context_leaves(self) -> tuple[Leaf, ...]:
+        """Leaves of scope context."""
         return tuple(leaf for leaf in self.leaves if leaf.scope is Scope.CONTEXT)
 
     @functools.cached_property

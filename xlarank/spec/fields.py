@@ -1,0 +1,121 @@
+"""What the fields of the nouns may hold: checks that name the field and the value."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from xlarank.errors import ConfigError
+
+__all__ = [
+    "check_keys",
+    "check_name",
+    "check_strings",
+    "from_mapping",
+    "set_enum",
+    "to_integer",
+    "to_number",
+    "to_numbers",
+    "to_tuple",
+]
+
+_Enum = TypeVar("_Enum", bound=enum.StrEnum)
+_Noun = TypeVar("_Noun")
+
+# Names become file and folder names, which hold 255 bytes at most.
+_MAX_NAME = 128
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def check_name(kind: str, name: Any) -> None:
+    """Refuses what isn't a name of [a-z][a-z0-9_]*, at most 128 characters."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _MAX_NAME:
+        raise ConfigError(
+            f"{kind}: expected a name of [a-z][a-z0-9_]*, at most {_MAX_NAME} characters, got {name!r}"
+        )
+
+
+def check_strings(where: str, values: Iterable[str]) -> None:
+    """Refuses strings that have no UTF-8, which is how strings are hashed and looked up."""
+    for value in values:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{where}: expected valid Unicode, got {value!r}: {error.reason}") from None
+
+
+def set_enum(instance: Any, field: str, enumeration: type[_Enum], where: str) -> None:
+    """Turns a frozen dataclass's field into a member of an enumeration; its value will do."""
+    value = getattr(instance, field)
+    try:
+        object.__setattr__(instance, field, enumeration(value))
+    except ValueError:
+        allowed = [member.value for member in enumeration]
+        raise ConfigError(f"{where}: {field} must be one of {allowed}; was {value!r}") from None
+
+
+def to_integer(where: str, field: str, value: Any, *, least: int, below: int | None = None) -> int:
+    """An int in [least, below) from an int or a NumPy integer; `below` is a power of two."""
+    valid = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if valid and value >= least and (below is None or value < below):
+        return int(value)
+    bounds = f">= {least}" if below is None else f"in [{least}, 2**{below.bit_length() - 1})"
+    raise ConfigError(f"{where}: {field} must be an integer {bounds}; was {value!r}")
+
+
+def to_number(where: str, field: str, value: Any) -> float:
+    """A finite number from an int, a float or a NumPy scalar of either; ints stay as they are written."""
+    if isinstance(value, (np.integer, np.floating)):
+        value = value.item()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:
+            finite = False
+        if finite:
+            return value
+    raise ConfigError(f"{where}: {field} must be a finite number; was {value!r}")
+
+
+def to_numbers(where: str, field: str, value: Any) -> tuple[float, ...]:
+    """Finite floats from a list, a tuple or a [n] array of numbers."""
+    return tuple(to_number(where, field, item) for item in to_tuple(where, field, value))
+
+
+def to_tuple(where: str, field: str, value: Any) -> tuple[Any, ...]:
+    """A tuple from a list, a tuple or a [n] array."""
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        return tuple(value.tolist())
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where}: {field} must be a list; was {value!r}")
+    return tuple(value)
+
+
+def check_keys(value: Any, known: Iterable[str], where: str, *, required: Iterable[str] = ()) -> None:
+    """Refuses what isn't a mapping, and one with unknown or missing keys."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected a table of keys and values, got {value!r}")
+    known = list(known)
+    if unknown := [key for key in value if key not in known]:
+        raise ConfigError(f"{where}: unknown keys {sorted(unknown, key=str)}; expected of {known}")
+    if missing := [key for key in required if key not in value]:
+        raise ConfigError(f"{where}: missing keys {missing}")
+
+
+def from_mapping(cls: type[_Noun], value: Any, kind: str) -> _Noun:
+    """Builds a dataclass from TOML or JSON values; unknown and missing keys are named."""
+    where = f"{kind} {value['name']!r}" if isinstance(value, Mapping) and "name" in value else kind
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    required = [
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    check_keys(value, [field.name for field in fields], where, required=required)
+    return cls(**value)
