@@ -265,9 +265,8 @@ def test_a_bundle_whose_golden_scores_differ_here_is_refused(repository, monkeyp
 
     def drifted(self):
         requests, values = golden(self)
-        return requests, {
-            "scores": {task: rows + np.float32(1e-3) for task, rows in values["scores"].items()}
-        }
+        scores = {task: rows + np.float32(1e-3) for task, rows in values["scores"].items()}
+        return requests, {"scores": scores}
 
     monkeypatch.setattr(bundle_type, "golden", drifted)
     with pytest.raises(VerifyError, match=r"model 'shop', task 'click', bucket 8x1 .* golden replay on"):

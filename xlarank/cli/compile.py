@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "compile",
         help="compile a checkpoint for every bucket, ahead of time",
-        description="Compiles a trained model for every batch bucket, proves its scores and publishes a bundle.",
+        description="Compiles a trained model for every batch bucket, proves its scores and publishes it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

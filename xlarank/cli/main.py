@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from absl import app
+from absl import logging as absl_logging
 from absl.flags import argparse_flags
 
 from xlarank.cli import compile as compile_command
@@ -43,7 +43,9 @@ def main(args: argparse.Namespace) -> int:
     Returns:
       The exit status: 0, or 1 after an error that is told in one line.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s")
+    absl_logging.set_verbosity(
+        absl_logging.WARNING
+    )  # absl's default, INFO, shows every step of JAX and Orbax
     try:
         result = args.run(args)
     except XlarankError as error:
@@ -58,13 +60,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser_class = functools.partial(argparse_flags.ArgumentParser, inherited_absl_flags=None)
-    parser = parser_class(
+    parser = argparse_flags.ArgumentParser(
         prog="xlarank",
         description="Trains, compiles and serves ranking models written in Flax.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser_class = functools.partial(argparse_flags.ArgumentParser, inherited_absl_flags=None)
     subparsers: Any = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=parser_class
     )

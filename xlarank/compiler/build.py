@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from xlarank import device
-from xlarank.bundle import BundleWriter, Form, Manifest, ProgramEntry
+from xlarank.bundle import BundleWriter, Form, Manifest, ProgramEntry, open_bundle
 from xlarank.compiler.analyze import Analysis, analyze
 from xlarank.compiler.golden import random_requests
 from xlarank.compiler.lower import lower_program
@@ -169,7 +169,7 @@ def build(
         )
         writer.add_text("report.html", render_report(manifest, analysis))
         path = writer.publish(manifest)
-    return BuildResult(path, manifest, analysis)
+    return BuildResult(path, open_bundle(path, verify=False).manifest, analysis)
 
 
 def _compile(
