@@ -265,6 +265,8 @@ class Engine:
                 self._respond(pending)
 
     def _respond(self, pending: _Pending) -> None:
+        if not pending.future.set_running_or_notify_cancel():
+            return  # the caller left while its batch ran
         self.metrics.record_success(
             num_rows=pending.bound.num_candidates,
             queue_seconds=pending.started_at - pending.queued_at,
@@ -272,8 +274,7 @@ class Engine:
             execute_seconds=pending.execute_seconds,
             total_seconds=time.monotonic() - pending.queued_at,
         )
-        if pending.future.set_running_or_notify_cancel():
-            pending.future.set_result(pending.scores)
+        pending.future.set_result(pending.scores)
 
     def _fail(self, batch: Batch[_Pending], error: Exception) -> None:
         with self._pool.locked():
