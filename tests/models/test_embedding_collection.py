@@ -115,6 +115,7 @@ def test_a_table_may_be_named_like_a_method(name):
     )
     collection = EmbeddingCollection(spec, rngs=nnx.Rngs(0))
     collection.eval()
+    assert name in repr(collection)
     restored = nnx.merge(*nnx.split(collection))
     looked_up = restored({"f": np.array([2], np.int32)})["f"]
     np.testing.assert_array_equal(looked_up[0], collection.to_numpy()[name][2])

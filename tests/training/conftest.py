@@ -9,21 +9,52 @@ from xlarank.training.data import RankingData, Splits
 CONFIG = """
 name = "tiny"
 model = "xlarank.models.mmoe:build"
-features = [
-  { name = "user", kind = "id", scope = "context", table = "users", preprocessing = ["vocabulary"] },
-  { name = "history", kind = "sequence", scope = "context", table = "items", max_length = 3, preprocessing = ["vocabulary"] },
-  { name = "item", kind = "id", scope = "candidate", table = "items", preprocessing = ["vocabulary"] },
-  { name = "colour", kind = "id_list", scope = "candidate", dtype = "string", table = "colours", combiner = "sum", preprocessing = ["vocabulary"] },
-  { name = "price", kind = "dense", scope = "candidate", preprocessing = ["standardise"] },
-]
 tables = [{ name = "users", dim = 4 }, { name = "items", dim = 4 }, { name = "colours", dim = 2 }]
 tasks = [{ name = "like" }, { name = "stars", kind = "regression" }]
 
+[[features]]
+name = "user"
+kind = "id"
+scope = "context"
+table = "users"
+preprocessing = ["vocabulary"]
+
+[[features]]
+name = "history"
+kind = "sequence"
+scope = "context"
+table = "items"
+max_length = 3
+preprocessing = ["vocabulary"]
+
+[[features]]
+name = "item"
+kind = "id"
+scope = "candidate"
+table = "items"
+preprocessing = ["vocabulary"]
+
+[[features]]
+name = "colour"
+kind = "id_list"
+scope = "candidate"
+dtype = "string"
+table = "colours"
+combiner = "sum"
+preprocessing = ["vocabulary"]
+
+[[features]]
+name = "price"
+kind = "dense"
+scope = "candidate"
+preprocessing = ["standardise"]
+
 [model_options]
 num_experts = 2
-expert_hidden = [8]
+expert_hidden = [32]
 tower_hidden = []
-dropout = 0.1
+num_cross_layers = 1
+dropout = 0.05
 
 [data]
 reader = "tiny_reader:read"
@@ -31,12 +62,12 @@ reader = "tiny_reader:read"
 [training]
 epochs = 3
 batch_size = 16
-learning_rate = 0.01
+learning_rate = 0.02
 """
 
 
 def make_data(num_requests, seed, *, candidates=4):
-    """Users like the item of their own number, modulo 7."""
+    """Users like the item of their own number, of 7."""
     rng = np.random.default_rng(seed)
     user = rng.integers(0, 7, num_requests)
     owner = np.repeat(np.arange(num_requests), candidates)
@@ -64,7 +95,7 @@ def make_data(num_requests, seed, *, candidates=4):
 
 @pytest.fixture
 def splits():
-    return Splits(train=make_data(60, 1), validation=make_data(20, 2), test=make_data(20, 3))
+    return Splits(train=make_data(250, 1), validation=make_data(20, 2), test=make_data(20, 3))
 
 
 @pytest.fixture

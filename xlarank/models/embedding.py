@@ -29,7 +29,7 @@ class EmbeddingCollection(nnx.Module):
     leave as host arrays and the collection isn't part of the device program.
 
     Attributes:
-      tables: one Param [R, D] float32 a table, by name.
+      tables: one Param [R, D] float32 a table; that of table ``x`` is called ``x_table``.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class EmbeddingCollection(nnx.Module):
             arrays = {t.name: init(rngs.params(), (t.num_rows, t.dim), jnp.float32) for t in spec.tables}
         else:
             arrays = {name: jnp.asarray(rows) for name, rows in self._checked(tables).items()}
-        self.tables = nnx.Dict({name: nnx.Param(rows) for name, rows in arrays.items()})
+        self.tables = nnx.Dict({_key(name): nnx.Param(rows) for name, rows in arrays.items()})
 
     def __call__(self, inputs: Mapping[str, jax.Array | np.ndarray]) -> dict[str, jax.Array]:
         """Looks up and pools.
@@ -93,9 +93,8 @@ class EmbeddingCollection(nnx.Module):
 
     def to_numpy(self) -> dict[str, np.ndarray]:
         """The tables by name, each [R, D] float32, C-contiguous."""
-        # By name, because a table may be called "items", which hides that method of the dict.
         return {
-            table.name: np.ascontiguousarray(np.asarray(self.tables[table.name][...], np.float32))
+            table.name: np.ascontiguousarray(np.asarray(self.tables[_key(table.name)][...], np.float32))
             for table in self.spec.tables
         }
 
@@ -115,9 +114,14 @@ class EmbeddingCollection(nnx.Module):
     def _rows_of(self, feature: FeatureSpec, rows: jax.Array) -> jax.Array:
         """Table rows of row numbers [...], as [..., D]; -1 gives zeros."""
         assert feature.table is not None
-        table = self.tables[feature.table][...]  # [R, D]
+        table = self.tables[_key(feature.table)][...]  # [R, D]
         vectors = jnp.take(table, jnp.maximum(rows, 0), axis=0, mode="clip")  # [..., D]
         return jnp.where((rows >= 0)[..., None], vectors, 0.0)
+
+
+def _key(table: str) -> str:
+    """Entries of an nnx.Dict are its attributes: a table called "items" would hide that method."""
+    return f"{table}_table"
 
 
 def _pool(feature: FeatureSpec, vectors: jax.Array, lengths: jax.Array) -> jax.Array:

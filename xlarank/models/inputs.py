@@ -56,7 +56,7 @@ class FeatureVectors(nnx.Module):
         self.query_names = dict(attention)
         self.attention = nnx.Dict(
             {
-                sequence: TargetAttention(self.widths[query], self.widths[sequence], rngs=rngs)
+                f"{sequence}_attention": TargetAttention(self.widths[query], self.widths[sequence], rngs=rngs)
                 for sequence, query in attention.items()
             }
         )
@@ -69,7 +69,9 @@ class FeatureVectors(nnx.Module):
         for name in self.widths:
             if name in self.query_names:
                 query = features[self.query_names[name]]
-                vectors[name] = self.attention[name](query, features[name], features[name + MASK_SUFFIX])
+                vectors[name] = self.attention[f"{name}_attention"](
+                    query, features[name], features[name + MASK_SUFFIX]
+                )
             elif name in self.sequence_names:
                 vectors[name] = masked_mean(features[name], features[name + MASK_SUFFIX])
             else:

@@ -100,7 +100,7 @@ def train(
     reports: list[EpochReport] = []
 
     def report(**fields: Any) -> None:
-        reports.append(EpochReport(seconds=clock() - started, num_epochs=settings.epochs, **fields))
+        reports.append(EpochReport(seconds=clock() - started, **fields))
         progress(reports[-1])
 
     validation_rows = Examples(spec, splits.validation)
@@ -109,10 +109,16 @@ def train(
     scorer = Scorer(spec, learner.ranker())
     best_loss, best_epoch, best = math.inf, 0, learner.state
     for epoch in range(1, settings.epochs + 1):
-        train_loss = learner.run_epoch(epoch)
+        train_loss = learner.run_epoch(epoch, settings.epochs)
         scorer.load(*learner.state)
         loss = _validation_loss(spec, scorer.logits(validation_rows), validation_rows)
-        report(epoch=epoch, train_loss=train_loss, validation_loss=loss, is_refit=False)
+        report(
+            epoch=epoch,
+            num_epochs=settings.epochs,
+            train_loss=train_loss,
+            validation_loss=loss,
+            is_refit=False,
+        )
         if loss < best_loss:
             best_loss, best_epoch, best = loss, epoch, learner.state
         if epoch - best_epoch >= settings.patience or clock() - started >= max_seconds:
@@ -120,8 +126,14 @@ def train(
     if settings.refit:
         learner.restart(Examples(spec, data))
         for epoch in range(1, best_epoch + 1):
-            train_loss = learner.run_epoch(epoch)
-            report(epoch=epoch, train_loss=train_loss, validation_loss=math.nan, is_refit=True)
+            train_loss = learner.run_epoch(epoch, best_epoch)
+            report(
+                epoch=epoch,
+                num_epochs=best_epoch,
+                train_loss=train_loss,
+                validation_loss=math.nan,
+                is_refit=True,
+            )
         best = learner.state
     ranker = learner.ranker(best)
     ranker.eval()
@@ -162,7 +174,7 @@ class _Learner:
         """A ranker of its own with these parameters, or with those of now."""
         return nnx.merge(self._graphdef, *(state or self.state), copy=True)
 
-    def run_epoch(self, epoch: int) -> float:
+    def run_epoch(self, epoch: int, num_epochs: int) -> float:
         """Learns from every row once, but for those that don't fill a batch; returns the mean loss."""
         settings = self._settings
         order = np.random.default_rng([settings.seed, epoch]).permutation(self._examples.num_rows)
@@ -170,7 +182,7 @@ class _Learner:
         for step in range(self._num_steps):
             rows = order[step * self._batch_size : (step + 1) * self._batch_size]
             # Half a cosine from the peak to zero over all epochs that there may be.
-            done = ((epoch - 1) + step / self._num_steps) / settings.epochs
+            done = ((epoch - 1) + step / self._num_steps) / num_epochs
             rate = settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
             self.state, self._moments, loss = self._step(
                 self.state,
