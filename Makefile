@@ -51,7 +51,8 @@ movielens: $(STAMP)  ## bring MovieLens 100K to data/ml-100k (never committed)
 protos: $(STAMP)  ## generate the gRPC code anew
 	@$(BIN)/python tools/generate_protos.py
 
-bench: bench-main  ## short form of every benchmark
+bench: $(STAMP)  ## short form of every benchmark → bench/short/
+	@$(BIN)/python tools/bench_main.py --short --out bench/short/main.json
 
 bench-main: $(STAMP)  ## figures of the main path → bench/main.json
 	@$(BIN)/python tools/bench_main.py --out bench/main.json

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Prints the Python to use: $PYTHON if set, else the newest CPython from 3.11 up that works, on PATH or
-# under pyenv. Checks first that a C++17 compiler is there. Says what is missing and ends with status 1.
+# under pyenv; with an argument such as 3.11, one of that version. Checks first that a C++17 compiler is
+# there. Says what is missing and ends with status 1.
 set -euo pipefail
 
 works() {  # a CPython from 3.11 up that can make virtual environments and build extensions
@@ -26,19 +27,20 @@ echo 'int main() { if (int x = 0; x) return x; return 0; }' |
   $compiler -std=c++17 -fsyntax-only -x c++ - >/dev/null 2>&1 ||
   missing "a C++17 compiler; $compiler doesn't compile C++17"
 
-if [ -n "${PYTHON:-}" ]; then
+if [ -n "${PYTHON:-}" ] && [ $# -eq 0 ]; then
   works "$PYTHON" || missing "CPython 3.11 or later with venv and C headers; PYTHON=$PYTHON isn't one"
   "$PYTHON" -c 'import sys; print(sys.executable)'
   exit 0
 fi
 
+versions=${1:-3.20 3.19 3.18 3.17 3.16 3.15 3.14 3.13 3.12 3.11}
 pyenv_root=${PYENV_ROOT:-$HOME/.pyenv}
 candidates=$(
-  for minor in 20 19 18 17 16 15 14 13 12 11; do
-    command -v "python3.$minor" 2>/dev/null || true
-    ls -d "$pyenv_root"/versions/3."$minor".*/bin/python3 2>/dev/null | sort -rV || true
+  for version in $versions; do
+    command -v "python$version" 2>/dev/null || true
+    ls -d "$pyenv_root"/versions/"$version".*/bin/python3 2>/dev/null | sort -rV || true
   done
-  command -v python3 2>/dev/null || true
+  [ $# -gt 0 ] || command -v python3 2>/dev/null || true
 )
 while IFS= read -r python; do
   # An executable's name can lie (pyenv's shims): trust what it says of itself.
