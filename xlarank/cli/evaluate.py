@@ -104,9 +104,11 @@ def _open_target(args: argparse.Namespace) -> Iterator[tuple[ModelSpec, ModelCon
 
 @contextlib.contextmanager
 def _checkpoint_scorer(config: ModelConfig, directory: str) -> Iterator[tuple[ModelSpec, _Scorer]]:
+    from xlarank import device
     from xlarank.training.checkpoint import load_ranker
     from xlarank.training.scoring import Scorer
 
+    device.configure()
     spec, ranker = load_ranker(config, directory)
     scorer = Scorer(spec, ranker)
     yield spec, lambda features: scorer.score(RankRequest(spec, features))

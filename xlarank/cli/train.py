@@ -42,10 +42,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       ModelError: when the model's outputs are not logits.
     """
     # Flax, Optax and Orbax take seconds to import: only this subcommand pays.
+    from xlarank import device
     from xlarank.training import checkpoint
     from xlarank.training.readers import read_data
     from xlarank.training.trainer import EpochReport, train
 
+    device.configure()
     console = Console(stderr=args.json)
     config = load_config(args.config)
     checkpoint.check_destination(args.out)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from xlarank.device import compiler_options
 from xlarank.errors import ModelError
 from xlarank.host.preprocessing import model_inputs
 from xlarank.models.embedding import LENGTHS_SUFFIX
@@ -35,7 +36,10 @@ class Scorer:
         self._spec = spec
         ranker.eval()
         graphdef, self._state = nnx.split(ranker)
-        self._forward = jax.jit(lambda state, inputs: nnx.merge(graphdef, state)(inputs))
+        self._forward = jax.jit(
+            lambda state, inputs: nnx.merge(graphdef, state)(inputs),
+            compiler_options=compiler_options(jax.default_backend()),
+        )
         # Bags without a max_length are as long as the longest one at hand.
         self._open_bags = {
             f.name for f in spec.features if f.kind is FeatureKind.ID_LIST and f.max_length is None
@@ -76,7 +80,8 @@ class Scorer:
                 more = _padded(array.shape[1]) - array.shape[1]
                 array = np.pad(array, ((0, 0), (0, more)), constant_values=-1)
             padded[name] = np.concatenate([array, np.repeat(array[-1:], padding, axis=0)])
-        outputs = self._forward(self._state, padded)
+        with jax.default_matmul_precision("highest"):  # the reference is true float32 on every device
+            outputs = self._forward(self._state, padded)
         check_outputs(self._spec, outputs, _padded(num_rows))
         return {task.name: np.asarray(outputs[task.name])[:num_rows] for task in self._spec.tasks}
 

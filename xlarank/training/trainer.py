@@ -14,12 +14,14 @@ import numpy as np
 import optax
 from flax import nnx
 
+from xlarank.device import compiler_options
 from xlarank.errors import ConfigError, ModelError
 from xlarank.spec import ModelSpec, TaskKind
-from xlarank.spec.config import ModelConfig, TrainingConfig
+from xlarank.spec.config import Metric, ModelConfig, TrainingConfig
 from xlarank.training.data import Splits, concatenate
 from xlarank.training.examples import Examples
 from xlarank.training.fit import fit_spec
+from xlarank.training.metrics import auc
 from xlarank.training.ranker import Ranker, make_ranker
 from xlarank.training.scoring import Scorer, check_outputs
 
@@ -63,7 +65,7 @@ class TrainedModel:
     """In the order they ran."""
 
     best_epoch: int
-    """Whose validation loss was the lowest."""
+    """The best by the config's metric on the validation rows."""
 
     seconds: float
     """Wall time of training, compilation included."""
@@ -78,7 +80,7 @@ def train(
 ) -> TrainedModel:
     """Fits a spec's preprocessing and learns its parameters; deterministic by ``config.training.seed``.
 
-    Training stops when the validation loss hasn't fallen for `patience` epochs, or time is up. With
+    Training stops when `metric` on the validation rows hasn't improved for `patience` epochs, or time is up. With
     ``refit`` a fresh model is then trained on train and validation rows for as many epochs as the best one
     took, since the latest rows say the most about what comes next.
 
@@ -94,6 +96,10 @@ def train(
     """
     started = clock()
     settings = config.training
+    if settings.metric is Metric.AUC and any(t.kind is not TaskKind.BINARY for t in config.spec.tasks):
+        raise ConfigError(
+            f"model {config.spec.name!r}: metric = 'auc' is for binary tasks; it has a regression"
+        )
     data = concatenate([splits.train, splits.validation]) if settings.refit else splits.train
     # Vocabularies and statistics see the rows that the last round learns from.
     spec = fit_spec(config.spec, data)
@@ -107,11 +113,15 @@ def train(
     max_seconds = settings.max_seconds / 2 if settings.refit else settings.max_seconds
     learner = _Learner(config, spec, Examples(spec, splits.train))
     scorer = Scorer(spec, learner.ranker())
-    best_loss, best_epoch, best = math.inf, 0, learner.state
+    best_cost, best_epoch, best = math.inf, 0, learner.state
     for epoch in range(1, settings.epochs + 1):
         train_loss = learner.run_epoch(epoch, settings.epochs)
         scorer.load(*learner.state)
-        loss = _validation_loss(spec, scorer.logits(validation_rows), validation_rows)
+        logits = scorer.logits(validation_rows)
+        loss = _validation_loss(spec, logits, validation_rows)
+        cost = loss
+        if settings.metric is Metric.AUC:
+            cost = -_validation_auc(spec, logits, validation_rows)
         report(
             epoch=epoch,
             num_epochs=settings.epochs,
@@ -119,8 +129,8 @@ def train(
             validation_loss=loss,
             is_refit=False,
         )
-        if loss < best_loss:
-            best_loss, best_epoch, best = loss, epoch, learner.state
+        if cost < best_cost:
+            best_cost, best_epoch, best = cost, epoch, learner.state
         if epoch - best_epoch >= settings.patience or clock() - started >= max_seconds:
             break
     if settings.refit:
@@ -157,7 +167,7 @@ class _Learner:
         self._graphdef, *fresh = nnx.split(ranker, nnx.Param, ...)
         self._fresh: _State = (fresh[0], fresh[1])
         self._optimizer = _optimizer(config.training)
-        self._step = jax.jit(self._take_step)
+        self._step = jax.jit(self._take_step, compiler_options=compiler_options(jax.default_backend()))
         self.restart(examples)
 
     def restart(self, examples: Examples) -> None:
@@ -248,6 +258,16 @@ def _row_losses(kind: TaskKind, logits: jax.Array, labels: jax.Array) -> jax.Arr
     if kind is TaskKind.BINARY:
         return optax.sigmoid_binary_cross_entropy(logits, labels)
     return jnp.square(logits - labels)
+
+
+def _validation_auc(spec: ModelSpec, logits: dict[str, np.ndarray], examples: Examples) -> float:
+    """Mean over tasks."""
+    mean = float(np.mean([auc(examples.labels[t.name], logits[t.name]) for t in spec.tasks]))
+    if not math.isfinite(mean):
+        raise ConfigError(
+            f"model {spec.name!r}: the validation rows of a task are all of one class; use metric = 'loss'"
+        )
+    return mean
 
 
 def _validation_loss(spec: ModelSpec, logits: dict[str, np.ndarray], examples: Examples) -> float:
