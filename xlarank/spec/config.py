@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from xlarank.errors import ConfigError
 from xlarank.spec.buckets import DEFAULT_ROWS
 from xlarank.spec.model import ModelSpec
 
-__all__ = ["DataConfig", "ModelConfig", "TrainingConfig", "load_config", "parse_config"]
+__all__ = ["DataConfig", "Metric", "ModelConfig", "TrainingConfig", "load_config", "parse_config"]
 
 _SPEC_KEYS = ("name", "features", "tables", "tasks")
 _KEYS = (*_SPEC_KEYS, "model", "model_options", "buckets", "data", "training")
@@ -31,6 +32,16 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.reader, str) or not self.reader:
             raise ConfigError(f"data: reader must be a name or 'module:function'; was {self.reader!r}")
+
+
+class Metric(enum.StrEnum):
+    """How epochs are compared, by the mean over tasks on the validation rows."""
+
+    LOSS = "loss"
+    """Cross entropy or squared error, lowest."""
+
+    AUC = "auc"
+    """AUC, highest: order may still improve while probabilities grow too sure. Binary tasks only."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,8 +66,11 @@ class TrainingConfig:
     table_weight_decay: float = 0.0
     """The same for embedding tables."""
 
+    metric: Metric = Metric.LOSS
+    """What says on the validation rows which epoch is the best one: loss or auc."""
+
     patience: int = 2
-    """Epochs without a lower validation loss before training stops; the best epoch's parameters stay."""
+    """Epochs that aren't the best before training stops; the best epoch's parameters stay."""
 
     refit: bool = False
     """Whether a fresh model then learns from train and validation rows, for as many epochs as were best."""
@@ -65,6 +79,11 @@ class TrainingConfig:
     """Seeds parameters, shuffling and dropout."""
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "metric", Metric(self.metric))
+        except ValueError:
+            allowed = [metric.value for metric in Metric]
+            raise ConfigError(f"training: metric must be one of {allowed}; was {self.metric!r}") from None
         for name in ("epochs", "batch_size", "patience"):
             _check(name, getattr(self, name), int, least=1)
         _check("seed", self.seed, int, least=0)

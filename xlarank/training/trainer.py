@@ -80,7 +80,8 @@ def train(
 ) -> TrainedModel:
     """Fits a spec's preprocessing and learns its parameters; deterministic by ``config.training.seed``.
 
-    Training stops when `metric` on the validation rows hasn't improved for `patience` epochs, or time is up. With
+    Training stops when `metric` on the validation rows hasn't improved for `patience` epochs, or time is
+    up. With
     ``refit`` a fresh model is then trained on train and validation rows for as many epochs as the best one
     took, since the latest rows say the most about what comes next.
 
