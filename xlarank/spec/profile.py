@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from xlarank.errors import BucketError, ConfigError
 from xlarank.spec.buckets import Bucket
-from xlarank.spec.fields import from_mapping, to_number, to_tuple
+from xlarank.spec.fields import to_number
 
 __all__ = ["LatencyProfile"]
 
@@ -56,35 +55,3 @@ class LatencyProfile:
             throughput[bucket.rows] = max(rate, throughput.get(bucket.rows, 0.0))
         best = max(throughput.values())
         return min(rows for rows, rate in throughput.items() if rate >= _KNEE_SHARE * best)
-
-    def to_list(self) -> list[dict[str, Any]]:
-        """JSON values, one entry a bucket."""
-        return [
-            {"rows": bucket.rows, "requests": bucket.requests, "seconds": seconds}
-            for bucket, seconds in sorted(self.seconds.items())
-        ]
-
-    @classmethod
-    def from_list(cls, entries: Any) -> LatencyProfile:
-        """Inverse of `to_list`.
-
-        Raises:
-          ConfigError: for anything that `to_list` doesn't give.
-        """
-        measured = [
-            from_mapping(_Entry, entry, "latency profile")
-            for entry in to_tuple("latency profile", "entries", entries)
-        ]
-        buckets = [Bucket(entry.rows, entry.requests) for entry in measured]
-        if len(set(buckets)) != len(buckets):
-            raise ConfigError(f"latency profile: expected distinct buckets, got {[str(b) for b in buckets]}")
-        return cls(dict(zip(buckets, (entry.seconds for entry in measured), strict=True)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """One of `LatencyProfile.to_list`; checked by what is made of it."""
-
-    rows: int
-    requests: int
-    seconds: float

@@ -1,0 +1,31 @@
+"""The process that tests run in: two CPU devices, a compilation cache of its own, repeatable properties."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# Before JAX is imported, by whatever test module comes first, and for the processes that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import hypothesis
+import pytest
+
+from xlarank import device
+
+_CACHE = pytest.StashKey[Path]()
+
+# The machine's speed decides nothing, and a failure is found again by running again.
+hypothesis.settings.register_profile("xlarank", deadline=None, database=None, derandomize=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Runs before test modules are imported: some make arrays, which starts JAX's backend."""
+    config.stash[_CACHE] = Path(tempfile.mkdtemp(prefix="xlarank-tests-"))
+    device.configure(num_devices=2, compile_cache=config.stash[_CACHE])
+    hypothesis.settings.load_profile("xlarank")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[_CACHE], ignore_errors=True)
