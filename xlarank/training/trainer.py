@@ -81,9 +81,9 @@ def train(
     """Fits a spec's preprocessing and learns its parameters; deterministic by ``config.training.seed``.
 
     Training stops when `metric` on the validation rows hasn't improved for `patience` epochs, or time is
-    up. With
-    ``refit`` a fresh model is then trained on train and validation rows for as many epochs as the best one
-    took, since the latest rows say the most about what comes next.
+    up. With ``refit`` a fresh model is then trained on train and validation rows, for as many epochs as the
+    best one took and with a learning rate that falls to zero over them: the latest rows say the most about
+    what comes next.
 
     Args:
       config: model, options and training settings.
