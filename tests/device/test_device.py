@@ -1,0 +1,239 @@
+"""Buffers, replay arithmetic, timing by a fake clock, the compile cache and XLA's options."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import shop
+from jax import export
+
+from xlarank import device
+from xlarank.compiler import random_requests
+from xlarank.errors import ConfigError, VerifyError
+from xlarank.host import Gatherer
+from xlarank.spec import Bucket, BucketLadder, Leaf, Scope, Signature, Tolerance
+
+LADDER = BucketLadder.of_rows((4, 64))
+SIGNATURE = Signature.of_model(shop.SPEC)
+
+
+def test_buffers_are_aligned_and_hold_every_bucket_in_one_memory():
+    buffers = device.BatchBuffers(SIGNATURE, LADDER)
+    for bucket in LADDER.buckets:
+        leaves = buffers.leaves(bucket)
+        assert list(leaves) == [leaf.name for leaf in SIGNATURE.leaves]
+        for leaf in SIGNATURE.leaves:
+            array = leaves[leaf.name]
+            assert array.shape == leaf.shape(bucket)
+            assert array.dtype == leaf.dtype
+            assert array.ctypes.data % 64 == 0
+            assert array.flags.c_contiguous
+            assert np.shares_memory(array, buffers.leaves(Bucket(64, 64))[leaf.name])
+    largest = sum(array.nbytes for array in buffers.leaves(Bucket(64, 64)).values())
+    assert buffers.num_bytes == largest
+
+
+def test_a_ring_hands_out_each_buffer_once_until_it_comes_back():
+    ring = device.BufferRing(SIGNATURE, LADDER, 2)
+    first, second = ring.acquire(), ring.acquire()
+    assert first is not second
+    ring.release(first)
+    assert ring.acquire() is first
+
+
+def test_scores_do_not_change_when_the_buffer_is_written_again():
+    leaf = Leaf("candidate", Scope.CANDIDATE, (3,), "float32")
+    signature = Signature((leaf, Leaf("request_of_row", Scope.CANDIDATE, (), "int32")), {}, ("y",))
+    bucket = Bucket(64, 1)
+    replica = replica_of(
+        lambda prepared, context, candidates, rows: {"y": candidates[0].sum(1)}, signature, bucket
+    )
+    buffers = device.BatchBuffers(signature, BucketLadder((bucket,)))
+    leaves = buffers.leaves(bucket)
+    leaves["candidate"][:] = 1.0
+    leaves["request_of_row"][:] = 0
+    scores = replica.run(bucket, leaves)["y"]
+    leaves["candidate"][:] = 7.0
+    np.testing.assert_array_equal(scores, np.full(64, 3.0))
+
+
+def replica_of(program, signature, bucket, params=()):
+    avals = (
+        tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in params),
+        tuple(jax.ShapeDtypeStruct(leaf.shape(bucket), leaf.dtype) for leaf in signature.context_leaves),
+        tuple(jax.ShapeDtypeStruct(leaf.shape(bucket), leaf.dtype) for leaf in signature.candidate_leaves),
+        jax.ShapeDtypeStruct((bucket.rows,), np.int32),
+    )
+    data = bytes(export.export(jax.jit(program))(*avals).serialize())
+    programs = {bucket: device.deserialize_program(data)}
+    return device.Replica(device.devices()[0], signature, programs, params)
+
+
+@pytest.mark.parametrize("num_rows", [8, 128, 500])
+def test_a_sum_over_an_expanded_context_is_right_on_every_run(num_rows):
+    """jaxlib 0.11 and later get it wrong when YNNPACK may take reductions."""
+    signature = Signature(
+        (
+            Leaf("h", Scope.CONTEXT, (4, 16), "float32"),
+            Leaf("h.mask", Scope.CONTEXT, (4,), "bool"),
+            Leaf("candidate", Scope.CANDIDATE, (16,), "float32"),
+            Leaf("request_of_row", Scope.CANDIDATE, (), "int32"),
+        ),
+        {},
+        ("y",),
+    )
+    bucket = Bucket(num_rows, 1)
+
+    def program(prepared, context, candidates, rows):
+        history, mask = (jnp.broadcast_to(leaf, (num_rows, *leaf.shape[1:])) for leaf in context)
+        total = (history * mask[..., None]).sum(axis=1) + candidates[0]  # [B, 16]
+        return {"y": total.sum(axis=1)}
+
+    replica = replica_of(program, signature, bucket)
+    rng = np.random.default_rng(0)
+    leaves = device.BatchBuffers(signature, BucketLadder((bucket,))).leaves(bucket)
+    leaves["h"][:] = rng.standard_normal((1, 4, 16))
+    leaves["h.mask"][:] = [[True, True, False, False]]
+    leaves["candidate"][:] = rng.standard_normal((num_rows, 16))
+    leaves["request_of_row"][:] = 0
+    expected = leaves["h"][0, :2].sum() + leaves["candidate"].sum(axis=1)
+    for _ in range(10):
+        np.testing.assert_allclose(replica.run(bucket, leaves)["y"], expected, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    requests = random_requests(shop.SPEC, 3, num_candidates=5, seed=1)
+    scores = {
+        task.name: [np.arange(5, dtype=np.float32) + 10 * number for number in range(3)]
+        for task in shop.SPEC.tasks
+    }
+    return device.GoldenReplay(Gatherer(shop.SPEC, shop.make_tables()), requests, scores, 64), requests
+
+
+@pytest.mark.parametrize("bucket", LADDER.buckets, ids=str)
+@pytest.mark.parametrize("start", [0, 1, 5])
+def test_a_golden_batch_holds_the_rows_whose_scores_it_names(golden, bucket, start):
+    replay, requests = golden
+    buffers = device.BatchBuffers(SIGNATURE, LADDER)
+    prices = {
+        tuple(price): 10.0 * number + row
+        for number, request in enumerate(requests)
+        for row, price in enumerate(request.columns[4])
+    }
+    for num_rows in {1, 2, bucket.rows // 2, bucket.rows - 1, bucket.rows}:
+        leaves = buffers.leaves(bucket)
+        expected = replay.fill(leaves, bucket, num_rows, start)
+        assert expected["click"].shape == (num_rows,)
+        slot = SIGNATURE.slots["price"]
+        rows = leaves["candidate"][:num_rows, slot.begin : slot.end]
+        np.testing.assert_array_equal([prices[tuple(row)] for row in rows], expected["click"])
+        owners = leaves["request_of_row"][:num_rows]
+        np.testing.assert_array_equal((expected["click"] // 10).astype(int), (owners + start) % 3)
+
+
+def test_errors_are_absolute_for_probabilities_and_relative_for_regressions():
+    actual = {"click": np.array([0.5, 0.1, 9.0]), "spend": np.array([100.0, 0.5, 9.0])}
+    expected = {"click": np.array([0.25, 0.1]), "spend": np.array([80.0, 0.25])}
+    assert device.score_errors(shop.SPEC, actual, expected) == {"click": 0.25, "spend": 0.25}
+    actual["spend"][0] = np.nan
+    assert device.score_errors(shop.SPEC, actual, expected)["spend"] == float("inf")
+
+
+def test_an_error_beyond_the_tolerance_names_task_bucket_and_size():
+    errors = {"click": 1e-6, "spend": 2e-5}
+    device.check_errors(shop.SPEC, Bucket(8, 1), errors, Tolerance(regression=3e-5), "somewhere")
+    with pytest.raises(
+        VerifyError, match=r"task 'spend', bucket 8x1 .*somewhere: .* by 2e-05, expected 1e-05 or less"
+    ):
+        device.check_errors(shop.SPEC, Bucket(8, 1), errors, Tolerance(), "somewhere")
+
+
+def test_a_profile_is_the_median_of_counted_runs_by_the_clock_handed_in():
+    ticks = {Bucket(4, 1): [9.0, 1.0, 5.0, 2.0, 3.0, 4.0, 8.0]}
+
+    class Replica:
+        executables = ticks
+        num_runs = 0
+
+        def run(self, bucket, leaves):
+            self.num_runs += 1
+            if self.num_runs > 1:  # the first is not counted
+                clock.now += 0.001 * ticks[bucket][self.num_runs - 2]
+
+    class Clock:
+        now = 0.0
+
+        def __call__(self):
+            return self.now
+
+    class Golden:
+        def fill(self, leaves, bucket, num_rows):
+            assert num_rows == bucket.rows
+
+    clock, replica = Clock(), Replica()
+    buffers = device.BatchBuffers(SIGNATURE, BucketLadder((Bucket(4, 1),)))
+    profile = device.measure_profile(replica, Golden(), buffers, clock=clock)  # type: ignore[arg-type]
+    assert replica.num_runs == 8
+    np.testing.assert_allclose(profile.seconds_of(Bucket(4, 1)), 0.004)
+
+
+def test_a_compile_is_counted_inside_the_request_path_only():
+    counter = device.CompileCounter()
+    with counter.request_path():
+        jax.jit(lambda x: x * 3.25 + 17)(1.0)
+    inside = counter.count
+    assert inside >= 1
+    jax.jit(lambda x: x * 4.25 + 18)(1.0)
+    assert counter.count == inside
+
+
+def test_devices_that_are_not_there_are_refused():
+    there = len(device.devices())
+    with pytest.raises(ConfigError, match=rf"expected 1 to {there} devices, got {there + 1}"):
+        device.devices(there + 1)
+    with pytest.raises(
+        ConfigError, match=rf"{there + 1} devices were asked for after JAX started with {there}"
+    ):
+        device.configure(num_devices=there + 1)
+    with pytest.raises(ConfigError, match="num_devices must be >= 1; was 0"):
+        device.configure(num_devices=0)
+
+
+def test_the_fingerprint_says_what_compiled_code_depends_on():
+    found = device.fingerprint()
+    assert found["jax"] == jax.__version__
+    assert {"jaxlib", "platform_version", "xla_flags", "device_kind", "machine", "cpu_features"} <= set(found)
+    assert all(isinstance(value, str) for value in found.values())
+
+
+def test_cached_code_does_not_depend_on_where_the_cache_lies(tmp_path):
+    leaf = Leaf("candidate", Scope.CANDIDATE, (3,), "float32")
+    signature = Signature((leaf, Leaf("request_of_row", Scope.CANDIDATE, (), "int32")), {}, ("y",))
+    names = []
+    before = jax.config.jax_compilation_cache_dir
+    for folder in ("first", "second"):
+        with device.compile_cache_at(tmp_path / folder):
+            replica_of(
+                lambda prepared, context, candidates, rows: {"y": candidates[0].sum(1) * 1.125},
+                signature,
+                Bucket(8, 1),
+            )
+        names.append(sorted(file.name for file in (tmp_path / folder).glob("*xlarank_program*-cache")))
+    assert names[0] == names[1]
+    assert len(names[0]) == 1
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_seeding_copies_what_is_missing_and_nothing_else(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    (source / "a-cache").write_bytes(b"new")
+    (source / "b-cache").write_bytes(b"bundle's")
+    with device.compile_cache_at(target):
+        (target / "b-cache").write_bytes(b"mine")
+        device.seed_compile_cache(source.iterdir())
+    assert sorted((f.name, f.read_bytes()) for f in target.iterdir()) == [
+        ("a-cache", b"new"),
+        ("b-cache", b"mine"),
+    ]
