@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from xlarank.runtime.batcher import Batch, Batcher, Part
 from xlarank.runtime.loading import Loader, LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pool import DevicePool, Job
-from xlarank.spec import BucketLadder, LatencyProfile, ModelSpec, RankRequest
+from xlarank.spec import BucketLadder, Column, LatencyProfile, ModelSpec, RankRequest
 
 __all__ = ["Engine"]
 
@@ -122,7 +122,8 @@ class Engine:
     def __init__(self, loader: Loader, pool: DevicePool | None, metrics: Metrics) -> None:
         """Use `load`."""
         loaded = loader.load()
-        self._num_open = 0  # guarded by _idle
+        self._num_open = 0  # guarded by _idle: requests accepted and not yet answered
+        self._is_open = True  # guarded by _idle; moves one way
         self._idle = threading.Condition()
         self.spec: ModelSpec = loaded.gatherer.spec
         self.version = loaded.version
@@ -150,7 +151,7 @@ class Engine:
         """Compiles while answering requests; anything but 0 is a defect."""
         return self._compiles.count
 
-    def check(self, spec: ModelSpec, columns) -> None:
+    def check(self, spec: ModelSpec, columns: Sequence[Column]) -> None:
         """The `ContentCheck` to make requests with: as strict as the default one, at native speed."""
         self._gatherer.check(spec, columns)
 
@@ -177,6 +178,8 @@ class Engine:
             pending.future.set_result(pending.scores)
             return pending.future
         with self._idle:
+            if not self._is_open:
+                raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed")
             self._num_open += 1
         pending.future.add_done_callback(self._on_done)
         try:
@@ -193,6 +196,7 @@ class Engine:
     def close(self) -> None:
         """Finishes what was accepted, then stops. Idempotent."""
         with self._idle:
+            self._is_open = False
             self._idle.wait_for(lambda: self._num_open == 0)
         self._pool.detach(self)
         if self._owns_pool:
