@@ -337,7 +337,7 @@ class FeatureSpec:
             raise ConfigError(f"{where}: default must be {form}; was {self.default!r}")
         if self.dtype is ValueType.FLOAT32:
             number = to_number(where, "default", self.default)
-            if abs(number) > np.finfo(np.float32).max:
+            if abs(number) > float(np.finfo(np.float32).max):
                 raise ConfigError(f"{where}: default must fit float32; was {number}")
             if self.log1p_needs_check and number <= -1:
                 raise ConfigError(f"{where}: default must be > -1, which log1p needs; was {number}")

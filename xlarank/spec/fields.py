@@ -61,11 +61,12 @@ def set_enum(instance: Any, field: str, enumeration: type[_Enum], where: str) ->
 
 
 def to_integer(where: str, field: str, value: Any, *, least: int, below: int | None = None) -> int:
-    """An int in [least, below) from an int or a NumPy integer; `below` is a power of two."""
+    """An int in [least, below) from an int or a NumPy integer; large bounds are powers of two."""
     valid = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if valid and value >= least and (below is None or value < below):
         return int(value)
-    bounds = f">= {least}" if below is None else f"in [{least}, 2**{below.bit_length() - 1})"
+    low = least if least >= 0 else f"-2**{least.bit_length() - 1}"
+    bounds = f">= {low}" if below is None else f"in [{low}, 2**{below.bit_length() - 1})"
     raise ConfigError(f"{where}: {field} must be an integer {bounds}; was {value!r}")
 
 

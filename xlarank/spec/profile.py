@@ -40,7 +40,7 @@ class LatencyProfile:
             return self.seconds[bucket]
         except KeyError:
             raise BucketError(
-                f"bucket {bucket} has no measured time; measured: {sorted(self.seconds)}"
+                f"bucket {bucket} has no measured time; measured: {[str(b) for b in sorted(self.seconds)]}"
             ) from None
 
     def knee_rows(self) -> int:
