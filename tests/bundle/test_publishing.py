@@ -229,7 +229,10 @@ def test_a_table_larger_than_a_chunk_is_written_whole(tmp_path, monkeypatch):
         ),
         (lambda w: w.add_table("t", np.zeros(2, np.float32)), r"got float32 of shape \[2\]"),
         (lambda w: w.add_table("../t", np.zeros((2, 2), np.float32)), r"file name .* got '../t'"),
-        (lambda w: w.add_params({"w": np.zeros(2)}), r"array 'w': expected one of .*'float32'.*, got dtype\('float64'\)"),
+        (
+            lambda w: w.add_params({"w": np.zeros(2)}),
+            r"array 'w': expected one of .*'float32'.*, got dtype\('float64'\)",
+        ),
         (lambda w: w.add_params({"w": np.zeros(2, ">f4")}), r"array 'w': .* got dtype\('>f4'\)"),
         (lambda w: w.add_program("a/b", b""), r"file name .* got 'a/b'"),
         (lambda w: w.add_program(".hidden", b""), r"file name"),

@@ -66,7 +66,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser_class = functools.partial(argparse_flags.ArgumentParser, inherited_absl_flags=None)
+    parser_class: Any = functools.partial(argparse_flags.ArgumentParser, inherited_absl_flags=None)
     subparsers: Any = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=parser_class
     )

@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend import core
 
 from xlarank.compiler.split import RowProgram
-from xlarank.compiler.tracing import ClosedJaxpr, inner_jaxpr, source_of
+from xlarank.compiler.tracing import inner_jaxpr, source_of, trace
 from xlarank.spec import Bucket, Scope, Signature
 
 __all__ = ["find_crossing"]
@@ -73,7 +73,7 @@ def find_crossing(
         candidate = tuple(batch[leaf.name] for leaf in signature.candidate_leaves)
         return [tuple(prepared), context, candidate, batch["request_of_row"]]
 
-    closed = jax.make_jaxpr(program)(*arguments(None))
+    closed = trace("", program, tuple(arguments(None)))
     clean, first = jax.tree.leaves(arguments(None)), jax.tree.leaves(arguments(victim))
     for other in others:
         second = jax.tree.leaves(arguments(other))
@@ -87,7 +87,7 @@ def find_crossing(
 
 
 def _walk(
-    closed: ClosedJaxpr, inputs: Sequence[_Runs], caller: str
+    closed: Any, inputs: Sequence[_Runs], caller: str
 ) -> Generator[tuple[core.JaxprEqn, str, list[_Runs], list[_Runs]], None, list[_Runs]]:
     """Evaluates equation by equation, into nested programs.
 

@@ -65,7 +65,7 @@ def render_report(manifest: Manifest, analysis: Analysis) -> str:
     parts += [
         "<h2>Matrix multiplications</h2>",
         _table(
-            ["source", "count", "shapes at 32 rows", "kFLOP a row", "weights"],
+            ["source", "count", "shapes at 32 rows", "kFLOP a row", "right-hand bytes"],
             [
                 (m.source, str(m.count), m.shapes, f"{m.flops / 1e3:,.1f}", _bytes(m.weight_bytes))
                 for m in analysis.matmuls

@@ -11,7 +11,7 @@ import flax
 import jax
 from jax._src import source_info_util  # no public name for an equation's source line
 from jax.extend import core
-from jax.extend.core import ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
+from jax.extend.core import ClosedJaxpr as ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 from xlarank.errors import ModelError, XlarankError
 
