@@ -7,13 +7,13 @@ import pytest
 
 from xlarank import errors
 
-TREE = {name: value for name, value in vars(errors).items() if inspect.isclass(value)}
+TREE: dict[str, type] = {name: value for name, value in vars(errors).items() if inspect.isclass(value)}
 
 
 def drawn():
     """Each exception of the drawing and its parent there."""
     parents, path = {}, []
-    for line in errors.__doc__.splitlines():
+    for line in (errors.__doc__ or "").splitlines():
         if not (match := re.match(r"([ │├└─]*)([A-Z]\w+Error)\b", line)) or not match[1].startswith("    "):
             continue
         depth = len(match[1]) // 4 - 1

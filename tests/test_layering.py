@@ -103,7 +103,7 @@ def imports_of(file, module):
             if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                 names = [argument.value]
         for name in names:
-            yield name, node.lineno, node in type_only
+            yield name, getattr(node, "lineno", 0), node in type_only
 
 
 def violations(root):

@@ -42,8 +42,8 @@ def loaded_after(statement):
 def test_exports_are_sorted_distinct_and_importable(package):
     module = importlib.import_module(package)
     # As ruff sorts: constants, classes, the rest.
-    rank = {name: (not name.isupper(), name[0].islower(), name) for name in module.__all__}
-    assert list(module.__all__) == sorted(set(module.__all__), key=rank.get)
+    ranked = sorted((not name.isupper(), name[0].islower(), name) for name in set(module.__all__))
+    assert list(module.__all__) == [name for _, _, name in ranked]
     for name in module.__all__:
         assert getattr(module, name) is not None
 
