@@ -1,9 +1,11 @@
 """Pooled embedding lookup: the native gather against XLA's gather + sum.
 
 8 tables of 2M x 64 float32 (4 GB), a batch of 512 candidates, 20 ids a bag, uniform ids; both read the same
-memory and use as many threads as the machine has cores. Calls take turns, on ids that no cache still holds.
+memory and use as many threads as the process has cores. Calls take turns, on ids that no cache still holds.
 
     python tools/bench_lookup.py --seconds 10
+
+The last line of the output is a JSON object with every sample.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,24 +38,26 @@ _NUM_ID_SETS = 24
 _BLOCK_ROWS = 1 << 16
 
 
-def measure(seconds: float) -> dict[str, list[float]]:
+def measure(seconds: float, num_rows: int = NUM_ROWS) -> dict[str, Any]:
     """Times both, interleaved.
 
     Args:
       seconds: how long to measure, set-up not counted.
+      num_rows: R of each table.
 
     Returns:
       ``ours_ms`` and ``xla_ms``: milliseconds of each call, pairs in order. Ours holds `Gatherer.bind` and
-      `Gatherer.gather`; XLA's holds the compiled call until its result is ready.
+      `Gatherer.gather`; XLA's holds the compiled call until its result is ready. ``how``: sizes in words.
 
     Raises:
       AssertionError: if the two disagree.
     """
     rng = np.random.default_rng(0)
-    spec = _spec()
-    tables = {table.name: _table(rng) for table in spec.tables}
-    bags = rng.integers(0, NUM_ROWS, (_NUM_ID_SETS, NUM_TABLES, NUM_CANDIDATES, IDS_A_BAG))
-    ours, xla = _ours(spec, tables, bags), _xla(tables, bags)
+    spec = _spec(num_rows)
+    tables = {table.name: _table(rng, num_rows) for table in spec.tables}
+    bags = rng.integers(0, num_rows, (_NUM_ID_SETS, NUM_TABLES, NUM_CANDIDATES, IDS_A_BAG))
+    num_threads = len(os.sched_getaffinity(0))  # what XLA takes for its pool
+    ours, xla = _ours(spec, tables, bags, num_threads), _xla(tables, bags)
     for index in range(_NUM_ID_SETS):
         np.testing.assert_allclose(ours(index), xla(index), rtol=1e-5, atol=1e-5)
     samples: dict[str, list[float]] = {"ours_ms": [], "xla_ms": []}
@@ -63,10 +68,14 @@ def measure(seconds: float) -> dict[str, list[float]]:
         samples["ours_ms"].append(_time_ms(ours, turn % _NUM_ID_SETS))
         samples["xla_ms"].append(_time_ms(xla, (turn + _NUM_ID_SETS // 2) % _NUM_ID_SETS))
         turn += 1
-    return samples
+    how = (
+        f"{NUM_TABLES} tables x {num_rows} x {DIM} float32, batch {NUM_CANDIDATES}, {IDS_A_BAG} ids a bag, "
+        f"uniform, sum, {num_threads} threads each"
+    )
+    return {"how": how, **samples}
 
 
-def _spec() -> ModelSpec:
+def _spec(num_rows: int) -> ModelSpec:
     names = [f"f{i}" for i in range(NUM_TABLES)]
     return ModelSpec.from_dict(
         {
@@ -75,23 +84,25 @@ def _spec() -> ModelSpec:
                 {"name": n, "kind": "id_list", "scope": "candidate", "table": n, "combiner": "sum"}
                 for n in names
             ],
-            "tables": [{"name": n, "dim": DIM, "rows": NUM_ROWS} for n in names],
+            "tables": [{"name": n, "dim": DIM, "rows": num_rows} for n in names],
             "tasks": [{"name": "score"}],
         }
     )
 
 
-def _table(rng: np.random.Generator) -> np.ndarray:
+def _table(rng: np.random.Generator, num_rows: int) -> np.ndarray:
     """[R, D] float32. One random block, repeated: the values cost no time, their addresses do."""
-    table = aligned_empty((NUM_ROWS, DIM), np.float32)
+    table = aligned_empty((num_rows, DIM), np.float32)
     block = rng.standard_normal((_BLOCK_ROWS, DIM), np.float32)
-    for begin in range(0, NUM_ROWS, _BLOCK_ROWS):
-        table[begin : begin + _BLOCK_ROWS] = block[: NUM_ROWS - begin]
+    for begin in range(0, num_rows, _BLOCK_ROWS):
+        table[begin : begin + _BLOCK_ROWS] = block[: num_rows - begin]
     return table
 
 
-def _ours(spec: ModelSpec, tables: dict[str, np.ndarray], bags: np.ndarray) -> Callable[[int], np.ndarray]:
-    gatherer = Gatherer(spec, tables, num_threads=os.cpu_count() or 1, backend="native")
+def _ours(
+    spec: ModelSpec, tables: dict[str, np.ndarray], bags: np.ndarray, num_threads: int
+) -> Callable[[int], np.ndarray]:
+    gatherer = Gatherer(spec, tables, num_threads=num_threads, backend="native")
     bucket = Bucket(NUM_CANDIDATES, 1)
     out = {leaf.name: aligned_empty(leaf.shape(bucket), leaf.dtype) for leaf in gatherer.signature.leaves}
     lengths = np.full(NUM_CANDIDATES, IDS_A_BAG, np.int32)
@@ -137,19 +148,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=10, help="how long to measure")
-    samples = measure(parser.parse_args().seconds)
+    parser.add_argument("--seconds", type=float, default=10, help="how long to measure (%(default)s)")
+    parser.add_argument("--rows", type=int, default=NUM_ROWS, help="rows a table (%(default)s)")
+    args = parser.parse_args()
+    samples = measure(args.seconds, args.rows)
     ours, xla = (statistics.median(samples[name]) for name in ("ours_ms", "xla_ms"))
-    print(
-        json.dumps(
-            {
-                "ours_ms": round(ours, 3),
-                "xla_ms": round(xla, 3),
-                "ratio": round(xla / ours, 2),
-                "calls": len(samples["ours_ms"]),
-            }
-        )
-    )
+    print(f"ours {ours:.3f} ms, XLA {xla:.3f} ms, ratio {xla / ours:.2f}")
+    print(json.dumps(samples))
 
 
 if __name__ == "__main__":

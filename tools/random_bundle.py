@@ -1,0 +1,74 @@
+"""Compiles a config with fresh random weights into a bundle: for benchmarks, which need no trained model.
+
+    python tools/random_bundle.py configs/dcn_v2.toml --out build/models --devices 2
+
+The last line of the output is a JSON object with the bundle's path and what the compiler found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from flax import nnx
+
+from xlarank import device
+from xlarank.compiler import BuildOptions, BuildResult, build
+from xlarank.models import EmbeddingCollection, build_model
+from xlarank.spec.config import load_config
+
+__all__ = ["random_bundle"]
+
+
+def random_bundle(
+    config_file: Path, out: Path, *, num_devices: int, bucket_rows: tuple[int, ...] | None = None
+) -> BuildResult:
+    """Builds a bundle; call it before anything else of the process touches a device.
+
+    Args:
+      config_file: a model whose spec needs no fitting, as `configs/dcn_v2.toml`.
+      out: the repository folder.
+      num_devices: devices to leave compiled code for.
+      bucket_rows: of the ladder; the config's by default.
+
+    Raises:
+      ConfigError: for a config that can't be compiled without training.
+    """
+    device.configure(num_devices=num_devices)
+    config = load_config(config_file)
+    rngs = nnx.Rngs(0)
+    tables = EmbeddingCollection(config.spec, rngs=rngs).to_numpy()
+    model = build_model(config.model, config.spec, config.options, rngs, folders=[config.folder])
+    options = BuildOptions(
+        bucket_rows=bucket_rows or config.bucket_rows,
+        num_devices=num_devices,
+        provenance={"config": config_file.name, "weights": "random"},
+    )
+    return build(model, config.spec, tables, out=out, options=options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="a model's TOML file")
+    parser.add_argument("--out", type=Path, required=True, help="repository folder")
+    parser.add_argument("--devices", type=int, default=1, help="devices to leave compiled code for")
+    parser.add_argument("--buckets", help="row counts such as 8,128,512; the config's by default")
+    args = parser.parse_args()
+    rows = tuple(int(text) for text in args.buckets.split(",")) if args.buckets else None
+    result = random_bundle(args.config, args.out, num_devices=args.devices, bucket_rows=rows)
+    print(
+        json.dumps(
+            {
+                "path": str(result.path),
+                "flops_per_row": result.analysis.flops_per_row,
+                "num_buckets": len(result.manifest.programs),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
