@@ -172,7 +172,7 @@ def edited(path, **changes):
         ("values.scores.like", np.zeros(5, np.float32), r"'values.scores.like': expected float32 of shape"),
         ("values.scores.buy", np.zeros(4, np.float32), r"no place for \['values.scores.buy'\]"),
         ("stranger", np.zeros(4, np.float32), r"no place for \['stranger'\]"),
-        ("feature.item", np.zeros(4, np.float16), r"array 'feature.item': .* got F16"),
+        ("feature.item", np.zeros(4, np.float16), r"'feature.item': expected int64 .*, got float16"),
     ],
 )  # fmt: skip
 def test_a_malformed_column_is_refused_by_file_and_name(spec, tmp_path, name, array, message):

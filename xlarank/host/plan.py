@@ -77,7 +77,7 @@ def _feature(feature: FeatureSpec) -> dict[str, Any]:
         "has_default": has_default,
         "default_value": _float32(feature.default)[0] if has_default else 0.0,
         "operations": _operations(feature),
-        "checks_log1p": _checks_log1p(feature),
+        "checks_log1p": feature.log1p_needs_check,
         "rows_from": _rows_from(feature),
         "hash_seed": feature.hash.seed if feature.hash is not None else 0,
         "vocabulary": vocabulary,
@@ -102,16 +102,6 @@ def _operations(feature: FeatureSpec) -> list[tuple[str, list[float], list[float
         else:
             operations.append(("standardise", _float32(operation.mean), _float32(operation.std)))
     return operations
-
-
-def _checks_log1p(feature: FeatureSpec) -> bool:
-    """Whether `check_contents` looks for values <= -1, as it does unless a clip before log1p lifts them."""
-    for operation in feature.dense_operations:
-        if isinstance(operation, Log1p):
-            return True
-        if isinstance(operation, Clip) and operation.low > -1:
-            return False
-    return False
 
 
 def _float32(values: Any) -> list[float]:

@@ -172,5 +172,7 @@ def _fit_table(table: TableSpec, features: tuple[FeatureSpec, ...], columns: dic
             column = columns[feature.name]
             values = column.values if isinstance(column, Ragged) else column
             assert isinstance(values, np.ndarray)
-            rows = max(rows, 1 + int(values.max(initial=0)))
+            defaults = feature.default if isinstance(feature.default, tuple) else (feature.default,)
+            largest = max((int(id_) for id_ in defaults if id_ is not None), default=0)
+            rows = max(rows, 1 + largest, 1 + int(values.max(initial=0)))
     return dataclasses.replace(table, rows=rows)
