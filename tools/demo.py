@@ -100,7 +100,8 @@ def serving(models: Path, num_devices: int) -> Iterator[dict[str, Any]]:
     )
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
+        with console.status("loading, proving and timing every bucket on every device"):
+            line = process.stdout.readline()
         if not line:
             raise SystemExit(f"the server ended with status {process.wait()} before it was ready")
         yield json.loads(line)
@@ -150,7 +151,7 @@ def ask(address: str, bundle: Path, checkpoint: Path, test: Any) -> None:
         f"largest difference from the Flax reference: {difference:.1e} (at compile time {worst:.1e})"
     )
     console.print(
-        f"latency at {test.num_rows // test.num_requests} candidates, client to client: "
+        f"latency at {test.num_rows // test.num_requests} candidates, measured by the client: "
         f"p50 {p50:.2f} ms, p99 {p99:.2f} ms over {len(milliseconds)} requests"
     )
 
