@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         },
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    # Where nobody watches, a bar leaves but an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("compiling", total=len(BucketLadder.of_rows(rows).buckets))
 
         def on_bucket(bucket: Bucket, number: int, _: int) -> None:

@@ -17,7 +17,7 @@ from xlarank.cli import compile as compile_command
 from xlarank.cli import evaluate, inspect, score, serve, train
 from xlarank.errors import XlarankError
 
-__all__ = ["main", "run"]
+__all__ = ["main", "parse", "run"]
 
 _EPILOG = """\
 example, from data to a server:
@@ -34,7 +34,7 @@ _COMMANDS = (train, compile_command, inspect, score, evaluate, serve)
 
 def run() -> None:
     """Entry point of the console script."""
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -51,6 +51,10 @@ def main(args: argparse.Namespace) -> int:
     except XlarankError as error:
         print(f"xlarank {args.command}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        # A full disk or a folder that may not be written, wherever it shows: the text names the file.
+        print(f"xlarank {args.command}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"xlarank {args.command}: interrupted", file=sys.stderr)
         return 130
@@ -59,7 +63,15 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads a command line for `main`.
+
+    Args:
+      argv: the program's name, the subcommand and its arguments.
+
+    Raises:
+      SystemExit: with 2 and the usage on stderr when they are wrong, with 0 after --help.
+    """
     parser = argparse_flags.ArgumentParser(
         prog="xlarank",
         description="Trains, compiles and serves ranking models written in Flax.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Scores; returns the file and the number of requests and rows."""
     if args.out.suffix not in (".parquet", ".csv"):
         raise ConfigError(f"--out: expected a .parquet or .csv file, got {args.out.name!r}")
+    if not args.out.parent.is_dir():  # before the work, not after it
+        raise ConfigError(f"--out {args.out}: expected a folder to write into, {args.out.parent} is none")
 
     import collections
 
@@ -80,6 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             description="scoring",
             console=Console(stderr=True),
             transient=True,
+            disable=not sys.stderr.isatty(),  # where nobody watches, a bar leaves but an empty line
         )
         for request in requests:
             if len(in_flight) == _WINDOW:

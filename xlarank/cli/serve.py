@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         num_threads=args.threads,
         grace_seconds=args.grace,
     )
+    for what, port in (("grpc", args.port), ("http", args.http_port)):
+        _check_free(what, args.host, port)
     metrics = Metrics()
     repository = ModelRepository.open(
         args.repository,
@@ -109,6 +112,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 )
             stop.wait()
     return ready
+
+
+def _check_free(what: str, host: str, port: int) -> None:
+    """Refuses a port in use before models load; binding it for good, after that, refuses a late comer."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            # As servers do: else a port that one has just left would look taken.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"{what} port {port} on {host}: expected a free port, got {error.strerror or error}"
+        ) from error
 
 
 def _devices(text: str) -> int | None:

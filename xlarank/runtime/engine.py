@@ -15,7 +15,7 @@ import numpy as np
 
 from xlarank import device
 from xlarank.bundle import open_bundle, resolve_bundle
-from xlarank.errors import UnavailableError
+from xlarank.errors import ConfigError, UnavailableError
 from xlarank.host import BoundRequest, Gatherer, Segment
 from xlarank.runtime.batcher import Batch, Batcher, Part
 from xlarank.runtime.loading import Loader, LoadReport
@@ -107,12 +107,16 @@ class Engine:
           VerifyError: if its golden requests get other scores here.
           ConfigError: for devices or options that can't be had.
         """
+        if host_threads is None:
+            host_threads = min(4, len(os.sched_getaffinity(0)))
+        if host_threads < 1:
+            raise ConfigError(f"host_threads must be >= 1; was {host_threads}")
         device.configure(num_devices=num_devices, compile_cache=compile_cache)
         bundle = open_bundle(resolve_bundle(Path(path)))
         loader = Loader(
             bundle,
             devices=device.devices(num_devices if pool is None else pool.num_devices),
-            host_threads=host_threads or min(4, len(os.sched_getaffinity(0))),
+            host_threads=host_threads,
             use_bundle_code=use_bundle_code,
             backend=backend,
             on_progress=on_progress,
@@ -174,14 +178,15 @@ class Engine:
           ConfigError: if the request was made for another model.
         """
         pending = _Pending(self._gatherer.bind(request), self._tasks, time.monotonic())
-        if request.num_candidates == 0:
-            pending.future.set_result(pending.scores)
-            return pending.future
         with self._idle:
             if not self._is_open:
                 raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed")
             self._num_open += 1
         pending.future.add_done_callback(self._on_done)
+        if request.num_candidates == 0:  # nothing to run, but answered and counted like any other
+            pending.started_at = pending.queued_at
+            self._respond(pending)
+            return pending.future
         try:
             self._pool.submit(self, lambda: self._batcher.add(pending, request.num_candidates))
         except UnavailableError as error:
