@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,8 @@ _COMMANDS = (train, compile_command, inspect, score, evaluate, serve)
 
 def run() -> None:
     """Entry point of the console script."""
+    # Before a subcommand imports JAX, by whatever way: jax 0.10.1 logs two long lines at every CPU cache hit.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     app.run(main, flags_parser=parse)
 
 
