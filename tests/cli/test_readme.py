@@ -76,7 +76,7 @@ def test_the_model_of_your_own_is_trained_compiled_and_scored(tmp_path):
         "--out",
         "models",
         "--buckets",
-        "8,64",
+        "8",
         "--json",
     ]
     compiled = json.loads(run("-m", "xlarank.cli", *words, folder=tmp_path).splitlines()[-1])
