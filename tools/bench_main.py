@@ -68,7 +68,7 @@ FULL = Sizes(
 
 SHORT = Sizes(
     note="short form, smaller sizes and fewer repeats than the target is meant for; ",
-    lookup_rows=200_000,
+    lookup_rows=500_000,
     lookup_seconds=3,
     server_turns=3,
     server_seconds=1.5,

@@ -11,9 +11,11 @@ import argparse
 import json
 from pathlib import Path
 
+from xlarank import device  # first: it sets the environment that JAX reads at import
+
+# isort: split
 from flax import nnx
 
-from xlarank import device
 from xlarank.compiler import BuildOptions, BuildResult, build
 from xlarank.models import EmbeddingCollection, build_model
 from xlarank.spec.config import load_config
