@@ -52,8 +52,8 @@ def measure(seconds: float, num_rows: int = NUM_ROWS) -> dict[str, Any]:
     Raises:
       AssertionError: if the two disagree.
     """
-    # As the server runs programs: inline, without the wake-up of a pool thread. Such a thread may also let go of
-    # a shared table last, while Python shuts down, and abort the process.
+    # As the server runs programs: inline, without the wake-up of a pool thread. Such a thread may also let go
+    # of a shared table last, while Python shuts down, and abort the process.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     rng = np.random.default_rng(0)
     spec = _spec(num_rows)

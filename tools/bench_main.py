@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -26,6 +27,10 @@ OUTSTANDING = 3
 SERVER_BUCKETS = (512,)
 """Row counts of the bundle that is served: two requests of 500 candidates never share a batch, so that server
 and executable run the same program."""
+
+MAX_LOAD = 0.5
+"""Load average above which a run says that others' work is in its figures. It favours the server over the
+bare executable, which has fewer threads to claim a share of the CPUs with: even values above 1 come out."""
 
 console = Console()
 
@@ -179,6 +184,10 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="smaller sizes, fewer repeats")
     args = parser.parse_args()
     sizes = SHORT if args.short else FULL
+    load = os.getloadavg()[0]
+    sizes = dataclasses.replace(sizes, note=f"{sizes.note}load average {load:.1f} before the run; ")
+    if load > MAX_LOAD:
+        console.print(f"The machine is busy (load average {load:.1f}): these figures are not final.")
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, console.status("") as status:
         status.update("lookup_vs_xla")
         figures = [lookup_vs_xla(sizes)]
