@@ -24,7 +24,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "dcn_v2.toml"
 NUM_DEVICES = 2
 OUTSTANDING = 3
 
-SERVER_BUCKETS = (512,)
+SERVER_BUCKETS = (128, 512)
 """Row counts of the bundle that is served: two requests of 500 candidates never share a batch, so that server
 and executable run the same program."""
 
