@@ -7,7 +7,6 @@ from pathlib import Path
 
 # Before JAX is imported, by whatever test module comes first, and for the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import hypothesis
 import pytest

@@ -4,7 +4,11 @@ The names below are loaded when they are first used: importing xlarank loads nei
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# jax 0.10.1 logs two long 'SIGILL' lines at every CPU cache hit unless this is set before its import.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 if TYPE_CHECKING:
     from xlarank.compiler import build_bundle

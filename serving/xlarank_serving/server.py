@@ -24,6 +24,10 @@ __all__ = ["RankingServer", "ServerConfig", "stop_on_signals"]
 _MIB = 2**20
 
 
+# For answers on their way out, once every ranking request is done.
+_LAST_GRACE_SECONDS = 1.0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """How a server listens."""
@@ -128,7 +132,8 @@ class RankingServer:
         grace = self._config.grace_seconds if grace_seconds is None else grace_seconds
         self._service.stop_accepting()
         self._health.stop()
-        self._server.stop(grace).wait()
+        self._threads.rank.wait_until_idle(grace)
+        self._server.stop(_LAST_GRACE_SECONDS if grace else 0).wait()
         try:
             self._repository.close()
         finally:
@@ -148,7 +153,10 @@ class RankingServer:
         }
         services[reflection.SERVICE_NAME] = reflection.reflection_handlers(services, self._threads)
         for name, handlers in services.items():
-            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+            generic = grpc.method_handlers_generic_handler(name, handlers)
+            if name == SERVICE_NAME:
+                generic = self._service.gate(handlers, self._threads)
+            self._server.add_generic_rpc_handlers((generic,))
 
     def _bind(self) -> int:
         address = _address(self._config.host, self._config.port)

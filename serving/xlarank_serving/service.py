@@ -15,6 +15,7 @@ from xlarank.errors import UnavailableError
 from xlarank.spec import ContentCheck, ModelSpec, RankRequest
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.codec import ModelCodec
+from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.status import answering, failure_reason
 from xlarank_serving.threads import ServerThreads, on_threads
 
@@ -74,8 +75,26 @@ class InferenceService:
         self._is_stopping = False  # set once, read by any thread
 
     def stop_accepting(self) -> None:
-        """From now on nothing is ready. Requests that were accepted are still answered."""
+        """From now on nothing is ready, and a ranking request that arrives is answered UNAVAILABLE.
+
+        Those that have arrived are still answered.
+        """
         self._is_stopping = True
+
+    def gate(
+        self, handlers: dict[str, grpc.RpcMethodHandler], threads: ServerThreads
+    ) -> grpc.GenericRpcHandler:
+        """The service of `handlers`; it turns ranking requests away from the moment of the stop.
+
+        gRPC itself would leave those that arrive during a stop without an answer, then cancel them, and
+        clients retry on UNAVAILABLE only.
+        """
+        return _Gate(self, grpc.method_handlers_generic_handler(SERVICE_NAME, handlers), threads)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop_accepting` was called."""
+        return self._is_stopping
 
     def handlers(self, threads: ServerThreads) -> dict[str, grpc.RpcMethodHandler]:
         """A handler a method, by name."""
@@ -165,6 +184,26 @@ class InferenceService:
         if codec is None:
             codec = self._codecs[engine] = ModelCodec(engine.spec)
         return codec
+
+
+class _Gate(grpc.GenericRpcHandler):
+    """Looks a method up when its call arrives, before any thread is taken."""
+
+    def __init__(
+        self, service: InferenceService, inner: grpc.GenericRpcHandler, threads: ServerThreads
+    ) -> None:
+        self._service = service
+        self._inner = inner
+        self._refusal = grpc.unary_unary_rpc_method_handler(on_threads(answering(_refuse), threads.control))
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        if self._service.is_stopping and handler_call_details.method == f"/{SERVICE_NAME}/ModelInfer":
+            return self._refusal
+        return self._inner.service(handler_call_details)
+
+
+def _refuse(request: bytes, context: grpc.ServicerContext) -> bytes:
+    raise UnavailableError("the server is stopping")
 
 
 def _installed_version() -> str:

@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import concurrent.futures
+import threading
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ServerThreads", "on_threads"]
+__all__ = ["CountingThreadPool", "ServerThreads", "on_threads"]
 
 _NUM_CONTROL = 4
 _NUM_REFLECTION = 2
+
+
+class CountingThreadPool(concurrent.futures.ThreadPoolExecutor):
+    """A thread pool that can be waited for while it stays open."""
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        super().__init__(num_threads, name)
+        self._changed = threading.Condition()
+        self._num_open = 0  # guarded by _changed: submitted and not yet done
+
+    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future:
+        """As the base class; counts until the work is done."""
+        with self._changed:
+            self._num_open += 1
+        try:
+            future = super().submit(fn, *args, **kwargs)
+        except RuntimeError:  # shut down
+            self._on_done(None)
+            raise
+        future.add_done_callback(self._on_done)
+        return future
+
+    def wait_until_idle(self, timeout_seconds: float) -> bool:
+        """Waits until nothing is open; False when that took too long."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._num_open == 0, timeout_seconds)
+
+    def _on_done(self, _: object) -> None:
+        with self._changed:
+            self._num_open -= 1
+            self._changed.notify_all()
 
 
 class ServerThreads:
@@ -19,7 +52,7 @@ class ServerThreads:
     """
 
     def __init__(self, num_rank_threads: int) -> None:
-        self.rank = concurrent.futures.ThreadPoolExecutor(num_rank_threads, "grpc-rank")
+        self.rank = CountingThreadPool(num_rank_threads, "grpc-rank")
         self.control = concurrent.futures.ThreadPoolExecutor(_NUM_CONTROL, "grpc-control")
         self.reflection = concurrent.futures.ThreadPoolExecutor(_NUM_REFLECTION, "grpc-reflection")
 

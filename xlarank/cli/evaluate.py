@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with _open_target(args) as (spec, config, scorer):
         with console.status("reading data"):
             splits = read_data(config, args.data)
-        with Progress(console=console, transient=True) as progress:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("scoring requests", total=splits.test.num_requests)
             scores = score_requests(
                 splits.test,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -35,8 +34,6 @@ _COMMANDS = (train, compile_command, inspect, score, evaluate, serve)
 
 def run() -> None:
     """Entry point of the console script."""
-    # Before a subcommand imports JAX, by whatever way: jax 0.10.1 logs two long lines at every CPU cache hit.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     app.run(main, flags_parser=parse)
 
 
@@ -46,9 +43,8 @@ def main(args: argparse.Namespace) -> int:
     Returns:
       The exit status: 0, or 1 after an error that is told in one line.
     """
-    absl_logging.set_verbosity(
-        absl_logging.WARNING
-    )  # absl's default, INFO, shows every step of JAX and Orbax
+    # absl's default, INFO, shows every step of JAX and Orbax.
+    absl_logging.set_verbosity(absl_logging.WARNING)
     try:
         result = args.run(args)
     except XlarankError as error:

@@ -3,7 +3,9 @@
 What the compiler proves and what the server runs is this code.
 """
 
-from xlarank.device.platform import (  # first: it sets the environment that JAX reads at import
+from xlarank.device.buffers import BatchBuffers, BufferRing
+from xlarank.device.compiles import CompileCounter
+from xlarank.device.platform import (
     compile_cache_at,
     compiler_options,
     configure,
@@ -13,10 +15,6 @@ from xlarank.device.platform import (  # first: it sets the environment that JAX
     fingerprint,
     seed_compile_cache,
 )
-
-# isort: split
-from xlarank.device.buffers import BatchBuffers, BufferRing
-from xlarank.device.compiles import CompileCounter
 from xlarank.device.replay import GoldenReplay, check_errors, score_errors
 from xlarank.device.replica import Executable, Replica, deserialize_program
 from xlarank.device.timing import measure_profile

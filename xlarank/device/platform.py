@@ -14,9 +14,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# jax 0.10.1 logs two long 'SIGILL' lines at every CPU cache hit unless this is set before its import.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 

@@ -78,8 +78,14 @@ def save(directory: Path | str, config: ModelConfig, trained: TrainedModel, vali
 
 
 def check_destination(directory: Path | str) -> None:
-    """Raises ConfigError when the directory holds something else than a checkpoint to replace."""
+    """Raises ConfigError when a checkpoint can't be written there: nothing is trained in vain.
+
+    The directory may be missing, empty, or hold a checkpoint to replace.
+    """
     directory = Path(directory).absolute()
+    for parent in (directory, *directory.parents):
+        if parent.exists() and not parent.is_dir():
+            raise ConfigError(f"{directory}: expected a folder, {parent} is a file")
     if directory.exists() and not (directory / _SPEC).is_file() and not _is_empty(directory):
         raise ConfigError(
             f"{directory}: expected an empty folder or a checkpoint to replace, got something else"
