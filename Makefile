@@ -5,6 +5,7 @@
 #   make help    all of them
 
 SHELL := /bin/bash
+export PYTHON
 VENV ?= .venv
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 ARTIFACTS ?= artifacts
@@ -14,6 +15,13 @@ PYTEST_FLAGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(wildcard xlarank/host/native/*)
+
+# Another PYTHON than the one that .venv was made with makes it anew.
+ifneq ($(PYTHON),)
+ifneq ($(wildcard $(STAMP)),)
+$(shell test "$$(tools/find_python.sh 2>/dev/null)" = "$$(cat $(STAMP))" || rm -f $(STAMP))
+endif
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format movielens protos bench bench-main clean
@@ -26,9 +34,9 @@ setup: $(STAMP)  ## .venv with xlarank, its kernel and the development tools
 # tools/find_python.sh checks what the machine must have and names what is missing.
 $(STAMP): pyproject.toml $(NATIVE) tools/find_python.sh
 	@python=$$(tools/find_python.sh) && echo "setting up $(VENV) with $$python" && \
-	  "$$python" -m venv $(VENV) && \
-	  $(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
-	@touch $@
+	  "$$python" -m venv --clear $(VENV) && \
+	  $(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[dev]' && \
+	  echo "$$python" >$@
 
 demo: $(STAMP)  ## train, compile, serve and ask a model of a made-up video feed
 	@$(BIN)/python tools/demo.py --artifacts $(ARTIFACTS)/demo

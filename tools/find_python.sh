@@ -29,12 +29,12 @@ echo 'int main() { if (int x = 0; x) return x; return 0; }' |
 
 if [ -n "${PYTHON:-}" ] && [ $# -eq 0 ]; then
   works "$PYTHON" || missing "CPython 3.11 or later with venv and C headers; PYTHON=$PYTHON isn't one"
-  "$PYTHON" -c 'import sys; print(sys.executable)'
+  "$PYTHON" -c 'import os, sys; print(os.path.realpath(sys.executable))'
   exit 0
 fi
 
 versions=${1:-3.20 3.19 3.18 3.17 3.16 3.15 3.14 3.13 3.12 3.11}
-pyenv_root=${PYENV_ROOT:-$HOME/.pyenv}
+pyenv_root=${PYENV_ROOT:-${HOME:-/nonexistent}/.pyenv}
 candidates=$(
   for version in $versions; do
     command -v "python$version" 2>/dev/null || true
@@ -45,7 +45,7 @@ candidates=$(
 while IFS= read -r python; do
   # An executable's name can lie (pyenv's shims): trust what it says of itself.
   if [ -n "$python" ] && works "$python"; then
-    "$python" -c 'import sys; print(sys.executable)'
+    "$python" -c 'import os, sys; print(os.path.realpath(sys.executable))'
     exit 0
   fi
 done <<<"$candidates"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,8 +25,10 @@ __all__ = ["RankingServer", "ServerConfig", "stop_on_signals"]
 _MIB = 2**20
 
 
-# For answers on their way out, once every ranking request is done.
-_LAST_GRACE_SECONDS = 1.0
+# Once every ranking request is done: how long those that still arrive are turned away in words, and how long
+# open streams (a health Watch, reflection) may stay.
+_TURN_AWAY_SECONDS = 0.3
+_LAST_GRACE_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,8 @@ class RankingServer:
         self._service.stop_accepting()
         self._health.stop()
         self._threads.rank.wait_until_idle(grace)
+        if grace:
+            time.sleep(_TURN_AWAY_SECONDS)
         self._server.stop(_LAST_GRACE_SECONDS if grace else 0).wait()
         try:
             self._repository.close()
@@ -201,4 +206,5 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 
 def _address(host: str, port: int) -> str:
+    host = host.removeprefix("[").removesuffix("]")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

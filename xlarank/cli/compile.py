@@ -46,12 +46,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Compiles; returns path, version and what was measured of each bucket."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
     from xlarank import device
     from xlarank.bundle import read_requests
+    from xlarank.cli.console import output_console, progress_console
     from xlarank.compiler import BuildOptions, build
     from xlarank.spec import Bucket, BucketLadder
     from xlarank.spec.config import load_config
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device.configure(num_devices=args.devices)
     config = load_config(args.config)
     rows = args.buckets or config.bucket_rows
-    console = Console(stderr=True)
+    console = progress_console()
     with console.status("reading the checkpoint"):
         module, spec, tables = restore(config, args.checkpoint)
         requests, _ = read_requests(args.golden or args.checkpoint / VALIDATION_FILE, spec)
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{bucket.rows / seconds:,.0f}",
             *errors,
         )
-    Console().print(table)
+    output_console().print(table)
     return {
         "path": str(result.path),
         "model": spec.name,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from xlarank.cli.console import output_console
 from xlarank.errors import ConfigError
 from xlarank.spec import Column, ModelSpec, RankRequest
 from xlarank.spec.config import ModelConfig, load_config
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from xlarank.training.evaluate import evaluate, score_requests
     from xlarank.training.readers import read_data
 
-    console = Console(stderr=args.json)
+    console = output_console(is_json=args.json)
     with _open_target(args) as (spec, config, scorer):
         with console.status("reading data"):
             splits = read_data(config, args.data)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xlarank.bundle import FORMAT_VERSION, Bundle, open_bundle, resolve_bundle
+from xlarank.cli.console import output_console
 from xlarank.spec import FeatureSpec, ModelSpec, Vocabulary, operation_to_dict
 
 __all__ = ["add_parser", "run"]
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     bundle = open_bundle(resolve_bundle(args.bundle), verify=not args.no_verify)
     facts = _facts(bundle, is_verified=not args.no_verify)
-    _show(facts, Console())
+    _show(facts, output_console())
     return facts
 
 

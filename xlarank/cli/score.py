@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from xlarank.cli.console import output_console, progress_console
 from xlarank.errors import ConfigError
 
 __all__ = ["add_parser", "run"]
@@ -55,7 +56,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import pyarrow as pa
     from pyarrow import csv, parquet
-    from rich.console import Console
     from rich.progress import track
 
     from xlarank.bundle import resolve_bundle
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             data.requests(engine.spec),
             total=data.num_requests,
             description="scoring",
-            console=Console(stderr=True),
+            console=progress_console(),
             transient=True,
             disable=not sys.stderr.isatty(),  # where nobody watches, a bar leaves but an empty line
         )
@@ -104,5 +104,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             parquet.write_table(table, args.out)
     except OSError as error:
         raise ConfigError(f"--out {args.out}: {error}") from error
-    Console().print(f"{len(sizes)} requests, {table.num_rows} rows: {args.out}")
+    output_console().print(f"{len(sizes)} requests, {table.num_rows} rows: {args.out}")
     return {"out": str(args.out), "requests": len(sizes), "rows": table.num_rows}

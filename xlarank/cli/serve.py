@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from xlarank.runtime import Metrics, ModelRepository
 
+    args.host = args.host.removeprefix("[").removesuffix("]")
     config = ServerConfig(
         host=args.host,
         port=args.port,
@@ -92,6 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         use_bundle_code=not args.no_bundle_code,
         allow_reference_gather=args.allow_reference_gather,
         metrics=metrics,
+        on_progress=lambda step: print(f"loading {step}", file=sys.stderr, flush=True),
     )
     with stop_on_signals() as stop:
         try:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.console import Console
-
+from xlarank.cli.console import output_console
 from xlarank.spec.config import load_config
 
 __all__ = ["add_parser", "run"]
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from xlarank.training.trainer import EpochReport, train
 
     device.configure()
-    console = Console(stderr=args.json)
+    console = output_console(is_json=args.json)
     config = load_config(args.config)
     checkpoint.check_destination(args.out)
     with console.status("reading data"):

@@ -174,8 +174,10 @@ def _make_cpu_devices(num_devices: int) -> None:
 def _use_compile_cache(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise ConfigError(f"compile cache {folder}: {error.strerror}") from error
+        raise ConfigError(f"compile cache {folder}: can't be written: {error.strerror}") from error
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Every program is worth keeping: start-up is their sum.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xlarank import device
-from xlarank.bundle import list_versions
+from xlarank.bundle import list_versions, open_bundle
 from xlarank.errors import ConfigError, ModelNotFoundError, UnavailableError
 from xlarank.host import native_available
 from xlarank.runtime.engine import Engine
@@ -54,6 +54,10 @@ class ModelRepository:
         if not root.is_dir():
             raise ConfigError(f"repository {root}: expected a folder of models, found none")
         versions = {model: numbers[-1] for model, numbers in list_versions(root).items() if numbers}
+        if not versions and any(path.name.isdigit() for path in (root.resolve(), *root.iterdir())):
+            raise ConfigError(
+                f"repository {root}: expected a folder of models, found a model; serve its parent"
+            )
         if not versions:
             raise ConfigError(
                 f"repository {root}: expected bundles as <model>/<version>, found none; "
@@ -64,6 +68,12 @@ class ModelRepository:
         repository = cls(pool)
         try:
             for model, version in sorted(versions.items()):
+                name = open_bundle(root / model / str(version), verify=False).spec.name
+                if name != model:
+                    raise ConfigError(
+                        f"repository {root}: folder {model!r} holds model {name!r}; clients ask by "
+                        f"folder and metrics count by name, so the two must be equal"
+                    )
                 repository._engines[model] = Engine.load(
                     root / model / str(version),
                     host_threads=host_threads,
