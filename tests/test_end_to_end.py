@@ -91,7 +91,8 @@ class Shell:
                 yield process, json.loads(line)
                 process.send_signal(signal.SIGTERM)
                 _, err = process.communicate(timeout=60)
-                assert (process.returncode, err) == (0, "")
+                assert process.returncode == 0
+                assert [line for line in err.splitlines() if not line.startswith("loading ")] == []
             finally:
                 process.kill()
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import shop
-from flax import nnx
+from flax import linen, nnx
 
 from xlarank.bundle import open_bundle
 from xlarank.compiler import analyze, build_bundle, random_requests, reference_scores
@@ -135,6 +135,53 @@ def test_weights_of_any_dtype_come_through(tmp_path):
     np.testing.assert_allclose(scores["y"], [3 * 0.5 + 1 * 1.5 + 2 * 2.5])
 
 
+def test_scalar_weights_keep_their_shape(tmp_path):
+    spec = ModelSpec(
+        name="scalars",
+        features=(FeatureSpec(name="x", kind="dense", scope="candidate", width=3),),
+        tasks=(TaskSpec(name="y", kind="regression"),),
+    )
+
+    class Scalars(nnx.Module):
+        def __init__(self):
+            self.a, self.b = nnx.Param(jnp.float32(1.0)), nnx.Param(jnp.float32(2.0))
+            self.pick, self.on = nnx.Variable(jnp.int32(1)), nnx.Variable(jnp.array(True))
+
+        def __call__(self, features):
+            weights = jax.nn.softmax(jnp.stack([self.a[...], self.b[...]]))
+            x = features["x"] * weights[self.pick[...]]
+            return {"y": jax.lax.cond(self.on[...], lambda: x.sum(axis=1), lambda: x[:, 0])}
+
+    with Engine.load(build_bundle(Scalars(), spec, {}, out=tmp_path, buckets=[4])) as engine:
+        scores = engine.score(RankRequest(spec, {"x": [[1.0, 2.0, 3.0]]}))
+    np.testing.assert_allclose(scores["y"], [6 * np.exp(2) / (np.exp(1) + np.exp(2))], rtol=1e-6)
+
+
+@pytest.mark.parametrize("keeps_rngs", [True, False])
+def test_a_linen_module_comes_in_through_the_bridge(tmp_path, keeps_rngs):
+    spec = ModelSpec(
+        name="linen",
+        features=(FeatureSpec(name="x", kind="dense", scope="candidate", width=3),),
+        tasks=(TaskSpec(name="y", kind="regression"),),
+    )
+
+    class Linen(linen.Module):
+        @linen.compact
+        def __call__(self, features):
+            hidden = linen.relu(linen.Dense(8)(features["x"]))
+            hidden = linen.Dropout(0.5, deterministic=True)(hidden)
+            return {"y": linen.Dense(1)(hidden)[:, 0]}
+
+    x = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    if keeps_rngs:
+        module = nnx.bridge.ToNNX(Linen(), rngs=nnx.Rngs(0)).lazy_init({"x": x})
+    else:
+        module = nnx.bridge.ToNNX(Linen()).lazy_init({"x": x}, rngs=nnx.Rngs(0))
+    expected = np.asarray(module({"x": x})["y"])
+    with Engine.load(build_bundle(module, spec, {}, out=tmp_path, buckets=[4])) as engine:
+        np.testing.assert_allclose(engine.score(RankRequest(spec, {"x": x}))["y"], expected, atol=1e-5)
+
+
 class BatchMean(shop.Shop):
     def __call__(self, features):
         hidden = self.hidden_of(features)
@@ -173,6 +220,74 @@ def test_a_model_whose_rows_touch_is_refused_with_the_operation(tmp_path, module
     refuse(
         tmp_path, module(rngs=nnx.Rngs(0)), ModelError, r"a row's score depends on other rows.*" + operation
     )
+
+
+class FirstUser(shop.Shop):
+    """The common mistake: the context is the same on every row, so the first row's will do."""
+
+    def __call__(self, features):
+        out = self.out(self.hidden_of(features | {"age": features["age"][:1] + 0 * features["age"]}))
+        return {"click": out[:, 0], "spend": out[:, 1]}
+
+
+class FirstRow(shop.Shop):
+    def __call__(self, features):
+        hidden = self.hidden_of(features)
+        out = self.out(hidden - hidden[0])
+        return {"click": out[:, 0], "spend": out[:, 1]}
+
+
+class NanMaximum(shop.Shop):
+    def __call__(self, features):
+        out = self.out(self.hidden_of(features))
+        return {"click": out[:, 0], "spend": out[:, 1] - jnp.nanmax(features["price"])}
+
+
+class LongestHistory(shop.Shop):
+    def __call__(self, features):
+        out = self.out(self.hidden_of(features))
+        longest = features["history.mask"].sum(axis=1).max()
+        return {"click": out[:, 0] / (1.0 + longest), "spend": out[:, 1]}
+
+
+class AnyDear(shop.Shop):
+    def __call__(self, features):
+        out = self.out(self.hidden_of(features))
+        factor = jax.lax.cond((features["price"] > 30).any(), lambda: 2.0, lambda: 1.0)
+        return {"click": out[:, 0], "spend": out[:, 1] * factor}
+
+
+@pytest.mark.parametrize("module", [FirstUser, FirstRow, NanMaximum, LongestHistory, AnyDear])
+@pytest.mark.parametrize("num_golden", [1, 64])
+def test_rows_that_meet_in_one_row_or_behind_a_guard_are_found_whatever_the_goldens(
+    tmp_path, module, num_golden
+):
+    golden = random_requests(shop.SPEC, num_golden, num_candidates=1)
+    refuse(
+        tmp_path,
+        module(rngs=nnx.Rngs(0)),
+        ModelError,
+        r"a row's score depends on other rows.* crosses rows: \w+ .* at .*(test_build|shop)\.py:\d+",
+        golden=golden,
+    )
+
+
+class Chatty(shop.Shop):
+    def __call__(self, features):
+        jax.debug.print("age {}", features["age"].sum())
+        return super().__call__(features)
+
+
+class Caller(shop.Shop):
+    def __call__(self, features):
+        logits = super().__call__(features)
+        shape = jax.ShapeDtypeStruct(logits["click"].shape, jnp.float32)
+        return {"click": jax.pure_callback(lambda x: x, shape, logits["click"]), "spend": logits["spend"]}
+
+
+class Constant(shop.Shop):
+    def __call__(self, features):
+        return super().__call__(features) | {"spend": 1.0}
 
 
 class Narrow(shop.Shop):
@@ -215,6 +330,9 @@ class Overflowing(shop.Shop):
     ("module", "error", "message"),
     [
         (Narrow, ModelError, r"task 'click' as floats of shape \[B\] .* got float32 of shape \[\d+, 1\]"),
+        (Chatty, ModelError, r"calls back to the host: debug_\w+ at .*test_build\.py:\d+"),
+        (Caller, ModelError, r"calls back to the host: pure_callback at .*test_build\.py:\d+"),
+        (Constant, ModelError, r"task 'spend' as an array \[B\], got float"),
         (Forgetful, ModelError, r"task 'spend' is missing from its answer \['click'\]"),
         (Tuple, ModelError, r"expected a dict of logits by task, got tuple"),
         (Concrete, ModelError, r"can't be traced: TracerBool.* \(at .*test_build\.py:\d+ \(__call__\)\)"),
@@ -233,6 +351,11 @@ def test_wrong_tables_buckets_and_goldens_are_refused(tmp_path):
     refuse(tmp_path, model, ConfigError, "items", tables=tables | {"items": tables["items"][:, :3]})
     refuse(tmp_path, model, ConfigError, "row counts must be an integer .*; was 0", buckets=(0,))
     refuse(tmp_path, model, ConfigError, "golden requests with candidates, got none", golden=[])
+    refuse(tmp_path, model, ConfigError, "golden request 0: expected a RankRequest, got dict", golden=[{}])
+    refuse(tmp_path, model, ConfigError, "tables: expected arrays by table name, got list", tables=[])
+    refuse(tmp_path, model, ConfigError, "spec: expected a ModelSpec, got dict", spec={})
+    refuse(tmp_path, model, ConfigError, "version: expected an integer >= 1, got True", version=True)
+    refuse(tmp_path, model, ConfigError, "expected at least one", buckets=())
     refuse(tmp_path, object(), ModelError, "expected a flax.nnx.Module, got object")
 
 

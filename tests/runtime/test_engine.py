@@ -1,5 +1,6 @@
 """The engine on real bundles: invariances, splitting, closing, zero compiles on the request path."""
 
+import shutil
 import threading
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 
 from xlarank.bundle import open_bundle
 from xlarank.compiler import build_bundle, random_requests
-from xlarank.errors import ConfigError, FeatureError, ModelNotFoundError, UnavailableError
+from xlarank.errors import ConfigError, FeatureError, ModelNotFoundError, RequestError, UnavailableError
 from xlarank.runtime import DevicePool, Engine, Metrics, ModelRepository
 from xlarank.spec import FeatureSpec, ModelSpec, RankRequest, Scope, TaskSpec, take
 
@@ -241,6 +242,20 @@ def test_a_repository_serves_the_latest_version_by_name(repository, tmp_path):
     served.close()
     with pytest.raises(UnavailableError, match=r"'shop' is shutting down"):
         served.engine("shop")
+
+
+def test_a_folder_that_holds_another_model_or_is_a_model_is_refused(repository, tmp_path):
+    shutil.copytree(repository / "shop", tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"folder 'other' holds model 'shop'"):
+        ModelRepository.open(tmp_path)
+    for folder in (repository / "shop", repository / "shop" / "1"):
+        with pytest.raises(ConfigError, match=r"found a model; serve its parent"):
+            ModelRepository.open(folder)
+
+
+def test_something_else_than_a_request_is_refused(engine):
+    with pytest.raises(RequestError, match=r"model 'shop': expected a RankRequest, got dict"):
+        engine.score({"item": [1]})
 
 
 def test_a_bundle_compiled_elsewhere_is_compiled_anew_and_says_so(repository, caplog, monkeypatch):

@@ -284,6 +284,34 @@ def test_stop_answers_what_was_accepted_and_then_closes_the_repository(wire, can
     running.client.close()
 
 
+def test_an_open_watch_does_not_hold_up_a_stop(wire):
+    running = wire.start()
+    watch = health_pb2_grpc.HealthStub(running.channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+    assert next(watch).status == Status.SERVING
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(running.server.stop, 600).result(timeout=60)
+    assert running.repository.is_closed
+    watch.cancel()
+    running.channel.close()
+    running.client.close()
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelMetadata", "ServerLive"])
+@pytest.mark.parametrize("data", [b"\xff" * 50, b"\x0a\x05ab", b"\x0a\x02\xff\xfe"])
+def test_bytes_that_are_no_message_are_the_callers_fault(wire, method, data):
+    running = wire.start()
+    call = running.channel.unary_unary(f"/inference.GRPCInferenceService/{method}")
+    if method == "ServerLive" and data[0] == 0x0A:
+        data = b"\x0a\x7f"
+    with pytest.raises(grpc.RpcError) as caught:
+        call(data, timeout=10)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"expected a {method}Request, got {len(data)} bytes" in caught.value.details()
+    running.server.stop(0)
+    running.channel.close()
+    running.client.close()
+
+
 def test_a_stop_without_grace_cancels_what_is_left(wire, candidates):
     running = wire.start()
     running.engine.hold()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -14,6 +15,7 @@ from xlarank.errors import BundleError
 __all__ = ["Staging"]
 
 _PREFIX = ".tmp-"
+_MAX_TRIES = 100
 
 
 class Staging:
@@ -80,8 +82,12 @@ def sync_path(path: Path) -> None:
 
 
 def _make_locked(model_folder: Path) -> tuple[Path, int | None]:
-    """A new folder and the handle that locks it."""
-    while True:
+    """A new folder and the handle that locks it.
+
+    Raises:
+      FileNotFoundError: if the folder vanishes each time, as below a working directory that was removed.
+    """
+    for _ in range(_MAX_TRIES):
         path = model_folder / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(6)}"
         # Start over if another writer, leaving, removes the empty model folder in between, or takes this one,
         # not locked yet, for an abandoned one.
@@ -99,6 +105,7 @@ def _make_locked(model_folder: Path) -> tuple[Path, int | None]:
             if _is_at(handle, path):
                 return path, handle
             os.close(handle)
+    raise FileNotFoundError(errno.ENOENT, "no folder can be made there", str(model_folder))
 
 
 def _remove_abandoned(model_folder: Path) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
 from xlarank.compiler.split import DenseModel, program_avals, row_program
-from xlarank.compiler.tracing import inner_jaxpr, source_of, trace
+from xlarank.compiler.tracing import equations_of, trace
 from xlarank.spec import Bucket, ModelSpec, RankRequest, Scope, Signature
 
 __all__ = ["Analysis", "LayerCost", "MatmulCost", "TableCost", "analyze"]
@@ -114,7 +115,7 @@ def analyze(
     closed = trace(spec.name, program, program_avals(model, signature, bucket))
     groups: dict[str, list[core.JaxprEqn]] = collections.defaultdict(list)
     elementwise = 0.0
-    for equation, source in _equations(closed.jaxpr, ""):
+    for equation, source in equations_of(closed.jaxpr):
         if equation.primitive.name == "dot_general":
             groups[source].append(equation)
         else:
@@ -129,22 +130,12 @@ def analyze(
     )
 
 
-def _equations(jaxpr: core.Jaxpr, caller: str) -> Iterator[tuple[core.JaxprEqn, str]]:
-    for equation in jaxpr.eqns:
-        source = source_of(equation) or caller
-        inner = inner_jaxpr(equation)
-        if inner is not None:
-            yield from _equations(inner.jaxpr, source)
-        else:
-            yield equation, source
-
-
 def _avals(atoms: Sequence[Any]) -> list[Any]:
     return [atom.aval for atom in atoms]
 
 
 def _is_float(aval: Any) -> bool:
-    return hasattr(aval, "dtype") and np.issubdtype(aval.dtype, np.floating)
+    return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.floating)
 
 
 def _layers(model: DenseModel) -> tuple[LayerCost, ...]:

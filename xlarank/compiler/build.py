@@ -113,7 +113,8 @@ def build_bundle(
       BundleError: if the version exists.
     """
     device.configure()
-    options = BuildOptions(version=version, bucket_rows=tuple(buckets or DEFAULT_ROWS))
+    rows = DEFAULT_ROWS if buckets is None else tuple(buckets)
+    options = BuildOptions(version=version, bucket_rows=rows)
     return build(model, spec, tables, out=Path(out), options=options, golden=golden).path
 
 
@@ -138,6 +139,7 @@ def build(
       golden: requests to prove with.
       on_bucket: told each bucket that is done, its number and how many there are, for progress.
     """
+    _check_arguments(spec, tables, options, golden)
     spec.check_fitted()
     check_tables(spec, tables)
     fingerprint = device.fingerprint()
@@ -149,14 +151,18 @@ def build(
     model = split_module(module)
     analysis = analyze(model, spec, signature, requests)
     scores = reference_scores(module, spec, tables, requests)
-    replay = device.GoldenReplay(Gatherer(spec, tables), requests, scores, ladder.max_rows)
+    gatherer = Gatherer(spec, tables)
+    golden_replay = device.GoldenReplay(gatherer, requests, scores, ladder.max_rows)
+    random = random_requests(spec, seed=1)
+    no_scores = {t.name: [np.zeros(r.num_candidates, np.float32) for r in random] for t in spec.tasks}
+    probes = device.GoldenReplay(gatherer, random, no_scores, ladder.max_rows)
     with BundleWriter(out, spec.name, options.version) as writer:
         writer.add_params(dict(zip(model.names, model.params, strict=True)))
         for table in spec.tables:
             writer.add_table(table.name, tables[table.name])
         rows = {task: np.concatenate(parts) for task, parts in scores.items()}
         writer.add_golden(requests, {"scores": rows})
-        entries = _compile(model, spec, signature, ladder, replay, options, writer, on_bucket)
+        entries = _compile(model, spec, signature, ladder, golden_replay, probes, options, writer, on_bucket)
         writer.add_text("analysis.json", json.dumps(analysis.to_dict(), indent=1))
         manifest = Manifest(
             spec=spec,
@@ -172,12 +178,32 @@ def build(
     return BuildResult(path, open_bundle(path, verify=False).manifest, analysis)
 
 
+def _check_arguments(spec: object, tables: object, options: BuildOptions, golden: object) -> None:
+    """Raises ConfigError for what isn't of the type that `build_bundle` takes."""
+    if not isinstance(spec, ModelSpec):
+        raise ConfigError(f"spec: expected a ModelSpec, got {type(spec).__name__}")
+    if not isinstance(tables, Mapping):
+        raise ConfigError(f"tables: expected arrays by table name, got {type(tables).__name__}")
+    if options.version is not None and type(options.version) is not int:
+        raise ConfigError(f"version: expected an integer >= 1, got {options.version!r}")
+    for number, request in enumerate(golden if isinstance(golden, Sequence) else ()):
+        if not isinstance(request, RankRequest):
+            raise ConfigError(
+                f"golden request {number}: expected a RankRequest, got {type(request).__name__}"
+            )
+        if request.spec is not spec and request.spec != spec:
+            raise ConfigError(
+                f"golden request {number}: was made for another spec than model {spec.name!r}'s"
+            )
+
+
 def _compile(
     model: DenseModel,
     spec: ModelSpec,
     signature: Signature,
     ladder: BucketLadder,
-    replay: device.GoldenReplay,
+    golden: device.GoldenReplay,
+    probes: device.GoldenReplay,
     options: BuildOptions,
     writer: BundleWriter,
     on_bucket: Callable[[Bucket, int, int], None] | None,
@@ -200,11 +226,12 @@ def _compile(
                 bucket,
                 replicas[0],
                 program,
-                replay,
+                golden,
+                probes,
                 buffers,
                 options.precision.tolerance,
             )
-            profile = device.measure_profile(replicas[0], replay, buffers)
+            profile = device.measure_profile(replicas[0], golden, buffers)
             entries.append(
                 ProgramEntry(
                     bucket=bucket,

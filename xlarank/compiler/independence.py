@@ -1,4 +1,4 @@
-"""Finds the operation through which one row of a batch reaches another."""
+"""Proves that no row of a batch reaches another, and finds the operation through which one does."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from jax.extend import core
 
 from xlarank.compiler.split import RowProgram
 from xlarank.compiler.tracing import inner_jaxpr, source_of, trace
-from xlarank.spec import Bucket, Scope, Signature
+from xlarank.device import Replica
+from xlarank.errors import ModelError
+from xlarank.spec import REQUEST_OF_ROW, Bucket, ModelSpec, Scope, Signature
 
-__all__ = ["find_crossing"]
+__all__ = ["Poison", "check_rows_independent", "find_crossing"]
 
 _MAX_TRIES = 8
 
@@ -33,8 +35,91 @@ class _Runs:
 
     def is_crossed(self) -> bool:
         """Whether some element changed in both runs: it depends on two rows."""
+        if jnp.issubdtype(jnp.result_type(self.clean), jax.dtypes.extended):
+            return False  # the key of a random number generator, which isn't made of numbers
         clean = np.asarray(self.clean)
         return bool((_differs(clean, self.first) & _differs(clean, self.second)).any())
+
+
+@dataclasses.dataclass(frozen=True)
+class Poison:
+    """What one candidate, or one context, is replaced with."""
+
+    scope: Scope
+    """candidate: a row; context: a request of the batch."""
+
+    index: int
+    """Its number."""
+
+    value: float
+    """Of every float. NaN spreads furthest, but maxima and guards may swallow it; finite ones don't."""
+
+    mask: bool
+    """Of every position of its sequences."""
+
+    def __str__(self) -> str:
+        return f"{self.value:g} in {self.scope.value} {self.index}"
+
+    def may_change(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
+        """[B] bool: the rows that may change with it."""
+        request_of_row = leaves["request_of_row"]
+        owners = np.arange(len(request_of_row)) if self.scope is Scope.CANDIDATE else request_of_row
+        return owners == self.index
+
+    def applied(self, signature: Signature, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The leaves with it; arrays that it touches are copies."""
+        poisoned = dict(leaves)
+        for leaf in signature.leaves:
+            if leaf.scope is self.scope and leaf.name != REQUEST_OF_ROW:
+                array = np.array(leaves[leaf.name])
+                array[self.index] = self.mask if leaf.dtype == "bool" else self.value
+                poisoned[leaf.name] = array
+        return poisoned
+
+
+# One after the other: what spreads, what wins a maximum, what wins a minimum, what empties a sequence.
+_DOSES = ((float("nan"), True), (1e6, True), (-1e6, False), (0.0, False))
+
+
+def check_rows_independent(
+    spec: ModelSpec,
+    signature: Signature,
+    bucket: Bucket,
+    replica: Replica,
+    program: RowProgram,
+    leaves: Mapping[str, np.ndarray],
+) -> None:
+    """Poisons the first, a middle and the last row and context; no other row's score may change by a bit.
+
+    Args:
+      spec: the model.
+      signature: layout of the leaves.
+      bucket: B and Q.
+      replica: holds the bucket's executable, as it will serve.
+      program: what it was compiled from, to name the operation.
+      leaves: a valid, full batch.
+
+    Raises:
+      ModelError: names the operation through which rows meet.
+    """
+    clean = {task: scores.copy() for task, scores in replica.run(bucket, leaves).items()}
+    for scope, num in ((Scope.CANDIDATE, bucket.rows), (Scope.CONTEXT, bucket.requests)):
+        for index in sorted({0, num // 2, num - 1}):
+            for value, mask in _DOSES:
+                poison = Poison(scope, index, value, mask)
+                others = ~poison.may_change(leaves)
+                if not others.any():
+                    continue
+                poisoned = replica.run(bucket, poison.applied(signature, leaves))
+                for task, scores in poisoned.items():
+                    if not np.array_equal(clean[task][others], scores[others], equal_nan=True):
+                        prepared = replica.executables[bucket].prepared
+                        crossing = find_crossing(program, prepared, signature, bucket, leaves, poison)
+                        raise ModelError(
+                            f"model {spec.name!r}, task {task!r}: a row's score depends on other rows of the "
+                            f"batch ({poison} changed them in bucket {bucket}); a row may depend on its own "
+                            f"candidate and context alone. What crosses rows: {crossing}"
+                        )
 
 
 def find_crossing(
@@ -43,9 +128,9 @@ def find_crossing(
     signature: Signature,
     bucket: Bucket,
     leaves: Mapping[str, np.ndarray],
-    scope: Scope,
+    poison: Poison,
 ) -> str:
-    """Runs the program op by op with one row poisoned, then another; the first value that both reach is it.
+    """Runs the program op by op, poisoned, then poisoned elsewhere; the first value that both reach is it.
 
     Args:
       program: of the bucket.
@@ -53,30 +138,22 @@ def find_crossing(
       signature: layout of the leaves.
       bucket: B and Q.
       leaves: a valid, full batch.
-      scope: whether candidates or contexts are poisoned.
+      poison: one that changed rows which it may not change.
 
     Returns:
       The operation's name, the shapes it reads and writes and the line of the model's source.
     """
-    num = bucket.rows if scope is Scope.CANDIDATE else bucket.requests
-    victim = num // 2
-    # Rows may be mixed in groups only, so several second victims are tried, nearest first.
-    others = sorted(set(range(num)) - {victim}, key=lambda row: abs(row - victim))[:_MAX_TRIES]
 
-    def arguments(row: int | None) -> list[Any]:
-        batch = dict(leaves)
-        for leaf in signature.leaves:
-            if row is not None and leaf.scope is scope and leaf.dtype == "float32":
-                batch[leaf.name] = np.array(leaves[leaf.name])
-                batch[leaf.name][row] = np.nan
+    def arguments(batch: Mapping[str, np.ndarray]) -> tuple[Any, ...]:
         context = tuple(batch[leaf.name] for leaf in signature.context_leaves)
         candidate = tuple(batch[leaf.name] for leaf in signature.candidate_leaves)
-        return [tuple(prepared), context, candidate, batch["request_of_row"]]
+        return tuple(prepared), context, candidate, batch[REQUEST_OF_ROW]
 
-    closed = trace("", program, tuple(arguments(None)))
-    clean, first = jax.tree.leaves(arguments(None)), jax.tree.leaves(arguments(victim))
-    for other in others:
-        second = jax.tree.leaves(arguments(other))
+    closed = trace("", program, arguments(leaves))
+    clean = jax.tree.leaves(arguments(leaves))
+    first = jax.tree.leaves(arguments(poison.applied(signature, leaves)))
+    for other in _elsewhere(poison, leaves):
+        second = jax.tree.leaves(arguments(other.applied(signature, leaves)))
         runs = [_Runs(*map(jnp.asarray, values)) for values in zip(clean, first, second, strict=True)]
         for equation, source, inputs, outputs in _walk(closed, runs, ""):
             if any(output.is_crossed() for output in outputs):
@@ -84,6 +161,14 @@ def find_crossing(
                 wrote = ", ".join(str(list(np.shape(value.clean))) for value in outputs)
                 return f"{equation.primitive.name} ({read} -> {wrote}) at {source}"
     return "not found op by op; it appears only in the compiled program"
+
+
+def _elsewhere(poison: Poison, leaves: Mapping[str, np.ndarray]) -> list[Poison]:
+    """Candidates that a poison may not reach; rows may meet in groups, so the nearest come first."""
+    rows = np.flatnonzero(~poison.may_change(leaves))
+    own = np.flatnonzero(poison.may_change(leaves))
+    nearest = rows[np.argsort(np.abs(rows - own[0]), kind="stable")][:_MAX_TRIES]
+    return [dataclasses.replace(poison, scope=Scope.CANDIDATE, index=int(row)) for row in nearest]
 
 
 def _walk(

@@ -16,7 +16,6 @@ from xlarank.spec import MASK_SUFFIX, Bucket, FeatureKind, ModelSpec, Signature,
 __all__ = [
     "DenseModel",
     "RowProgram",
-    "activation_shapes",
     "program_avals",
     "row_program",
     "scores_of",
@@ -62,29 +61,21 @@ def split_module(module: nnx.Module) -> DenseModel:
         raise ModelError(f"{type(module).__name__} holds {len(leaves)} arrays in {len(names)} variables")
 
     def apply(params: tuple[jax.Array, ...], features: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        merged = nnx.merge(graph, rng_state, jax.tree.unflatten(structure, list(params)))
+        # A copy: a module that draws random numbers counts its draws in place, in the trace's own state.
+        own_rng_state = jax.tree.map(lambda leaf: leaf, rng_state)
+        merged = nnx.merge(graph, own_rng_state, jax.tree.unflatten(structure, list(params)))
         return merged(dict(features))  # type: ignore[operator]
 
-    return DenseModel(names, tuple(np.ascontiguousarray(leaf) for leaf in leaves), apply)
+    return DenseModel(names, tuple(_as_weight(leaf) for leaf in leaves), apply)
+
+
+def _as_weight(leaf: object) -> np.ndarray:
+    """As JAX sees it (a Python float is float32); scalars stay scalars."""
+    return np.asarray(jnp.asarray(leaf), order="C")
 
 
 def _key(key: object) -> object:
     return getattr(key, "key", getattr(key, "name", key))
-
-
-def activation_shapes(spec: ModelSpec, num_rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the module is called with at `num_rows` rows, by name (DESIGN §3)."""
-    shapes: dict[str, jax.ShapeDtypeStruct] = {}
-    for feature in spec.features:
-        if feature.kind is FeatureKind.SEQUENCE:
-            length = feature.max_length or 0
-            dim = spec.table_of(feature).dim
-            shapes[feature.name] = jax.ShapeDtypeStruct((num_rows, length, dim), jnp.float32)
-            shapes[feature.name + MASK_SUFFIX] = jax.ShapeDtypeStruct((num_rows, length), jnp.bool_)
-        else:
-            width = spec.table_of(feature).dim if feature.is_lookup else feature.width
-            shapes[feature.name] = jax.ShapeDtypeStruct((num_rows, width), jnp.float32)
-    return shapes
 
 
 def scores_of(spec: ModelSpec, logits: Mapping[str, jax.Array], num_rows: int) -> dict[str, jax.Array]:
@@ -104,6 +95,11 @@ def scores_of(spec: ModelSpec, logits: Mapping[str, jax.Array], num_rows: int) -
                 f"model {spec.name!r}: task {task.name!r} is missing from its answer {sorted(logits)}"
             )
         logit = logits[task.name]
+        if not isinstance(logit, jax.Array):
+            raise ModelError(
+                f"model {spec.name!r}: expected logits of task {task.name!r} as an array [B], got "
+                f"{type(logit).__name__}"
+            )
         if logit.shape != (num_rows,) or not jnp.issubdtype(logit.dtype, jnp.floating):
             raise ModelError(
                 f"model {spec.name!r}: expected logits of task {task.name!r} as floats of shape [B] = "

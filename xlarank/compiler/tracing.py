@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax
@@ -15,7 +16,7 @@ from jax.extend.core import ClosedJaxpr as ClosedJaxpr  # pyright: ignore[report
 
 from xlarank.errors import ModelError, XlarankError
 
-__all__ = ["ClosedJaxpr", "inner_jaxpr", "source_of", "trace"]
+__all__ = ["ClosedJaxpr", "authors_code", "equations_of", "inner_jaxpr", "source_of", "trace"]
 
 
 def _folder(file: str | None) -> str:
@@ -40,17 +41,47 @@ def trace(model: str, program: Callable, avals: tuple[Any, ...]) -> ClosedJaxpr:
     Raises:
       ModelError: with the reason and the line of the author's source, whatever the module raised.
     """
+    with authors_code(f"model {model!r} can't be traced"), jax.default_matmul_precision("highest"):
+        closed = jax.make_jaxpr(program)(*avals)
+    for equation, source in equations_of(closed.jaxpr):
+        if "callback" in equation.primitive.name or equation.primitive.name == "debug_print":
+            raise ModelError(
+                f"model {model!r} calls back to the host: {equation.primitive.name} at {source}; "
+                f"take it out, a served program runs on the device alone"
+            )
+    return closed
+
+
+@contextlib.contextmanager
+def authors_code(what_failed: str) -> Iterator[None]:
+    """Runs a model author's code, which may raise anything.
+
+    Raises:
+      ModelError: with the reason and the line of the author's source.
+    """
     try:
-        with jax.default_matmul_precision("highest"):
-            return jax.make_jaxpr(program)(*avals)
+        yield
     except XlarankError:
         raise
-    except Exception as error:  # the author's code may raise anything
+    except Exception as error:
         reason = " ".join(str(error).split("See https://")[0].split())
+        hint = ""
+        if isinstance(error, (jax.errors.TracerBoolConversionError, jax.errors.ConcretizationTypeError)):
+            hint = "; a model's operations may depend on shapes, not on values"
         raise ModelError(
-            f"model {model!r} can't be traced: {type(error).__name__}: {reason} "
-            f"(at {_line_of(error)}); a model's operations may depend on shapes, not on values"
+            f"{what_failed}: {type(error).__name__}: {reason} (at {_line_of(error)}){hint}"
         ) from error
+
+
+def equations_of(jaxpr: core.Jaxpr, caller: str = "") -> Iterator[tuple[core.JaxprEqn, str]]:
+    """Equations in order, into nested calls, each with its line of source (in JAX's own the caller's)."""
+    for equation in jaxpr.eqns:
+        source = source_of(equation) or caller
+        inner = inner_jaxpr(equation)
+        if inner is not None:
+            yield from equations_of(inner.jaxpr, source)
+        else:
+            yield equation, source
 
 
 def source_of(equation: core.JaxprEqn) -> str:

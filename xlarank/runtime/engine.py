@@ -15,7 +15,7 @@ import numpy as np
 
 from xlarank import device
 from xlarank.bundle import open_bundle, resolve_bundle
-from xlarank.errors import ConfigError, UnavailableError
+from xlarank.errors import ConfigError, RequestError, UnavailableError
 from xlarank.host import BoundRequest, Gatherer, Segment
 from xlarank.runtime.batcher import Batch, Batcher, Part
 from xlarank.runtime.loading import Loader, LoadReport
@@ -177,6 +177,11 @@ class Engine:
           UnavailableError: if the engine is closed.
           ConfigError: if the request was made for another model.
         """
+        if not isinstance(request, RankRequest):
+            raise RequestError(
+                f"model {self.spec.name!r}: expected a RankRequest, got {type(request).__name__}; "
+                f"engine.request(features) makes one"
+            )
         pending = _Pending(self._gatherer.bind(request), self._tasks, time.monotonic())
         with self._idle:
             if not self._is_open:
