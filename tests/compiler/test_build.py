@@ -257,7 +257,14 @@ class AnyDear(shop.Shop):
         return {"click": out[:, 0], "spend": out[:, 1] * factor}
 
 
-@pytest.mark.parametrize("module", [FirstUser, FirstRow, NanMaximum, LongestHistory, AnyDear])
+class AnyPositive(shop.Shop):
+    def __call__(self, features):
+        out = self.out(self.hidden_of(features))
+        factor = jax.lax.cond((features["price"] > 0).any(), lambda: 2.0, lambda: 1.0)
+        return {"click": out[:, 0], "spend": out[:, 1] * factor}
+
+
+@pytest.mark.parametrize("module", [FirstUser, FirstRow, NanMaximum, LongestHistory, AnyDear, AnyPositive])
 @pytest.mark.parametrize("num_golden", [1, 64])
 def test_rows_that_meet_in_one_row_or_behind_a_guard_are_found_whatever_the_goldens(
     tmp_path, module, num_golden

@@ -5,7 +5,7 @@ from __future__ import annotations
 from xlarank.compiler.independence import check_rows_independent
 from xlarank.compiler.split import RowProgram
 from xlarank.device import BatchBuffers, GoldenReplay, Replica, check_errors, score_errors
-from xlarank.spec import Bucket, ModelSpec, Signature, Tolerance
+from xlarank.spec import REQUEST_OF_ROW, Bucket, ModelSpec, Signature, Tolerance
 
 __all__ = ["verify_bucket"]
 
@@ -45,6 +45,11 @@ def verify_bucket(
     for batches in (probes, golden):
         batches.fill(leaves, bucket, bucket.rows)
         check_rows_independent(spec, signature, bucket, replica, program, leaves)
+    # All rows alike: one that differs decides every `any`, `all` and comparison over the batch.
+    for leaf in signature.leaves:
+        if leaf.name != REQUEST_OF_ROW:
+            leaves[leaf.name][:] = leaf.dtype == "bool"
+    check_rows_independent(spec, signature, bucket, replica, program, leaves)
     worst = dict.fromkeys((task.name for task in spec.tasks), 0.0)
     fills = sorted({1, 2, bucket.rows // 2, bucket.rows - 1, bucket.rows} & set(range(1, bucket.rows + 1)))
     batches = [(num_rows, start) for start, num_rows in enumerate(fills)]
