@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from xlarank.host import native_available
+
 _PROGRAM = """
 import sys
 sys.modules["xlarank.host._native"] = None  # as if it weren't built
@@ -32,6 +34,10 @@ try:
 except ConfigError as error:
     print(error)
 """
+
+
+def test_the_kernel_is_built_so_that_no_test_of_it_is_skipped_unseen():
+    assert native_available()
 
 
 def test_everything_works_in_numpy_with_one_warning():

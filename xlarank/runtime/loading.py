@@ -38,7 +38,7 @@ class LoadReport:
     compiled anew."""
 
     max_error: dict[str, float]
-    """Largest golden error by task, over buckets and devices."""
+    """Largest error by task of the golden rows replayed: up to 4 full batches a bucket, on every device."""
 
 
 @dataclasses.dataclass(frozen=True)
