@@ -172,15 +172,6 @@ class Manifest:
         programs = [program.file for program in self.programs]
         return tuple(dict.fromkeys([PARAMS_FILE, GOLDEN_FILE, *tables, *prepares, *programs]))
 
-    def program_for(self, bucket: Bucket) -> ProgramEntry:
-        """The program of a bucket; raises BundleError when there is none."""
-        for program in self.programs:
-            if program.bucket == bucket:
-                return program
-        raise BundleError(
-            f"model {self.spec.name!r} has no program for bucket {bucket}; it has {self.ladder}"
-        )
-
     def to_json(self) -> str:
         """The text of manifest.json, with its digest."""
         return render(

@@ -83,11 +83,6 @@ class BucketLadder:
         """Most rows that one batch can hold; larger requests are split."""
         return self.buckets[-1].rows
 
-    @functools.cached_property
-    def max_requests(self) -> int:
-        """Most requests that one batch can hold."""
-        return max(bucket.requests for bucket in self.buckets)
-
     def bucket_for(self, num_rows: int, num_requests: int) -> Bucket:
         """Smallest bucket that holds both; raises BucketError when none does."""
         for bucket in self.buckets:
