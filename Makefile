@@ -24,7 +24,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format movielens protos bench bench-main clean
+.PHONY: help setup demo test check format movielens protos bench bench-main bench-compiler clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -61,9 +61,13 @@ protos: $(STAMP)  ## generate the gRPC code anew
 
 bench: $(STAMP)  ## short form of every benchmark → bench/short/
 	@$(BIN)/python tools/bench_main.py --short --out bench/short/main.json
+	@$(BIN)/python tools/bench_compiler.py --short --out bench/short/compiler.json
 
 bench-main: $(STAMP)  ## figures of the main path → bench/main.json
 	@$(BIN)/python tools/bench_main.py --out bench/main.json
+
+bench-compiler: $(STAMP)  ## figures of the compiler's passes and tuning → bench/compiler.json
+	@$(BIN)/python tools/bench_compiler.py --out bench/compiler.json --movielens $(MOVIELENS_DIR)
 
 clean:  ## remove what make made, but data/
 	rm -rf $(VENV) $(ARTIFACTS) bench build

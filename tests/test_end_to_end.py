@@ -109,7 +109,8 @@ def chain(tmp_path_factory):
         folder=shell.folder,
         train=shell.result("train", "feed.toml", *data, "--out", "checkpoint"),
         compile=shell.result(
-            "compile", "feed.toml", "--checkpoint", "checkpoint", "--out", "models", "--devices", "2"
+            *("compile", "feed.toml", "--checkpoint", "checkpoint", "--out", "models", "--devices", "2"),
+            *("--precision", "float32", "--tune-seconds", "10", "--explain"),
         ),
         inspect=shell.result("inspect", "models/feed"),
         score=shell.result("score", "models/feed/1", *data, "--out", "scores.parquet", "--devices", "2"),
@@ -158,7 +159,9 @@ def test_every_bucket_is_compiled_timed_and_proven(chain):
     assert (chain.compile["model"], chain.compile["version"]) == ("feed", 1)
     assert chain.compile["path"] == "models/feed/1"
     buckets = {(b["rows"], b["requests"]) for b in chain.compile["buckets"]}
-    assert buckets == {(8, 1), (8, 8), (64, 1), (64, 2), (64, 64)}
+    dropped = {(b["rows"], b["requests"]) for b in chain.compile["dropped_buckets"]}
+    assert buckets | dropped == {(8, 1), (8, 8), (64, 1), (64, 2), (64, 64)}
+    assert not buckets & dropped
     for bucket in chain.compile["buckets"]:
         assert bucket["seconds"]["cpu"] > 0
         assert set(bucket["max_error"]) == {"finish", "share"}
@@ -168,8 +171,9 @@ def test_every_bucket_is_compiled_timed_and_proven(chain):
 def test_inspect_says_what_compile_wrote(chain):
     shown = chain.inspect
     assert (shown["model"], shown["version"], shown["verified"]) == ("feed", 1, True)
-    names = ("rows", "requests", "seconds", "max_error")
-    assert [{name: b[name] for name in names} for b in shown["buckets"]] == chain.compile["buckets"]
+    names = ("rows", "requests", "form", "precision", "seconds", "max_error", "p99_error")
+    told = [[{name: b[name] for name in names} for b in said["buckets"]] for said in (shown, chain.compile)]
+    assert told[0] == told[1]
     features = {f["name"]: f for f in shown["features"]}
     assert list(features) == [f.name for f in load_config(chain.folder / "feed.toml").spec.features]
     assert features["country"]["scope"] == "context"
@@ -218,7 +222,7 @@ def test_checkpoint_bundle_and_server_are_judged_alike(chain, server):
         for task, entry in report["tasks"].items():
             assert {"auc", "gauc", "log_loss", "normalised_entropy", "baseline"} <= set(entry)
             for name in ("auc", "gauc", "log_loss", "normalised_entropy"):
-                assert math.isclose(entry[name], chain.of_checkpoint["tasks"][task][name], abs_tol=1e-6)
+                assert math.isclose(entry[name], chain.of_checkpoint["tasks"][task][name], abs_tol=1e-5)  # one pair of rows in another order
             assert entry["baseline"]["auc"] == chain.of_checkpoint["tasks"][task]["baseline"]["auc"]
 
 

@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 
-from xlarank.bundle import BundleWriter, Form, Manifest, ProgramEntry
-from xlarank.spec import Bucket, ModelSpec, RankRequest, Tolerance
+from xlarank.bundle import BundleWriter, Manifest, ProgramEntry
+from xlarank.spec import Bucket, ErrorBudget, ModelSpec, RankRequest, Tolerance
 
 BUCKETS = (Bucket(4, 1), Bucket(4, 4), Bucket(8, 8))
 PARAMS = {
@@ -61,16 +61,21 @@ def tiny_manifest(tiny_spec):
         programs=tuple(
             ProgramEntry(
                 bucket=bucket,
-                form="wide" if bucket.requests == 1 else "plain",
+                form="hoisted, wide" if bucket.requests == 1 else "plain",
+                prepared=(2, 0) if bucket.requests == 1 else (1,),
                 file=f"programs/{bucket}.bin",
                 precision="float32",
                 max_error={"like": 1e-7, "stay": 2e-6},
+                p99_error={"like": 1e-8, "stay": 1e-6},
                 seconds={"cpu": bucket.rows / 1000, "gpu": 1e-4},
             )
             for bucket in BUCKETS
         ),
-        forms={"plain": Form(), "wide": Form("programs/prepare-wide.bin")},
         params=tuple(PARAMS),
+        prepare="programs/prepare.bin",
+        num_prepared=3,
+        budget=ErrorBudget(1e-3, 1e-4),
+        architecture="a1b2",
         tolerance=Tolerance(1e-5, 2e-5),
         provenance={"created": "2026-01-02T03:04:05Z", "xlarank": "0.1.0", "config": 'name = "tïny"\n'},
         fingerprint={"jax": "0.12.0", "device": "cpu"},
@@ -86,7 +91,7 @@ def fill(tiny_golden, tiny_manifest):
             assert (
                 writer.add_program(f"{bucket}.bin", f"program {bucket}".encode()) == f"programs/{bucket}.bin"
             )
-        writer.add_program("prepare-wide.bin", b"\x00\xff")
+        writer.add_program("prepare.bin", b"\x00\xff")
         writer.add_params(PARAMS)
         for name, table in TABLES.items():
             writer.add_table(name, table)

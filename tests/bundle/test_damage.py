@@ -19,7 +19,7 @@ FILES = (
     "programs/4x1.bin",
     "programs/4x4.bin",
     "programs/8x8.bin",
-    "programs/prepare-wide.bin",
+    "programs/prepare.bin",
     "report.html",
     "tables/items.npy",
     "tables/users.npy",

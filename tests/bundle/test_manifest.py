@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from xlarank.bundle import FORMAT_VERSION, FileDigest, Form, Manifest
+from xlarank.bundle import FORMAT_VERSION, FileDigest, Manifest
 from xlarank.bundle.document import render
 from xlarank.errors import BundleError, ConfigError
 from xlarank.spec import Bucket
@@ -32,19 +32,19 @@ def test_a_manifest_reads_back_equal_and_renders_the_same(published):
     read = Manifest.from_json(text.encode())
     assert read == published
     assert read.to_json() == text
-    assert json.loads(text)["format_version"] == FORMAT_VERSION == 1
+    assert json.loads(text)["format_version"] == FORMAT_VERSION == 2
 
 
-@pytest.mark.parametrize("version", [0, 2, 999, "1", None, True, 1.0])
+@pytest.mark.parametrize("version", [0, 1, 999, "2", None, True, 2.0])
 def test_an_unknown_format_version_is_refused_before_anything_else(published, version):
     data = json.dumps({"format_version": version, "spec": "of another time"}).encode()
     with pytest.raises(
-        BundleError, match=rf"m\.json: format version {version!r}; this xlarank reads version 1"
+        BundleError, match=rf"m\.json: format version {version!r}; this xlarank reads version 2"
     ):
         Manifest.from_json(data, file="m.json")
     document = json.loads(published.to_json())
     del document["format_version"]
-    with pytest.raises(BundleError, match="format version None; this xlarank reads version 1"):
+    with pytest.raises(BundleError, match="format version None; this xlarank reads version 2"):
         Manifest.from_json(render(document).encode())
 
 
@@ -57,8 +57,8 @@ def test_an_unknown_format_version_is_refused_before_anything_else(published, ve
         (b"[" * 100_000, "no JSON document"),
         (b'{"format_version": NaN}', "NaN is no JSON number"),
         (b'{"format_version": ' + b"1" * 5000 + b"}", "no JSON document"),
-        (b'{"format_version": 1, "digest": "x", "a": 1e999}', "damaged or edited: Out of range"),
-        (b'{"format_version": 1}', "damaged or edited: its digest says None"),
+        (b'{"format_version": 2, "digest": "x", "a": 1e999}', "damaged or edited: Out of range"),
+        (b'{"format_version": 2}', "damaged or edited: its digest says None"),
     ],
 )
 def test_what_is_no_manifest_is_refused(data, message):
@@ -110,7 +110,7 @@ FILE = "params.safetensors"
     [
         (put("colour", value=1), r"m\.json: unknown keys \['colour'\]"),
         (put("programs", 0, "colour", value=1), r"m\.json: programs\[0\]: unknown keys \['colour'\]"),
-        (put("forms", "wide", "colour", value=1), r"forms\['wide'\]: unknown keys"),
+        (put("budget", "colour", value=1), r"budget: unknown keys"),
         (put("tolerance", "colour", value=1), r"tolerance: unknown keys"),
         (put("files", FILE, "colour", value=1), r"files\['params.safetensors'\]: unknown keys"),
         (put("spec", "colour", value=1), r"spec: model: unknown keys \['colour'\]"),
@@ -127,18 +127,26 @@ FILE = "params.safetensors"
         (put("programs", 0, "rows", value=0), r"expected 1 <= requests <= rows"),
         (put("programs", 2, "rows", value=4), r"program 4x8|requests <= rows"),
         (put("programs", 1, "requests", value=1), r"expected distinct ascending buckets, got 4x1, 4x1, 8x8"),
-        (put("programs", 0, "form", value="tall"), r"program 4x1: form 'tall' is not of the forms"),
+        (put("programs", 0, "prepared", value=[3]), r"program 4x1: prepared must be places in \[0, 3\); was \[3\]"),
+        (put("programs", 0, "prepared", value=[True]), r"'prepared': expected integers, got True"),
+        (put("programs", 0, "form", value=3), r"'form': expected str, got 3"),
+        (put("unused_features", value=["nobody"]), r"unused_features \['nobody'\] are no features"),
+        (put("activations", value="float8"), r"activations must be float32 or bfloat16; was 'float8'"),
+        (put("num_prepared", value=2), r"prepared must be places in \[0, 2\); was \[2, 0\]"),
+        (put("budget", "max_auc_loss", value=0), r"error budget: max_auc_loss must be > 0; was 0"),
+        (drop("architecture"), r"'architecture' is missing"),
         (put("programs", 0, "file", value="4x1.bin"), r"program 4x1: expected a path under programs/"),
         (put("programs", 0, "file", value="programs/4x4.bin"), r"'programs/4x4.bin' is another bucket's"),
-        (put("programs", 0, "precision", value=""), r"expected the name of a precision policy"),
+        (put("programs", 0, "precision", value=""), r"precision must be one of"),
         (put("programs", 0, "max_error", "like", value=-1), r"expected finite errors >= 0"),
         (put("programs", 0, "max_error", "like", value="0"), r"max_error: 'like': expected a finite number"),
         (put("programs", 0, "max_error", "like", value=10**400), r"'like': expected a finite number"),
         (drop("programs", 0, "max_error", "like"), r"expected max_error of \['like', 'stay'\], got {'stay'"),
         (put("programs", 0, "seconds", "cpu", value=0), r"expected finite seconds > 0"),
         (drop("programs", 1, "seconds", "gpu"), r"program 4x4: expected seconds for \['cpu', 'gpu'\]"),
-        (put("forms", "wide", "prepare", value="../p"), r"expected a path inside the bundle, got '../p'"),
-        (put("forms", "wide", "prepare", value=3), r"'prepare': expected str, got 3"),
+        (drop("programs", 0, "p99_error", "like"), r"expected p99_error of \['like', 'stay'\], got {'stay'"),
+        (put("prepare", value="../p"), r"expected a path inside the bundle, got '../p'"),
+        (put("prepare", value=3), r"'prepare': expected str, got 3"),
         (put("params", value=["a", "a"]), r"params must be distinct"),
         (put("params", value=["a", 1]), r"'params': expected strings, got 1"),
         (put("tolerance", "probability", value=0), r"tolerance: expected values > 0"),
@@ -168,8 +176,8 @@ def test_a_value_that_is_missing_ill_typed_or_contradictory_is_refused_by_name(p
 def test_a_manifest_made_in_memory_is_checked_as_one_read(tiny_manifest):
     with pytest.raises(ConfigError, match="provenance: expected strings, got 'rows': 3"):
         dataclasses.replace(tiny_manifest, provenance={"rows": 3})
-    with pytest.raises(ConfigError, match="program 4x1: form 'wide' is not of the forms"):
-        dataclasses.replace(tiny_manifest, forms={"plain": Form()})
+    with pytest.raises(ConfigError, match="without prepare, num_prepared must be that of the params, 3; was 4"):
+        dataclasses.replace(tiny_manifest, prepare=None, num_prepared=4)
     with pytest.raises(ConfigError, match=r"program 4x1: expected finite seconds > 0, got \{'cpu': inf}"):
         dataclasses.replace(tiny_manifest.programs[0], seconds={"cpu": math.inf})
     with pytest.raises(ConfigError, match="version must be >= 0; was -1"):
@@ -181,6 +189,7 @@ def test_errors_and_seconds_may_be_numpy_numbers(tiny_manifest):
         tiny_manifest.programs[0],
         bucket=Bucket(2, 1),
         max_error={"like": np.float32(0.5), "stay": np.float64(0.25)},
+        p99_error={"like": np.float32(0.5), "stay": np.float64(0.25)},
         seconds={"cpu": np.float32(2.0), "gpu": 1},
     )
     manifest = dataclasses.replace(tiny_manifest, programs=(program,))
@@ -190,3 +199,10 @@ def test_errors_and_seconds_may_be_numpy_numbers(tiny_manifest):
 def test_a_number_that_json_has_not_is_refused_in_writing():
     with pytest.raises(ConfigError, match="manifest: not a JSON value: Out of range float"):
         render({"format_version": FORMAT_VERSION, "seconds": math.inf})
+
+
+def test_a_load_may_show_the_tolerance_in_float32_and_twice_the_proven_error_below(tiny_manifest):
+    wide = tiny_manifest.programs[0]
+    assert tiny_manifest.error_limits(wide) == {"like": 1e-5, "stay": 2e-5}
+    low = dataclasses.replace(wide, precision="int8", max_error={"like": 0.004, "stay": 1e-4})
+    assert tiny_manifest.error_limits(low) == {"like": 0.008, "stay": 1e-3}

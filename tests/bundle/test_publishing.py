@@ -18,8 +18,8 @@ from xlarank.errors import BundleError, ConfigError
 PUBLISHER = """
 import sys
 import numpy as np
-from xlarank.bundle import BundleWriter, Form, Manifest, ProgramEntry
-from xlarank.spec import Bucket, ModelSpec, RankRequest, Tolerance
+from xlarank.bundle import BundleWriter, Manifest, ProgramEntry
+from xlarank.spec import Bucket, ErrorBudget, ModelSpec, RankRequest, Tolerance
 
 repository, count = sys.argv[1], int(sys.argv[2])
 spec = ModelSpec.from_dict({
@@ -36,10 +36,11 @@ for number in range(count):
         print("staged", flush=True)
         if number == 0:
             sys.stdin.readline()
-        program = ProgramEntry(bucket=Bucket(1, 1), form="plain", file=file, precision="float32",
-                               max_error={"like": 0.0}, seconds={})
-        print(writer.publish(Manifest(spec=spec, programs=(program,), forms={"plain": Form()}, params=(),
-                                      tolerance=Tolerance(), provenance={}, fingerprint={})), flush=True)
+        program = ProgramEntry(bucket=Bucket(1, 1), form="plain", prepared=(), file=file, precision="float32",
+                               max_error={"like": 0.0}, p99_error={"like": 0.0}, seconds={})
+        manifest = Manifest(spec=spec, programs=(program,), params=(), num_prepared=0, tolerance=Tolerance(),
+                            budget=ErrorBudget(), architecture="", provenance={}, fingerprint={})
+        print(writer.publish(manifest), flush=True)
 """
 
 
@@ -200,7 +201,7 @@ def test_params_and_tables_of_any_memory_order_are_written_right(tiny_golden, ti
     with BundleWriter(tmp_path, "tiny") as writer:
         for program in tiny_manifest.programs:
             writer.add_program(os.path.basename(program.file), b"p")
-        writer.add_program("prepare-wide.bin", b"p")
+        writer.add_program("prepare.bin", b"p")
         writer.add_params(params)
         writer.add_table("users", wide[:, ::2])
         writer.add_table("items", np.asfortranarray(wide[:5, 3:4]))

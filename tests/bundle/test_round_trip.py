@@ -16,7 +16,7 @@ EXPECTED_FILES = {
     "programs/4x1.bin",
     "programs/4x4.bin",
     "programs/8x8.bin",
-    "programs/prepare-wide.bin",
+    "programs/prepare.bin",
     "report.html",
     "tables/items.npy",
     "tables/users.npy",
@@ -31,7 +31,7 @@ def test_a_published_bundle_reads_back_as_it_was_written(publish, tmp_path, tiny
     assert bundle.path == path
     assert bundle.spec == tiny_manifest.spec
     assert manifest.version == 1
-    for field in ("programs", "forms", "params", "tolerance", "provenance", "fingerprint"):
+    for field in ("programs", "params", "prepare", "num_prepared", "tolerance", "budget", "architecture", "provenance", "fingerprint"):
         assert getattr(manifest, field) == getattr(tiny_manifest, field), field
     assert set(manifest.files) == EXPECTED_FILES
     assert set(manifest.cache_files) == {"cache/jit_f-0123-cache", "cache/more/x"}
@@ -40,8 +40,8 @@ def test_a_published_bundle_reads_back_as_it_was_written(publish, tmp_path, tiny
         b"program 4x4",
         b"program 8x8",
     ]
-    assert bundle.prepare("plain") is None
-    assert bundle.prepare("wide") == b"\x00\xff"
+    assert bundle.prepare() == b"\x00\xff"
+    assert bundle.text("report.html") == "<p>größer</p>"
     requests, values = bundle.golden()
     assert [request.num_candidates for request in requests] == [2, 3]
     np.testing.assert_array_equal(requests[1].column("user"), tiny_golden[0][1].column("user"))
@@ -87,9 +87,13 @@ def test_numpy_reads_a_table_too(publish):
     )
 
 
-def test_an_unknown_form_is_refused(publish):
-    with pytest.raises(BundleError, match=r"tiny/1: no form 'tall'; it has \['plain', 'wide'\]"):
-        open_bundle(publish()).prepare("tall")
+def test_a_text_that_is_not_there_or_no_text_is_refused(publish):
+    bundle = open_bundle(publish())
+    with pytest.raises(BundleError, match=r"tiny/1/tuning.json: can't be read: No such file"):
+        bundle.text("tuning.json")
+    (bundle.path / "tuning.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(BundleError, match="tuning.json: expected UTF-8"):
+        bundle.text("tuning.json")
 
 
 def test_one_thread_or_many_and_no_verification_read_the_same(publish):
@@ -112,11 +116,11 @@ def test_a_bundle_may_have_no_tables_no_params_and_no_cache(tmp_path, tiny_manif
             "tasks": [{"name": "like"}],
         }
     )
-    program = dataclasses.replace(tiny_manifest.programs[1], max_error={"like": 0}, seconds={})
+    program = dataclasses.replace(tiny_manifest.programs[1], max_error={"like": 0}, p99_error={"like": 0}, seconds={})
     manifest = dataclasses.replace(tiny_manifest, spec=spec, programs=(program,), params=())
     with BundleWriter(tmp_path, "bare", 41) as writer:
         writer.add_program("4x4.bin", b"p")
-        writer.add_program("prepare-wide.bin", b"p")
+        writer.add_program("prepare.bin", b"p")
         writer.add_params({})
         writer.add_golden(
             [RankRequest(spec, {"x": [1.0]})], {"scores": {"like": np.full(1, 0.5, np.float32)}}

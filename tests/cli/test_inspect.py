@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from xlarank.bundle import BundleWriter, Form, Manifest, ProgramEntry
+from xlarank.bundle import BundleWriter, Manifest, ProgramEntry
 from xlarank.cli import inspect
 from xlarank.errors import BundleError
-from xlarank.spec import Bucket, ModelSpec, RankRequest, Tolerance
+from xlarank.spec import Bucket, ErrorBudget, ModelSpec, RankRequest, Tolerance
 
 
 @pytest.fixture
@@ -56,9 +56,11 @@ def bundle_path(tmp_path):
             ProgramEntry(
                 bucket=bucket,
                 form="plain",
+                prepared=(0, 1),
                 file=writer.add_program(f"{bucket}.bin", bytes(bucket.rows)),
                 precision="float32",
                 max_error={"like": 2.5e-7, "stay": 0.0},
+                p99_error={"like": 2e-7, "stay": 0.0},
                 seconds={"cpu": bucket.rows / 1024},
             )
             for bucket in (Bucket(8, 1), Bucket(2048, 1))
@@ -72,8 +74,10 @@ def bundle_path(tmp_path):
             Manifest(
                 spec=spec,
                 programs=programs,
-                forms={"plain": Form()},
                 params=("w", "b"),
+                num_prepared=2,
+                budget=ErrorBudget(),
+                architecture="a1b2",
                 tolerance=Tolerance(),
                 provenance={"created": "2026-01-02T03:04:05Z"},
                 fingerprint={"jax": "0.12.0"},
@@ -111,6 +115,7 @@ def test_the_json_holds_what_the_bundle_holds(bundle_path):
         "precision": "float32",
         "program_bytes": 2048,
         "max_error": {"like": 2.5e-7, "stay": 0.0},
+        "p99_error": {"like": 2e-7, "stay": 0.0},
         "seconds": {"cpu": 2.0},
     }
     assert facts["params"] == {"arrays": 2, "values": 20}

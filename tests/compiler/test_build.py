@@ -1,6 +1,5 @@
 """From a module to a bundle: what is published is proven, what can't be proven is refused."""
 
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from flax import linen, nnx
 
 from xlarank.bundle import open_bundle
 from xlarank.compiler import analyze, build_bundle, random_requests, reference_scores
+from xlarank.compiler.program import Traces
 from xlarank.compiler.split import split_module
 from xlarank.errors import BundleError, ConfigError, ModelError, VerifyError
 from xlarank.runtime import Engine
@@ -54,13 +54,10 @@ def test_a_bundle_scores_as_the_model_computed_by_hand(built):
 
 def test_every_bucket_has_a_proven_and_timed_program(built):
     manifest = open_bundle(built[0]).manifest
-    assert [entry.bucket for entry in manifest.programs] == [
-        Bucket(4, 1),
-        Bucket(4, 4),
-        Bucket(64, 1),
-        Bucket(64, 2),
-        Bucket(64, 64),
-    ]
+    buckets = [entry.bucket for entry in manifest.programs]
+    everything = [Bucket(4, 1), Bucket(4, 4), Bucket(64, 1), Bucket(64, 2), Bucket(64, 64)]
+    assert set(buckets) <= set(everything)
+    assert {Bucket(4, 4), Bucket(64, 64)} <= set(buckets), "any mix of requests fits"
     for entry in manifest.programs:
         assert set(entry.max_error) == {"click", "spend"}
         assert max(entry.max_error.values()) <= 1e-5
@@ -78,7 +75,7 @@ def test_versions_ascend_and_an_explicit_one_is_kept(built, tmp_path):
 
 def test_the_report_shows_buckets_layers_and_tables(built):
     report = (built[0] / "report.html").read_text()
-    for text in ("hidden", "items", "tags", "Matrix multiplications", "shop.py"):
+    for text in ("hidden", "items", "tags", "shop.py"):
         assert text in report
     assert "http://" not in report.replace("http://www.w3.org", "")
     assert "<script src" not in report
@@ -87,7 +84,7 @@ def test_the_report_shows_buckets_layers_and_tables(built):
 def test_flops_and_parameters_are_those_of_the_layers(built):
     _, model, _ = built
     requests = random_requests(shop.SPEC, 8)
-    found = analyze(split_module(model), shop.SPEC, Signature.of_model(shop.SPEC), requests)
+    found = analyze(Traces(split_module(model), shop.SPEC), Signature.of_model(shop.SPEC), requests)
     width = 1 + 8 + 8 + 5 + 2
     assert found.num_parameters == (width * 32 + 32) + 4 * 32 + (32 * 2 + 2)
     assert sum(matmul.flops for matmul in found.matmuls) == 2 * (width * 32 + 32 * 2)
@@ -212,7 +209,6 @@ class Neighbours(shop.Shop):
     [
         (BatchMean, r"reduce_sum \(.*\) at .*test_build\.py:\d+.*BatchMean"),
         (Listwise, r"reduce_max \(\[8\] -> \[\]\) at .*test_build\.py:\d+.*Listwise"),
-        (TrainingNorm, r"(reduce_sum|reduce_max|dot_general) .* at .*shop\.py:\d+"),
         (Neighbours, r"(add|add_any) .* at .*test_build\.py:\d+.*Neighbours"),
     ],
 )
@@ -336,14 +332,24 @@ class Overflowing(shop.Shop):
 @pytest.mark.parametrize(
     ("module", "error", "message"),
     [
-        (Narrow, ModelError, r"task 'click' as floats of shape \[B\] .* got float32 of shape \[\d+, 1\]"),
+        (
+            Narrow,
+            ModelError,
+            r"task 'click' as floats of shape \[B\] .* got float32 of shape \[\d+, 1\]; it comes from slice at "
+            r".*test_build\.py:\d+ \(Narrow.__call__\)",
+        ),
+        (
+            TrainingNorm,
+            ModelError,
+            r"writes to its variable 'norm.mean' when it scores: \w+ at .*shop\.py:\d+.*; a served program",
+        ),
         (Chatty, ModelError, r"calls back to the host: debug_\w+ at .*test_build\.py:\d+"),
         (Caller, ModelError, r"calls back to the host: pure_callback at .*test_build\.py:\d+"),
         (Constant, ModelError, r"task 'spend' as an array \[B\], got float"),
         (Forgetful, ModelError, r"task 'spend' is missing from its answer \['click'\]"),
         (Tuple, ModelError, r"expected a dict of logits by task, got tuple"),
         (Concrete, ModelError, r"can't be traced: TracerBool.* \(at .*test_build\.py:\d+ \(__call__\)\)"),
-        (Drifting, VerifyError, r"task 'click', bucket 8x1 .* differ from the reference by"),
+        (Drifting, VerifyError, r"task 'click', bucket 8x8 .* form 'plain', over all golden rows: .* differ from the reference by"),
         (Overflowing, ModelError, r"task 'spend': the reference score of golden request 0 is"),
     ],
 )
@@ -372,4 +378,5 @@ def test_the_compiled_programs_hold_no_weights(built):
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     sizes = [file.stat().st_size for file in (path / "programs").iterdir()]
     assert max(sizes) < 30_000 + num_bytes / 4
-    assert re.fullmatch(r"plain-64x64\.stablehlo", sorted(f.name for f in (path / "programs").iterdir())[-1])
+    names = {file.name for file in (path / "programs").iterdir()}
+    assert {"64x64.stablehlo", "prepare.stablehlo"} <= names

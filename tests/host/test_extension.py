@@ -27,6 +27,9 @@ request = RankRequest(spec, {"item": [6, 9]}, check=gatherer.check)
 out = {leaf.name: aligned_empty(leaf.shape(Bucket(2, 1)), leaf.dtype) for leaf in gatherer.signature.leaves}
 gatherer.gather([Segment(gatherer.bind(request), 0, 2)], Bucket(2, 1), out)
 assert out["candidate"].tolist() == [[5, 6], [1, 2]]
+halves = {leaf.name: aligned_empty(leaf.shape(Bucket(2, 1)), leaf.dtype)
+          for leaf in Gatherer(spec, tables, activations="bfloat16").signature.leaves}
+assert (halves["candidate"].dtype.name, halves["candidate"].nbytes) == ("bfloat16", 8)
 assert split_bytes_tensor(b"\\x01\\0\\0\\0a").to_bytes() == [b"a"]
 assert hash_int64(np.array([1]), 0).dtype == np.uint64
 try:

@@ -21,6 +21,8 @@ from xlarank.spec import (
 )
 
 needs_native = pytest.mark.skipif(not native_available(), reason="the native kernel isn't built")
+BACKENDS = ["numpy", pytest.param("native", marks=needs_native)]
+ACTIVATIONS = ["float32", "bfloat16"]
 
 WORDS = ["", "a", "ab", "naïve", "x" * 31, "y" * 32, "z" * 33, "w" * 100]
 DIMS = [1, 2, 3, 4, 5, 8, 12, 16, 17, 31, 48, 64, 100, 129, 260]
@@ -141,51 +143,99 @@ def rows_of(parts):
 
 def assert_equal(ours, expected):
     assert ours.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_array_equal(ours[name], expected[name], err_msg=name, strict=True)
+    for name, values in expected.items():
+        assert (ours[name].dtype, ours[name].shape) == (values.dtype, values.shape)
+        # As bits: -0 is not 0, and a NaN is itself.
+        np.testing.assert_array_equal(ours[name].view(np.uint8), values.view(np.uint8), err_msg=name)
 
 
 @needs_native
+@pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("seed", range(60))
-def test_the_kernel_equals_the_numpy_reference_bit_for_bit(seed, gather):
+def test_the_kernel_equals_the_numpy_reference_bit_for_bit(seed, activations, gather):
     rng = np.random.default_rng(seed)
     spec = random_spec(rng)
     tables, parts = random_tables(rng, spec), random_parts(rng, spec)
     bucket = Bucket(rows_of(parts) + seed % 3, len(parts) + seed % 2 if seed % 3 else len(parts))
-    native = gather(Gatherer(spec, tables, backend="native"), parts, bucket)
-    assert_equal(native, gather(Gatherer(spec, tables, backend="numpy"), parts, bucket))
+    native = gather(Gatherer(spec, tables, backend="native", activations=activations), parts, bucket)
+    numpy = gather(Gatherer(spec, tables, backend="numpy", activations=activations), parts, bucket)
+    assert_equal(native, numpy)
 
 
 @needs_native
+@pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set_gives_the_same_bits(isa, gather):
+def test_every_instruction_set_gives_the_same_bits(isa, activations, gather):
     for seed in range(100, 115):
         rng = np.random.default_rng(seed)
         spec = random_spec(rng)
         tables, parts = random_tables(rng, spec), random_parts(rng, spec)
-        gatherer = Gatherer(spec, tables, backend="native")
+        gatherer = Gatherer(spec, tables, backend="native", activations=activations)
         try:
             gatherer._kernel = native_plan(spec, gatherer.signature, tables, 1, isa=isa)
         except ValueError as error:
             pytest.skip(str(error))
-        expected = gather(Gatherer(spec, tables, backend="numpy"), parts, Bucket(64, 8))
-        assert_equal(gather(gatherer, parts, Bucket(64, 8)), expected)
+        reference = Gatherer(spec, tables, backend="numpy", activations=activations)
+        assert_equal(gather(gatherer, parts, Bucket(64, 8)), gather(reference, parts, Bucket(64, 8)))
 
 
 @needs_native
+@pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("num_threads", [2, 5])
-def test_threads_never_change_a_bit(num_threads, gather):
+def test_threads_never_change_a_bit(num_threads, activations, gather):
     for seed in range(200, 206):
         rng = np.random.default_rng(seed)
         spec = random_spec(rng)
         tables = random_tables(rng, spec)
         parts = random_parts(rng, spec, num_requests=6, most=400)  # more than is done inline
         bucket = Bucket(rows_of(parts) + 300, 8)
-        alone = gather(Gatherer(spec, tables, backend="native"), parts, bucket)
-        assert_equal(gather(Gatherer(spec, tables, num_threads=num_threads), parts, bucket), alone)
+        alone = gather(Gatherer(spec, tables, backend="native", activations=activations), parts, bucket)
+        threaded = Gatherer(spec, tables, num_threads=num_threads, activations=activations)
+        assert_equal(gather(threaded, parts, bucket), alone)
 
 
-@pytest.mark.parametrize("backend", ["numpy", pytest.param("native", marks=needs_native)])
+@needs_native
+def test_a_bfloat16_batch_is_the_float32_batch_rounded(gather):
+    for seed in range(210, 220):
+        rng = np.random.default_rng(seed)
+        spec = random_spec(rng)
+        tables = random_tables(rng, spec)
+        parts = random_parts(rng, spec, num_requests=6, most=400)  # more than is rounded at once
+        bucket = Bucket(rows_of(parts) + 9, 8)
+        rounded = Gatherer(spec, tables, backend="native", activations="bfloat16")
+        expected = {
+            name: values.astype(rounded.signature.leaf_by_name[name].dtype)
+            for name, values in gather(Gatherer(spec, tables, backend="native"), parts, bucket).items()
+        }
+        assert_equal(gather(rounded, parts, bucket), expected)
+
+
+@needs_native
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("seed", range(500, 540))
+def test_unused_features_change_nothing_but_where_the_others_lie(seed, activations, gather):
+    rng = np.random.default_rng(seed)
+    spec = random_spec(rng)
+    tables, parts = random_tables(rng, spec), random_parts(rng, spec)
+    share = rng.choice([0.2, 0.6, 1.0], p=[0.5, 0.4, 0.1])
+    unused = [feature.name for feature in spec.features if rng.random() < share]
+    bucket = Bucket(rows_of(parts) + seed % 3, len(parts))
+    full = Gatherer(spec, tables, backend="native", activations=activations)
+    reduced = Gatherer(spec, tables, backend="native", unused=unused, activations=activations)
+    reference = Gatherer(spec, tables, backend="numpy", unused=unused, activations=activations)
+    ours, whole = gather(reduced, parts, bucket), gather(full, parts, bucket)
+    assert_equal(ours, gather(reference, parts, bucket))
+    assert reduced.signature.slots.keys() == full.signature.slots.keys() - set(unused)
+    for name, slot in reduced.signature.slots.items():
+        before = full.signature.slots[name]
+        np.testing.assert_array_equal(
+            ours[slot.leaf][..., slot.begin : slot.end], whole[before.leaf][..., before.begin : before.end]
+        )
+    for name in ours.keys() - {slot.leaf for slot in reduced.signature.slots.values()}:
+        np.testing.assert_array_equal(ours[name], whole[name])  # masks and request_of_row
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", range(300, 310))
 def test_the_parts_of_a_request_equal_the_whole(backend, seed, gather):
     rng = np.random.default_rng(seed)
@@ -204,7 +254,7 @@ def test_the_parts_of_a_request_equal_the_whole(backend, seed, gather):
         np.testing.assert_array_equal(values, expected, err_msg=name)
 
 
-@pytest.mark.parametrize("backend", ["numpy", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_neighbours_and_padding_never_change_a_row(backend, gather):
     for seed in range(400, 410):
         rng = np.random.default_rng(seed)

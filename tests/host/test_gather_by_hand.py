@@ -1,5 +1,9 @@
 """The gather of a small model, worked out by hand, and what it refuses."""
 
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -134,6 +138,69 @@ def test_ids_changed_after_the_check_never_read_outside_a_table(backend, outputs
         gatherer.gather([Segment(bound, 0, 2)], Bucket(2, 1), outputs(gatherer, Bucket(2, 1)))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ids_of_an_unused_feature_are_never_resolved(backend, gather):
+    spec = item_model()
+    ids = np.array([1, 2])
+    gatherer = Gatherer(spec, {"t": TABLES["small"]}, backend=backend, unused=["item"])
+    request = RankRequest(spec, {"item": ids}, check=gatherer.check)
+    ids[1] = 2**40  # the gather of a used one refuses it, as above
+    out = gather(gatherer, [(request, 0, 2)], Bucket(3, 1))
+    np.testing.assert_array_equal(out.pop("request_of_row"), [0, 0, 0])
+    assert out == {}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_request_is_checked_whole_whatever_is_unused(backend):
+    spec = item_model()
+    gatherer = Gatherer(spec, {"t": TABLES["small"]}, backend=backend, unused=["item"])
+    with pytest.raises(FeatureError, match=r"feature 'item': expected ids in \[0, 4\)"):
+        RankRequest(spec, {"item": [1, 4]}, check=gatherer.check)
+
+
+_READS_FORBIDDEN_MEMORY = """
+import mmap, sys
+import numpy as np
+from xlarank.host import Gatherer, Segment, aligned_empty
+from xlarank.spec import Bucket, ModelSpec, RankRequest
+lookups = {
+    "user": {"kind": "id", "scope": "context"},
+    "seen": {"kind": "sequence", "scope": "context", "max_length": 3},
+    "tags": {"kind": "id_list", "scope": "candidate", "combiner": "mean"},
+}
+spec = ModelSpec.from_dict({
+    "name": "m",
+    "features": [{"name": "age", "kind": "dense", "scope": "candidate"},
+                 *({"name": name, "table": "t", **fields} for name, fields in lookups.items())],
+    "tables": [{"name": "t", "dim": 2, "rows": 4}],
+    "tasks": [{"name": "like"}],
+})
+memory = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0)  # whoever reads it dies
+table = np.frombuffer(memory, np.float32, 8).reshape(4, 2)
+request = RankRequest(spec, {"user": 1, "seen": [[1, 2]], "tags": [[3]], "age": [7.0]})
+for unused in (lookups, set(lookups) - {sys.argv[2]}):
+    gatherer = Gatherer(spec, {"t": table}, backend=sys.argv[1], unused=unused)
+    leaves = gatherer.signature.leaves
+    out = {leaf.name: aligned_empty(leaf.shape(Bucket(1, 1)), leaf.dtype) for leaf in leaves}
+    gatherer.gather([Segment(gatherer.bind(request), 0, 1)], Bucket(1, 1), out)
+    print(out["candidate"].tolist(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("used", ["user", "seen", "tags"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_table_of_unused_features_is_never_read(backend, used):
+    result = subprocess.run(
+        [sys.executable, "-c", _READS_FORBIDDEN_MEMORY, backend, used],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    # The second gather reads it for one feature, which shows that reading would be seen.
+    assert (result.stdout, result.returncode) == ("[[7.0]]\n", -signal.SIGSEGV), result.stderr
+
+
 @needs_native
 def test_valid_columns_of_other_dtypes_are_bound(gather):
     spec = item_model(dtype="string", preprocessing=["hash"])
@@ -155,3 +222,9 @@ def test_tables_and_arguments_are_checked():
         Gatherer(SPEC, TABLES, num_threads=0)
     with pytest.raises(ConfigError, match=r"backend must be .*; was 'gpu'"):
         Gatherer(SPEC, TABLES, backend="gpu")
+    with pytest.raises(ConfigError, match="activations must be 'float32' or 'bfloat16'; was 'float16'"):
+        Gatherer(SPEC, TABLES, activations="float16")
+    with pytest.raises(
+        ConfigError, match=r"model 'm': unused: expected names of its features, got \['aged'\]"
+    ):
+        Gatherer(SPEC, TABLES, unused=["aged", "age"])

@@ -86,6 +86,23 @@ def test_histogram_buckets_are_cumulative_and_their_bounds_inclusive(metrics, fe
     assert value(metrics, f"{name}_sum") == pytest.approx(100_050_030, rel=1e-12)
 
 
+def test_accepted_requests_are_counted_by_their_candidates(metrics, feed):
+    for num_candidates in (1, 2, 3, 8, 9, 500, 500, 4096, 4097):
+        feed.record_accepted(num_candidates)
+    name = "xlarank_request_candidates"
+
+    def up_to(bound):
+        return value(metrics, f"{name}_bucket", f'{{le="{bound}",model="feed",version="3"}}')
+
+    bounds = (1, 2, 4, 8, 16, 384, 512, 2048, 4096, "+Inf")
+    assert [up_to(bound) for bound in bounds] == [1, 2, 3, 4, 5, 5, 7, 7, 8, 9]
+    assert value(metrics, f"{name}_count") == 9
+    assert value(metrics, f"{name}_sum") == 1 + 2 + 3 + 8 + 9 + 500 + 500 + 4096 + 4097
+    assert value(metrics, "nv_inference_request_success") == 0  # accepted is not yet answered
+    with pytest.raises(AssertionError):
+        feed.record_accepted(0)
+
+
 def test_compiles_and_pending_are_what_they_were_set_to(metrics):
     pending = [4]
     model = metrics.model("feed", 3, pending=lambda: pending[0])
@@ -111,6 +128,7 @@ def test_names_and_types_are_triton_s(metrics, feed):
         "xlarank_gather_seconds_total": "counter",
         "xlarank_execute_seconds_total": "counter",
         "xlarank_request_path_compiles_total": "counter",
+        "xlarank_request_candidates": "histogram",
         **{f"nv_inference_{stage}_duration_us": "counter" for stage in stages},
         **{f"nv_inference_{stage}_duration_histogram_us": "histogram" for stage in stages},
     }
@@ -143,6 +161,7 @@ def test_the_process_s_own_metrics_stand_beside():
 def test_no_event_of_several_threads_is_lost(metrics, feed):
     def work():
         for _ in range(500):
+            feed.record_accepted(2)
             succeed(feed, 2, total_seconds=1.0)
             feed.record_batch(Bucket(8, 1), 2, 1, 0.0, 0.0)
 
@@ -156,3 +175,4 @@ def test_no_event_of_several_threads_is_lost(metrics, feed):
     assert value(metrics, "xlarank_padding_rows_total") == 12000
     count = value(metrics, "nv_inference_request_duration_histogram_us_count")
     assert count == 2000
+    assert value(metrics, "xlarank_request_candidates_count") == 2000

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from xlarank.errors import BucketError, ConfigError
 from xlarank.spec import (
     DEFAULT_ROWS,
-    FLOAT32,
     Bucket,
     BucketLadder,
+    ErrorBudget,
     LatencyProfile,
     Leaf,
     ModelSpec,
+    Precision,
     PrecisionPolicy,
     Scope,
     Signature,
@@ -146,6 +147,42 @@ def test_an_empty_leaf_is_left_out():
     assert [leaf.name for leaf in leaves] == ["candidate", "request_of_row"]
 
 
+def test_an_unused_feature_has_no_slot_and_no_columns():
+    signature = Signature.of_model(SPEC, unused={"price", "user", "seen"})
+    assert signature.leaves == (
+        Leaf("context", Scope.CONTEXT, (1,), "float32"),
+        Leaf("candidate", Scope.CANDIDATE, (3,), "float32"),
+        Leaf("request_of_row", Scope.CANDIDATE, (), "int32"),
+    )
+    assert signature.slots == {"age": Slot("context", 0, 1), "tags": Slot("candidate", 0, 3)}
+    assert signature != Signature.of_model(SPEC)
+    names = [feature.name for feature in SPEC.features]
+    assert [leaf.name for leaf in Signature.of_model(SPEC, unused=names).leaves] == ["request_of_row"]
+
+
+def test_an_unused_name_that_is_no_features_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"model 'm': unused: expected names of its features, got \['a', 'z'\]"
+    ):
+        Signature.of_model(SPEC, unused=["z", "age", "a"])
+
+
+def test_matrices_and_sequences_may_be_bfloat16():
+    signature = Signature.of_model(SPEC, dtype="bfloat16")
+    assert {leaf.name: leaf.dtype for leaf in signature.leaves} == {
+        "context": "bfloat16",
+        "seen": "bfloat16",
+        "seen.mask": "bool",
+        "candidate": "bfloat16",
+        "request_of_row": "int32",
+    }
+    exact = Signature.of_model(SPEC)
+    assert signature.slots == exact.slots
+    assert signature != exact
+    with pytest.raises(ConfigError, match="activations must be 'float32' or 'bfloat16'; was 'int8'"):
+        Signature.of_model(SPEC, dtype="int8")
+
+
 @pytest.mark.parametrize(
     ("seconds", "knee"),
     [
@@ -191,8 +228,8 @@ def test_a_profile_of_other_times_is_refused(seconds, message):
 def test_a_tolerance_is_by_kind_of_task():
     tolerance = Tolerance(probability=1e-3, regression=2e-3)
     assert (tolerance.of(TaskKind.BINARY), tolerance.of(TaskKind.REGRESSION)) == (1e-3, 2e-3)
-    assert FLOAT32.tolerance == Tolerance(1e-5, 1e-5)
-    assert hash(FLOAT32) == hash(PrecisionPolicy())
+    assert PrecisionPolicy().tolerance == Tolerance(1e-5, 1e-5)
+    assert hash(PrecisionPolicy()) == hash(PrecisionPolicy())
 
 
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "1", True, None])
@@ -203,8 +240,22 @@ def test_a_tolerance_that_is_no_positive_number_is_refused(value):
         Tolerance(regression=value)
 
 
-def test_another_precision_is_refused():
-    with pytest.raises(ConfigError, match="precision: expected 'float32', got 'int8'"):
-        PrecisionPolicy(name="int8")
-    with pytest.raises(ConfigError, match=r"precision: tolerance must be a Tolerance; was 1e-05"):
-        PrecisionPolicy(tolerance=1e-5)
+@pytest.mark.parametrize("field", ["max_score_error", "max_auc_loss"])
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "1", True, None])
+def test_a_budget_that_is_no_positive_number_is_refused(field, value):
+    with pytest.raises(ConfigError, match=f"error budget: {field} must be"):
+        ErrorBudget(**{field: value})
+
+
+def test_a_policy_is_auto_or_one_precision():
+    assert PrecisionPolicy.named("auto").precision is None
+    assert PrecisionPolicy.named("int8", ErrorBudget(0.1)).precision is Precision.INT8
+    assert PrecisionPolicy("bfloat16").precision is Precision.BFLOAT16  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match=r"precision: expected one of \['auto', 'float32', 'bfloat16', .*\], got 'int4'"
+    ):
+        PrecisionPolicy.named("int4")
+    with pytest.raises(ConfigError, match="precision: tolerance must be of type Tolerance; was 1e-05"):
+        PrecisionPolicy(tolerance=1e-5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="precision: budget must be of type ErrorBudget; was 0.1"):
+        PrecisionPolicy(budget=0.1)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from xlarank.errors import ConfigError
 from xlarank.spec.config import Metric, load_config
 from xlarank.training.data import Splits
 from xlarank.training.examples import Examples
-from xlarank.training.metrics import auc
+from xlarank.spec.metrics import auc
 from xlarank.training.scoring import Scorer
 from xlarank.training.trainer import train
 

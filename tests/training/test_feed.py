@@ -6,7 +6,7 @@ import pytest
 from xlarank.errors import ConfigError
 from xlarank.training import random_data
 from xlarank.training.feed import FeedSize, read, write_feed
-from xlarank.training.metrics import auc
+from xlarank.spec.metrics import auc
 
 SMALL = FeedSize(users=50, videos=80, creators=10, train=(60, 5), validation=(10, 5), test=(400, 40))
 

@@ -8,7 +8,7 @@ import pytest
 
 from xlarank.errors import ConfigError
 from xlarank.training.baseline import additive_scores
-from xlarank.training.metrics import auc
+from xlarank.spec.metrics import auc
 from xlarank.training.movielens import read
 
 

@@ -13,7 +13,7 @@ from xlarank.spec.config import load_config
 from xlarank.training import checkpoint
 from xlarank.training.evaluate import evaluate, score_requests
 from xlarank.training.examples import Examples
-from xlarank.training.metrics import auc
+from xlarank.spec.metrics import auc
 from xlarank.training.scoring import Scorer, to_scores
 from xlarank.training.trainer import train
 

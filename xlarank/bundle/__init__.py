@@ -1,9 +1,9 @@
 """The disk format of a compiled model: writer and reader in one room. No pickle, no JAX."""
 
 from xlarank.bundle.document import FORMAT_VERSION
-from xlarank.bundle.manifest import FileDigest, Form, Manifest, ProgramEntry
+from xlarank.bundle.manifest import FileDigest, Manifest, ProgramEntry
 from xlarank.bundle.reader import Bundle, open_bundle
-from xlarank.bundle.repository import latest_version, list_versions, resolve_bundle
+from xlarank.bundle.repository import latest_version, list_versions, resolve_bundle, versions_in
 from xlarank.bundle.requests import read_requests, write_requests
 from xlarank.bundle.writer import BundleWriter
 
@@ -12,7 +12,6 @@ __all__ = [
     "Bundle",
     "BundleWriter",
     "FileDigest",
-    "Form",
     "Manifest",
     "ProgramEntry",
     "latest_version",
@@ -20,5 +19,6 @@ __all__ = [
     "open_bundle",
     "read_requests",
     "resolve_bundle",
+    "versions_in",
     "write_requests",
 ]

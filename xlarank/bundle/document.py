@@ -11,7 +11,7 @@ from xlarank.errors import BundleError, ConfigError
 
 __all__ = ["DIGEST_KEY", "FORMAT_VERSION", "Fields", "parse", "render"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the bundles that this code writes and reads."""
 
 DIGEST_KEY = "digest"
@@ -122,6 +122,14 @@ class Fields:
         for value in values:
             if type(value) is not str:
                 self._refuse(f"{key!r}: expected strings, got {_short(value)}")
+        return tuple(values)
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A list of integers."""
+        values = self.take(key, list)
+        for value in values:
+            if type(value) is not int:
+                self._refuse(f"{key!r}: expected integers, got {_short(value)}")
         return tuple(values)
 
     def texts(self, key: str) -> dict[str, str]:

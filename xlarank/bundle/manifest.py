@@ -10,7 +10,15 @@ from typing import Any
 
 from xlarank.bundle.document import FORMAT_VERSION, Fields, parse, render
 from xlarank.errors import BundleError, ConfigError
-from xlarank.spec import Bucket, BucketLadder, LatencyProfile, ModelSpec, Tolerance
+from xlarank.spec import (
+    Bucket,
+    BucketLadder,
+    ErrorBudget,
+    LatencyProfile,
+    ModelSpec,
+    Precision,
+    Tolerance,
+)
 
 __all__ = [
     "CACHE_FOLDER",
@@ -19,7 +27,6 @@ __all__ = [
     "PARAMS_FILE",
     "PROGRAMS_FOLDER",
     "FileDigest",
-    "Form",
     "Manifest",
     "ProgramEntry",
     "table_file",
@@ -54,14 +61,6 @@ class FileDigest:
             raise ConfigError(f"file digest: expected 64 hex digits and a size >= 0, got {self}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """One way to lay the dense weights out for the row programs."""
-
-    prepare: str | None = None
-    """File under programs/ that makes prepared weights of the params; None: the params as they are."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramEntry:
     """The program of one bucket, and what was proven and measured of it."""
@@ -70,31 +69,44 @@ class ProgramEntry:
     """Rows and requests that it is compiled for."""
 
     form: str
-    """Key of `Manifest.forms`: the prepared weights that it takes."""
+    """How the compiler rewrote the model for this bucket, in words, such as ``hoisted, expert_major``."""
+
+    prepared: tuple[int, ...]
+    """The prepared arrays that it takes: places among the outputs of `Manifest.prepare`."""
 
     file: str
     """Path in the bundle, under programs/; several buckets never share one."""
 
-    precision: str
-    """Name of the precision policy."""
+    precision: Precision
+    """That its matmuls with weights multiply in."""
 
     max_error: Mapping[str, float]
     """By task: largest difference from the reference score over the golden requests; >= 0."""
+
+    p99_error: Mapping[str, float]
+    """By task: 99th percentile over golden rows of the same; >= 0."""
 
     seconds: Mapping[str, float]
     """By device kind: measured seconds a batch; > 0."""
 
     def __post_init__(self) -> None:
         where = f"program {self.bucket}"
-        for field in ("max_error", "seconds"):
+        for field in ("max_error", "p99_error", "seconds"):
             values = {str(key): float(value) for key, value in getattr(self, field).items()}
             object.__setattr__(self, field, values)
-        if not all(0 <= error < float("inf") for error in self.max_error.values()):
-            raise ConfigError(f"{where}: expected finite errors >= 0, got {dict(self.max_error)}")
+        for errors in (self.max_error, self.p99_error):
+            if not all(0 <= error < float("inf") for error in errors.values()):
+                raise ConfigError(f"{where}: expected finite errors >= 0, got {dict(errors)}")
         if not all(0 < seconds < float("inf") for seconds in self.seconds.values()):
             raise ConfigError(f"{where}: expected finite seconds > 0, got {dict(self.seconds)}")
-        if not self.precision:
-            raise ConfigError(f"{where}: expected the name of a precision policy, got ''")
+        try:
+            object.__setattr__(self, "precision", Precision(self.precision))
+        except ValueError:
+            allowed = [precision.value for precision in Precision]
+            raise ConfigError(
+                f"{where}: precision must be one of {allowed}; was {self.precision!r}"
+            ) from None
+        object.__setattr__(self, "prepared", tuple(self.prepared))
         _check_program_file(where, self.file)
 
 
@@ -108,14 +120,29 @@ class Manifest:
     programs: tuple[ProgramEntry, ...]
     """One a bucket, ascending by bucket."""
 
-    forms: Mapping[str, Form]
-    """By name; every program names one."""
-
     params: tuple[str, ...]
-    """Names in params.safetensors, in the order in which prepare and the identity form take them."""
+    """Names in params.safetensors, in the order in which `prepare` takes them."""
+
+    prepare: str | None = None
+    """File under programs/ that makes the prepared arrays of the params, once; None: the params as they are."""
+
+    num_prepared: int
+    """How many arrays `prepare` makes, or params there are without it."""
+
+    unused_features: tuple[str, ...] = ()
+    """Features that no score depends on: checked in requests, not looked up."""
+
+    activations: str = "float32"
+    """Numeric format in which activations reach the device: float32 or bfloat16."""
 
     tolerance: Tolerance
-    """Largest difference from the reference that was let pass; the replay at load lets no more pass."""
+    """Largest difference from the reference that was let pass in float32."""
+
+    budget: ErrorBudget
+    """What was let pass in a lower precision."""
+
+    architecture: str
+    """Digest of all that programs and forms depend on: equal for another checkpoint of the same model."""
 
     provenance: Mapping[str, str]
     """Where the bundle comes from: created (UTC), versions of xlarank, jax, flax and python, config…"""
@@ -135,9 +162,9 @@ class Manifest:
     def __post_init__(self) -> None:
         where = f"manifest of {self.spec.name!r}"
         self.spec.check_fitted()
-        for field, kind in (("programs", tuple), ("params", tuple), ("forms", dict), ("files", dict)):
-            object.__setattr__(self, field, kind(getattr(self, field)))
-        for field in ("provenance", "fingerprint", "cache_files"):
+        for field in ("programs", "params", "unused_features"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field in ("provenance", "fingerprint", "files", "cache_files"):
             object.__setattr__(self, field, dict(getattr(self, field)))
         if self.version < 0:
             raise ConfigError(f"{where}: version must be >= 0; was {self.version}")
@@ -167,10 +194,22 @@ class Manifest:
     @functools.cached_property
     def required_files(self) -> tuple[str, ...]:
         """Paths that the bundle must have, by what the manifest says."""
-        prepares = [form.prepare for form in self.forms.values() if form.prepare is not None]
+        prepares = [self.prepare] if self.prepare is not None else []
         tables = [table_file(table.name) for table in self.spec.tables]
         programs = [program.file for program in self.programs]
         return tuple(dict.fromkeys([PARAMS_FILE, GOLDEN_FILE, *tables, *prepares, *programs]))
+
+    def error_limits(self, program: ProgramEntry) -> dict[str, float]:
+        """By task: the largest error that golden rows may show when the bundle is loaded.
+
+        In float32 the tolerance. In a lower precision twice what compile found, or the budget if that is more:
+        another CPU may round otherwise, and the budget's own 99th percentile was held over all golden rows.
+        """
+        if program.precision is Precision.FLOAT32:
+            return {task.name: self.tolerance.of(task.kind) for task in self.spec.tasks}
+        return {
+            name: max(self.budget.max_score_error, 2 * error) for name, error in program.max_error.items()
+        }
 
     def to_json(self) -> str:
         """The text of manifest.json, with its digest."""
@@ -180,9 +219,14 @@ class Manifest:
                 "version": self.version,
                 "spec": self.spec.to_dict(),
                 "programs": [_program_to_dict(program) for program in self.programs],
-                "forms": {name: {"prepare": form.prepare} for name, form in self.forms.items()},
                 "params": list(self.params),
+                "prepare": self.prepare,
+                "num_prepared": self.num_prepared,
+                "unused_features": list(self.unused_features),
+                "activations": self.activations,
                 "tolerance": dataclasses.asdict(self.tolerance),
+                "budget": dataclasses.asdict(self.budget),
+                "architecture": self.architecture,
                 "provenance": dict(self.provenance),
                 "fingerprint": dict(self.fingerprint),
                 "files": {path: dataclasses.asdict(digest) for path, digest in self.files.items()},
@@ -215,9 +259,14 @@ class Manifest:
                 spec=spec,
                 version=fields.take("version", int),
                 programs=tuple(_program_from_fields(entry) for entry in fields.objects("programs")),
-                forms={name: _form_from_fields(f) for name, f in fields.named_objects("forms").items()},
                 params=fields.strings("params"),
+                prepare=fields.take_optional("prepare", str),
+                num_prepared=fields.take("num_prepared", int),
+                unused_features=fields.strings("unused_features"),
+                activations=fields.take("activations", str),
                 tolerance=_tolerance_from_fields(fields.fields("tolerance")),
+                budget=_budget_from_fields(fields.fields("budget")),
+                architecture=fields.take("architecture", str),
                 provenance=fields.texts("provenance"),
                 fingerprint=fields.texts("fingerprint"),
                 files={p: _digest_from_fields(f) for p, f in fields.named_objects("files").items()},
@@ -246,10 +295,14 @@ class Manifest:
         files: set[str] = set()
         for program in self.programs:
             at = f"{where}: program {program.bucket}"
-            if program.form not in self.forms:
-                raise ConfigError(f"{at}: form {program.form!r} is not of the forms {sorted(self.forms)}")
-            if sorted(program.max_error) != sorted(tasks):
-                raise ConfigError(f"{at}: expected max_error of {tasks}, got {dict(program.max_error)}")
+            if not all(0 <= place < self.num_prepared for place in program.prepared):
+                raise ConfigError(
+                    f"{at}: prepared must be places in [0, {self.num_prepared}); was {list(program.prepared)}"
+                )
+            for field in ("max_error", "p99_error"):
+                errors = getattr(program, field)
+                if sorted(errors) != sorted(tasks):
+                    raise ConfigError(f"{at}: expected {field} of {tasks}, got {dict(errors)}")
             if program.seconds.keys() != self.programs[0].seconds.keys():
                 raise ConfigError(
                     f"{at}: expected seconds for {sorted(self.programs[0].seconds)}, as program "
@@ -258,9 +311,17 @@ class Manifest:
             if program.file in files:
                 raise ConfigError(f"{at}: file {program.file!r} is another bucket's too")
             files.add(program.file)
-        for name, form in self.forms.items():
-            if form.prepare is not None:
-                _check_program_file(f"{where}: form {name!r}", form.prepare)
+        if self.prepare is not None:
+            _check_program_file(f"{where}: prepare", self.prepare)
+        elif self.num_prepared != len(self.params):
+            raise ConfigError(
+                f"{where}: without prepare, num_prepared must be that of the params, {len(self.params)}; was "
+                f"{self.num_prepared}"
+            )
+        if unknown := sorted(set(self.unused_features) - set(self.spec.feature_by_name)):
+            raise ConfigError(f"{where}: unused_features {unknown} are no features of the model")
+        if self.activations not in ("float32", "bfloat16"):
+            raise ConfigError(f"{where}: activations must be float32 or bfloat16; was {self.activations!r}")
 
 
 def _check_program_file(where: str, path: str) -> None:
@@ -286,9 +347,11 @@ def _program_to_dict(program: ProgramEntry) -> dict[str, Any]:
         "rows": program.bucket.rows,
         "requests": program.bucket.requests,
         "form": program.form,
+        "prepared": list(program.prepared),
         "file": program.file,
-        "precision": program.precision,
+        "precision": program.precision.value,
         "max_error": dict(program.max_error),
+        "p99_error": dict(program.p99_error),
         "seconds": dict(program.seconds),
     }
 
@@ -297,25 +360,27 @@ def _program_from_fields(fields: Fields) -> ProgramEntry:
     program = ProgramEntry(
         bucket=Bucket(fields.take("rows", int), fields.take("requests", int)),
         form=fields.take("form", str),
+        prepared=fields.integers("prepared"),
         file=fields.take("file", str),
-        precision=fields.take("precision", str),
+        precision=fields.take("precision", str),  # type: ignore[arg-type]
         max_error=fields.numbers("max_error"),
+        p99_error=fields.numbers("p99_error"),
         seconds=fields.numbers("seconds"),
     )
     fields.finish()
     return program
 
 
-def _form_from_fields(fields: Fields) -> Form:
-    form = Form(fields.take_optional("prepare", str))
-    fields.finish()
-    return form
-
-
 def _tolerance_from_fields(fields: Fields) -> Tolerance:
     tolerance = Tolerance(fields.number("probability"), fields.number("regression"))
     fields.finish()
     return tolerance
+
+
+def _budget_from_fields(fields: Fields) -> ErrorBudget:
+    budget = ErrorBudget(fields.number("max_score_error"), fields.number("max_auc_loss"))
+    fields.finish()
+    return budget
 
 
 def _digest_from_fields(fields: Fields) -> FileDigest:

@@ -90,16 +90,20 @@ class Bundle:
         """The exported program of a bucket."""
         return self._read(entry.file)
 
-    def prepare(self, form: str) -> bytes | None:
-        """The exported `prepare` of a form; None where the params are taken as they are.
+    def prepare(self) -> bytes | None:
+        """The exported program that makes the prepared arrays; None where the params are taken as they are."""
+        return None if self.manifest.prepare is None else self._read(self.manifest.prepare)
+
+    def text(self, file_name: str) -> str:
+        """A file that `BundleWriter.add_text` wrote.
 
         Raises:
-          BundleError: if there is no such form.
+          BundleError: if there is none, or it isn't UTF-8.
         """
-        if form not in self.manifest.forms:
-            raise BundleError(f"{self.path}: no form {form!r}; it has {sorted(self.manifest.forms)}")
-        file = self.manifest.forms[form].prepare
-        return None if file is None else self._read(file)
+        try:
+            return self._read(file_name).decode()
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{self.path / file_name}: expected UTF-8: {error}") from error
 
     def params(self) -> dict[str, np.ndarray]:
         """The dense weights in the order of the manifest; read anew at each call.

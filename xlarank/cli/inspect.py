@@ -68,20 +68,25 @@ def _facts(bundle: Bundle, *, is_verified: bool) -> dict[str, Any]:
                 "rows": program.bucket.rows,
                 "requests": program.bucket.requests,
                 "form": program.form,
-                "precision": program.precision,
+                "precision": program.precision.value,
                 "program_bytes": manifest.files[program.file].bytes,
                 "max_error": dict(program.max_error),
+                "p99_error": dict(program.p99_error),
                 "seconds": dict(program.seconds),
             }
             for program in manifest.programs
         ],
-        "forms": {
-            name: "params as they are" if form.prepare is None else form.prepare
-            for name, form in manifest.forms.items()
-        },
+        "prepared_arrays": manifest.num_prepared,
+        "unused_features": list(manifest.unused_features),
+        "activations": manifest.activations,
+        "architecture": manifest.architecture,
         "tolerance": {
             "probability": manifest.tolerance.probability,
             "regression": manifest.tolerance.regression,
+        },
+        "budget": {
+            "max_score_error": manifest.budget.max_score_error,
+            "max_auc_loss": manifest.budget.max_auc_loss,
         },
         "params": {
             "arrays": len(manifest.params),
@@ -200,7 +205,8 @@ def _show(facts: Mapping[str, Any], console: Console) -> None:
         "golden requests": f"{golden['requests']:,} with {golden['rows']:,} candidates",
         "files of compiled code": f"{cache['whole_files']} whole of {cache['listed_files']}",
     }
-    counts |= {f"form {name}": prepare for name, prepare in facts["forms"].items()}
+    counts["prepared arrays"] = str(facts["prepared_arrays"])
+    counts["features not looked up"] = ", ".join(facts["unused_features"]) or "none"
     _print_table(console, "contents", ("what", "how much"), counts.items())
     for title in ("fingerprint", "provenance"):
         _print_table(console, title, ("key", "value"), sorted(facts[title].items()))

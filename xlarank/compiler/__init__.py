@@ -1,14 +1,17 @@
 """Offline: analyze, split, lower, verify and build a Flax model into a bundle."""
 
 from xlarank.compiler.analyze import Analysis, analyze
-from xlarank.compiler.build import BuildOptions, BuildResult, build, build_bundle
+from xlarank.compiler.build import build, build_bundle
 from xlarank.compiler.golden import random_requests
+from xlarank.compiler.options import BuildOptions, Traffic
 from xlarank.compiler.reference import reference_scores
+from xlarank.compiler.result import BuildResult
 
 __all__ = [
     "Analysis",
     "BuildOptions",
     "BuildResult",
+    "Traffic",
     "analyze",
     "build",
     "build_bundle",

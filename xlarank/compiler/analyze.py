@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import enum
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from xlarank.compiler.split import DenseModel, program_avals, row_program
-from xlarank.compiler.tracing import equations_of, trace
+from xlarank.compiler.program import Program, Traces, plain_program
+from xlarank.compiler.split import DenseModel
+from xlarank.compiler.tracing import source_of
 from xlarank.spec import Bucket, ModelSpec, RankRequest, Scope, Signature
 
-__all__ = ["Analysis", "LayerCost", "MatmulCost", "TableCost", "analyze"]
+__all__ = ["Analysis", "LayerCost", "MatmulCost", "Rate", "TableCost", "analyze", "matmuls_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,21 +32,36 @@ class LayerCost:
     num_bytes: int
 
 
+class Rate(enum.StrEnum):
+    """How often something is computed."""
+
+    WEIGHTS = "weights"
+    """Once, when weights are loaded."""
+
+    REQUEST = "request"
+    """Once a request: it reads the context alone."""
+
+    ROW = "row"
+    """Once a candidate."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MatmulCost:
-    """The matrix multiplications of one line of the model's source, for one row of a bucket."""
+    """The matrix multiplications of one line of the model's source, in one program."""
 
     source: str
     """File, line and function."""
+
+    rate: Rate
 
     count: int
     """How many a batch."""
 
     shapes: str
-    """Of the first one, at B rows: left @ right."""
+    """Of the first one: left @ right, dtype when it isn't float32."""
 
     flops: float
-    """Multiplications and additions a row."""
+    """Multiplications and additions a batch."""
 
     weight_bytes: int
     """Bytes of the right-hand sides."""
@@ -72,6 +89,8 @@ class Analysis:
 
     layers: tuple[LayerCost, ...]
     matmuls: tuple[MatmulCost, ...]
+    """Of the plain form, for one row: FLOPs of a batch divided by its rows."""
+
     tables: tuple[TableCost, ...]
 
     elementwise_flops: float
@@ -99,35 +118,60 @@ class Analysis:
         return dataclasses.asdict(self) | totals
 
 
-def analyze(
-    model: DenseModel, spec: ModelSpec, signature: Signature, golden: Sequence[RankRequest]
-) -> Analysis:
+def analyze(traces: Traces, signature: Signature, golden: Sequence[RankRequest]) -> Analysis:
     """Analyzes a model by tracing it, without running it.
 
     Args:
-      model: weights and module.
-      spec: features, tables and tasks.
+      traces: of the model.
       signature: layout of the leaves.
       golden: requests that show how many ids a bag holds.
     """
     bucket = Bucket(32, 1)
-    program = row_program(model, spec, signature, bucket)
-    closed = trace(spec.name, program, program_avals(model, signature, bucket))
-    groups: dict[str, list[core.JaxprEqn]] = collections.defaultdict(list)
-    elementwise = 0.0
-    for equation, source in equations_of(closed.jaxpr):
-        if equation.primitive.name == "dot_general":
-            groups[source].append(equation)
-        else:
-            elementwise += sum(math.prod(aval.shape) for aval in _avals(equation.outvars) if _is_float(aval))
+    program = plain_program(traces, signature, bucket)
+    elementwise = sum(
+        math.prod(aval.shape)
+        for equation in program.closed.jaxpr.eqns
+        if equation.primitive.name != "dot_general"
+        for aval in _avals(equation.outvars)
+        if _is_float(aval)
+    )
     return Analysis(
-        layers=_layers(model),
-        matmuls=tuple(_matmul(source, found, bucket.rows) for source, found in groups.items()),
-        tables=_tables(spec, golden),
+        layers=_layers(traces.model),
+        matmuls=tuple(
+            dataclasses.replace(matmul, flops=matmul.flops / bucket.rows) for matmul in matmuls_of(program)
+        ),
+        tables=_tables(traces.spec, golden),
         elementwise_flops=elementwise / bucket.rows,
         buffer_bytes_per_row=_buffer_bytes(signature, Scope.CANDIDATE),
         buffer_bytes_per_request=_buffer_bytes(signature, Scope.CONTEXT),
     )
+
+
+def matmuls_of(program: Program) -> tuple[MatmulCost, ...]:
+    """The matmuls of a program by line of source and rate, in order."""
+    jaxpr = program.closed.jaxpr
+    rates: dict[Any, Rate] = dict.fromkeys([*jaxpr.invars, *jaxpr.constvars], Rate.ROW)
+    rates |= dict.fromkeys([*jaxpr.invars[: program.num_weights], *jaxpr.constvars], Rate.WEIGHTS)
+    context = jaxpr.invars[program.num_weights : program.num_weights + program.num_context]
+    rates |= dict.fromkeys(context, Rate.REQUEST)
+    order = list(Rate)
+    groups: dict[tuple[str, Rate], list[core.JaxprEqn]] = collections.defaultdict(list)
+    for equation in jaxpr.eqns:
+        read = [rates[atom] for atom in equation.invars if not isinstance(atom, core.Literal)]
+        rate = max(read, key=order.index, default=Rate.WEIGHTS)
+        # A context repeated for its candidates is a value of B rows, whatever it depends on.
+        is_repeated = rate is Rate.REQUEST and _repeats(equation, program.bucket)
+        rates |= dict.fromkeys(equation.outvars, Rate.ROW if is_repeated else rate)
+        if equation.primitive.name == "dot_general":
+            groups[source_of(equation), rate].append(equation)
+    return tuple(_matmul(source, rate, found) for (source, rate), found in groups.items())
+
+
+def _repeats(equation: core.JaxprEqn, bucket: Bucket) -> bool:
+    if equation.primitive.name not in ("broadcast_in_dim", "gather"):
+        return False
+    shape = _avals(equation.outvars)[0].shape
+    return bucket.rows != bucket.requests and bucket.rows in shape
 
 
 def _avals(atoms: Sequence[Any]) -> list[Any]:
@@ -148,7 +192,7 @@ def _layers(model: DenseModel) -> tuple[LayerCost, ...]:
     )
 
 
-def _matmul(source: str, equations: list[core.JaxprEqn], num_rows: int) -> MatmulCost:
+def _matmul(source: str, rate: Rate, equations: list[core.JaxprEqn]) -> MatmulCost:
     flops, weight_bytes = 0.0, 0
     for equation in equations:
         left, right = _avals(equation.invars)
@@ -157,8 +201,9 @@ def _matmul(source: str, equations: list[core.JaxprEqn], num_rows: int) -> Matmu
         flops += 2.0 * inner * math.prod(_avals(equation.outvars)[0].shape)
         weight_bytes += math.prod(right.shape) * right.dtype.itemsize
     left, right = _avals(equations[0].invars)
-    shapes = f"{list(left.shape)} @ {list(right.shape)}"
-    return MatmulCost(source, len(equations), shapes, flops / num_rows, weight_bytes)
+    dtype = "" if left.dtype == np.float32 else f" {left.dtype}"
+    shapes = f"{list(left.shape)} @ {list(right.shape)}{dtype}"
+    return MatmulCost(source, rate, len(equations), shapes, flops, weight_bytes)
 
 
 def _tables(spec: ModelSpec, golden: Sequence[RankRequest]) -> tuple[TableCost, ...]:

@@ -1,4 +1,4 @@
-"""From a Flax module and its tables to a proven bundle on disk: `build_bundle`."""
+"""From a model and its tables to a proven bundle on disk: `build_bundle`."""
 
 from __future__ import annotations
 
@@ -7,244 +7,503 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import logging
 import os
 import platform
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from xlarank import device
-from xlarank.bundle import BundleWriter, Form, Manifest, ProgramEntry, open_bundle
+from xlarank.bundle import BundleWriter, Manifest, ProgramEntry, open_bundle
 from xlarank.compiler.analyze import Analysis, analyze
+from xlarank.compiler.architecture import (
+    TUNING_FILE,
+    Reusable,
+    architecture_of,
+    find_reusable,
+    latest_profile,
+)
+from xlarank.compiler.autotune import Choice, tune, worthwhile
+from xlarank.compiler.bench import DeviceBench
+from xlarank.compiler.forms import PLAIN, FormMaker
 from xlarank.compiler.golden import random_requests
-from xlarank.compiler.lower import lower_program
+from xlarank.compiler.golden_set import GoldenSet, Judgement
+from xlarank.compiler.limits import MachineLimits, measure_limits
+from xlarank.compiler.lower import lower_prepare
+from xlarank.compiler.options import BuildOptions, check_arguments, checked_labels
+from xlarank.compiler.prepare import PreparedArrays
+from xlarank.compiler.program import Traces, plain_program
 from xlarank.compiler.reference import reference_scores
 from xlarank.compiler.report import render_report
-from xlarank.compiler.split import DenseModel, row_program, split_module
+from xlarank.compiler.result import BucketResult, BuildResult, PassNotes, Tuning
+from xlarank.compiler.split import Apply, DenseModel, split_function, split_module
+from xlarank.compiler.traffic import measure_rows
 from xlarank.compiler.verify import verify_bucket
-from xlarank.errors import ConfigError
+from xlarank.errors import ConfigError, VerifyError
 from xlarank.host import Gatherer, check_tables
 from xlarank.spec import (
     DEFAULT_ROWS,
-    FLOAT32,
     Bucket,
     BucketLadder,
     ModelSpec,
+    Precision,
     PrecisionPolicy,
     RankRequest,
     Signature,
 )
+from xlarank.spec.ladder import plan_ladder, seconds_by_rows
 
-__all__ = ["BuildOptions", "BuildResult", "build", "build_bundle"]
+__all__ = ["build", "build_bundle"]
 
-_log = logging.getLogger(__name__)
+_PREPARE_FILE = "prepare.stablehlo"
 
-_PLAIN = "plain"
+_MIN_GAIN = 1.1
+"""How much faster a device's bare matmul must be in a lower precision to be worth a try."""
 
-
-@dataclasses.dataclass(frozen=True)
-class BuildResult:
-    """A published bundle and what is known of it."""
-
-    path: Path
-    """``<repository>/<model>/<version>``."""
-
-    manifest: Manifest
-    """As published."""
-
-    analysis: Analysis
-    """Costs of the model."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """How a bundle is made."""
-
-    version: int | None = None
-    """Version to publish; None: one above the highest there."""
-
-    bucket_rows: tuple[int, ...] = DEFAULT_ROWS
-    """Row counts of the ladder; each gets buckets of 1, B/32 and B requests."""
-
-    num_devices: int | None = None
-    """Devices to leave compiled code for; all by default."""
-
-    precision: PrecisionPolicy = FLOAT32
-    """Numeric format and the tolerance to prove."""
-
-    provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Where the weights come from, kept in the manifest."""
+Progress = Callable[[str, int, int], None]
+"""Told what is done, and how many buckets of how many are."""
 
 
 def build_bundle(
-    model: nnx.Module,
+    model: nnx.Module | Apply,
     spec: ModelSpec,
     tables: Mapping[str, np.ndarray],
     *,
     out: str | os.PathLike[str],
+    params: Any = None,
     version: int | None = None,
     buckets: Iterable[int] | None = None,
     golden: Sequence[RankRequest] | None = None,
+    labels: Mapping[str, np.ndarray] | None = None,
+    precision: str = "auto",
+    tune_seconds: float = 30.0,
 ) -> Path:
     """Compiles a model for every bucket, proves it and publishes a bundle.
 
     Args:
-      model: any nnx.Module of DESIGN §3: activations by feature name in, logits [B] by task name out. It
-        is put in evaluation mode.
+      model: any nnx.Module, put in evaluation mode, or a plain function ``apply(params, features)`` of JAX
+        operations: activations by feature name in, logits [B] by task name out.
       spec: its features, tables and tasks, fitted.
       tables: [R, D] float32 by table name.
       out: the repository folder; the bundle is ``<out>/<spec.name>/<version>``.
+      params: of a plain function, any pytree of arrays; None for a module.
       version: ascending integer; one above the highest there by default.
       buckets: row counts to compile for, `DEFAULT_ROWS` by default.
       golden: requests to prove the scores with, at compile time and at every load; random valid ones by
         default.
+      labels: [rows of all golden requests] float32 by task, NaN where unknown.
+      precision: "float32", "bfloat16", "float16", "int8", or "auto": the fastest that keeps to the budget of
+        `xlarank.spec.ErrorBudget`; without labels of every binary task its AUC loss can't be known, and "auto"
+        is float32.
+      tune_seconds: most time to spend on trying forms.
 
     Returns:
       The bundle's folder, ready for ``Engine.load``.
 
     Raises:
-      ConfigError: if spec, tables or buckets are wrong.
+      ConfigError: if spec, tables, labels or buckets are wrong.
       ModelError: if the model can't be compiled, or lets rows touch each other; names the operation.
-      VerifyError: if compiled scores leave the tolerance.
+      VerifyError: if compiled scores leave the tolerance or the budget.
       BundleError: if the version exists.
     """
     device.configure()
     rows = DEFAULT_ROWS if buckets is None else tuple(buckets)
-    options = BuildOptions(version=version, bucket_rows=rows)
-    return build(model, spec, tables, out=Path(out), options=options, golden=golden).path
+    options = BuildOptions(
+        version=version,
+        bucket_rows=rows,
+        policy=PrecisionPolicy.named(precision),
+        tune_seconds=tune_seconds,
+    )
+    return build(
+        model, spec, tables, out=Path(out), params=params, options=options, golden=golden, labels=labels
+    ).path
 
 
 def build(
-    module: nnx.Module,
+    model: nnx.Module | Apply,
     spec: ModelSpec,
     tables: Mapping[str, np.ndarray],
     *,
     out: Path,
     options: BuildOptions,
+    params: Any = None,
     golden: Sequence[RankRequest] | None = None,
-    on_bucket: Callable[[Bucket, int, int], None] | None = None,
+    labels: Mapping[str, np.ndarray] | None = None,
+    on_progress: Progress = lambda _text, _done, _total: None,
 ) -> BuildResult:
     """`build_bundle` with every option.
 
     Args:
-      module: see `build_bundle`, as for the next three and `golden`.
+      model: see `build_bundle`, as for the next two, `params`, `golden` and `labels`.
       spec: fitted.
       tables: float32 by name.
       out: repository folder.
       options: how.
+      params: of a plain function.
       golden: requests to prove with.
-      on_bucket: told each bucket that is done, its number and how many there are, for progress.
+      labels: of the golden requests.
+      on_progress: see `Progress`.
     """
-    _check_arguments(spec, tables, options, golden)
+    check_arguments(spec, tables, golden)
     spec.check_fitted()
     check_tables(spec, tables)
-    fingerprint = device.fingerprint()
-    ladder = BucketLadder.of_rows(options.bucket_rows)
-    requests = [r for r in (golden if golden is not None else random_requests(spec)) if r.num_candidates]
+    given = golden if golden is not None else random_requests(spec)
+    checked = checked_labels(spec, given, labels)
+    requests = [request for request in given if request.num_candidates]
     if not requests:
         raise ConfigError(f"model {spec.name!r}: expected golden requests with candidates, got none")
-    signature = Signature.of_model(spec)
-    model = split_module(module)
-    analysis = analyze(model, spec, signature, requests)
-    scores = reference_scores(module, spec, tables, requests)
-    gatherer = Gatherer(spec, tables)
-    golden_replay = device.GoldenReplay(gatherer, requests, scores, ladder.max_rows)
-    random = random_requests(spec, seed=1)
-    no_scores = {t.name: [np.zeros(r.num_candidates, np.float32) for r in random] for t in spec.tasks}
-    probes = device.GoldenReplay(gatherer, random, no_scores, ladder.max_rows)
+    if isinstance(model, nnx.Module) or not callable(model):
+        dense = split_module(model)  # type: ignore[arg-type]
+    else:
+        dense = split_function(model, params)
     with BundleWriter(out, spec.name, options.version) as writer:
-        writer.add_params(dict(zip(model.names, model.params, strict=True)))
+        builder = _Builder(dense, spec, tables, requests, checked, options, on_progress)
+        return builder.build(out, writer)
+
+
+class _Builder:
+    """One build: what every step of it reads."""
+
+    def __init__(
+        self,
+        model: DenseModel,
+        spec: ModelSpec,
+        tables: Mapping[str, np.ndarray],
+        requests: Sequence[RankRequest],
+        labels: Mapping[str, np.ndarray],
+        options: BuildOptions,
+        on_progress: Progress,
+    ) -> None:
+        self.model, self.spec, self.tables, self.requests = model, spec, tables, requests
+        self.labels, self.options, self.on_progress = labels, options, on_progress
+        self.targets = device.devices(options.num_devices)
+        self.kind = device.device_kind(self.targets[0])
+        self.traces = Traces(model, spec)
+        self.unused = self.traces.unused_features()
+        is_half = options.policy.precision is Precision.BFLOAT16
+        self.activations = "bfloat16" if is_half else "float32"
+        self.signature = Signature.of_model(spec, self.unused, self.activations)
+        self.gatherer = Gatherer(spec, tables, unused=self.unused, activations=self.activations)
+
+    def build(self, out: Path, writer: BundleWriter) -> BuildResult:
+        """Reference, search, proof, report, publication."""
+        spec, options = self.spec, self.options
+        analysis = analyze(self.traces, self.signature, self.requests)
+        self.on_progress("reference scores", 0, 1)
+        self.scores = reference_scores(self.model.reference, spec, self.tables, self.requests)
+        self.architecture = architecture_of(self.traces, self.signature, options)
+        reusable = find_reusable(out, spec, self.architecture, options) if options.reuse else None
+        built: _Built | None = None
+        failure: VerifyError | None = None
+        note = ""
+        if reusable is not None:
+            try:
+                built = self._reuse(reusable, writer)
+            except VerifyError as error:
+                note = f"version {reusable.version} was not reused: with the new weights, {error}"
+        if built is None:
+            built, failure = self._search(out, writer)
+        if failure is not None:
+            if options.keep_failed is None:
+                raise failure
+            with BundleWriter(options.keep_failed, spec.name) as failed:
+                path = self._publish(failed, built, analysis, {"failed": str(failure)}, note).path
+            raise VerifyError(f"{failure}; kept for study in {path}") from failure
+        return self._publish(writer, built, analysis, {}, note)
+
+    def _take_ladder(self, ladder: BucketLadder) -> None:
+        """Makes buffers and golden batches for the buckets of a ladder."""
+        self.ladder = ladder
+        self.buffers = device.BatchBuffers(self.signature, ladder)
+        replay = device.GoldenReplay(self.gatherer, self.requests, self.scores, ladder.max_rows)
+        self.golden = GoldenSet(self.spec, replay, self.labels, self.options.policy)
+        random = random_requests(self.spec, seed=1)
+        no_scores = {
+            t.name: [np.zeros(r.num_candidates, np.float32) for r in random] for t in self.spec.tasks
+        }
+        self.probes = device.GoldenReplay(self.gatherer, random, no_scores, ladder.max_rows)
+
+    def _ladder_asked_for(self, out: Path) -> BucketLadder:
+        """Of the row counts that were named, or that suit the traffic by the times measured of this model."""
+        traffic = self.options.traffic
+        if traffic is None:
+            return BucketLadder.of_rows(self.options.bucket_rows)
+        profile = latest_profile(out, self.spec, self.kind)
+        if profile is None:
+            profile = measure_rows(
+                self.traces, self.gatherer, self.requests, lambda text: self.on_progress(text, 0, 1)
+            )
+        plan = plan_ladder(
+            traffic.sizes,
+            seconds_by_rows(profile),
+            num_buckets=traffic.num_buckets,
+            max_rows=traffic.max_rows,
+        )
+        return BucketLadder.of_rows(plan.rows)
+
+    def _search(self, out: Path, writer: BundleWriter) -> tuple[_Built, VerifyError | None]:
+        """Tries forms, then proves the chosen ones as they will serve."""
+        self._take_ladder(self._ladder_asked_for(out))
+        limits = measure_limits(self.targets[0])
+        with device.compile_cache_at(writer.cache_dir):
+            return self._tune(writer, limits)
+
+    def _tune(self, writer: BundleWriter, limits: MachineLimits) -> tuple[_Built, VerifyError | None]:
+        policy = self.options.policy
+        forms = FormMaker(self.traces, self.signature)
+        prepared = PreparedArrays(
+            plain_program(self.traces, self.signature, self.ladder.buckets[0]).weight_avals
+        )
+        bench = DeviceBench(
+            forms,
+            self.model.params,
+            prepared,
+            self.golden,
+            self.signature,
+            self.buffers,
+            self.targets[0],
+            writer.cache_dir,
+        )
+        self._check_model(bench)
+        lower, note = self._precisions(limits)
+        choices = tune(
+            self.ladder.buckets,
+            bench,
+            precisions=lower,
+            is_precision_named=policy.precision is not None,
+            seconds=self.options.tune_seconds,
+            clock=time.monotonic,
+            on_progress=self.on_progress,
+        )
+        choices = self._worthwhile(choices, bench, limits)
+        bench.forget_losers({choice.bucket: choice.form for choice in choices})
+        found = [bench.candidate(choice.bucket, choice.form) for choice in choices]
+        keys = list(dict.fromkeys(key for candidate in found for key in candidate.parted.keys))
+        prepare = lower_prepare(prepared.program(keys))
+        programs = {
+            choice.bucket: (candidate.data, tuple(keys.index(key) for key in candidate.parted.keys))
+            for choice, candidate in zip(choices, found, strict=True)
+        }
+        kept = {choice.bucket for choice in choices}
+        tuning = Tuning(
+            choices=tuple(choices),
+            notes=tuple(self._notes(forms, choice) for choice in choices),
+            dropped=tuple(bucket for bucket in self.ladder.buckets if bucket not in kept),
+            limits=limits,
+            prepared_bytes=tuple(prepared.num_bytes(candidate.parted.keys) for candidate in found),
+            total_prepared_bytes=prepared.num_bytes(keys),
+            param_bytes=sum(param.nbytes for param in self.model.params),
+            seconds=self.options.tune_seconds,
+            precision_note=note,
+        )
+        return self._prove(prepare, programs, len(keys), tuning)
+
+    @staticmethod
+    def _notes(forms: FormMaker, choice: Choice) -> PassNotes:
+        plain, chosen = forms.program(choice.bucket, PLAIN), forms.program(choice.bucket, choice.form)
+        assert plain is not None
+        assert chosen is not None
+        return PassNotes.of(forms.hoisted(choice.bucket), plain, chosen)
+
+    def _reuse(self, reusable: Reusable, writer: BundleWriter) -> _Built:
+        """Takes an earlier version's programs and forms, and proves them with these weights."""
+        self.on_progress(f"programs of version {reusable.version}", 0, len(reusable.programs))
+        self._take_ladder(BucketLadder(tuple(reusable.programs)))
+        reusable.copy_cache(writer.cache_dir)
+        with device.compile_cache_at(writer.cache_dir):
+            built, failure = self._prove(
+                reusable.prepare, reusable.programs, reusable.num_prepared, reusable.tuning, reusable.seconds
+            )
+        if failure is not None:
+            raise failure
+        return dataclasses.replace(built, reused=reusable.version)
+
+    def _prove(
+        self,
+        prepare: bytes,
+        programs: Mapping[Bucket, tuple[bytes, tuple[int, ...]]],
+        num_prepared: int,
+        tuning: Tuning,
+        known_seconds: Mapping[Bucket, float] | None = None,
+    ) -> tuple[_Built, VerifyError | None]:
+        """Loads programs as a server does, on every device, and proves each bucket; the first failure is given
+        back with what was built."""
+        loaded = {
+            bucket: device.BucketProgram(device.deserialize_program(data), takes)
+            for bucket, (data, takes) in programs.items()
+        }
+        exported = device.deserialize_program(prepare)
+        replicas = []
+        for target in self.targets:
+            arrays = device.prepare_weights(target, exported, self.model.params)
+            replicas.append(device.Replica(target, self.signature, loaded, arrays))
+        failure: VerifyError | None = None
+        judgements: dict[Bucket, Judgement] = {}
+        for number, (bucket, form) in enumerate(tuning.forms.items()):
+            self.on_progress(f"proof of {bucket}", number, len(programs))
+            leaves = self.buffers.leaves(bucket)
+            try:
+                judgements[bucket] = verify_bucket(
+                    self.signature,
+                    bucket,
+                    replicas[0],
+                    lambda bucket=bucket: plain_program(self.traces, self.signature, bucket),
+                    self.model.params,
+                    self.golden,
+                    self.probes,
+                    self.buffers,
+                    form=form.label,
+                    precision=form.precision,
+                )
+            except VerifyError as error:
+                failure = failure or error
+                judgements[bucket] = self.golden.judge(replicas[0], bucket, leaves)
+        seconds = known_seconds
+        if seconds is None:
+            seconds = device.measure_profile(replicas[0], self.golden.replay, self.buffers).seconds
+        results = [
+            BucketResult(
+                bucket=bucket,
+                form=form,
+                seconds=seconds[bucket],
+                judgement=judgements[bucket],
+                cost=replicas[0].executables[bucket].cost(),
+            )
+            for bucket, form in tuning.forms.items()
+        ]
+        return _Built(prepare, programs, num_prepared, tuning, tuple(results)), failure
+
+    def _check_model(self, bench: DeviceBench) -> None:
+        """Refuses a model whose rows touch, before any pass may hide it."""
+        whole = [
+            bucket for bucket in self.ladder.buckets if bucket.requests == bucket.rows and bucket.rows > 1
+        ]
+        bucket = (whole or list(self.ladder.buckets))[0]
+        replica = bench.candidate(bucket, PLAIN).replica
+        verify_bucket(
+            self.signature,
+            bucket,
+            replica,
+            lambda: plain_program(self.traces, self.signature, bucket),
+            self.model.params,
+            self.golden,
+            self.probes,
+            self.buffers,
+            form=str(PLAIN),
+            precision=Precision.FLOAT32,
+        )
+
+    def _precisions(self, limits: MachineLimits) -> tuple[list[Precision], str]:
+        """Lower precisions that may be chosen, and what to say of it."""
+        named = self.options.policy.precision
+        if named is not None:
+            return ([named] if named is not Precision.FLOAT32 else []), ""
+        if self.golden.unlabelled:
+            return [], (
+                f"float32 alone was tried: the golden requests have no labels of both classes for "
+                f"{', '.join(self.golden.unlabelled)}, so the AUC loss of a lower precision can't be known; give "
+                f"labels, or name a precision"
+            )
+        lower = [device.half_precision(self.targets[0]), Precision.INT8]
+        slow = [p for p in lower if limits.lower_gain[p.value] < _MIN_GAIN]
+        if not slow:
+            return lower, ""
+        gains = ", ".join(f"{limits.lower_gain[p.value]:.2f} times as fast in {p.value}" for p in slow)
+        note = f"not tried, as a matmul on this device is {gains} as in float32"
+        return [p for p in lower if p not in slow], note
+
+    def _worthwhile(
+        self, choices: Sequence[Choice], bench: DeviceBench, limits: MachineLimits
+    ) -> list[Choice]:
+        """Drops buckets that a neighbour of more requests serves as fast; keeps all where nothing was tuned."""
+        if any(not choice.trials for choice in choices):
+            return list(choices)
+        seconds = {choice.bucket: choice.seconds_of(choice.form) or 0.0 for choice in choices}
+        leaves = self.signature.context_leaves
+        a_context = sum(int(np.prod(leaf.tail)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+        kept = set(worthwhile(seconds, a_context, limits.bytes_a_second))
+        return [choice for choice in choices if choice.bucket in kept]
+
+    def _publish(
+        self,
+        writer: BundleWriter,
+        built: _Built,
+        analysis: Analysis,
+        remarks: Mapping[str, str],
+        note: str,
+    ) -> BuildResult:
+        """Writes everything and renames."""
+        spec = self.spec
+        writer.add_params(dict(zip(self.model.names, self.model.params, strict=True)))
         for table in spec.tables:
-            writer.add_table(table.name, tables[table.name])
-        rows = {task: np.concatenate(parts) for task, parts in scores.items()}
-        writer.add_golden(requests, {"scores": rows})
-        entries = _compile(model, spec, signature, ladder, golden_replay, probes, options, writer, on_bucket)
+            writer.add_table(table.name, self.tables[table.name])
+        rows = {task: np.concatenate(parts) for task, parts in self.scores.items()}
+        values = {"scores": rows} | ({"labels": dict(self.labels)} if self.labels else {})
+        writer.add_golden(self.requests, values)
+        entries = [
+            ProgramEntry(
+                bucket=result.bucket,
+                form=str(result.form),
+                prepared=built.programs[result.bucket][1],
+                file=writer.add_program(f"{result.bucket}.stablehlo", built.programs[result.bucket][0]),
+                precision=result.form.precision,
+                max_error={task: _finite(e.max) for task, e in result.judgement.errors.items()},
+                p99_error={task: _finite(e.p99) for task, e in result.judgement.errors.items()},
+                seconds={self.kind: result.seconds},
+            )
+            for result in built.results
+        ]
         writer.add_text("analysis.json", json.dumps(analysis.to_dict(), indent=1))
+        writer.add_text(TUNING_FILE, json.dumps(built.tuning.to_dict(), indent=1))
+        reused = {} if built.reused is None else {"reused_version": str(built.reused)}
         manifest = Manifest(
             spec=spec,
             programs=tuple(entries),
-            forms={_PLAIN: Form()},
-            params=model.names,
-            tolerance=options.precision.tolerance,
-            provenance=_provenance() | dict(options.provenance),
-            fingerprint=fingerprint,
+            params=self.model.names,
+            prepare=writer.add_program(_PREPARE_FILE, built.prepare),
+            num_prepared=built.num_prepared,
+            unused_features=self.unused,
+            activations=self.activations,
+            tolerance=self.options.policy.tolerance,
+            budget=self.options.policy.budget,
+            architecture=self.architecture,
+            provenance=_provenance() | dict(self.options.provenance) | dict(remarks) | reused,
+            fingerprint=device.fingerprint(),
         )
-        writer.add_text("report.html", render_report(manifest, analysis))
+        result = BuildResult(
+            manifest=manifest,
+            analysis=analysis,
+            tuning=built.tuning,
+            results=built.results,
+            reference_auc=self.golden.reference_auc,
+            reused=built.reused,
+            note=note,
+        )
+        writer.add_text("report.html", render_report(result, self.requests))
         path = writer.publish(manifest)
-    return BuildResult(path, open_bundle(path, verify=False).manifest, analysis)
+        return dataclasses.replace(result, path=path, manifest=open_bundle(path, verify=False).manifest)
 
 
-def _check_arguments(spec: object, tables: object, options: BuildOptions, golden: object) -> None:
-    """Raises ConfigError for what isn't of the type that `build_bundle` takes."""
-    if not isinstance(spec, ModelSpec):
-        raise ConfigError(f"spec: expected a ModelSpec, got {type(spec).__name__}")
-    if not isinstance(tables, Mapping):
-        raise ConfigError(f"tables: expected arrays by table name, got {type(tables).__name__}")
-    if options.version is not None and type(options.version) is not int:
-        raise ConfigError(f"version: expected an integer >= 1, got {options.version!r}")
-    for number, request in enumerate(golden if isinstance(golden, Sequence) else ()):
-        if not isinstance(request, RankRequest):
-            raise ConfigError(
-                f"golden request {number}: expected a RankRequest, got {type(request).__name__}"
-            )
-        if request.spec is not spec and request.spec != spec:
-            raise ConfigError(
-                f"golden request {number}: was made for another spec than model {spec.name!r}'s"
-            )
+@dataclasses.dataclass(frozen=True)
+class _Built:
+    """Programs of every bucket, proven or about to be refused."""
+
+    prepare: bytes
+    programs: Mapping[Bucket, tuple[bytes, tuple[int, ...]]]
+    num_prepared: int
+    tuning: Tuning
+    results: tuple[BucketResult, ...]
+    reused: int | None = None
 
 
-def _compile(
-    model: DenseModel,
-    spec: ModelSpec,
-    signature: Signature,
-    ladder: BucketLadder,
-    golden: device.GoldenReplay,
-    probes: device.GoldenReplay,
-    options: BuildOptions,
-    writer: BundleWriter,
-    on_bucket: Callable[[Bucket, int, int], None] | None,
-) -> list[ProgramEntry]:
-    """Lowers, compiles for every device, proves and times each bucket."""
-    targets = device.devices(options.num_devices)
-    kind = device.device_kind(targets[0])
-    buffers = device.BatchBuffers(signature, ladder)
-    entries = []
-    with device.compile_cache_at(writer.cache_dir):
-        for number, bucket in enumerate(ladder.buckets, start=1):
-            program = row_program(model, spec, signature, bucket)
-            data = lower_program(program, model, spec, signature, bucket)
-            file = writer.add_program(f"{_PLAIN}-{bucket}.stablehlo", data)
-            programs = {bucket: device.deserialize_program(data)}
-            replicas = [device.Replica(d, signature, programs, model.params) for d in targets]
-            errors = verify_bucket(
-                spec,
-                signature,
-                bucket,
-                replicas[0],
-                program,
-                golden,
-                probes,
-                buffers,
-                options.precision.tolerance,
-            )
-            profile = device.measure_profile(replicas[0], golden, buffers)
-            entries.append(
-                ProgramEntry(
-                    bucket=bucket,
-                    form=_PLAIN,
-                    file=file,
-                    precision=options.precision.name,
-                    max_error=errors,
-                    seconds={kind: profile.seconds_of(bucket)},
-                )
-            )
-            if on_bucket is not None:
-                on_bucket(bucket, number, len(ladder.buckets))
-    return entries
+def _finite(error: float) -> float:
+    """For the manifest of a bundle that failed: JSON has no infinity."""
+    return min(error, 1e30)
 
 
 def _provenance() -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from xlarank.compiler.split import RowProgram
-from xlarank.compiler.tracing import inner_jaxpr, source_of, trace
+from xlarank.compiler.program import Program
+from xlarank.compiler.tracing import ClosedJaxpr, evaluate, source_of
 from xlarank.device import Replica
 from xlarank.errors import ModelError
 from xlarank.spec import REQUEST_OF_ROW, Bucket, ModelSpec, Scope, Signature
@@ -86,7 +86,8 @@ def check_rows_independent(
     signature: Signature,
     bucket: Bucket,
     replica: Replica,
-    program: RowProgram,
+    plain: Callable[[], Program],
+    weights: Sequence[Any],
     leaves: Mapping[str, np.ndarray],
 ) -> None:
     """Poisons the first, a middle and the last row and context; no other row's score may change by a bit.
@@ -96,7 +97,8 @@ def check_rows_independent(
       signature: layout of the leaves.
       bucket: B and Q.
       replica: holds the bucket's executable, as it will serve.
-      program: what it was compiled from, to name the operation.
+      plain: makes the plain program of the bucket, to name the operation.
+      weights: of the model, for the plain program.
       leaves: a valid, full batch.
 
     Raises:
@@ -113,30 +115,28 @@ def check_rows_independent(
                 poisoned = replica.run(bucket, poison.applied(signature, leaves))
                 for task, scores in poisoned.items():
                     if not np.array_equal(clean[task][others], scores[others], equal_nan=True):
-                        prepared = replica.executables[bucket].prepared
-                        crossing = find_crossing(program, prepared, signature, bucket, leaves, poison)
+                        crossing = find_crossing(plain(), weights, signature, leaves, poison)
                         raise ModelError(
                             f"model {spec.name!r}, task {task!r}: a row's score depends on other rows of the "
                             f"batch ({poison} changed them in bucket {bucket}); a row may depend on its own "
-                            f"candidate and context alone. What crosses rows: {crossing}"
+                            f"candidate and context alone: use the axis of features, or running statistics, "
+                            f"in place of the batch axis. What crosses rows: {crossing}"
                         )
 
 
 def find_crossing(
-    program: RowProgram,
-    prepared: Sequence[jax.Array],
+    program: Program,
+    weights: Sequence[Any],
     signature: Signature,
-    bucket: Bucket,
     leaves: Mapping[str, np.ndarray],
     poison: Poison,
 ) -> str:
-    """Runs the program op by op, poisoned, then poisoned elsewhere; the first value that both reach is it.
+    """Runs the program op by op, poisoned, then poisoned elsewhere; the first value that both poisons reach is it.
 
     Args:
-      program: of the bucket.
-      prepared: its weights.
+      program: the plain one of the bucket.
+      weights: of the model.
       signature: layout of the leaves.
-      bucket: B and Q.
       leaves: a valid, full batch.
       poison: one that changed rows which it may not change.
 
@@ -144,18 +144,15 @@ def find_crossing(
       The operation's name, the shapes it reads and writes and the line of the model's source.
     """
 
-    def arguments(batch: Mapping[str, np.ndarray]) -> tuple[Any, ...]:
-        context = tuple(batch[leaf.name] for leaf in signature.context_leaves)
-        candidate = tuple(batch[leaf.name] for leaf in signature.candidate_leaves)
-        return tuple(prepared), context, candidate, batch[REQUEST_OF_ROW]
+    def arguments(batch: Mapping[str, np.ndarray]) -> list[Any]:
+        names = [leaf.name for leaf in (*signature.context_leaves, *signature.candidate_leaves)]
+        return [*weights, *(batch[name] for name in names), batch[REQUEST_OF_ROW]]
 
-    closed = trace("", program, arguments(leaves))
-    clean = jax.tree.leaves(arguments(leaves))
-    first = jax.tree.leaves(arguments(poison.applied(signature, leaves)))
+    clean, first = arguments(leaves), arguments(poison.applied(signature, leaves))
     for other in _elsewhere(poison, leaves):
-        second = jax.tree.leaves(arguments(other.applied(signature, leaves)))
+        second = arguments(other.applied(signature, leaves))
         runs = [_Runs(*map(jnp.asarray, values)) for values in zip(clean, first, second, strict=True)]
-        for equation, source, inputs, outputs in _walk(closed, runs, ""):
+        for equation, source, inputs, outputs in _walk(program.closed, runs):
             if any(output.is_crossed() for output in outputs):
                 read = ", ".join(str(list(np.shape(value.clean))) for value in inputs)
                 wrote = ", ".join(str(list(np.shape(value.clean))) for value in outputs)
@@ -172,13 +169,9 @@ def _elsewhere(poison: Poison, leaves: Mapping[str, np.ndarray]) -> list[Poison]
 
 
 def _walk(
-    closed: Any, inputs: Sequence[_Runs], caller: str
-) -> Generator[tuple[core.JaxprEqn, str, list[_Runs], list[_Runs]], None, list[_Runs]]:
-    """Evaluates equation by equation, into nested programs.
-
-    Yields each equation with its source line (the caller's for JAX's own nested functions), operands and
-    results; returns the program's outputs.
-    """
+    closed: ClosedJaxpr, inputs: Sequence[_Runs]
+) -> Iterator[tuple[core.JaxprEqn, str, list[_Runs], list[_Runs]]]:
+    """Evaluates equation by equation; yields each with its source line, operands and results."""
     jaxpr = closed.jaxpr
     values: dict[core.Var, _Runs] = dict(zip(jaxpr.invars, inputs, strict=True))
     values |= {v: _Runs(c, c, c) for v, c in zip(jaxpr.constvars, closed.consts, strict=True)}
@@ -188,23 +181,12 @@ def _walk(
 
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
-        source = source_of(equation) or caller
-        inner = inner_jaxpr(equation)
-        if inner is not None:
-            outputs = yield from _walk(inner, operands, source)
-        else:
-            results = [_evaluate(equation, run) for run in zip(*(o.each() for o in operands), strict=True)]
-            if not operands:
-                results = [_evaluate(equation, ())] * 3
-            outputs = [_Runs(*result) for result in zip(*results, strict=True)]
-            yield equation, source, operands, outputs
+        results = [evaluate(equation, run) for run in zip(*(o.each() for o in operands), strict=True)]
+        if not operands:
+            results = [evaluate(equation, ())] * 3
+        outputs = [_Runs(*result) for result in zip(*results, strict=True)]
+        yield equation, source_of(equation), operands, outputs
         values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _evaluate(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    outputs = equation.primitive.bind(*operands, **equation.params)
-    return list(outputs) if equation.primitive.multiple_results else [outputs]
 
 
 def _differs(clean: np.ndarray, other: Any) -> np.ndarray:

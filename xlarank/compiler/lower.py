@@ -1,49 +1,58 @@
-"""Lowers a row program for one bucket to StableHLO."""
+"""Lowers programs to StableHLO in jax.export's container."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 from jax import export
 
-from xlarank.compiler.split import DenseModel, RowProgram, program_avals
-from xlarank.compiler.tracing import trace
-from xlarank.spec import Bucket, ModelSpec, Signature
+from xlarank.compiler.prepare import Parted
+from xlarank.compiler.program import run_equations
+from xlarank.compiler.tracing import ClosedJaxpr
+from xlarank.spec import ModelSpec, Signature
 
-__all__ = ["lower_program"]
+__all__ = ["lower_prepare", "lower_row_program"]
 
 _PLATFORMS = ("cpu", "cuda")
 
 
-def lower_program(
-    program: RowProgram, model: DenseModel, spec: ModelSpec, signature: Signature, bucket: Bucket
-) -> bytes:
-    """Exports a program, weights as arguments, float32 matmuls in true float32 on every device.
+def lower_row_program(parted: Parted, spec: ModelSpec, signature: Signature) -> bytes:
+    """Exports a row program, prepared arrays as arguments.
 
     Args:
-      program: of this bucket.
-      model: shapes of the weights.
-      spec: named in errors.
+      parted: of one bucket.
+      spec: names the outputs.
       signature: layout of the leaves.
-      bucket: B and Q.
 
     Returns:
-      jax.export's container, readable by jax versions of the next six months; it runs on CPU and CUDA
-      where the model's operations exist on both, else on the platform it was made on.
-
-    Raises:
-      ModelError: if the model can't be traced at this bucket, with the line of its source.
+      jax.export's container of ``program(prepared, context, candidates, request_of_row) -> scores by task``,
+      readable by jax versions of the next six months. It runs on CPU and CUDA where the model's operations exist
+      on both, else on the platform it was made on.
     """
-    avals = program_avals(model, signature, bucket)
-    trace(spec.name, program, avals)
-    jitted = jax.jit(program)
-    with jax.default_matmul_precision("highest"):
-        here = jax.default_backend()
-        try:
-            exported = export.export(jitted, platforms=_PLATFORMS)(*avals)
-        except NotImplementedError:  # an operation without a rule for the other platform
-            exported = export.export(jitted, platforms=[_export_name(here)])(*avals)
+    avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in parted.row.in_avals]
+    num_prepared, num_context = len(parted.keys), len(signature.context_leaves)
+
+    def program(prepared, context, candidates, request_of_row):
+        scores = run_equations(parted.row, [*prepared, *context, *candidates, request_of_row])
+        return {task.name: score for task, score in zip(spec.tasks, scores, strict=True)}
+
+    prepared, leaves = avals[:num_prepared], avals[num_prepared:-1]
+    arguments = (tuple(prepared), tuple(leaves[:num_context]), tuple(leaves[num_context:]), avals[-1])
+    return _export(program, arguments)
+
+
+def lower_prepare(prepare: ClosedJaxpr) -> bytes:
+    """Exports the program ``prepare(*params) -> prepared arrays``, in the same container."""
+    avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in prepare.in_avals]
+    return _export(lambda *params: tuple(run_equations(prepare, params)), tuple(avals))
+
+
+def _export(function: Any, arguments: tuple[Any, ...]) -> bytes:
+    jitted = jax.jit(function)
+    try:
+        exported = export.export(jitted, platforms=_PLATFORMS)(*arguments)
+    except NotImplementedError:  # an operation without a rule for the other platform
+        here = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
+        exported = export.export(jitted, platforms=[here])(*arguments)
     return bytes(exported.serialize())
-
-
-def _export_name(backend: str) -> str:
-    return "cuda" if backend == "gpu" else backend

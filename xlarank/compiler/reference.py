@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from xlarank.compiler.split import scores_of
 from xlarank.compiler.tracing import authors_code
@@ -20,7 +20,7 @@ __all__ = ["reference_scores"]
 
 
 def reference_scores(
-    module: nnx.Module,
+    model: Callable[[dict[str, jax.Array]], Any],
     spec: ModelSpec,
     tables: Mapping[str, np.ndarray],
     requests: Sequence[RankRequest],
@@ -28,10 +28,10 @@ def reference_scores(
     """Scores requests as DESIGN §3 defines the reference.
 
     The context is repeated N times, tables are looked up by `EmbeddingCollection` in plain JAX and the
-    module runs under `jax.disable_jit()`, so that a fault of the compiler can't agree with itself.
+    model runs under `jax.disable_jit()`, so that a fault of the compiler can't agree with itself.
 
     Args:
-      module: in evaluation mode.
+      model: an nnx.Module in evaluation mode, or any function from activations to logits.
       spec: the model.
       tables: float32 [R, D] by name.
       requests: each with at least one candidate.
@@ -40,7 +40,7 @@ def reference_scores(
       By task, one [N] float32 array a request.
 
     Raises:
-      ModelError: if the module's answer has the wrong form, or a score isn't finite.
+      ModelError: if the model's answer has the wrong form, or a score isn't finite.
     """
     scores: dict[str, list[np.ndarray]] = {task.name: [] for task in spec.tasks}
     cpu = jax.local_devices(backend="cpu")[0]
@@ -57,7 +57,7 @@ def reference_scores(
             ]
             inputs = {name: jnp.asarray(value) for name, value in model_inputs(spec, columns).items()}
             with authors_code(f"model {spec.name!r}, golden request {number}"):
-                logits = module(collection(inputs))  # type: ignore[operator]
+                logits = model(collection(inputs))
             for task, values in scores_of(spec, logits, num_rows).items():
                 array = np.array(values)[: request.num_candidates]
                 if not np.isfinite(array).all():

@@ -1,29 +1,23 @@
-"""Splits a Flax module into dense weights and a pure row program (DESIGN: prepare and program)."""
+"""Takes a model apart into dense weights and a pure function of them: `split_module`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xlarank.errors import ModelError
-from xlarank.spec import MASK_SUFFIX, Bucket, FeatureKind, ModelSpec, Signature, TaskKind
+from xlarank.errors import ConfigError, ModelError
+from xlarank.spec import ModelSpec, TaskKind
 
-__all__ = [
-    "DenseModel",
-    "RowProgram",
-    "program_avals",
-    "row_program",
-    "scores_of",
-    "split_module",
-]
+__all__ = ["Apply", "DenseModel", "scores_of", "split_function", "split_module"]
 
-RowProgram = Callable[..., dict[str, jax.Array]]
-"""(prepared, context leaves, candidate leaves, request_of_row [B]) -> {task: scores [B]}."""
+Apply = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
+"""A model as a function: (params, activations by feature name) -> logits [B] by task name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +30,17 @@ class DenseModel:
     params: tuple[np.ndarray, ...]
     """Weights, in the order of `names`."""
 
-    apply: Callable[[tuple[jax.Array, ...], Mapping[str, jax.Array]], dict[str, jax.Array]]
-    """(weights, activations) -> logits by task."""
+    apply: Callable[
+        [tuple[jax.Array, ...], tuple[jax.Array, ...], Mapping[str, jax.Array]],
+        tuple[dict[str, jax.Array], dict[str, jax.Array]],
+    ]
+    """(weights, random state, activations) -> (logits by task, what it wrote to its variables by name)."""
+
+    reference: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
+    """The model as its author calls it: activations -> logits by task."""
+
+    random_state: tuple[jax.Array, ...] = ()
+    """Keys and counts of the module's random streams. A model that needs them can't be served."""
 
 
 def split_module(module: nnx.Module) -> DenseModel:
@@ -51,22 +54,68 @@ def split_module(module: nnx.Module) -> DenseModel:
     if not isinstance(module, nnx.Module):
         raise ModelError(
             f"expected a flax.nnx.Module, got {type(module).__name__}; Linen modules come in through "
-            f"flax.nnx.bridge"
+            f"flax.nnx.bridge, a function apply(params, features) with its params"
         )
     module.eval()
     graph, rng_state, state = nnx.split(module, nnx.RngState, ...)
     leaves, structure = jax.tree.flatten(state)
+    rng_leaves, rng_structure = jax.tree.flatten(rng_state)
     names = tuple(".".join(str(_key(k)) for k in path) for path, _ in nnx.to_flat_state(state))
     if len(names) != len(leaves):
         raise ModelError(f"{type(module).__name__} holds {len(leaves)} arrays in {len(names)} variables")
 
-    def apply(params: tuple[jax.Array, ...], features: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        # A copy: a module that draws random numbers counts its draws in place, in the trace's own state.
-        own_rng_state = jax.tree.map(lambda leaf: leaf, rng_state)
+    def apply(
+        params: tuple[jax.Array, ...], random_state: tuple[jax.Array, ...], features: Mapping[str, jax.Array]
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        own_rng_state = jax.tree.unflatten(rng_structure, list(random_state))
         merged = nnx.merge(graph, own_rng_state, jax.tree.unflatten(structure, list(params)))
-        return merged(dict(features))  # type: ignore[operator]
+        logits = merged(dict(features))  # type: ignore[operator]
+        return logits, _changed(merged, names, params)
 
-    return DenseModel(names, tuple(_as_weight(leaf) for leaf in leaves), apply)
+    return DenseModel(
+        names,
+        tuple(_as_weight(leaf) for leaf in leaves),
+        apply,
+        module,
+        tuple(rng_leaves),  # type: ignore[arg-type]
+    )
+
+
+def split_function(function: Apply, params: Any) -> DenseModel:
+    """Takes a plain function's params apart.
+
+    Args:
+      function: ``apply(params, features) -> logits by task``, of JAX operations alone.
+      params: any pytree of arrays.
+
+    Raises:
+      ConfigError: if params hold something that is no array.
+    """
+    leaves_by_path, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = tuple(".".join(str(_path_key(k)) for k in path) or "params" for path, _ in leaves_by_path)
+    for name, (_, leaf) in zip(names, leaves_by_path, strict=True):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, bool)):
+            raise ConfigError(f"params: {name!r}: expected an array, got {type(leaf).__name__}")
+
+    def apply(
+        weights: tuple[jax.Array, ...], _: tuple[jax.Array, ...], features: Mapping[str, jax.Array]
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        return function(jax.tree.unflatten(structure, list(weights)), dict(features)), {}
+
+    weights = tuple(_as_weight(leaf) for _, leaf in leaves_by_path)
+    as_jax = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in weights])
+    return DenseModel(names, weights, apply, lambda features: function(as_jax, features))
+
+
+def _changed(
+    merged: nnx.Module, names: tuple[str, ...], params: tuple[jax.Array, ...]
+) -> dict[str, jax.Array]:
+    """What a call wrote to its module's variables; new variables come as ``a new variable``."""
+    _, _, after = nnx.split(merged, nnx.RngState, ...)
+    leaves = jax.tree.leaves(after)
+    if len(leaves) != len(params):
+        return {"a new variable": leaves[-1]} if leaves else {}
+    return {name: b for name, a, b in zip(names, params, leaves, strict=True) if a is not b}
 
 
 def _as_weight(leaf: object) -> np.ndarray:
@@ -78,8 +127,12 @@ def _key(key: object) -> object:
     return getattr(key, "key", getattr(key, "name", key))
 
 
+def _path_key(key: object) -> object:
+    return getattr(key, "idx", _key(key))
+
+
 def scores_of(spec: ModelSpec, logits: Mapping[str, jax.Array], num_rows: int) -> dict[str, jax.Array]:
-    """Scores [num_rows] float32 by task from a module's answer.
+    """Scores [num_rows] float32 by task from a model's answer.
 
     Raises:
       ModelError: if a task is missing or a logit isn't floating point [num_rows].
@@ -108,59 +161,3 @@ def scores_of(spec: ModelSpec, logits: Mapping[str, jax.Array], num_rows: int) -
         logit = logit.astype(jnp.float32)
         scores[task.name] = jax.nn.sigmoid(logit) if task.kind is TaskKind.BINARY else logit
     return scores
-
-
-def row_program(model: DenseModel, spec: ModelSpec, signature: Signature, bucket: Bucket) -> RowProgram:
-    """The plain form: every context is expanded to its rows, then the module runs at B rows.
-
-    Args:
-      model: weights and module.
-      spec: features and tasks.
-      signature: layout of the leaves.
-      bucket: B and Q.
-    """
-
-    def program(prepared, context, candidates, request_of_row):
-        leaves = {
-            leaf.name: _expand(array, request_of_row, bucket)
-            for leaf, array in zip(signature.context_leaves, context, strict=True)
-        }
-        leaves |= {
-            leaf.name: array for leaf, array in zip(signature.candidate_leaves, candidates, strict=True)
-        }
-        features: dict[str, jax.Array] = {}
-        for feature in spec.features:
-            slot = signature.slots[feature.name]
-            if feature.kind is FeatureKind.SEQUENCE:
-                features[feature.name] = leaves[slot.leaf]
-                features[feature.name + MASK_SUFFIX] = leaves[slot.leaf + MASK_SUFFIX]
-            else:
-                features[feature.name] = leaves[slot.leaf][:, slot.begin : slot.end]
-        return scores_of(spec, model.apply(prepared, features), bucket.rows)
-
-    return program
-
-
-def _expand(leaf: jax.Array, request_of_row: jax.Array, bucket: Bucket) -> jax.Array:
-    """[Q, ...] -> [B, ...]."""
-    if bucket.requests == 1:
-        return jnp.broadcast_to(leaf, (bucket.rows, *leaf.shape[1:]))
-    return leaf.at[request_of_row].get(mode="promise_in_bounds")
-
-
-def program_avals(
-    model: DenseModel, signature: Signature, bucket: Bucket
-) -> tuple[tuple, tuple, tuple, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a row program's four arguments."""
-
-    def leaf_avals(leaves):
-        return tuple(jax.ShapeDtypeStruct(leaf.shape(bucket), np.dtype(leaf.dtype)) for leaf in leaves)
-
-    params = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in model.params)
-    request_of_row = jax.ShapeDtypeStruct((bucket.rows,), np.dtype(np.int32))
-    return (
-        params,
-        leaf_avals(signature.context_leaves),
-        leaf_avals(signature.candidate_leaves),
-        request_of_row,
-    )

@@ -1,22 +1,39 @@
-"""Runs a model author's code and says where in it something went wrong: `trace`, `source_of`."""
+"""Runs a model author's code and reads what it did, equation by equation: `trace`, `flatten`, `source_of`."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax
 import jax
+import numpy as np
 from jax._src import source_info_util  # no public name for an equation's source line
 from jax.extend import core
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 from xlarank.errors import ModelError, XlarankError
 
-__all__ = ["ClosedJaxpr", "authors_code", "equations_of", "inner_jaxpr", "source_of", "trace"]
+__all__ = [
+    "ClosedJaxpr",
+    "authors_code",
+    "equations_of",
+    "evaluate",
+    "flatten",
+    "inner_jaxpr",
+    "retrace",
+    "source_of",
+    "structural_text",
+    "trace",
+    "without_dead_code",
+]
+
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
 def _folder(file: str | None) -> str:
@@ -24,7 +41,8 @@ def _folder(file: str | None) -> str:
 
 
 _FLAX = _folder(flax.__file__)
-_NOT_THE_AUTHORS = (_FLAX, _folder(jax.__file__), _folder(__file__))
+_OURS = _folder(__file__)
+_NOT_THE_AUTHORS = (_FLAX, _folder(jax.__file__), _OURS)
 
 
 def trace(model: str, program: Callable, avals: tuple[Any, ...]) -> ClosedJaxpr:
@@ -66,11 +84,146 @@ def authors_code(what_failed: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split("See https://")[0].split())
         hint = ""
-        if isinstance(error, (jax.errors.TracerBoolConversionError, jax.errors.ConcretizationTypeError)):
-            hint = "; a model's operations may depend on shapes, not on values"
+        if isinstance(error, jax.errors.NonConcreteBooleanIndexError):
+            hint = "; a result's shape may not depend on values: use jnp.where or a mask of fixed shape"
+        elif isinstance(error, (jax.errors.TracerBoolConversionError, jax.errors.ConcretizationTypeError)):
+            hint = (
+                "; a model's operations and shapes may depend on shapes, not on values: use jnp.where, "
+                "lax.cond or a mask of fixed shape"
+            )
+        elif isinstance(
+            error, (jax.errors.TracerArrayConversionError, jax.errors.TracerIntegerConversionError)
+        ):
+            hint = "; a model may not leave JAX: use jnp in place of np, and keep indices in arrays"
         raise ModelError(
             f"{what_failed}: {type(error).__name__}: {reason} (at {_line_of(error)}){hint}"
         ) from error
+
+
+def retrace(function: Callable, avals: Sequence[Any]) -> ClosedJaxpr:
+    """Traces a function of ours that binds equations of a model again, flat and without dead code."""
+    closed = jax.make_jaxpr(function)(*avals)
+    if any(inner_jaxpr(equation) is not None for equation in closed.jaxpr.eqns):
+        return flatten(closed)
+    return without_dead_code(closed)
+
+
+def flatten(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """The same program as one list of equations, without dead code.
+
+    What merely calls another program (jit, custom derivatives, remat) is written out; `scan`, `while` and
+    `cond` stay whole. An equation keeps the author's line; one inside a function of JAX's own has its caller's.
+    Matmuls and convolutions of float32 are in true float32, whatever they asked for.
+    """
+
+    def run(*inputs: Any) -> list[Any]:
+        return _run_flat(closed, inputs, None)
+
+    return retrace(run, closed.in_avals)
+
+
+def _run_flat(closed: ClosedJaxpr, inputs: Sequence[Any], caller: core.JaxprEqn | None) -> list[Any]:
+    jaxpr = closed.jaxpr
+    values: dict[Any, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
+    values.update(zip(jaxpr.constvars, closed.consts, strict=True))
+    for equation in jaxpr.eqns:
+        operands = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in equation.invars]
+        place = equation if caller is None or _is_deeper(equation, caller) else caller
+        inner = inner_jaxpr(equation)
+        if inner is not None:
+            outputs = _run_flat(inner, operands, place)
+        else:
+            outputs = evaluate(equation, operands, place=place)
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in jaxpr.outvars]
+
+
+def _is_deeper(equation: core.JaxprEqn, caller: core.JaxprEqn) -> bool:
+    """Whether an equation has a line of the author's own inside the function that `caller` calls.
+
+    JAX keeps the trace of a jitted function, and with it the line of its first caller.
+    """
+    return len(_frames(equation)) > len(_frames(caller))
+
+
+def evaluate(
+    equation: core.JaxprEqn,
+    operands: Sequence[Any],
+    *,
+    place: core.JaxprEqn | None = None,
+    **changed_params: Any,
+) -> list[Any]:
+    """Binds an equation's operation to other operands, as the author's line.
+
+    Args:
+      equation: what to do.
+      operands: arrays or tracers.
+      place: the equation whose line it gets; its own by default.
+      **changed_params: in place of the equation's.
+
+    Returns:
+      Its results.
+    """
+    primitive, params = equation.primitive, {**equation.params, **changed_params}
+    if primitive.name in ("dot_general", "conv_general_dilated") and _are_float32(operands):
+        params["precision"] = (jax.lax.Precision.HIGHEST,) * 2
+    info = (place or equation).source_info
+    with source_info_util.user_context(info.traceback, name_stack=info.name_stack):
+        outputs = primitive.bind(*operands, **params)
+    return list(outputs) if primitive.multiple_results else [outputs]
+
+
+def _are_float32(operands: Sequence[Any]) -> bool:
+    return all(getattr(operand, "dtype", None) == np.float32 for operand in operands)
+
+
+def without_dead_code(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """The program without equations and constants that no output needs; its inputs stay."""
+    jaxpr = closed.jaxpr
+    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, core.Literal)}
+    kept: list[core.JaxprEqn] = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or any(v in needed for v in equation.outvars):
+            kept.append(equation)
+            needed |= {atom for atom in equation.invars if not isinstance(atom, core.Literal)}
+    consts = [(v, c) for v, c in zip(jaxpr.constvars, closed.consts, strict=True) if v in needed]
+    live = jaxpr.replace(eqns=kept[::-1], constvars=[v for v, _ in consts])
+    return ClosedJaxpr(live, [c for _, c in consts])
+
+
+def structural_text(value: Any) -> str:
+    """A program or an equation's params as text that is the same in every process.
+
+    Constants of programs inside are in it as a digest: JAX prints their shapes alone.
+    """
+    digest = hashlib.sha256()
+    for constant in _constants_in(value):
+        digest.update(_constant_bytes(constant))
+    constants = "" if digest.digest() == _NO_CONSTANTS else f" constants {digest.hexdigest()}"
+    return _ADDRESS.sub("0x", str(value)) + constants
+
+
+_NO_CONSTANTS = hashlib.sha256().digest()
+
+
+def _constants_in(value: Any) -> Iterator[Any]:
+    """Arrays among an equation's params and in the programs there, at any depth."""
+    if isinstance(value, (np.ndarray, jax.Array)):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _constants_in(item)
+    elif isinstance(value, (ClosedJaxpr, core.Jaxpr)):
+        yield from getattr(value, "consts", ())
+        for equation in value.eqns:
+            yield from _constants_in(equation.params)
+
+
+def _constant_bytes(constant: Any) -> bytes:
+    if jax.dtypes.issubdtype(jax.dtypes.result_type(constant), jax.dtypes.extended):  # a random number generator's key
+        constant = jax.random.key_data(constant)
+    array = np.asarray(constant)
+    return f"{array.dtype} {array.shape}".encode() + array.tobytes()
 
 
 def equations_of(jaxpr: core.Jaxpr, caller: str = "") -> Iterator[tuple[core.JaxprEqn, str]]:
@@ -86,23 +239,37 @@ def equations_of(jaxpr: core.Jaxpr, caller: str = "") -> Iterator[tuple[core.Jax
 
 def source_of(equation: core.JaxprEqn) -> str:
     """File, line and function of the author's code that an equation comes from; Flax is passed over."""
-    for frame in source_info_util.user_frames(equation.source_info.traceback):
-        if not frame.file_name.startswith(_FLAX):
-            return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+    for frame in _frames(equation):
+        return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
     return ""
+
+
+def _frames(equation: core.JaxprEqn) -> list[Any]:
+    """The author's lines, innermost first."""
+    frames = source_info_util.user_frames(equation.source_info.traceback)
+    return [frame for frame in frames if not frame.file_name.startswith((_FLAX, _OURS))]
 
 
 def inner_jaxpr(equation: core.JaxprEqn) -> ClosedJaxpr | None:
     """The program that an equation merely calls (jit, custom derivatives, remat), else None."""
-    if equation.primitive.name in ("scan", "while", "cond"):
+    if equation.primitive.name in ("scan", "while", "cond", "shard_map"):
         return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = equation.params.get(name)
+        if isinstance(inner, core.Jaxpr) and not isinstance(inner, ClosedJaxpr):
+            inner = ClosedJaxpr(inner, ())
         if isinstance(inner, ClosedJaxpr):
-            return inner
-        if isinstance(inner, core.Jaxpr):
-            return ClosedJaxpr(inner, ())
+            # One that is given other things than the equation's operands (a custom reduction) is no call.
+            given = [atom.aval for atom in equation.invars]
+            is_call = len(inner.in_avals) == len(given) and all(map(_same_type, inner.in_avals, given))
+            return inner if is_call else None
     return None
+
+
+def _same_type(a: Any, b: Any) -> bool:
+    return getattr(a, "shape", None) == getattr(b, "shape", None) and getattr(a, "dtype", None) == getattr(
+        b, "dtype", None
+    )
 
 
 def _line_of(error: Exception) -> str:

@@ -13,19 +13,30 @@ from xlarank.device.platform import (
     device_kind,
     devices,
     fingerprint,
+    half_precision,
     seed_compile_cache,
 )
-from xlarank.device.replay import GoldenReplay, check_errors, score_errors
-from xlarank.device.replica import Executable, Replica, deserialize_program
-from xlarank.device.timing import measure_profile
+from xlarank.device.replay import GoldenReplay, ScoreError, check_errors, row_errors, score_errors
+from xlarank.device.replica import (
+    BucketProgram,
+    Executable,
+    ProgramCost,
+    Replica,
+    deserialize_program,
+    prepare_weights,
+)
+from xlarank.device.timing import measure_profile, time_in_turns
 
 __all__ = [
     "BatchBuffers",
+    "BucketProgram",
     "BufferRing",
     "CompileCounter",
     "Executable",
     "GoldenReplay",
+    "ProgramCost",
     "Replica",
+    "ScoreError",
     "check_errors",
     "compile_cache_at",
     "compiler_options",
@@ -35,7 +46,11 @@ __all__ = [
     "device_kind",
     "devices",
     "fingerprint",
+    "half_precision",
     "measure_profile",
+    "prepare_weights",
+    "row_errors",
     "score_errors",
     "seed_compile_cache",
+    "time_in_turns",
 ]

@@ -18,6 +18,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from xlarank.errors import ConfigError
+from xlarank.spec import Precision
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
     from jaxlib._jax import Device
@@ -32,6 +33,7 @@ __all__ = [
     "device_kind",
     "devices",
     "fingerprint",
+    "half_precision",
     "seed_compile_cache",
 ]
 
@@ -80,6 +82,17 @@ def devices(num_devices: int | None = None) -> list[Device]:
 def device_kind(device: Device) -> str:
     """JAX's name of the device's make, such as ``cpu`` or ``NVIDIA H100 80GB HBM3``."""
     return device.device_kind
+
+
+def half_precision(device: Device) -> Precision:
+    """The 16-bit float format that a device multiplies in: bfloat16, float16 where it has none.
+
+    NVIDIA GPUs have bfloat16 from compute capability 8.0 on; a CPU without it emulates it.
+    """
+    capability = getattr(device, "compute_capability", None)
+    if device.platform == "gpu" and capability is not None and float(capability) < 8:
+        return Precision.FLOAT16
+    return Precision.BFLOAT16
 
 
 @contextlib.contextmanager

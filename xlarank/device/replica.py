@@ -11,17 +11,63 @@ import numpy as np
 from jax import export
 
 from xlarank.device.platform import compiler_options
-from xlarank.spec import Bucket, Signature
+from xlarank.spec import REQUEST_OF_ROW, Bucket, Signature
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
     from jaxlib._jax import Device
 
-__all__ = ["Executable", "Replica", "deserialize_program"]
+__all__ = [
+    "BucketProgram",
+    "Executable",
+    "ProgramCost",
+    "Replica",
+    "deserialize_program",
+    "prepare_weights",
+]
 
 
 def deserialize_program(data: bytes) -> export.Exported:
     """Reads a program as `xlarank.compiler.lower` wrote it (StableHLO in jax.export's container)."""
     return export.deserialize(bytearray(data))
+
+
+def prepare_weights(
+    device: Device, prepare: export.Exported | None, params: Sequence[np.ndarray]
+) -> tuple[jax.Array, ...]:
+    """Places the dense weights and lays them out for the row programs, once.
+
+    Args:
+      device: where they go.
+      prepare: the program from params to prepared arrays; None where programs take the params as they are.
+      params: in the manifest's order.
+
+    Returns:
+      The prepared arrays on the device; params that nobody takes are not kept.
+    """
+    placed = tuple(jax.device_put(param, device) for param in params)
+    if prepare is None:
+        return placed
+    return tuple(_compile(prepare, device, "xlarank_prepare")(*placed))
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketProgram:
+    """The row program of a bucket and the prepared arrays that it takes."""
+
+    exported: export.Exported
+    takes: tuple[int, ...]
+    """Places among the prepared arrays, in the order of the program's first argument."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramCost:
+    """XLA's own analysis of a compiled program, for one batch."""
+
+    flops: float
+    """Floating point operations."""
+
+    bytes_accessed: float
+    """Read and written, fused results not counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +81,18 @@ class Executable:
     """Takes (prepared, context, candidates, request_of_row)."""
 
     prepared: tuple[jax.Array, ...]
-    """Weights on the device."""
+    """Prepared weights on the device."""
 
     context_names: tuple[str, ...]
     """Leaves of the second argument."""
 
     candidate_names: tuple[str, ...]
     """Leaves of the third argument."""
+
+    def cost(self) -> ProgramCost:
+        """What XLA says that a batch costs."""
+        analysis = self.compiled.cost_analysis() or {}
+        return ProgramCost(float(analysis.get("flops", 0)), float(analysis.get("bytes accessed", 0)))
 
     def __call__(self, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs one batch and waits for it.
@@ -56,7 +107,7 @@ class Executable:
             self.prepared,
             tuple(leaves[name] for name in self.context_names),
             tuple(leaves[name] for name in self.candidate_names),
-            leaves["request_of_row"],
+            leaves[REQUEST_OF_ROW],
         )
         # np.asarray first, slice later: slicing a jax.Array compiles a program for each new size.
         return {task: np.asarray(scores) for task, scores in outputs.items()}
@@ -69,23 +120,28 @@ class Replica:
         self,
         device: Device,
         signature: Signature,
-        programs: Mapping[Bucket, export.Exported],
-        params: Sequence[np.ndarray],
+        programs: Mapping[Bucket, BucketProgram],
+        prepared: Sequence[jax.Array],
     ) -> None:
-        """Places the weights and compiles (or finds in the compilation cache) every bucket.
+        """Compiles (or finds in the compilation cache) every bucket.
 
         Args:
           device: where it runs.
           signature: the programs' inputs.
-          programs: a deserialised program a bucket.
-          params: dense weights in the programs' order.
+          programs: one a bucket.
+          prepared: arrays of `prepare_weights` on the device.
         """
         self.device = device
-        prepared = tuple(jax.device_put(param, device) for param in params)
         context = tuple(leaf.name for leaf in signature.context_leaves)
         candidate = tuple(leaf.name for leaf in signature.candidate_leaves)
         self.executables = {
-            bucket: Executable(bucket, _compile(program, device), prepared, context, candidate)
+            bucket: Executable(
+                bucket,
+                _compile(program.exported, device, "xlarank_program"),
+                tuple(prepared[place] for place in program.takes),
+                context,
+                candidate,
+            )
             for bucket, program in programs.items()
         }
 
@@ -94,12 +150,13 @@ class Replica:
         return self.executables[bucket](leaves)
 
 
-def _compile(program: export.Exported, device: Device) -> jax.stages.Compiled:
-    def xlarank_program(*args):  # the name shows in profiles and in the names of cache files
+def _compile(program: export.Exported, device: Device, name: str) -> jax.stages.Compiled:
+    def call(*args):
         return program.call(*args)
 
+    call.__name__ = name  # shows in profiles and in the names of cache files
     sharding = jax.sharding.SingleDeviceSharding(device)
     avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in program.in_avals]
     args, _ = jax.tree.unflatten(program.in_tree, avals)
-    lowered = jax.jit(xlarank_program, in_shardings=sharding, out_shardings=sharding).lower(*args)
+    lowered = jax.jit(call, in_shardings=sharding, out_shardings=sharding).lower(*args)
     return lowered.compile(compiler_options=compiler_options(device.platform))

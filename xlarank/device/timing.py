@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 from xlarank.device.buffers import BatchBuffers
 from xlarank.device.replay import GoldenReplay
 from xlarank.device.replica import Replica
 from xlarank.spec import Bucket, LatencyProfile
 
-__all__ = ["measure_profile"]
+__all__ = ["measure_profile", "time_in_turns"]
+
+Key = TypeVar("Key", bound=Hashable)
 
 _MAX_RUNS = 7
 _BUDGET_SECONDS = 0.1
@@ -48,3 +51,37 @@ def measure_profile(
         if on_bucket is not None:
             on_bucket(bucket)
     return LatencyProfile(seconds)
+
+
+_MIN_ROUNDS = 7
+_MAX_ROUNDS = 31
+
+
+def time_in_turns(
+    runs: Mapping[Key, Callable[[], object]],
+    *,
+    budget_seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Key, list[float]]:
+    """Times several things by running each once a round, after one round that is not counted.
+
+    Args:
+      runs: what to call, by name.
+      budget_seconds: rounds go on for about this long, but for 7 at least and 31 at most.
+      clock: seconds, monotonic.
+
+    Returns:
+      Seconds by name, equally many of each; neighbours in time stand at the same place.
+    """
+    seconds: dict[Key, list[float]] = {key: [] for key in runs}
+    for run in runs.values():
+        run()
+    begin = clock()
+    for number in range(_MAX_ROUNDS):
+        if number >= _MIN_ROUNDS and clock() - begin > budget_seconds:
+            break
+        for key, run in runs.items():
+            start = clock()
+            run()
+            seconds[key].append(max(clock() - start, 1e-9))
+    return seconds

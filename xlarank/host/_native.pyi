@@ -24,7 +24,7 @@ class Kernel:
         self,
         tables: list[dict[str, Any]],
         features: list[dict[str, Any]],
-        leaves: list[tuple[str, int]],
+        leaves: list[tuple[str, str, int]],
         num_threads: int,
         isa: str,
     ) -> None: ...

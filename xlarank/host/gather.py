@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,8 @@ class Gatherer:
         *,
         num_threads: int = 1,
         backend: str = "auto",
+        unused: Collection[str] = (),
+        activations: str = "float32",
     ) -> None:
         """Prepares vocabularies and threads.
 
@@ -87,9 +89,14 @@ class Gatherer:
           tables: [R, D] float32 by name, C-contiguous, best 64-byte aligned; kept, not copied.
           num_threads: threads that gather, the caller among them; >= 1.
           backend: "native", "numpy" (the slow reference), or "auto": native where it is built.
+          unused: names of features that the program doesn't read. A request still brings them and they are
+            still checked, but they are neither looked up nor written.
+          activations: dtype of the matrices and sequences, "float32" or "bfloat16": preprocessed and pooled
+            in float32, then rounded to the nearest, ties to even.
 
         Raises:
-          ConfigError: if spec and tables disagree, or the backend isn't there.
+          ConfigError: if spec and tables disagree, `unused` or `activations` isn't as stated, or the backend
+            isn't there.
         """
         spec.check_fitted()
         if num_threads < 1:
@@ -107,7 +114,7 @@ class Gatherer:
         for table in spec.tables:
             check_form(table.name, tables[table.name], (table.num_rows, table.dim))
         self.spec = spec
-        self.signature = Signature.of_model(spec)
+        self.signature = Signature.of_model(spec, unused, activations)
         self.backend = "numpy" if backend == "numpy" or native is None else "native"
         self._tables = dict(tables)
         self._token = object()
@@ -170,7 +177,7 @@ class Gatherer:
         self._check_out(bucket, out)
         if self._kernel is None:
             parts = [(s.request.request, s.begin, s.end) for s in segments]
-            gather_numpy(self.spec, self._tables, parts, out)
+            gather_numpy(self.spec, self.signature, self._tables, parts, out)
             return
         bad = self._kernel.gather(
             [(s.request.handle, s.begin, s.end) for s in segments],

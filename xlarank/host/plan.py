@@ -27,7 +27,7 @@ def native_plan(
 
     Args:
       spec: the model, fitted.
-      signature: of the model.
+      signature: of the model; a feature without a slot isn't gathered.
       tables: [R, D] float32 by name, C-contiguous; kept alive by the kernel.
       num_threads: threads that gather, the caller among them.
       isa: instruction set of pooling: "avx512", "avx2", "baseline", or "auto", the best that the CPU runs.
@@ -43,28 +43,25 @@ def native_plan(
     leaf_names = [leaf.name for leaf in signature.leaves]
     features = []
     for feature in spec.features:
-        slot = signature.slots[feature.name]
-        fields = _feature(feature)
+        slot = signature.slots.get(feature.name)
+        fields = _feature(feature, is_gathered=slot is not None)
         fields["table"] = table_names.index(feature.table) if feature.table is not None else -1
-        fields["leaf"], fields["begin"] = leaf_names.index(slot.leaf), slot.begin
+        fields["leaf"], fields["begin"] = (leaf_names.index(slot.leaf), slot.begin) if slot else (-1, 0)
         features.append(fields)
     return native.Kernel(
         tables=[{"values": tables[t.name], "out_of_range": t.out_of_range.value} for t in spec.tables],
         features=features,
-        leaves=[
-            (leaf.scope.value, math.prod(leaf.tail) * np.dtype(leaf.dtype).itemsize)
-            for leaf in signature.leaves
-        ],
+        leaves=[(leaf.scope.value, leaf.dtype, math.prod(leaf.tail)) for leaf in signature.leaves],
         num_threads=num_threads,
         isa=isa,
     )
 
 
-def _feature(feature: FeatureSpec) -> dict[str, Any]:
+def _feature(feature: FeatureSpec, *, is_gathered: bool) -> dict[str, Any]:
     floats = feature.dtype is ValueType.FLOAT32
     has_default = floats and feature.default is not None
     vocabulary = None
-    if feature.vocabulary is not None and feature.vocabulary.values:
+    if is_gathered and feature.vocabulary is not None and feature.vocabulary.values:
         vocabulary = index_of(feature.vocabulary).native
     boundaries = feature.bucketise.boundaries if feature.bucketise is not None else ()
     return {

@@ -27,6 +27,7 @@ __all__ = ["gather_numpy", "pool"]
 
 def gather_numpy(
     spec: ModelSpec,
+    signature: Signature,
     tables: Mapping[str, np.ndarray],
     segments: Sequence[tuple[RankRequest, int, int]],
     out: Mapping[str, np.ndarray],
@@ -35,13 +36,16 @@ def gather_numpy(
 
     Args:
       spec: the model, fitted.
+      signature: of the model; a feature without a slot isn't gathered.
       tables: [R, D] float32 by name.
       segments: (request, begin, end), at least one, none empty.
-      out: one array a leaf of ``Signature.of_model(spec)``, of the bucket's shapes.
+      out: one array a leaf of `signature`, of the bucket's shapes. Everything is done in float32; storing it
+        in a bfloat16 array rounds to the nearest, ties to even.
     """
-    signature = Signature.of_model(spec)
     for index, feature in enumerate(spec.features):
-        slot = signature.slots[feature.name]
+        slot = signature.slots.get(feature.name)
+        if slot is None:
+            continue
         row = 0
         for request, begin, end in segments:
             column = request.columns[index]

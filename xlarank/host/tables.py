@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import ml_dtypes  # noqa: F401  # teaches NumPy the name bfloat16, which leaves use
 import numpy as np
 import numpy.typing as npt
 
@@ -21,7 +22,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike, alignment: int =
 
     Args:
       shape: any shape.
-      dtype: any fixed-size numpy dtype.
+      dtype: any fixed-size numpy dtype or its name, "bfloat16" among them.
       alignment: bytes, a power of two.
 
     Raises:

@@ -197,6 +197,7 @@ class Engine:
         except UnavailableError as error:
             pending.future.set_exception(error)
             raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed") from error
+        self.metrics.record_accepted(request.num_candidates)
         return pending.future
 
     def score(self, request: RankRequest) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import numpy as np
 from xlarank import device
 from xlarank.bundle import Bundle
 from xlarank.host import Gatherer
-from xlarank.spec import Bucket, BucketLadder, LatencyProfile
+from xlarank.spec import BucketLadder, LatencyProfile
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
     from jaxlib._jax import Device
@@ -123,21 +123,32 @@ class Loader:
         return differences
 
     def _gatherer(self) -> Gatherer:
+        manifest = self._bundle.manifest
         return Gatherer(
-            self._bundle.spec, self._bundle.tables(), num_threads=self._host_threads, backend=self._backend
+            self._bundle.spec,
+            self._bundle.tables(),
+            num_threads=self._host_threads,
+            backend=self._backend,
+            unused=manifest.unused_features,
+            activations=manifest.activations,
         )
 
     def _replicas(self, gatherer: Gatherer, is_same_place: bool) -> list[device.Replica]:
         if self._use_bundle_code and is_same_place:
             device.seed_compile_cache(self._bundle.cache_files())
         programs = {
-            Bucket(entry.bucket.rows, entry.bucket.requests): device.deserialize_program(
-                self._bundle.program(entry)
+            entry.bucket: device.BucketProgram(
+                device.deserialize_program(self._bundle.program(entry)), entry.prepared
             )
             for entry in self._bundle.manifest.programs
         }
+        data = self._bundle.prepare()
+        prepare = None if data is None else device.deserialize_program(data)
         params = list(self._bundle.params().values())
-        return [device.Replica(d, gatherer.signature, programs, params) for d in self._devices]
+        return [
+            device.Replica(d, gatherer.signature, programs, device.prepare_weights(d, prepare, params))
+            for d in self._devices
+        ]
 
     def _golden(self, gatherer: Gatherer) -> device.GoldenReplay:
         requests, values = self._bundle.golden()
@@ -151,11 +162,13 @@ class Loader:
         golden: device.GoldenReplay,
         buffers: device.BatchBuffers,
     ) -> dict[str, float]:
-        spec, tolerance = self._bundle.spec, self._bundle.manifest.tolerance
+        spec, manifest = self._bundle.spec, self._bundle.manifest
+        limits = {entry.bucket: manifest.error_limits(entry) for entry in manifest.programs}
         worst = dict.fromkeys((task.name for task in spec.tasks), 0.0)
         for replica in replicas:
             for bucket, errors in golden.replay(replica, buffers.leaves, _REPLAYED_BATCHES).items():
-                device.check_errors(spec, bucket, errors, tolerance, f"golden replay on {replica.device}")
+                what = f"bucket {bucket} (rows x requests)"
+                device.check_errors(spec, what, errors, limits[bucket], f"golden replay on {replica.device}")
                 worst = {task: max(worst[task], errors[task]) for task in worst}
         return worst
 

@@ -15,6 +15,7 @@
     nv_inference_compute_output_duration_us respond
     nv_inference_pending_request_count      requests submitted and not yet answered
     nv_inference_*_duration_histogram_us    the same five durations as histograms
+    xlarank_request_candidates              candidates of accepted requests that have any, as a histogram
     xlarank_batch_rows_total                valid rows in executed batches
     xlarank_padding_rows_total              rows of executed buckets that held no candidate
     xlarank_bucket_batches_total            batches executed, by `bucket` (rows x requests)
@@ -30,7 +31,7 @@ import itertools
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import prometheus_client
 from prometheus_client.core import HistogramMetricFamily
@@ -39,6 +40,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from xlarank.errors import ConfigError
 from xlarank.spec import Bucket
+from xlarank.spec.ladder import CANDIDATES_METRIC
 
 __all__ = ["FAILURE_REASONS", "Metrics", "ModelMetrics"]
 
@@ -50,7 +52,8 @@ _STAGES = ("request", "queue", "compute_input", "compute_infer", "compute_output
 _BOUNDS_US = tuple(10.0 * 2**i for i in range(21))
 """Upper bounds of the histograms: 10 us to 10.5 s, each twice the one before."""
 
-_BOUND_NAMES = (*(f"{bound:.0f}" for bound in _BOUNDS_US), "+Inf")
+_SIZE_BOUNDS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
+"""Upper bounds of candidates a request; each may be a bucket's row count."""
 
 _HELP = {
     "nv_inference_request_success": "Requests answered",
@@ -78,8 +81,9 @@ _TRITON_HEADER = re.compile(r"^(# (?:HELP|TYPE) nv_inference_\w+)_total ", re.MU
 class ModelMetrics:
     """What one model version did. Any thread may write; a write costs a few microseconds.
 
-    The engine counts batches and answered requests. Failures are counted by whoever tells the caller (the
-    server), because only there the bad input that no engine saw and the caller who left are known too.
+    The engine counts batches, and requests that it accepts and answers. Failures are counted by whoever tells
+    the caller (the server), because only there the bad input that no engine saw and the caller who left are
+    known too.
     """
 
     def __init__(self, model: str, version: int, *, pending: Callable[[], int] = lambda: 0) -> None:
@@ -97,7 +101,16 @@ class ModelMetrics:
         self._failures: Counter[str] = Counter(dict.fromkeys(FAILURE_REASONS, 0))
         self._batches: Counter[Bucket] = Counter()
         self._sums_us = [0.0] * len(_STAGES)
-        self._histograms = [[0] * len(_BOUND_NAMES) for _ in _STAGES]  # not cumulative
+        self._histograms = [[0] * (len(_BOUNDS_US) + 1) for _ in _STAGES]  # not cumulative
+        self._num_candidates = 0  # of all accepted requests
+        self._candidates = [0] * (len(_SIZE_BOUNDS) + 1)  # their histogram, not cumulative
+
+    def record_accepted(self, num_candidates: int) -> None:
+        """Counts the N >= 1 of a queued request, whatever becomes of it: what the traffic asks for."""
+        assert num_candidates >= 1
+        with self._lock:
+            self._num_candidates += num_candidates
+            self._candidates[bisect.bisect_left(_SIZE_BOUNDS, num_candidates)] += 1
 
     def record_batch(
         self, bucket: Bucket, num_rows: int, num_requests: int, gather_seconds: float, execute_seconds: float
@@ -183,12 +196,13 @@ class ModelMetrics:
                 yield name, self.labels, values[name]
 
     def histograms(self) -> Iterator[tuple[str, list[tuple[str, int]], float]]:
-        """Metric name, cumulative counts by upper bound, and sum in microseconds, of one moment."""
+        """Metric name, cumulative counts by upper bound, and sum of what is counted, of one moment."""
         with self._lock:
             histograms, sums_us = [list(counts) for counts in self._histograms], list(self._sums_us)
+            candidates, num_candidates = list(self._candidates), self._num_candidates
         for stage, counts, total_us in zip(_STAGES, histograms, sums_us, strict=True):
-            cumulative = list(zip(_BOUND_NAMES, itertools.accumulate(counts), strict=True))
-            yield f"nv_inference_{stage}_duration_histogram_us", cumulative, total_us
+            yield f"nv_inference_{stage}_duration_histogram_us", _cumulative(_BOUNDS_US, counts), total_us
+        yield CANDIDATES_METRIC, _cumulative(_SIZE_BOUNDS, candidates), num_candidates
 
 
 class Metrics(Collector):
@@ -237,6 +251,7 @@ class Metrics(Collector):
         for stage in _STAGES:
             help_text = _HELP[f"nv_inference_{stage}_duration_us"].removesuffix(", summed over requests")
             yield self._histogram(f"nv_inference_{stage}_duration_histogram_us", help_text, models)
+        yield self._histogram(CANDIDATES_METRIC, "Candidates of an accepted request", models)
 
     def describe(self) -> Iterable[Metric]:
         """For prometheus_client: nothing to compare at registration."""
@@ -245,10 +260,15 @@ class Metrics(Collector):
     def _histogram(self, name: str, help_text: str, models: list[ModelMetrics]) -> Metric:
         family = HistogramMetricFamily(name, help_text, labels=["model", "version"])
         for model in models:
-            for own_name, buckets, total_us in model.histograms():
+            for own_name, buckets, total in model.histograms():
                 if own_name == name:
-                    family.add_metric(list(model.labels.values()), buckets, total_us)
+                    family.add_metric(list(model.labels.values()), buckets, total)
         return family
+
+
+def _cumulative(bounds: Sequence[float], counts: Iterable[int]) -> list[tuple[str, int]]:
+    names = [*(f"{bound:.0f}" for bound in bounds), "+Inf"]
+    return list(zip(names, itertools.accumulate(counts), strict=True))
 
 
 def _type_of(name: str) -> str:

@@ -17,7 +17,7 @@ from xlarank.spec.features import (
     ValueType,
 )
 from xlarank.spec.model import ModelSpec, rows_needed
-from xlarank.spec.precision import FLOAT32, PrecisionPolicy, Tolerance
+from xlarank.spec.precision import ErrorBudget, Precision, PrecisionPolicy, Tolerance
 from xlarank.spec.preprocessing import (
     Bucketise,
     Clip,
@@ -35,7 +35,6 @@ from xlarank.spec.signature import MASK_SUFFIX, REQUEST_OF_ROW, Leaf, Signature,
 
 __all__ = [
     "DEFAULT_ROWS",
-    "FLOAT32",
     "MASK_SUFFIX",
     "REQUEST_OF_ROW",
     "Bucket",
@@ -45,6 +44,7 @@ __all__ = [
     "Column",
     "Combiner",
     "ContentCheck",
+    "ErrorBudget",
     "FeatureKind",
     "FeatureSpec",
     "Hash",
@@ -54,6 +54,7 @@ __all__ = [
     "ModelSpec",
     "Operation",
     "OutOfRange",
+    "Precision",
     "PrecisionPolicy",
     "Ragged",
     "RankRequest",

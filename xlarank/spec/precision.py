@@ -1,19 +1,36 @@
-"""Numeric formats of the dense part: `PrecisionPolicy`."""
+"""Numeric formats of the dense part and how far scores may be off: `Precision`, `PrecisionPolicy`."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 
 from xlarank.errors import ConfigError
 from xlarank.spec.features import TaskKind
 from xlarank.spec.fields import to_number
 
-__all__ = ["FLOAT32", "PrecisionPolicy", "Tolerance"]
+__all__ = ["ErrorBudget", "Precision", "PrecisionPolicy", "Tolerance"]
+
+
+class Precision(enum.StrEnum):
+    """Format that matmuls with weights multiply in. What isn't a matmul stays float32."""
+
+    FLOAT32 = "float32"
+    """True float32 on every device (XLA precision HIGHEST)."""
+
+    BFLOAT16 = "bfloat16"
+    """Products of bfloat16, added up in float32."""
+
+    FLOAT16 = "float16"
+    """Products of float16, added up in float32; for devices without bfloat16."""
+
+    INT8 = "int8"
+    """Products of int8, added up in int32: a scale an output channel of the weights, one a row of activations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """Largest difference from the reference score that verify lets pass."""
+    """Largest difference from the reference score that verify lets pass in float32."""
 
     probability: float = 1e-5
     """Absolute, on scores of binary tasks."""
@@ -33,20 +50,58 @@ class Tolerance:
 
 
 @dataclasses.dataclass(frozen=True)
-class PrecisionPolicy:
-    """How matmuls are computed and how far their scores may be off. Static."""
+class ErrorBudget:
+    """What a lower precision may cost."""
 
-    name: str = "float32"
-    """float32: true float32 on every device (XLA precision HIGHEST)."""
+    max_score_error: float = 2e-3
+    """99th percentile over golden rows of the difference from the reference score: absolute on probabilities,
+    divided by max(1, |score|) on regressions."""
 
-    tolerance: Tolerance = Tolerance()
-    """Verified at compile time and at every load."""
+    max_auc_loss: float = 5e-4
+    """Reference AUC minus AUC, by binary task, on labelled golden rows."""
 
     def __post_init__(self) -> None:
-        if self.name != "float32":
-            raise ConfigError(f"precision: expected 'float32', got {self.name!r}")
-        if not isinstance(self.tolerance, Tolerance):
-            raise ConfigError(f"precision: tolerance must be a Tolerance; was {self.tolerance!r}")
+        for name in ("max_score_error", "max_auc_loss"):
+            value = to_number("error budget", name, getattr(self, name))
+            object.__setattr__(self, name, value)
+            if value <= 0:
+                raise ConfigError(f"error budget: {name} must be > 0; was {value!r}")
 
 
-FLOAT32 = PrecisionPolicy()
+@dataclasses.dataclass(frozen=True)
+class PrecisionPolicy:
+    """How matmuls may be computed and how far scores may be off. Static."""
+
+    precision: Precision | None = None
+    """None: the fastest that the budget allows, by bucket ("auto"). Else this one, which then must keep to it."""
+
+    tolerance: Tolerance = Tolerance()
+    """Of float32 forms; verified at compile time and at every load."""
+
+    budget: ErrorBudget = ErrorBudget()
+    """Of lower precisions; verified at compile time."""
+
+    def __post_init__(self) -> None:
+        if self.precision is not None:
+            try:
+                object.__setattr__(self, "precision", Precision(self.precision))
+            except ValueError:
+                allowed = ["auto", *(p.value for p in Precision)]
+                raise ConfigError(
+                    f"precision: expected one of {allowed}, got {self.precision!r}"
+                ) from None
+        for name, kind in (("tolerance", Tolerance), ("budget", ErrorBudget)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(
+                    f"precision: {name} must be of type {kind.__name__}; was {getattr(self, name)!r}"
+                )
+
+    @classmethod
+    def named(cls, name: str, budget: ErrorBudget | None = None) -> PrecisionPolicy:
+        """The policy of ``--precision``: "auto" or the name of a precision.
+
+        Raises:
+          ConfigError: for another name.
+        """
+        precision = None if name == "auto" else name
+        return cls(precision, budget=budget or ErrorBudget())  # type: ignore[arg-type]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+from xlarank.errors import ConfigError
 from xlarank.spec.buckets import Bucket
 from xlarank.spec.features import FeatureKind, Scope
 from xlarank.spec.model import ModelSpec
@@ -33,7 +34,7 @@ class Leaf:
     """Shape after the leading axis."""
 
     dtype: str
-    """numpy name: float32, bool or int32."""
+    """numpy name: float32, bfloat16 (known to numpy once ``ml_dtypes`` is imported), bool or int32."""
 
     def shape(self, bucket: Bucket) -> tuple[int, ...]:
         """Shape in a bucket: [Q, *tail] or [B, *tail]."""
@@ -62,17 +63,17 @@ class Slot:
 class Signature:
     """Leaves in the order of the program's arguments, and each feature's place in them. Static.
 
-    One float32 matrix [Q, C] holds every dense and pooled feature of the context, one [B, C] those of the
-    candidates, in the order of the ModelSpec; each sequence has a leaf [*, L, D] float32 and a mask
-    [*, L] bool. ``request_of_row`` [B] int32 gives each row's context. A leaf that would be empty is left
-    out.
+    One matrix [Q, C] holds every dense and pooled feature of the context, one [B, C] those of the
+    candidates, in the order of the ModelSpec; each sequence has a leaf [*, L, D] and a mask [*, L] bool.
+    Matrices and sequences are all float32 or all bfloat16. ``request_of_row`` [B] int32 gives each row's
+    context. A leaf that would be empty is left out.
     """
 
     leaves: tuple[Leaf, ...]
     """All leaves of scope context first, then those of scope candidate, ``request_of_row`` last."""
 
     slots: Mapping[str, Slot]
-    """By feature name."""
+    """By feature name; without the features that the program doesn't read."""
 
     tasks: tuple[str, ...]
     """Task names; each output is [B] float32."""
@@ -98,18 +99,32 @@ class Signature:
         )
 
     @classmethod
-    def of_model(cls, spec: ModelSpec) -> Signature:
-        """The one layout that compiler, kernel and server agree on."""
+    def of_model(cls, spec: ModelSpec, unused: Collection[str] = (), dtype: str = "float32") -> Signature:
+        """The one layout that compiler, kernel and server agree on.
+
+        Args:
+          spec: the model.
+          unused: names of features that the program doesn't read; they get no slot and no columns.
+          dtype: of the matrices and sequences, "float32" or "bfloat16".
+
+        Raises:
+          ConfigError: for another dtype, or an unused name that is no feature's.
+        """
+        if dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"activations must be 'float32' or 'bfloat16'; was {dtype!r}")
+        unknown = sorted(set(unused) - {feature.name for feature in spec.features})
+        if unknown:
+            raise ConfigError(f"model {spec.name!r}: unused: expected names of its features, got {unknown}")
         leaves: list[Leaf] = []
         slots: dict[str, Slot] = {}
         for scope in (Scope.CONTEXT, Scope.CANDIDATE):
-            features = [f for f in spec.features if f.scope is scope]
+            features = [f for f in spec.features if f.scope is scope and f.name not in unused]
             column = 0
             sequences: list[Leaf] = []
             for feature in features:
                 if feature.kind is FeatureKind.SEQUENCE:
                     length, dim = feature.max_length or 0, spec.table_of(feature).dim
-                    sequences.append(Leaf(feature.name, scope, (length, dim), "float32"))
+                    sequences.append(Leaf(feature.name, scope, (length, dim), dtype))
                     sequences.append(Leaf(feature.name + MASK_SUFFIX, scope, (length,), "bool"))
                     slots[feature.name] = Slot(feature.name, 0, dim)
                     continue
@@ -117,7 +132,7 @@ class Signature:
                 slots[feature.name] = Slot(scope.value, column, column + width)
                 column += width
             if column:
-                leaves.append(Leaf(scope.value, scope, (column,), "float32"))
+                leaves.append(Leaf(scope.value, scope, (column,), dtype))
             leaves += sequences
         leaves.append(Leaf(REQUEST_OF_ROW, Scope.CANDIDATE, (), "int32"))
         return cls(tuple(leaves), slots, tuple(task.name for task in spec.tasks))

@@ -66,7 +66,7 @@ def save(directory: Path | str, config: ModelConfig, trained: TrainedModel, vali
         "epochs": epochs_as_json(trained),
     }
     (staging / _REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
-    sample = _sample(validation)
+    sample = validation.sample(_NUM_REQUESTS)
     write_requests(
         staging / VALIDATION_FILE,
         list(sample.requests(trained.spec)),
@@ -203,12 +203,6 @@ def _features(spec: ModelSpec) -> list[tuple[Any, ...]]:
         (f.name, f.kind.value, f.scope.value, f.dtype.value, f.width, f.table, f.max_length)
         for f in spec.features
     ]
-
-
-def _sample(data: RankingData) -> RankingData:
-    requests = np.unique(data.request_of_row)
-    at = np.linspace(0, len(requests) - 1, min(_NUM_REQUESTS, len(requests))).round().astype(np.int64)
-    return data.take(requests[at])
 
 
 def _describe(array: Any) -> str:

@@ -155,6 +155,12 @@ class RankingData:
             features = self.features_of(request)
             yield RankRequest(spec, {f.name: features[f.name] for f in spec.features})
 
+    def sample(self, num_requests: int) -> RankingData:
+        """The data of at most so many requests with rows, evenly spread."""
+        requests = np.unique(self.request_of_row)
+        at = np.linspace(0, len(requests) - 1, min(num_requests, len(requests))).round().astype(np.int64)
+        return self.take(requests[at])
+
     def take(self, requests: np.ndarray) -> RankingData:
         """The data of some requests.
 

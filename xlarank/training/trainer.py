@@ -21,7 +21,7 @@ from xlarank.spec.config import Metric, ModelConfig, TrainingConfig
 from xlarank.training.data import Splits, concatenate
 from xlarank.training.examples import Examples
 from xlarank.training.fit import fit_spec
-from xlarank.training.metrics import auc
+from xlarank.spec.metrics import auc
 from xlarank.training.ranker import Ranker, make_ranker
 from xlarank.training.scoring import Scorer, check_outputs
 

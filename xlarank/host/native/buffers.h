@@ -11,8 +11,9 @@ namespace xlarank {
 // A C-contiguous Python buffer, held until destroyed. Empty when the object has none.
 class Buffer {
  public:
+  // A writable one comes without the type of its items: the buffer protocol has none for bfloat16.
   explicit Buffer(PyObject* object, bool writable = false) {
-    const int flags = PyBUF_ND | PyBUF_FORMAT | PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0);
+    const int flags = PyBUF_ND | PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : PyBUF_FORMAT);
     held_ = PyObject_GetBuffer(object, &view_, flags) == 0;
     if (!held_) PyErr_Clear();
   }

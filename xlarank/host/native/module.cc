@@ -37,14 +37,26 @@ nb::object to_numpy(std::vector<T>&& values) {
 
 // Position of a name among an enum's, in the order of the C++ enumerators.
 template <class E>
-E parse(const nb::dict& fields, const char* key, std::initializer_list<const char*> names) {
-  const std::string name = nb::cast<std::string>(fields[key]);
+E parse(nb::handle value, const char* key, std::initializer_list<const char*> names) {
+  const std::string name = nb::cast<std::string>(value);
   int position = 0;
   for (const char* candidate : names) {
     if (name == candidate) return static_cast<E>(position);
     ++position;
   }
   throw std::invalid_argument(std::string(key) + ": the kernel doesn't know '" + name + "'");
+}
+
+template <class E>
+E parse(const nb::dict& fields, const char* key, std::initializer_list<const char*> names) {
+  return parse<E>(nb::object(fields[key]), key, names);
+}
+
+Leaf parse_leaf(const nb::tuple& fields) {
+  const Scope scope = parse<Scope>(nb::object(fields[0]), "scope", {"context", "candidate"});
+  const Dtype dtype = parse<Dtype>(nb::object(fields[1]), "dtype", {"float32", "bfloat16", "bool", "int32"});
+  const int64_t row_items = nb::cast<int64_t>(fields[2]);
+  return Leaf{scope, dtype, row_items, row_items * bytes_of(dtype)};
 }
 
 const int64_t* int64_values(const Buffer& buffer) {
@@ -178,8 +190,8 @@ class Kernel {
  public:
   Kernel(const nb::list& tables, const nb::list& features, const nb::list& leaves, int num_threads,
          const std::string& isa)
-      : pool_(pool_function(isa.c_str())), threads_(num_threads) {
-    if (!pool_) throw std::invalid_argument("this CPU doesn't run the kernel's '" + isa + "' form");
+      : isa_(isa_functions(isa.c_str())), threads_(num_threads) {
+    if (!isa_) throw std::invalid_argument("this CPU doesn't run the kernel's '" + isa + "' form");
     for (nb::handle item : tables) {
       const nb::dict fields = nb::cast<nb::dict>(item);
       const Buffer& values = buffers_.emplace_back(nb::object(fields["values"]).ptr());
@@ -194,9 +206,7 @@ class Kernel {
       vocabularies_.push_back(nb::borrow(fields["vocabulary"]));
     }
     for (nb::handle item : leaves) {
-      const nb::tuple leaf = nb::cast<nb::tuple>(item);
-      const bool context = nb::cast<std::string>(leaf[0]) == "context";
-      plan_.leaves.push_back(Leaf{context ? Scope::kContext : Scope::kCandidate, nb::cast<int64_t>(leaf[1])});
+      plan_.leaves.push_back(parse_leaf(nb::cast<nb::tuple>(item)));
     }
     check_plan();
   }
@@ -264,7 +274,7 @@ class Kernel {
       leaves.push_back(leaf.data<uint8_t>());
     }
     nb::gil_scoped_release release;
-    return gather(plan_, pool_, threads_, segments, num_rows, num_requests, leaves);
+    return gather(plan_, *isa_, threads_, segments, num_rows, num_requests, leaves);
   }
 
  private:
@@ -273,28 +283,22 @@ class Kernel {
     return ++last;
   }
 
+  static void check(bool holds) {
+    if (!holds) throw std::invalid_argument("kernel: the plan contradicts itself");
+  }
+
   // Places of features lie inside their leaves and tables exist: gather relies on it.
   void check_plan() const {
-    const auto check = [](bool holds) {
-      if (!holds) throw std::invalid_argument("kernel: the plan contradicts itself");
-    };
-    check(!plan_.leaves.empty() && plan_.leaves.back().row_bytes == 4);
+    check(!plan_.leaves.empty());
+    check(plan_.leaves.back().dtype == Dtype::kInt32 && plan_.leaves.back().row_items == 1);
     for (const Table& table : plan_.tables) {
       check(table.num_rows >= 1 && table.num_rows < (int64_t{1} << 31) && table.dim >= 1);
     }
     for (const Feature& feature : plan_.features) {
-      const bool sequence = feature.kind == Kind::kSequence;
-      check(feature.leaf >= 0 && feature.leaf + sequence + 1 < static_cast<int64_t>(plan_.leaves.size()));
       check(feature.width >= 1 && feature.max_length >= 0 && feature.begin >= 0);
-      const bool dense = feature.kind == Kind::kDense;
-      check(dense || (feature.table >= 0 && feature.table < static_cast<int64_t>(plan_.tables.size())));
-      int64_t floats = dense ? feature.width : plan_.tables[static_cast<size_t>(feature.table)].dim;
-      if (sequence) {
-        floats *= feature.max_length;
-        check(feature.max_length >= 1 && feature.begin == 0);
-        check(plan_.leaves[static_cast<size_t>(feature.leaf) + 1].row_bytes == feature.max_length);
-      }
-      check((feature.begin + floats) * 4 <= plan_.leaves[static_cast<size_t>(feature.leaf)].row_bytes);
+      check(feature.kind == Kind::kDense ||
+            (feature.table >= 0 && feature.table < static_cast<int64_t>(plan_.tables.size())));
+      if (feature.leaf != -1) check_place(feature);
       for (const DenseOperation& operation : feature.operations) {
         const size_t count = operation.first.size();
         check(count == operation.second.size());
@@ -302,6 +306,19 @@ class Kernel {
               static_cast<int64_t>(count) == feature.width);
       }
     }
+  }
+
+  void check_place(const Feature& feature) const {
+    const bool sequence = feature.kind == Kind::kSequence;
+    check(feature.leaf >= 0 && feature.leaf + sequence + 1 < static_cast<int64_t>(plan_.leaves.size()));
+    const Leaf& leaf = plan_.leaves[static_cast<size_t>(feature.leaf)];
+    check(is_float(leaf.dtype) && leaf.scope == feature.scope);
+    const bool dense = feature.kind == Kind::kDense;
+    const int64_t floats = dense ? feature.width : plan_.tables[static_cast<size_t>(feature.table)].dim;
+    if (!sequence) return check(feature.begin + floats <= leaf.row_items);
+    const Leaf& mask = plan_.leaves[static_cast<size_t>(feature.leaf) + 1];
+    check(mask.dtype == Dtype::kBool && mask.scope == feature.scope && mask.row_items == feature.max_length);
+    check(feature.max_length >= 1 && feature.begin == 0 && feature.max_length * floats == leaf.row_items);
   }
 
   bool accepts_all(const std::vector<Column>& columns) const {
@@ -317,7 +334,7 @@ class Kernel {
   Plan plan_;
   Buffers buffers_;                        // memory of the tables
   std::vector<nb::object> vocabularies_;  // keeps what the plan points at
-  PoolFunction pool_;
+  const IsaFunctions* isa_;
   ThreadPool threads_;
 };
 

@@ -14,6 +14,7 @@ enum class ValueType { kFloat32, kInt64, kString };
 enum class RowsFrom { kId, kHash, kVocabulary, kBucketise };
 enum class Combiner { kSum, kMean, kSqrtn };
 enum class OutOfRange { kError, kZero, kClip, kHash };
+enum class Dtype { kFloat32, kBfloat16, kBool, kInt32 };  // of outputs
 
 struct Table {
   const float* data;  // [num_rows, dim]
@@ -46,19 +47,24 @@ struct Feature {
   const IntVocabulary* int_vocabulary = nullptr;
   const StringVocabulary* string_vocabulary = nullptr;  // both null: an empty vocabulary
   std::vector<float> boundaries;
-  int64_t leaf = 0;   // index of the output
+  int64_t leaf = 0;   // index of the output; -1: the model ignores the feature, and nothing is gathered
   int64_t begin = 0;  // first column in it; a sequence owns its leaf, its mask is leaf + 1
 };
 
 struct Leaf {
   Scope scope;
+  Dtype dtype;
+  int64_t row_items;
   int64_t row_bytes;
 };
+
+inline bool is_float(Dtype dtype) { return dtype == Dtype::kFloat32 || dtype == Dtype::kBfloat16; }
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kBool ? 1 : dtype == Dtype::kBfloat16 ? 2 : 4; }
 
 struct Plan {
   std::vector<Table> tables;
   std::vector<Feature> features;
-  std::vector<Leaf> leaves;  // in the order of the signature; request_of_row (int32) last
+  std::vector<Leaf> leaves;  // in the order of the signature; request_of_row last
 };
 
 // Raw values of one feature for num_rows rows. Pointers may be unaligned.

@@ -1,5 +1,5 @@
 #if defined(__x86_64__)
-#define XLARANK_POOL pool_avx512
+#define XLARANK_ISA kAvx512
 #define XLARANK_LANES 16
 #include "pool_kernel.inc"
 #endif

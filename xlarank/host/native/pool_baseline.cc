@@ -1,3 +1,3 @@
-#define XLARANK_POOL pool_baseline
+#define XLARANK_ISA kBaseline
 #define XLARANK_LANES 4
 #include "pool_kernel.inc"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from xlarank.training.metrics import auc, grouped_auc, log_loss, normalised_entropy
+from xlarank.spec.metrics import auc, grouped_auc, log_loss, normalised_entropy
 
 
 @pytest.fixture(params=range(5))

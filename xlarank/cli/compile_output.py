@@ -1,0 +1,187 @@
+"""What `xlarank compile` prints: `show`, `explain`, `facts_of`."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from xlarank.compiler import BuildResult
+from xlarank.compiler.autotune import Choice
+from xlarank.compiler.result import BucketResult, PassNotes
+from xlarank.spec import Bucket, Precision
+
+__all__ = ["explain", "facts_of", "show"]
+
+
+def facts_of(result: BuildResult) -> dict[str, Any]:
+    """The result as JSON values."""
+    manifest, tuning = result.manifest, result.tuning
+    return {
+        "path": str(result.path),
+        "model": manifest.spec.name,
+        "version": manifest.version,
+        "reused_version": result.reused,
+        "parameters": result.analysis.num_parameters,
+        "flops_per_row": result.analysis.flops_per_row,
+        "unused_features": list(manifest.unused_features),
+        "param_bytes": tuning.param_bytes,
+        "prepared_bytes": tuning.total_prepared_bytes,
+        "dropped_buckets": [_bucket_facts(bucket) for bucket in tuning.dropped],
+        "precision_note": tuning.precision_note,
+        "note": result.note,
+        "buckets": [
+            {
+                **_bucket_facts(found.bucket),
+                "form": str(found.form),
+                "precision": found.form.precision.value,
+                "seconds": {manifest_kind: found.seconds for manifest_kind in manifest.programs[0].seconds},
+                "plain_seconds": choice.plain_seconds,
+                "chosen_seconds": choice.seconds_of(found.form),
+                "reason": choice.reason,
+                "tried": [
+                    {"form": trial.form.label, "seconds": trial.seconds, "refusal": trial.refusal}
+                    for trial in choice.trials
+                ],
+                "max_error": {task: error.max for task, error in found.judgement.errors.items()},
+                "p99_error": {task: error.p99 for task, error in found.judgement.errors.items()},
+                "auc_loss": dict(found.judgement.auc_loss),
+                "limit": tuning.limits.limit_of(found.cost)[0].value,
+                "flops": found.cost.flops,
+            }
+            for found, choice, _ in result.by_bucket
+        ],
+    }
+
+
+def _bucket_facts(bucket: Bucket) -> dict[str, int]:
+    return {"rows": bucket.rows, "requests": bucket.requests}
+
+
+def show(result: BuildResult, console: Console) -> None:
+    """Prints a row a bucket: what was tried and chosen, the time before and after, the error."""
+    manifest, tuning = result.manifest, result.tuning
+    tasks = [task.name for task in manifest.spec.tasks]
+    table = Table(title=f"{manifest.spec.name} version {manifest.version}: {result.path}")
+    table.add_column("bucket", justify="right")
+    table.add_column("form")
+    for name in ("plain ms", "ms", "gain", "rows/s", *(f"error {t}" for t in tasks)):
+        table.add_column(name, justify="right")
+    table.add_column("tried (ms)", overflow="fold")
+    for found, choice, _ in result.by_bucket:
+        table.add_row(*_cells(found, choice, tasks))
+    console.print(table)
+    for line in _remarks(result):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if tuning.dropped:
+        buckets = ", ".join(str(bucket) for bucket in tuning.dropped)
+        line = f"not compiled, as the bucket with more requests is as fast: {buckets}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _cells(found: BucketResult, choice: Choice, tasks: list[str]) -> list[str]:
+    before, after = choice.plain_seconds, choice.seconds_of(found.form)
+    gain = "-" if before is None or after is None else f"{before / after:.2f}x"
+    tried = ", ".join(_trial_text(trial) for trial in choice.trials if trial.form != found.form)
+    errors = [found.judgement.errors[task] for task in tasks]
+    lowered = found.form.precision is not Precision.FLOAT32
+    return [
+        str(found.bucket),
+        found.form.label,
+        "-" if before is None else f"{before * 1e3:.3f}",
+        f"{(found.seconds if after is None else after) * 1e3:.3f}",
+        gain,
+        f"{found.bucket.rows / (found.seconds if after is None else after):,.0f}",
+        *(f"{e.p99:.0e} p99, {e.max:.0e}" if lowered else f"{e.max:.0e}" for e in errors),
+        tried or choice.reason,
+    ]
+
+
+def _trial_text(trial: Any) -> str:
+    refused = " refused" if trial.refusal else ""
+    return f"{trial.form.label.replace(', ', '+')} {trial.seconds * 1e3:.3f}{refused}"
+
+
+def _remarks(result: BuildResult) -> list[str]:
+    manifest, tuning = result.manifest, result.tuning
+    lines = [
+        f"weights {tuning.param_bytes / 1e6:.2f} MB, prepared arrays of all buckets "
+        f"{tuning.total_prepared_bytes / 1e6:.2f} MB"
+    ]
+    if result.reused is not None:
+        lines.append(
+            f"same architecture as version {result.reused}: its programs, forms, times and compiled code were "
+            f"reused; scores and rows were proven with the new weights"
+        )
+    if result.note:
+        lines.append(result.note)
+    if manifest.unused_features:
+        lines.append(f"no score depends on {', '.join(manifest.unused_features)}: not looked up")
+    if tuning.precision_note:
+        lines.append(tuning.precision_note)
+    lines += _refusals(result)
+    return lines
+
+
+def _refusals(result: BuildResult) -> list[str]:
+    """One line a precision whose scores may not be served, with the first reason."""
+    refused: dict[str, list[tuple[Bucket, str]]] = collections.defaultdict(list)
+    for _, choice, _ in result.by_bucket:
+        for trial in choice.trials:
+            if trial.refusal:
+                refused[trial.form.precision.value].append((choice.bucket, trial.refusal))
+    return [
+        f"{precision} was refused in {len({bucket for bucket, _ in found})} buckets: {found[0][1]}"
+        for precision, found in refused.items()
+    ]
+
+
+def explain(result: BuildResult, console: Console) -> None:
+    """Prints what runs once a request, each equation that had to expand a context value, why, and its bytes,
+    and why a pass did not apply; equal explanations of several buckets once."""
+    groups: dict[Any, list[tuple[Bucket, PassNotes]]] = collections.defaultdict(list)
+    for found, _, notes in result.by_bucket:
+        key = (notes.hoist_applies, _without_sizes(notes.hoist_reason, found.bucket), notes.siblings,
+               tuple((e.operation, e.source, e.reason) for e in notes.expansions))  # fmt: skip
+        groups[key].append((found.bucket, notes))
+    for members in groups.values():
+        _explain_group([bucket for bucket, _ in members], members[-1][1], members[-1][0], console)
+
+
+def _without_sizes(reason: str, bucket: Bucket) -> str:
+    return reason.replace(str(bucket.rows), "B").replace(str(bucket.requests), "Q")
+
+
+def _explain_group(buckets: list[Bucket], notes: PassNotes, shown: Bucket, console: Console) -> None:
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    console.rule(f"buckets {', '.join(str(bucket) for bucket in buckets)}", align="left")
+    if not notes.hoist_applies:
+        say(f"hoist_context does not apply: {notes.hoist_reason}")
+    else:
+        if notes.hoist_reason:
+            say(f"hoist_context: {notes.hoist_reason}")
+        say(f"hoist_context: {len(notes.hoisted)} operations can run once a request:")
+        by_source: dict[str, list[str]] = collections.defaultdict(list)
+        for operation, source in notes.hoisted:
+            by_source[source].append(operation)
+        for source, operations in by_source.items():
+            say(f"  {', '.join(dict.fromkeys(operations))} at {source}")
+    if notes.siblings:
+        for count, source in notes.siblings:
+            say(f"fuse_experts: {count} sibling matmuls, the first at {source}")
+    else:
+        say("fuse_experts does not apply: no two matmuls do the same to the same operand with other weights")
+    if not notes.expansions:
+        return
+    table = Table(title=f"context values repeated for their candidates, in bucket {shown}", title_justify="left")
+    for name in ("operation", "shape", "bytes"):
+        table.add_column(name)
+    table.add_column("why", overflow="fold")
+    table.add_column("at", overflow="fold")
+    for e in notes.expansions:
+        table.add_row(e.operation, str(list(e.shape)), f"{e.num_bytes:,}", e.reason, e.source)
+    console.print(table)

@@ -1,0 +1,138 @@
+"""Weights-only refresh: what programs depend on, and earlier versions that have the same: `architecture_of`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from xlarank import device
+from xlarank.bundle import Bundle, open_bundle, versions_in
+from xlarank.compiler.options import BuildOptions
+from xlarank.compiler.program import Traces
+from xlarank.compiler.result import Tuning
+from xlarank.compiler.tracing import structural_text
+from xlarank.errors import BundleError
+from xlarank.spec import Bucket, LatencyProfile, ModelSpec, Signature
+
+__all__ = ["TUNING_FILE", "Reusable", "architecture_of", "find_reusable", "latest_profile"]
+
+_log = logging.getLogger(__name__)
+
+TUNING_FILE = "tuning.json"
+
+_TRACED_ROWS = (2, 32)  # traced anyway: for unused features, for the analysis
+
+
+@dataclasses.dataclass(frozen=True)
+class Reusable:
+    """What an earlier version leaves to its successors."""
+
+    version: int
+    prepare: bytes
+    programs: Mapping[Bucket, tuple[bytes, tuple[int, ...]]]
+    """By bucket: the exported program and the prepared arrays that it takes."""
+
+    num_prepared: int
+    tuning: Tuning
+    seconds: Mapping[Bucket, float]
+    """Measured then, on a device of this kind."""
+
+    cache_files: tuple[Path, ...]
+
+    def copy_cache(self, folder: Path) -> None:
+        """Puts the compiled code where JAX looks for it."""
+        for file in self.cache_files:
+            shutil.copyfile(file, folder / file.name)
+
+
+def architecture_of(traces: Traces, signature: Signature, options: BuildOptions) -> str:
+    """Digest of all that programs and forms depend on; weights, tables and fitted statistics don't count.
+
+    That is: the model's operations at a few row counts with the constants in them, the
+    shapes and dtypes of its weights, the layout of its leaves, the ladder, the precision asked for, this machine's
+    fingerprint and the compiler's own source.
+    """
+    traffic = options.traffic
+    largest = max(options.bucket_rows) if traffic is None else min(traffic.sizes.largest, traffic.max_rows)
+    digest = hashlib.sha256()
+    for num_rows in sorted({*_TRACED_ROWS, largest}):
+        closed = traces.at(num_rows).closed
+        digest.update(structural_text(closed.jaxpr).encode())
+        for const in closed.consts:
+            digest.update(np.asarray(const).tobytes())
+    facts = {
+        "leaves": [repr(leaf) for leaf in signature.leaves],
+        "tasks": [(task.name, task.kind.value) for task in traces.spec.tasks],
+        "ladder": repr(traffic) if traffic is not None else sorted(set(options.bucket_rows)),
+        "policy": repr(options.policy),
+        "fingerprint": device.fingerprint(),
+        "compiler": _own_source(),
+    }
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def find_reusable(out: Path, spec: ModelSpec, architecture: str, options: BuildOptions) -> Reusable | None:
+    """The newest version in a repository with the same architecture that was tuned for at least as long.
+
+    A damaged version is passed over with a warning.
+    """
+    folder = out / spec.name
+    for version in reversed(versions_in(folder)):
+        try:
+            bundle = open_bundle(folder / str(version), verify=False)
+            if bundle.manifest.architecture != architecture:
+                continue
+            open_bundle(folder / str(version))
+            found = _reusable(bundle)
+        except (BundleError, KeyError, TypeError, ValueError) as error:
+            _log.warning("version %s of %s can't be reused: %s", version, spec.name, error)
+            continue
+        if found.tuning.seconds >= options.tune_seconds:
+            return found
+    return None
+
+
+def latest_profile(out: Path, spec: ModelSpec, kind: str) -> LatencyProfile | None:
+    """Times of the newest version in a repository on devices of a kind; None where there is none."""
+    for version in reversed(versions_in(out / spec.name)):
+        try:
+            return open_bundle(out / spec.name / str(version), verify=False).manifest.latency[kind]
+        except (BundleError, KeyError) as error:
+            _log.warning("version %s of %s has no times to plan by: %s", version, spec.name, error)
+    return None
+
+
+def _reusable(bundle: Bundle) -> Reusable:
+    manifest = bundle.manifest
+    prepare = bundle.prepare()
+    if prepare is None:
+        raise BundleError(f"{bundle.path}: expected a prepare program")
+    kind = device.device_kind(device.devices()[0])
+    return Reusable(
+        version=manifest.version,
+        prepare=prepare,
+        programs={entry.bucket: (bundle.program(entry), entry.prepared) for entry in manifest.programs},
+        num_prepared=manifest.num_prepared,
+        tuning=Tuning.from_dict(json.loads(bundle.text(TUNING_FILE))),
+        seconds=manifest.latency[kind].seconds,
+        cache_files=tuple(bundle.cache_files()),
+    )
+
+
+@functools.cache
+def _own_source() -> str:
+    """Digest of the compiler's files: another compiler may choose other forms."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,150 @@
+"""Compiles, times and judges forms on the device that tunes: `DeviceBench`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from xlarank import device
+from xlarank.compiler.forms import Form, FormMaker
+from xlarank.compiler.golden_set import GoldenSet
+from xlarank.compiler.lower import lower_row_program
+from xlarank.compiler.prepare import Parted, PreparedArrays, part
+from xlarank.errors import VerifyError
+from xlarank.spec import Bucket, Signature
+
+if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
+    from jaxlib._jax import Device
+
+__all__ = ["Candidate", "DeviceBench"]
+
+_SECONDS_A_ROUND_OF_FORMS = 0.15
+"""Time in turns, for each form."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A form compiled for a bucket."""
+
+    parted: Parted
+    data: bytes
+    """The row program, exported."""
+
+    replica: device.Replica
+    cache_files: tuple[str, ...]
+    """Names of the files of compiled code that it left."""
+
+
+class DeviceBench:
+    """The `Bench` of a real device."""
+
+    def __init__(
+        self,
+        forms: FormMaker,
+        weights: Sequence[np.ndarray],
+        prepared: PreparedArrays,
+        golden: GoldenSet,
+        signature: Signature,
+        buffers: device.BatchBuffers,
+        target: Device,
+        cache: Path,
+    ) -> None:
+        """
+        Args:
+          forms: makes programs.
+          weights: of the model.
+          prepared: collects the expressions of all that is compiled.
+          golden: fills the batches and judges.
+          signature: layout of the leaves.
+          buffers: written and read here.
+          target: the device.
+          cache: the folder that JAX's compilation cache is at.
+        """
+        self._forms = forms
+        self._weights = weights
+        self._prepared = prepared
+        self._golden = golden
+        self._signature = signature
+        self._buffers = buffers
+        self._target = target
+        self._cache = cache
+        self._candidates: dict[tuple[Bucket, Form], Candidate | None] = {}
+        self._decided: dict[Bucket, Form] = {}
+        with jax.default_device(target):
+            self._placed = tuple(jax.device_put(weight, target) for weight in weights)
+
+    def candidate(self, bucket: Bucket, form: Form) -> Candidate:
+        """A form that applies, compiled."""
+        found = self._compiled(bucket, form)
+        assert found is not None
+        return found
+
+    def has(self, bucket: Bucket, form: Form) -> bool:
+        """Whether the form applies; compiles it if so."""
+        return self._compiled(bucket, form) is not None
+
+    def times(self, bucket: Bucket, forms: Sequence[Form]) -> dict[Form, list[float]]:
+        """Seconds of full batches, run in turns."""
+        leaves = self._buffers.leaves(bucket)
+        self._golden.replay.fill(leaves, bucket, bucket.rows)
+        replicas = {form: self.candidate(bucket, form).replica for form in forms}
+        return device.time_in_turns(
+            {form: lambda r=replica: r.run(bucket, leaves) for form, replica in replicas.items()},
+            budget_seconds=_SECONDS_A_ROUND_OF_FORMS * len(forms),
+        )
+
+    def new_bytes(self, bucket: Bucket, form: Form) -> int:
+        """Bytes of prepared arrays that no bucket decided so far has."""
+        known = {key for b, f in self._decided.items() for key in self.candidate(b, f).parted.keys}
+        return self._prepared.num_bytes(
+            [k for k in self.candidate(bucket, form).parted.keys if k not in known]
+        )
+
+    def refusal(self, bucket: Bucket, form: Form) -> str:
+        """Why the form's scores may not be served, in words; empty if they may."""
+        judgement = self._golden.judge(
+            self.candidate(bucket, form).replica, bucket, self._buffers.leaves(bucket)
+        )
+        try:
+            self._golden.check(judgement, form.precision, f"bucket {bucket}, form {form.label!r}")
+        except VerifyError as error:
+            return str(error)
+        return ""
+
+    def decide(self, bucket: Bucket, form: Form) -> None:
+        """Tells what was chosen."""
+        self._decided[bucket] = form
+
+    def forget_losers(self, chosen: Mapping[Bucket, Form]) -> None:
+        """Removes all compiled code from the cache but that of the chosen forms."""
+        kept = {name for bucket, form in chosen.items() for name in self.candidate(bucket, form).cache_files}
+        for path in self._cache.iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+    def _compiled(self, bucket: Bucket, form: Form) -> Candidate | None:
+        key = (bucket, form)
+        if key not in self._candidates:
+            self._candidates[key] = self._compile(bucket, form)
+        return self._candidates[key]
+
+    def _compile(self, bucket: Bucket, form: Form) -> Candidate | None:
+        program = self._forms.program(bucket, form)
+        if program is None:
+            return None
+        parted = part(program, self._prepared)
+        data = lower_row_program(parted, self._golden.spec, self._signature)
+        with jax.default_device(self._target):
+            arrays = self._prepared.make(parted.keys, self._placed)
+        arrays = tuple(jax.device_put(array, self._target) for array in arrays)
+        before = {path.name for path in self._cache.iterdir()}
+        exported = device.deserialize_program(data)
+        programs = {bucket: device.BucketProgram(exported, tuple(range(len(arrays))))}
+        replica = device.Replica(self._target, self._signature, programs, arrays)
+        after = {path.name for path in self._cache.iterdir()}
+        return Candidate(parted, data, replica, tuple(sorted(after - before)))

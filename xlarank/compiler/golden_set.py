@@ -1,0 +1,112 @@
+"""What scores are proven with, and how far off they may be: `GoldenSet`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from xlarank.device import GoldenReplay, Replica, ScoreError, check_errors, score_errors
+from xlarank.spec import Bucket, ModelSpec, Precision, PrecisionPolicy, TaskKind
+from xlarank.spec.metrics import auc
+
+__all__ = ["GoldenSet", "Judgement"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """Every golden row scored by one form in one bucket, held against the reference."""
+
+    errors: Mapping[str, ScoreError]
+    """By task."""
+
+    auc_loss: Mapping[str, float]
+    """Reference AUC minus this form's, by binary task with labels of both classes."""
+
+
+class GoldenSet:
+    """Golden requests, their reference scores and maybe labels, with the policy that judges by them."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        replay: GoldenReplay,
+        labels: Mapping[str, np.ndarray],
+        policy: PrecisionPolicy,
+    ) -> None:
+        """
+        Args:
+          spec: the model.
+          replay: of the golden requests.
+          labels: [rows of all golden requests] float32 by task, NaN where unknown; may lack tasks.
+          policy: tolerance and budget.
+        """
+        self.spec = spec
+        self.replay = replay
+        self.policy = policy
+        self._expected = replay.expected
+        self._labels = {task: np.asarray(values) for task, values in labels.items()}
+        self._reference_auc = {
+            task.name: self._auc(task.name, self._expected[task.name])
+            for task in spec.tasks
+            if task.kind is TaskKind.BINARY
+        }
+
+    @property
+    def reference_auc(self) -> dict[str, float]:
+        """By binary task whose labels hold both classes."""
+        return {task: value for task, value in self._reference_auc.items() if not math.isnan(value)}
+
+    @property
+    def unlabelled(self) -> tuple[str, ...]:
+        """Binary tasks whose AUC loss can't be known."""
+        return tuple(task for task, value in self._reference_auc.items() if math.isnan(value))
+
+    def judge(self, replica: Replica, bucket: Bucket, leaves: Mapping[str, np.ndarray]) -> Judgement:
+        """Scores every golden row once in a bucket.
+
+        Args:
+          replica: holds its executable.
+          bucket: the one to run.
+          leaves: its buffers, written and read here.
+        """
+        scores = self.replay.score_all(replica, bucket, leaves)
+        errors = score_errors(self.spec, scores, self._expected)
+        losses = {}
+        for task, reference in self.reference_auc.items():
+            finite = np.isfinite(scores[task]).all()
+            losses[task] = reference - self._auc(task, scores[task]) if finite else math.inf
+        return Judgement(errors, losses)
+
+    def check(self, judgement: Judgement, precision: Precision, what: str) -> None:
+        """Raises VerifyError naming task, bucket, form and error when scores leave tolerance or budget.
+
+        Args:
+          judgement: of the form.
+          precision: of the form.
+          what: bucket and form, in words.
+        """
+        where = "over all golden rows"
+        if precision is Precision.FLOAT32:
+            errors = {task: error.max for task, error in judgement.errors.items()}
+            limits = {task.name: self.policy.tolerance.of(task.kind) for task in self.spec.tasks}
+            check_errors(self.spec, what, errors, limits, where)
+            return
+        budget = self.policy.budget
+        errors = {task: error.p99 for task, error in judgement.errors.items()}
+        # A 99th percentile says nothing of a score that isn't finite.
+        errors |= {task: math.inf for task, error in judgement.errors.items() if math.isinf(error.max)}
+        limits = dict.fromkeys(errors, budget.max_score_error)
+        check_errors(self.spec, what, errors, limits, f"99th percentile {where}")
+        losses = {task.name: judgement.auc_loss.get(task.name, 0.0) for task in self.spec.tasks}
+        limits = dict.fromkeys(losses, budget.max_auc_loss)
+        check_errors(self.spec, what, losses, limits, f"AUC {where}")
+
+    def _auc(self, task: str, scores: np.ndarray) -> float:
+        labels = self._labels.get(task)
+        if labels is None:
+            return math.nan
+        known = np.isfinite(labels)
+        return auc(labels[known], scores[known])

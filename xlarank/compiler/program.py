@@ -1,0 +1,314 @@
+"""A bucket's device program as flat equations: `ModelTrace`, `Program`, and the plain form of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from xlarank.compiler.split import DenseModel, scores_of
+from xlarank.compiler.tracing import ClosedJaxpr, evaluate, flatten, retrace, source_of, trace
+from xlarank.errors import ModelError
+from xlarank.spec import MASK_SUFFIX, Bucket, FeatureKind, ModelSpec, Scope, Signature
+
+__all__ = [
+    "ModelTrace",
+    "Program",
+    "ProgramInputs",
+    "Traces",
+    "expand",
+    "make_program",
+    "plain_program",
+    "read",
+    "run_equations",
+    "weight_side",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelTrace:
+    """A model from activations to scores at one row count, as flat equations."""
+
+    num_rows: int
+    """Rows of every activation."""
+
+    closed: ClosedJaxpr
+    """Weights, then activations by name in, scores [num_rows] by task out; no dead code."""
+
+    num_weights: int
+    """Inputs that are weights."""
+
+    activations: tuple[str, ...]
+    """Names of the other inputs."""
+
+    scopes: tuple[Scope, ...]
+    """Of each activation."""
+
+    @property
+    def unread(self) -> frozenset[str]:
+        """Activations that no score depends on."""
+        read = {atom for e in self.closed.jaxpr.eqns for atom in e.invars if isinstance(atom, core.Var)}
+        read |= {atom for atom in self.closed.jaxpr.outvars if isinstance(atom, core.Var)}
+        inputs = self.closed.jaxpr.invars[self.num_weights :]
+        return frozenset(n for n, var in zip(self.activations, inputs, strict=True) if var not in read)
+
+
+class Traces:
+    """The traces of one model, each made once."""
+
+    def __init__(self, model: DenseModel, spec: ModelSpec) -> None:
+        """
+        Args:
+          model: weights and module.
+          spec: its features and tasks.
+        """
+        self.model = model
+        self.spec = spec
+        self._at: dict[int, ModelTrace] = {}
+
+    def at(self, num_rows: int) -> ModelTrace:
+        """The model at `num_rows` rows.
+
+        Raises:
+          ModelError: if it can't be traced or served, with the operation and the line of the author's source.
+        """
+        if num_rows not in self._at:
+            self._at[num_rows] = _trace_model(self.model, self.spec, num_rows)
+        return self._at[num_rows]
+
+    def unused_features(self) -> tuple[str, ...]:
+        """Features that no score depends on: the host need not look them up."""
+        unread = self.at(2).unread
+        return tuple(
+            f.name
+            for f in self.spec.features
+            if f.name in unread and (f.kind is not FeatureKind.SEQUENCE or f.name + MASK_SUFFIX in unread)
+        )
+
+
+def _trace_model(model: DenseModel, spec: ModelSpec, num_rows: int) -> ModelTrace:
+    avals: dict[str, jax.ShapeDtypeStruct] = {}
+    scopes: list[Scope] = []
+    for feature in spec.features:
+        width = spec.table_of(feature).dim if feature.is_lookup else feature.width
+        shape: tuple[int, ...] = (num_rows, width)
+        if feature.kind is FeatureKind.SEQUENCE:
+            shape = (num_rows, feature.max_length or 0, width)
+            avals[feature.name + MASK_SUFFIX] = jax.ShapeDtypeStruct(shape[:2], np.dtype(bool))
+            scopes.append(feature.scope)
+        avals[feature.name] = jax.ShapeDtypeStruct(shape, np.dtype(np.float32))
+        scopes.append(feature.scope)
+
+    failures: list[ModelError] = []
+    outputs: list[str] = []
+
+    def apply(params, random_state, *activations):
+        logits, changed = model.apply(params, random_state, dict(zip(avals, activations, strict=True)))
+        failures.clear()
+        outputs[:] = [f"variable {name!r}" for name in changed]
+        if changed:
+            return list(changed.values())
+        try:
+            scores = scores_of(spec, logits, num_rows)
+        except ModelError as error:
+            failures.append(error)
+            answer = logits if isinstance(logits, Mapping) else {}
+            return [array for array in answer.values() if isinstance(array, jax.Array)]
+        return [scores[task.name] for task in spec.tasks]
+
+    weights = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in model.params)
+    closed = flatten(trace(spec.name, apply, (weights, model.random_state, *avals.values())))
+    if outputs:
+        raise ModelError(
+            f"model {spec.name!r} writes to its {outputs[0]} when it scores: {_origin(closed, num_rows)}; a "
+            f"served program keeps no state between requests: update statistics in training alone"
+        )
+    if failures:
+        origin = _origin(closed, num_rows)
+        raise ModelError(f"{failures[0]}{f'; it comes from {origin}' if origin else ''}")
+    closed = _without_random_state(spec.name, closed, len(weights), len(model.random_state))
+    return ModelTrace(num_rows, closed, len(weights), tuple(avals), tuple(scopes))
+
+
+def _origin(closed: ClosedJaxpr, num_rows: int) -> str:
+    """Operation and author's line of the first output that isn't [num_rows]; of the first, if all are."""
+    made_by = {var: equation for equation in closed.jaxpr.eqns for var in equation.outvars}
+    outvars = [atom for atom in closed.jaxpr.outvars if not isinstance(atom, core.Literal)]
+    wrong = [var for var in outvars if var.aval.shape != (num_rows,)] + outvars  # type: ignore[attr-defined]
+    for var in wrong:
+        if var in made_by:
+            return f"{made_by[var].primitive.name} at {source_of(made_by[var])}"
+    return ""
+
+
+def _without_random_state(name: str, closed: ClosedJaxpr, begin: int, count: int) -> ClosedJaxpr:
+    """Drops the inputs that hold random state; raises ModelError when a score depends on one."""
+    inputs = closed.jaxpr.invars
+    state = set(inputs[begin : begin + count])
+    for equation in closed.jaxpr.eqns:
+        if any(isinstance(atom, core.Var) and atom in state for atom in equation.invars):
+            raise ModelError(
+                f"model {name!r} draws random numbers when it scores: {equation.primitive.name} at "
+                f"{source_of(equation)}; switch it off in evaluation mode (deterministic=True), a score must "
+                f"be the same each time"
+            )
+    avals = closed.in_avals[:begin] + closed.in_avals[begin + count :]
+    unread = [None] * count
+    return retrace(lambda *kept: run_equations(closed, [*kept[:begin], *unread, *kept[begin:]]), avals)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A row program of one bucket as flat equations, weights among its inputs.
+
+    Inputs: weights, leaves of the context, leaves of the candidates, request_of_row [B]. Outputs: scores [B]
+    by task. Passes take one and give one; `xlarank.compiler.prepare` parts it into prepare and program.
+    """
+
+    closed: ClosedJaxpr
+    num_weights: int
+    num_context: int
+    """Leaves of the context."""
+
+    bucket: Bucket
+
+    @property
+    def weight_avals(self) -> list[Any]:
+        return list(self.closed.in_avals[: self.num_weights])
+
+    def weight_vars(self) -> set[core.Var]:
+        """Every value that depends on weights and constants alone."""
+        jaxpr = self.closed.jaxpr
+        found = {*jaxpr.invars[: self.num_weights], *jaxpr.constvars}
+        for equation in jaxpr.eqns:
+            if all(isinstance(atom, core.Literal) or atom in found for atom in equation.invars):
+                found |= set(equation.outvars)
+        return found
+
+    def rewritten(self, run: Callable[..., list[Any]]) -> Program:
+        """The program that `run` makes of this one's inputs."""
+        return dataclasses.replace(self, closed=retrace(run, self.closed.in_avals))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramInputs:
+    """The inputs of a row program, apart."""
+
+    weights: Sequence[Any]
+    activations: Mapping[str, Any]
+    """[Q, ...] or [B, ...] by name: an embedding, dense columns, a sequence or its mask."""
+
+    request_of_row: Any
+    """[B] int32."""
+
+
+def make_program(
+    traced: ModelTrace,
+    spec: ModelSpec,
+    signature: Signature,
+    bucket: Bucket,
+    run: Callable[[ProgramInputs], list[Any]],
+) -> Program:
+    """Traces `run` over the leaves of a bucket.
+
+    Args:
+      traced: of the model; gives the weights' shapes.
+      spec: its features.
+      signature: layout of the leaves.
+      bucket: B and Q.
+      run: from the inputs to the scores by task.
+    """
+    num_weights, context = traced.num_weights, signature.context_leaves
+    leaves = (*context, *signature.candidate_leaves)
+
+    def flat(*inputs: Any) -> list[Any]:
+        arrays = dict(zip((leaf.name for leaf in leaves), inputs[num_weights:-1], strict=True))
+        activations = dict(_activations(spec, signature, arrays))
+        return run(ProgramInputs(inputs[:num_weights], activations, inputs[-1]))
+
+    avals: list[Any] = list(traced.closed.in_avals[:num_weights])
+    avals += [jax.ShapeDtypeStruct(leaf.shape(bucket), jnp.dtype(leaf.dtype)) for leaf in leaves]
+    avals.append(jax.ShapeDtypeStruct((bucket.rows,), np.dtype(np.int32)))
+    return Program(retrace(flat, avals), num_weights, len(context), bucket)
+
+
+def _activations(
+    spec: ModelSpec, signature: Signature, leaves: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """What the model reads, cut out of the leaves; zeros [1, ...] stand in for what nobody reads."""
+    for feature in spec.features:
+        slot = signature.slots.get(feature.name)
+        if slot is None:
+            continue
+        if feature.kind is FeatureKind.SEQUENCE:
+            yield feature.name, leaves[slot.leaf].astype(jnp.float32)
+            yield feature.name + MASK_SUFFIX, leaves[slot.leaf + MASK_SUFFIX]
+        else:
+            leaf = leaves[slot.leaf]
+            cut = jax.lax.slice_in_dim(leaf, slot.begin, slot.end, axis=1)
+            yield feature.name, cut.astype(jnp.float32)
+
+
+def expand(value: Any, request_of_row: Any, bucket: Bucket, axis: int = 0) -> Any:
+    """Each row's context: Q entries along `axis` become B."""
+    if bucket.requests == 1:
+        shape = (*value.shape[:axis], bucket.rows, *value.shape[axis + 1 :])
+        return jax.lax.broadcast_in_dim(value, shape, tuple(range(value.ndim)))
+    index = (slice(None),) * axis + (request_of_row,)
+    return value.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def run_equations(closed: ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
+    """Binds every equation in turn."""
+    values = dict(zip(closed.jaxpr.invars, inputs, strict=True))
+    values.update(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    for equation in closed.jaxpr.eqns:
+        values.update(zip(equation.outvars, evaluate(equation, read(values, equation.invars)), strict=True))
+    return read(values, closed.jaxpr.outvars)
+
+
+def read(values: Mapping[Any, Any], atoms: Sequence[Any]) -> list[Any]:
+    """The values of variables and literals."""
+    return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in atoms]
+
+
+def plain_program(traces: Traces, signature: Signature, bucket: Bucket) -> Program:
+    """The plain form: every context is expanded to its rows, then the model runs at B rows.
+
+    Raises:
+      ModelError: see `Traces.at`.
+    """
+    traced = traces.at(bucket.rows)
+
+    def run(inputs: ProgramInputs) -> list[Any]:
+        arrays = list(inputs.weights)
+        for name, scope, aval in zip(
+            traced.activations, traced.scopes, traced.closed.in_avals[traced.num_weights :], strict=True
+        ):
+            if name not in inputs.activations:  # nobody reads it
+                arrays.append(jnp.zeros(aval.shape, aval.dtype))
+            elif scope is Scope.CONTEXT:
+                arrays.append(expand(inputs.activations[name], inputs.request_of_row, bucket))
+            else:
+                arrays.append(inputs.activations[name])
+        return run_equations(traced.closed, arrays)
+
+    return make_program(traced, traces.spec, signature, bucket, run)
+
+
+def weight_side(equation: core.JaxprEqn, weights: set[core.Var]) -> int | None:
+    """Which operand of a matmul is a weight; None for another equation, or one of no or two weights.
+
+    Args:
+      equation: any.
+      weights: `Program.weight_vars`.
+    """
+    if equation.primitive.name != "dot_general":
+        return None
+    sides = [not isinstance(atom, core.Literal) and atom in weights for atom in equation.invars]
+    return sides.index(True) if sum(sides) == 1 else None
