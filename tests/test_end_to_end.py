@@ -222,7 +222,9 @@ def test_checkpoint_bundle_and_server_are_judged_alike(chain, server):
         for task, entry in report["tasks"].items():
             assert {"auc", "gauc", "log_loss", "normalised_entropy", "baseline"} <= set(entry)
             for name in ("auc", "gauc", "log_loss", "normalised_entropy"):
-                assert math.isclose(entry[name], chain.of_checkpoint["tasks"][task][name], abs_tol=1e-5)  # one pair of rows in another order
+                assert math.isclose(
+                    entry[name], chain.of_checkpoint["tasks"][task][name], abs_tol=1e-5
+                )  # one pair of rows in another order
             assert entry["baseline"]["auc"] == chain.of_checkpoint["tasks"][task]["baseline"]["auc"]
 
 
@@ -331,8 +333,91 @@ def test_a_damaged_bundle_is_neither_served_nor_scored_with(chain, tmp_path, cap
     assert not (tmp_path / "scores.csv").exists()
 
 
+def compiled_here(chain, capsys, monkeypatch, *words):
+    monkeypatch.chdir(chain.folder)
+    monkeypatch.setenv("COLUMNS", "160")
+    status, out, err = run_here(capsys, "compile", "feed.toml", "--checkpoint", "checkpoint", *words)
+    return status, " ".join(out.split()), err
+
+
+def test_compile_tells_a_person_what_was_tried_chosen_and_explained(chain, capsys, monkeypatch, tmp_path):
+    (tmp_path / "sizes.txt").write_text("30\n30\n14\n")
+    words = (
+        "--out",
+        tmp_path / "models",
+        "--devices",
+        "2",
+        "--explain",
+        "--tune-seconds",
+        "6",
+        "--golden",
+        "data",
+    )
+    status, out, _ = compiled_here(
+        chain,
+        capsys,
+        monkeypatch,
+        *words,
+        "--buckets",
+        "auto",
+        "--sizes",
+        tmp_path / "sizes.txt",
+        "--num-buckets",
+        "2",
+    )
+    assert status == 0
+    for text in (
+        "plain ms",
+        "gain",
+        "rows/s",
+        "error finish",
+        "tried (ms)",
+        "prepared arrays of all buckets",
+    ):
+        assert text in out
+    for text in (
+        "hoist_context: ",
+        "operations can run once a request",
+        "sequences.py:",
+        "sibling matmuls, the first at",
+    ):
+        assert text in out
+    assert "context values repeated for their candidates" in out
+    manifest = open_bundle(tmp_path / "models" / "feed" / "1").manifest
+    assert {bucket.rows for bucket in manifest.ladder.buckets} == {16, 32}, "14 fits 16, 30 fits 32"
+    golden, values = open_bundle(tmp_path / "models" / "feed" / "1").golden()
+    assert len(golden) == 70
+    assert set(values["labels"]) == {"finish", "share"}
+
+
+def test_the_same_checkpoint_again_says_what_it_reused(chain, capsys, monkeypatch, tmp_path):
+    words = ("--out", tmp_path, "--devices", "2", "--tune-seconds", "0", "--buckets", "8")
+    assert compiled_here(chain, capsys, monkeypatch, *words)[0] == 0
+    status, out, _ = compiled_here(chain, capsys, monkeypatch, *words)
+    assert status == 0
+    assert "same architecture as version 1: its programs, forms, times and compiled code were reused" in out
+
+
+def test_a_precision_whose_scores_leave_the_limit_is_kept_for_study_alone(
+    chain, capsys, monkeypatch, tmp_path
+):
+    words = ("--out", tmp_path / "models", "--devices", "2", "--buckets", "8", "--precision", "int8")
+    limits = ("--max-score-error", "1e-7", "--keep-failed", tmp_path / "failed")
+    status, _, err = compiled_here(chain, capsys, monkeypatch, *words, *limits)
+    assert status == 1
+    assert err.startswith("xlarank compile: model 'feed', task 'finish', bucket 8x")
+    assert "int8', 99th percentile over all golden rows: scores differ from the reference by " in err
+    assert err.endswith(f"kept for study in {tmp_path}/failed/feed/1\n")
+    assert not (tmp_path / "models" / "feed" / "1").exists()
+    assert run_here(capsys, "inspect", tmp_path / "failed" / "feed")[0] == 0
+
+
 # Arguments that fit what the chain left, and what is told of them in one line.
 MISTAKES = {
+    "compile feed.toml --checkpoint checkpoint --out out --buckets auto": "--buckets auto needs --sizes FILE",
+    "compile feed.toml --checkpoint checkpoint --out out --sizes s": "--sizes s goes with --buckets auto",
+    "compile feed.toml --checkpoint checkpoint --out out --buckets auto --sizes none": "none: can't be read",
+    "compile feed.toml --checkpoint checkpoint --out out --keep-failed out": "expected another folder than out",
     "compile feed.toml --checkpoint data --out out": "{folder}/data: no checkpoint here; expected spec.json",
     "compile other.toml --checkpoint checkpoint --out out": "{folder}/checkpoint: tables differ: config",
     "compile feed.toml --checkpoint checkpoint --out feed.toml": "feed.toml/feed: can't be written",

@@ -232,12 +232,26 @@ def _movielens(data: Path) -> dict[str, str]:
         folder, config = Path(name), ROOT / "configs" / "movielens.toml"
         _xlarank(folder, "train", config, "--data", data, "--out", folder / "checkpoint")
         words = ["compile", config, "--checkpoint", folder / "checkpoint", "--out", folder / "models"]
-        words += ["--golden", data, "--buckets", "512", "--tune-seconds", 300, "--max-score-error", 0.01, "--json"]
+        words += [
+            "--golden",
+            data,
+            "--buckets",
+            "512",
+            "--tune-seconds",
+            300,
+            "--max-score-error",
+            0.01,
+            "--json",
+        ]
         line = _run(sys.executable, "-m", "xlarank.cli", *words, cache=folder).splitlines()[-1]
-    (bucket,) = [b for b in json.loads(line)["buckets"] if b["requests"] == 1] or json.loads(line)["buckets"][-1:]
+    (bucket,) = [b for b in json.loads(line)["buckets"] if b["requests"] == 1] or json.loads(line)["buckets"][
+        -1:
+    ]
     tried = {trial["form"]: trial["seconds"] for trial in bucket["tried"]}
     wide = {form: s for form, s in tried.items() if not form.endswith(("bfloat16", "float16", "int8"))}
-    chosen = bucket["form"] if bucket["precision"] == "float32" else f"{bucket['form']}, {bucket['precision']}"
+    chosen = (
+        bucket["form"] if bucket["precision"] == "float32" else f"{bucket['form']}, {bucket['precision']}"
+    )
     fastest = min(wide, key=lambda form: wide[form])
     speed = wide[fastest] / tried.get(chosen, wide[fastest])
     return {
@@ -281,7 +295,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--short", action="store_true", help="fewer sizes and rounds")
-    parser.add_argument("--movielens", type=Path, help="folder of MovieLens 100K, for what stands beside int8_512")
+    parser.add_argument(
+        "--movielens", type=Path, help="folder of MovieLens 100K, for what stands beside int8_512"
+    )
     args = parser.parse_args()
     sizes = SHORT if args.short else FULL
     load = os.getloadavg()[0]

@@ -116,7 +116,11 @@ def attention() -> tuple[nnx.Module, ModelSpec]:
         name="attention",
         features=(
             FeatureSpec(
-                name="history", kind="sequence", scope="context", table="items", max_length=100  # type: ignore[arg-type]
+                name="history",
+                kind="sequence",
+                scope="context",
+                table="items",
+                max_length=100,  # type: ignore[arg-type]
             ),
             FeatureSpec(name="item", kind="id", scope="candidate", table="items"),  # type: ignore[arg-type]
         ),
@@ -238,7 +242,9 @@ def main() -> None:
     parser.add_argument("--ladder", help="row counts, each with buckets of 1, B/32 and B requests")
     parser.add_argument("--rounds", type=int, default=15, help="runs of each form (%(default)s)")
     parser.add_argument("--max-score-error", type=float, help="try lower precisions within this budget")
-    parser.add_argument("--plain-only", action="store_true", help="time the plain form alone beside the chosen")
+    parser.add_argument(
+        "--plain-only", action="store_true", help="time the plain form alone beside the chosen"
+    )
     args = parser.parse_args()
     device.configure()
     buckets = [Bucket(*map(int, text.split("x"))) for text in args.buckets]

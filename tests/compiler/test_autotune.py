@@ -70,7 +70,9 @@ def forms_of(choices):
 
 
 def test_the_fastest_form_of_every_bucket_is_found_and_told():
-    best = dict(zip(LADDER, itertools.cycle([HOISTED_WIDE, PLAIN, Form(True, Fusion.EXPERT_MAJOR)]), strict=False))
+    best = dict(
+        zip(LADDER, itertools.cycle([HOISTED_WIDE, PLAIN, Form(True, Fusion.EXPERT_MAJOR)]), strict=False)
+    )
     bench = FakeBench(lambda bucket, form: 1.0 if form == best[bucket] else 2.0 + form.complexity[1] / 10)
     choices = run(bench)
     assert [choice.bucket for choice in choices] == list(LADDER)
@@ -90,7 +92,9 @@ def test_a_tie_goes_to_the_simpler_form(slower):
     times = {PLAIN: slower, HOISTED: 1.0, WIDE: 1.0, HOISTED_WIDE: 1.0}
     (choice,) = run(FakeBench(lambda _, form: times.get(form, 9.0)), buckets=[Bucket(64, 1)])
     assert choice.form == PLAIN
-    assert choice.reason == ("fastest" if slower == 1.0 else "as fast as the fastest, and simpler or prepared already")
+    assert choice.reason == (
+        "fastest" if slower == 1.0 else "as fast as the fastest, and simpler or prepared already"
+    )
 
 
 def test_a_tie_goes_to_arrays_already_prepared_before_it_goes_to_the_simpler_form():

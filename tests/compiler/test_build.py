@@ -1,6 +1,5 @@
 """From a module to a bundle: what is published is proven, what can't be proven is refused."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -349,7 +348,11 @@ class Overflowing(shop.Shop):
         (Forgetful, ModelError, r"task 'spend' is missing from its answer \['click'\]"),
         (Tuple, ModelError, r"expected a dict of logits by task, got tuple"),
         (Concrete, ModelError, r"can't be traced: TracerBool.* \(at .*test_build\.py:\d+ \(__call__\)\)"),
-        (Drifting, VerifyError, r"task 'click', bucket 8x8 .* form 'plain', over all golden rows: .* differ from the reference by"),
+        (
+            Drifting,
+            VerifyError,
+            r"task 'click', bucket 8x8 .* form 'plain', over all golden rows: .* differ from the reference by",
+        ),
         (Overflowing, ModelError, r"task 'spend': the reference score of golden request 0 is"),
     ],
 )

@@ -29,7 +29,7 @@ TRIED = [
     (Form(fusion=Fusion.WIDE), 0.01, ""),
     (Form(hoisted=True, fusion=Fusion.EXPERT_MAJOR, precision=Precision.INT8), 0.02, "too far off"),
 ]
-BLOCKS = {"dd", "dt", "h1", "h2", "h3", "li", "p", "small", "span", "td", "th"}
+BLOCKS = {"dd", "dt", "h1", "h2", "h3", "li", "p", "small", "td", "th"}
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
@@ -52,6 +52,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags[tag] += 1
         self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag in BLOCKS:
+            self.sections[self.section] += " "
         if tag in VOID:
             return
         named = dict(attrs).get("id") if tag in ("section", "header") else None
@@ -289,7 +291,7 @@ def test_a_lower_precision_is_held_by_its_99th_percentile_and_told_in_the_lead(t
     result = with_trials(tuned, bucket, lowered, judgement=judgement)
     found = Page(render_report(result, GOLDEN))
     lead = found.words("lead")
-    assert f"1 of {len(tuned.results)} buckets compute in a lower precision (int8)" in lead
+    assert f"A lower precision (int8) serves 1 of {len(tuned.results)} buckets." in lead
     assert f"1.5e-03 (99th percentile, task click, bucket {bucket}); 2.0e-03 is allowed" in lead
     assert f"loses is 3.0e-04 (task click, bucket {bucket}); a lower precision may lose 5.0e-04" in lead
     assert found.tables["errors"][0][2][:5] == [str(bucket), "int8", "1.5e-03", "2.5e-01", "+0.000300"]
@@ -361,8 +363,7 @@ def test_a_reused_build_says_so(reused):
 
 
 def test_a_note_and_a_refusal_stand_at_the_top(tuned):
-    provenance = {**tuned.manifest.provenance, "failed": "task 'click' is off"}
-    manifest = dataclasses.replace(tuned.manifest, provenance=provenance)
+    manifest = dataclasses.replace(tuned.manifest, refusal="task 'click' is off")
     result = dataclasses.replace(tuned, manifest=manifest, note="version 3 was not reused")
     lead = Page(render_report(result, GOLDEN)).words("lead")
     assert "Refused. task 'click' is off" in lead
@@ -422,7 +423,7 @@ def test_what_an_author_wrote_can_t_become_markup(tuned):
     spec = copy.copy(tuned.manifest.spec)  # names are checked, so they are changed behind its back
     object.__setattr__(spec, "name", evil)
     manifest = dataclasses.replace(
-        tuned.manifest, provenance={evil: evil, "failed": evil, "created": evil}, fingerprint={"jax": evil}
+        tuned.manifest, refusal=evil, provenance={evil: evil, "created": evil}, fingerprint={"jax": evil}
     )
     object.__setattr__(manifest, "spec", spec)
     object.__setattr__(manifest, "unused_features", (evil,))

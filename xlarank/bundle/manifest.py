@@ -141,6 +141,9 @@ class Manifest:
     budget: ErrorBudget
     """What was let pass in a lower precision."""
 
+    refusal: str = ""
+    """Why compile refused its scores; such a bundle is kept for study and never loaded."""
+
     architecture: str
     """Digest of all that programs and forms depend on: equal for another checkpoint of the same model."""
 
@@ -226,6 +229,7 @@ class Manifest:
                 "activations": self.activations,
                 "tolerance": dataclasses.asdict(self.tolerance),
                 "budget": dataclasses.asdict(self.budget),
+                "refusal": self.refusal,
                 "architecture": self.architecture,
                 "provenance": dict(self.provenance),
                 "fingerprint": dict(self.fingerprint),
@@ -266,6 +270,7 @@ class Manifest:
                 activations=fields.take("activations", str),
                 tolerance=_tolerance_from_fields(fields.fields("tolerance")),
                 budget=_budget_from_fields(fields.fields("budget")),
+                refusal=fields.take("refusal", str),
                 architecture=fields.take("architecture", str),
                 provenance=fields.texts("provenance"),
                 fingerprint=fields.texts("fingerprint"),

@@ -89,7 +89,7 @@ def find_reusable(out: Path, spec: ModelSpec, architecture: str, options: BuildO
     for version in reversed(versions_in(folder)):
         try:
             bundle = open_bundle(folder / str(version), verify=False)
-            if bundle.manifest.architecture != architecture:
+            if bundle.manifest.architecture != architecture or bundle.manifest.refusal:
                 continue
             open_bundle(folder / str(version))
             found = _reusable(bundle)

@@ -30,7 +30,7 @@ from xlarank.compiler.architecture import (
 )
 from xlarank.compiler.autotune import Choice, tune, worthwhile
 from xlarank.compiler.bench import DeviceBench
-from xlarank.compiler.forms import PLAIN, FormMaker
+from xlarank.compiler.forms import PLAIN, Form, FormMaker
 from xlarank.compiler.golden import random_requests
 from xlarank.compiler.golden_set import GoldenSet, Judgement
 from xlarank.compiler.limits import MachineLimits, measure_limits
@@ -150,6 +150,8 @@ def build(
       on_progress: see `Progress`.
     """
     check_arguments(spec, tables, golden)
+    if options.keep_failed is not None and options.keep_failed.resolve() == out.resolve():
+        raise ConfigError(f"keep_failed: expected another folder than {out}, which is served from")
     spec.check_fitted()
     check_tables(spec, tables)
     given = golden if golden is not None else random_requests(spec)
@@ -185,10 +187,17 @@ class _Builder:
         self.kind = device.device_kind(self.targets[0])
         self.traces = Traces(model, spec)
         self.unused = self.traces.unused_features()
-        is_half = options.policy.precision is Precision.BFLOAT16
-        self.activations = "bfloat16" if is_half else "float32"
+        self.activations = self._activations_format()
         self.signature = Signature.of_model(spec, self.unused, self.activations)
         self.gatherer = Gatherer(spec, tables, unused=self.unused, activations=self.activations)
+
+    def _activations_format(self) -> str:
+        """bfloat16 where that was asked for and some matmul is in it; it halves what crosses to the device."""
+        if self.options.policy.precision is not Precision.BFLOAT16:
+            return "float32"
+        signature = Signature.of_model(self.spec, self.unused)
+        lowered = FormMaker(self.traces, signature).program(Bucket(2, 1), Form(precision=Precision.BFLOAT16))
+        return "float32" if lowered is None else "bfloat16"
 
     def build(self, out: Path, writer: BundleWriter) -> BuildResult:
         """Reference, search, proof, report, publication."""
@@ -212,9 +221,9 @@ class _Builder:
             if options.keep_failed is None:
                 raise failure
             with BundleWriter(options.keep_failed, spec.name) as failed:
-                path = self._publish(failed, built, analysis, {"failed": str(failure)}, note).path
+                path = self._publish(failed, built, analysis, note, refusal=str(failure)).path
             raise VerifyError(f"{failure}; kept for study in {path}") from failure
-        return self._publish(writer, built, analysis, {}, note)
+        return self._publish(writer, built, analysis, note)
 
     def _take_ladder(self, ladder: BucketLadder) -> None:
         """Makes buffers and golden batches for the buckets of a ladder."""
@@ -395,7 +404,7 @@ class _Builder:
             self.probes,
             self.buffers,
             form=str(PLAIN),
-            precision=Precision.FLOAT32,
+            precision=Precision(self.activations),
         )
 
     def _precisions(self, limits: MachineLimits) -> tuple[list[Precision], str]:
@@ -430,12 +439,7 @@ class _Builder:
         return [choice for choice in choices if choice.bucket in kept]
 
     def _publish(
-        self,
-        writer: BundleWriter,
-        built: _Built,
-        analysis: Analysis,
-        remarks: Mapping[str, str],
-        note: str,
+        self, writer: BundleWriter, built: _Built, analysis: Analysis, note: str, *, refusal: str = ""
     ) -> BuildResult:
         """Writes everything and renames."""
         spec = self.spec
@@ -471,8 +475,9 @@ class _Builder:
             activations=self.activations,
             tolerance=self.options.policy.tolerance,
             budget=self.options.policy.budget,
+            refusal=refusal,
             architecture=self.architecture,
-            provenance=_provenance() | dict(self.options.provenance) | dict(remarks) | reused,
+            provenance=_provenance() | dict(self.options.provenance) | reused,
             fingerprint=device.fingerprint(),
         )
         result = BuildResult(

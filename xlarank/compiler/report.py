@@ -94,7 +94,7 @@ def _precision_sentence(facts: Facts) -> str:
     if not facts.lowered:
         return "Every bucket computes in float32."
     names = ", ".join(dict.fromkeys(bucket.form.precision.value for bucket in facts.lowered))
-    return f"{len(facts.lowered)} of {len(facts.buckets)} buckets compute in a lower precision ({names})."
+    return f"A lower precision ({names}) serves {len(facts.lowered)} of {len(facts.buckets)} buckets."
 
 
 def _error_sentences(result: BuildResult, facts: Facts) -> Iterable[str]:

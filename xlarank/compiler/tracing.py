@@ -220,7 +220,9 @@ def _constants_in(value: Any) -> Iterator[Any]:
 
 
 def _constant_bytes(constant: Any) -> bytes:
-    if jax.dtypes.issubdtype(jax.dtypes.result_type(constant), jax.dtypes.extended):  # a random number generator's key
+    if jax.dtypes.issubdtype(
+        jax.dtypes.result_type(constant), jax.dtypes.extended
+    ):  # a random number generator's key
         constant = jax.random.key_data(constant)
     array = np.asarray(constant)
     return f"{array.dtype} {array.shape}".encode() + array.tobytes()

@@ -12,6 +12,7 @@ import numpy as np
 
 from xlarank import device
 from xlarank.bundle import Bundle
+from xlarank.errors import VerifyError
 from xlarank.host import Gatherer
 from xlarank.spec import BucketLadder, LatencyProfile
 
@@ -83,6 +84,8 @@ class Loader:
           VerifyError: names task, bucket and error when golden scores differ here.
         """
         manifest = self._bundle.manifest
+        if manifest.refusal:
+            raise VerifyError(f"{self._bundle.path}: was refused when it was compiled: {manifest.refusal}")
         differences = self._fingerprint_differences()
         gatherer = self._timed("tables", self._gatherer)
         replicas = self._timed("compile", self._replicas, gatherer, not differences)

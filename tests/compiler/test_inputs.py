@@ -1,0 +1,270 @@
+"""What `build_bundle` takes, what it leaves out, what it refuses and with which words."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import shop
+from flax import nnx
+
+from xlarank import device
+from xlarank.bundle import open_bundle
+from xlarank.compiler import BuildOptions, build, build_bundle, random_requests
+from xlarank.errors import ConfigError, ModelError, VerifyError
+from xlarank.runtime import Engine
+from xlarank.spec import (
+    ErrorBudget,
+    FeatureSpec,
+    ModelSpec,
+    Precision,
+    PrecisionPolicy,
+    RankRequest,
+    TaskSpec,
+)
+
+SPEC = ModelSpec(
+    name="pair",
+    features=(
+        FeatureSpec(name="user", kind="dense", scope="context", width=3),
+        FeatureSpec(name="item", kind="dense", scope="candidate", width=4),
+        FeatureSpec(name="age", kind="dense", scope="context"),
+    ),
+    tasks=(TaskSpec(name="like"),),
+)
+
+
+def make_params(seed=0):
+    rng = np.random.default_rng(seed)
+    layers = [rng.standard_normal(shape).astype(np.float32) * 0.5 for shape in ((7, 16), (16,), (16, 1))]
+    return {"layers": layers[:2], "out": {"kernel": layers[2]}}
+
+
+def apply(params, features):
+    x = jnp.concatenate([features["user"], features["item"]], axis=1)
+    kernel, bias = params["layers"]
+    return {"like": (jax.nn.relu(x @ kernel + bias) @ params["out"]["kernel"])[:, 0]}
+
+
+def by_hand(params, request):
+    user = np.repeat(request.columns[0], request.num_candidates, axis=0)
+    kernel, bias = params["layers"]
+    hidden = np.maximum(np.concatenate([user, request.columns[1]], axis=1) @ kernel + bias, 0)
+    return 1 / (1 + np.exp(-(hidden @ params["out"]["kernel"])[:, 0]))
+
+
+def refuse(tmp_path, function, error, message, **arguments):
+    arguments = {"params": make_params(), "buckets": (4,), "tune_seconds": 0.0} | arguments
+    with pytest.raises(error, match=message):
+        build_bundle(function, SPEC, {}, out=tmp_path, **arguments)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing is left behind"
+
+
+def test_a_plain_function_comes_in_with_its_params(tmp_path):
+    params = make_params()
+    path = build_bundle(apply, SPEC, {}, out=tmp_path, params=params, buckets=(4, 32), tune_seconds=2.0)
+    assert set(open_bundle(path).manifest.params) == {"layers.0", "layers.1", "out.kernel"}
+    with Engine.load(path) as engine:
+        for request in random_requests(SPEC, 4, num_candidates=19, seed=3):
+            scores = engine.score(request)["like"]
+            np.testing.assert_allclose(scores, by_hand(params, request), rtol=1e-4, atol=1e-6)
+
+
+def test_params_of_a_function_are_arrays(tmp_path):
+    message = "params: 'out.kernel': expected an array, got str"
+    refuse(tmp_path, apply, ConfigError, message, params=make_params() | {"out": {"kernel": "a"}})
+    refuse(tmp_path, 7, ModelError, "expected a flax.nnx.Module, got int")
+
+
+def test_a_feature_that_no_score_depends_on_is_not_looked_up_but_still_checked(tmp_path):
+    path = build_bundle(apply, SPEC, {}, out=tmp_path, params=make_params(), buckets=(4,), tune_seconds=0.0)
+    assert open_bundle(path).manifest.unused_features == ("age",)
+    with Engine.load(path) as engine:
+        assert "age" not in engine._gatherer.signature.slots
+        features = {"user": np.ones((1, 3), np.float32), "item": np.ones((2, 4), np.float32)}
+        ages = [engine.score(RankRequest(SPEC, features | {"age": age}))["like"] for age in (1.0, 99.0)]
+        np.testing.assert_array_equal(*ages)
+        with pytest.raises(Exception, match="age"):
+            RankRequest(SPEC, features)
+
+
+def live_dropout(params, features):
+    key = jax.random.key(0)
+    return {"like": apply(params, features)["like"] + jax.random.normal(key, (features["item"].shape[0],))}
+
+
+class Dropping(nnx.Module):
+    """Dropout that evaluation mode doesn't switch off."""
+
+    def __init__(self, *, rngs):
+        self.rngs = rngs.fork() if hasattr(rngs, "fork") else rngs
+
+    def __call__(self, features):
+        x = features["item"].sum(axis=1)
+        return {"like": x * jax.random.bernoulli(self.rngs.dropout(), 0.5, x.shape[1:])}
+
+
+class Counting(nnx.Module):
+    def __init__(self):
+        self.calls = nnx.Variable(jnp.float32(0))
+
+    def __call__(self, features):
+        self.calls[...] = self.calls[...] + 1
+        return {"like": features["item"].sum(axis=1)}
+
+
+def picks_rows(params, features):
+    kept = jnp.nonzero(features["item"][:, 0] > 0)
+    return {"like": features["item"][kept].sum(axis=1)}
+
+
+def masks_rows(params, features):
+    return {"like": features["item"][features["item"][:, 0] > 0].sum(axis=1)}
+
+
+def leaves_jax(params, features):
+    return {"like": jnp.asarray(np.asarray(features["item"]).sum(axis=1))}
+
+
+def adds_rows(params, features):
+    total = jnp.cumsum(features["item"], axis=0)
+    return {"like": total.sum(axis=1)}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            Dropping(rngs=nnx.Rngs(0, dropout=1)),
+            r"draws random numbers when it scores: random_\w+ at .*test_inputs",
+        ),
+        (
+            Counting(),
+            r"writes to its variable 'calls' when it scores: add at .*test_inputs\.py:\d+ .*; a served",
+        ),
+        (picks_rows, r"can't be traced: .* \(at .*test_inputs\.py:\d+ \(picks_rows\)\).*jnp.where"),
+        (
+            masks_rows,
+            r"NonConcreteBoolean.* \(at .*test_inputs\.py:\d+ \(masks_rows\)\).*use jnp.where or a mask",
+        ),
+        (
+            leaves_jax,
+            r"TracerArrayConversion.* \(at .*test_inputs\.py:\d+ \(leaves_jax\)\).*use jnp in place",
+        ),
+        (
+            adds_rows,
+            r"a row's score depends on other rows.*What crosses rows: \w+ .* at .*test_inputs\.py:\d+",
+        ),
+    ],
+)
+def test_what_can_t_be_served_is_refused_with_operation_line_and_remedy(tmp_path, model, message):
+    refuse(
+        tmp_path, model, ModelError, message, params=None if isinstance(model, nnx.Module) else make_params()
+    )
+
+
+def test_labels_are_one_a_golden_row_of_a_task_that_there_is(tmp_path):
+    requests = random_requests(SPEC, 2, num_candidates=3)
+    for labels, message in (
+        ({"like": np.zeros(5)}, r"labels of task 'like': expected 6, one a golden row, got .* \[5\]"),
+        ({"love": np.zeros(6)}, r"labels: the model has no task 'love'; it has \['like'\]"),
+    ):
+        refuse(tmp_path, apply, ConfigError, message, golden=requests, labels=labels)
+
+
+def options_of(precision, *, error=2e-3, auc=5e-4, **fields):
+    policy = PrecisionPolicy(precision, budget=ErrorBudget(error, auc))
+    return BuildOptions(bucket_rows=(4, 32), policy=policy, tune_seconds=5.0, num_devices=1, **fields)
+
+
+def labelled(num_requests=32):
+    requests = random_requests(SPEC, num_requests, num_candidates=24)
+    scores = np.concatenate([by_hand(make_params(), request) for request in requests])
+    drawn = np.random.default_rng(0).random(len(scores)) < scores
+    return requests, {"like": drawn.astype(np.float32)}
+
+
+@pytest.fixture(autouse=True)
+def configured():
+    device.configure()
+
+
+def test_without_labels_auto_is_float32_and_says_why(tmp_path):
+    result = build(
+        apply, SPEC, {}, out=tmp_path, params=make_params(), options=options_of(None, error=0.5, auc=0.5)
+    )
+    assert {entry.precision for entry in result.manifest.programs} == {Precision.FLOAT32}
+    assert "no labels of both classes for like" in result.tuning.precision_note
+
+
+def test_a_precision_asked_for_is_served_within_its_budget_and_its_errors_are_told(tmp_path):
+    requests, labels = labelled()
+    params = make_params()
+    result = build(
+        apply, SPEC, {}, out=tmp_path, params=params, options=options_of(Precision.INT8, error=0.05, auc=0.05),
+        golden=requests, labels=labels,
+    )  # fmt: skip
+    for entry in result.manifest.programs:
+        assert entry.precision is Precision.INT8
+        assert 0 < entry.p99_error["like"] <= entry.max_error["like"] < 0.1
+    assert result.reference_auc["like"] > 0.6
+    with Engine.load(result.path) as engine:
+        errors = [np.abs(engine.score(r)["like"] - by_hand(params, r)) for r in requests]
+    worst = max(entry.max_error["like"] for entry in result.manifest.programs)
+    assert 1e-5 < np.concatenate(errors).max() <= worst * 1.01 + 1e-6
+
+
+def test_bfloat16_asked_for_crosses_to_the_device_in_bfloat16(tmp_path):
+    requests, labels = labelled()
+    result = build(
+        apply, SPEC, {}, out=tmp_path, params=make_params(), options=options_of(Precision.BFLOAT16, error=0.05, auc=0.05),
+        golden=requests, labels=labels,
+    )  # fmt: skip
+    assert result.manifest.activations == "bfloat16"
+    with Engine.load(result.path) as engine:
+        assert {leaf.dtype for leaf in engine._gatherer.signature.leaves} == {"bfloat16", "int32"}
+        for request in requests[:3]:
+            scores = engine.score(request)["like"]
+            np.testing.assert_allclose(scores, by_hand(make_params(), request), atol=0.05)
+
+
+def test_scores_that_leave_the_budget_are_refused_by_task_bucket_form_and_error(tmp_path):
+    requests, labels = labelled()
+    keep = tmp_path / "failed"
+    options = options_of(Precision.INT8, error=1e-6, keep_failed=keep)
+    message = (
+        r"task 'like', bucket \d+x\d+ .*, form '.*int8', 99th percentile over all golden rows: scores differ from "
+        r"the reference by \S+, expected 1e-06 or less; kept for study in .*failed/pair/1"
+    )
+    with pytest.raises(VerifyError, match=message):
+        build(
+            apply, SPEC, {}, out=tmp_path / "models", params=make_params(), options=options, golden=requests,
+            labels=labels,
+        )  # fmt: skip
+    assert not list((tmp_path / "models").rglob("manifest.json")), "never published"
+    manifest = open_bundle(keep / "pair" / "1").manifest
+    assert "differ from the reference" in manifest.refusal
+    with pytest.raises(VerifyError, match="was refused when it was compiled: .*expected 1e-06 or less"):
+        Engine.load(keep / "pair" / "1")
+
+
+def test_an_auc_that_falls_too_far_is_refused(tmp_path):
+    requests = random_requests(SPEC, 64, num_candidates=100)
+    options = dataclasses.replace(options_of(Precision.INT8, error=0.9, auc=1e-12), bucket_rows=(4,))
+    scores = np.concatenate([by_hand(make_params(), request) for request in requests])
+    # Labels that the reference orders perfectly: whatever changes an order loses AUC.
+    labels = {"like": (scores > np.median(scores)).astype(np.float32)}
+    with pytest.raises(
+        VerifyError, match=r"task 'like', .*int8', AUC over all golden rows: .* expected 1e-12 or"
+    ):
+        build(
+            apply,
+            SPEC,
+            {},
+            out=tmp_path,
+            params=make_params(),
+            options=options,
+            golden=requests,
+            labels=labels,
+        )
