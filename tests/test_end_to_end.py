@@ -417,7 +417,7 @@ MISTAKES = {
     "compile feed.toml --checkpoint checkpoint --out out --buckets auto": "--buckets auto needs --sizes FILE",
     "compile feed.toml --checkpoint checkpoint --out out --sizes s": "--sizes s goes with --buckets auto",
     "compile feed.toml --checkpoint checkpoint --out out --buckets auto --sizes none": "none: can't be read",
-    "compile feed.toml --checkpoint checkpoint --out out --keep-failed out": "expected another folder than out",
+    "compile feed.toml --checkpoint checkpoint --out o --keep-failed o": "expected another folder than o",
     "compile feed.toml --checkpoint data --out out": "{folder}/data: no checkpoint here; expected spec.json",
     "compile other.toml --checkpoint checkpoint --out out": "{folder}/checkpoint: tables differ: config",
     "compile feed.toml --checkpoint checkpoint --out feed.toml": "feed.toml/feed: can't be written",

@@ -81,9 +81,9 @@ def hoist(sizes: Sizes, figure: str, bucket: str, target: float) -> Figure:
         goal=Goal.AT_LEAST,
         how=_how(
             sizes,
-            f"MMoE of 8 experts 512-256, 3 tasks, width 1024 of which 635 are the context's, bucket {bucket}, "
-            f"float32: time of the fastest form without hoisting ({fastest}) over that of the chosen one "
-            f"({found['chosen']}), {sizes.rounds} runs in turns",
+            f"MMoE of 8 experts 512-256, 3 tasks, width 1024 of which 635 are the context's, bucket "
+            f"{bucket}, float32: time of the fastest form without hoisting ({fastest}) over that of the "
+            f"chosen one ({found['chosen']}), {sizes.rounds} runs in turns",
         ),
         beside={"median ms": _medians(seconds)},
     )
@@ -105,8 +105,8 @@ def dlrm_worst(sizes: Sizes) -> Figure:
             goal=Goal.AT_LEAST,
             how=_how(
                 sizes,
-                f"MLPerf DLRM-DCNv2 with tables of dim 16, buckets of {rows} rows and 1, B/32 and B requests: "
-                f"speed of the chosen form against the plain one in the worst bucket, {bucket} "
+                f"MLPerf DLRM-DCNv2 with tables of dim 16, buckets of {rows} rows and 1, B/32 and B "
+                f"requests: speed of the chosen form against the plain one in the worst bucket, {bucket} "
                 f"({result['chosen']}), {2 * sizes.rounds} runs in turns",
             ),
         )
@@ -132,8 +132,8 @@ def moe_regret(sizes: Sizes) -> Figure:
                 goal=Goal.AT_MOST,
                 how=_how(
                     sizes,
-                    f"the same MMoE in float32, one request of {', '.join(map(str, sizes.regret_rows))} rows: time "
-                    f"of the chosen form over the fastest of all {len(seconds)} forms measured in turns "
+                    f"the same MMoE in float32, one request of {', '.join(map(str, sizes.regret_rows))} "
+                    f"rows: time of the chosen form over the fastest of all {len(seconds)} forms measured in turns "
                     f"({sizes.rounds} runs), in the worst bucket, {bucket}: {chosen} over {best}",
                 ),
             )
@@ -165,8 +165,8 @@ def int8_512(sizes: Sizes, movielens: Path | None) -> Figure:
         goal=Goal.AT_LEAST,
         how=_how(
             sizes,
-            f"the same MMoE, bucket 512x1, --precision auto --max-score-error 0.01: time of the fastest float32 form "
-            f"({fastest}) over that of the chosen one ({found['chosen']}), {sizes.rounds} runs in turns",
+            f"the same MMoE, bucket 512x1, --precision auto --max-score-error 0.01: time of the fastest "
+            f"float32 form ({fastest}) over that of the chosen one ({found['chosen']}), {sizes.rounds} runs in turns",
         ),
         beside=beside,
     )
@@ -184,8 +184,8 @@ def attention_512x100(sizes: Sizes) -> Figure:
         goal=Goal.AT_LEAST,
         how=_how(
             sizes,
-            f"target attention of 512 candidates over one context history of 100 x 64: time of the plain form over "
-            f"the hoisted one, {sizes.rounds} runs in turns",
+            f"target attention of 512 candidates over one context history of 100 x 64: time of the plain "
+            f"form over the hoisted one, {sizes.rounds} runs in turns",
         ),
         beside={"median ms": _medians(seconds)},
     )
@@ -213,8 +213,8 @@ def refresh(sizes: Sizes) -> Figure:
         goal=Goal.AT_MOST,
         how=_how(
             sizes,
-            f"`xlarank compile configs/feed.toml --devices 2 --tune-seconds 0` as a process, again over the first time "
-            f"in an empty repository with an empty compilation cache; {sizes.refreshes} pairs",
+            f"`xlarank compile configs/feed.toml --devices 2 --tune-seconds 0` as a process, again over the "
+            f"first time in an empty repository with an empty compilation cache; {sizes.refreshes} pairs",
         ),
         beside={
             "seconds in all, first and again": f"{statistics.median(firsts):.1f} and "
@@ -255,8 +255,8 @@ def _movielens(data: Path) -> dict[str, str]:
     fastest = min(wide, key=lambda form: wide[form])
     speed = wide[fastest] / tried.get(chosen, wide[fastest])
     return {
-        "MovieLens, same options, 512 rows": f"chose {chosen}, {speed:.2f} times as fast as {fastest}; AUC loss "
-        f"{_texts(bucket['auc_loss'])}; p99 error {_texts(bucket['p99_error'])}"
+        "MovieLens, same options, 512 rows": f"chose {chosen}, {speed:.2f} times as fast as {fastest}; "
+        f"AUC loss {_texts(bucket['auc_loss'])}; p99 error {_texts(bucket['p99_error'])}"
     }
 
 

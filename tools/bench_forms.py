@@ -70,7 +70,8 @@ def mmoe() -> tuple[nnx.Module, ModelSpec]:
 
 
 def dlrm() -> tuple[nnx.Module, ModelSpec]:
-    """MLPerf DLRM-DCNv2 (mlcommons/training recommendation_v2): low-rank cross of 512, dim 16 in place of 128."""
+    """MLPerf DLRM-DCNv2 (mlcommons/training recommendation_v2): low-rank cross of 512, dim 16 in place of
+    128."""
     ids = [f"c{i}" for i in range(26)]
     spec = ModelSpec(
         name="dlrm",

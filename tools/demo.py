@@ -25,9 +25,9 @@ from xlarank_serving.client import RankingClient
 
 from xlarank.bundle import open_bundle
 from xlarank.spec.config import load_config
+from xlarank.spec.metrics import auc
 from xlarank.training.checkpoint import load_ranker
 from xlarank.training.feed import write_feed
-from xlarank.spec.metrics import auc
 from xlarank.training.readers import read_data
 from xlarank.training.scoring import Scorer
 

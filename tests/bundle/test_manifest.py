@@ -127,7 +127,10 @@ FILE = "params.safetensors"
         (put("programs", 0, "rows", value=0), r"expected 1 <= requests <= rows"),
         (put("programs", 2, "rows", value=4), r"program 4x8|requests <= rows"),
         (put("programs", 1, "requests", value=1), r"expected distinct ascending buckets, got 4x1, 4x1, 8x8"),
-        (put("programs", 0, "prepared", value=[3]), r"program 4x1: prepared must be places in \[0, 3\); was \[3\]"),
+        (
+            put("programs", 0, "prepared", value=[3]),
+            r"program 4x1: prepared must be places in \[0, 3\); was \[3\]",
+        ),
         (put("programs", 0, "prepared", value=[True]), r"'prepared': expected integers, got True"),
         (put("programs", 0, "form", value=3), r"'form': expected str, got 3"),
         (put("unused_features", value=["nobody"]), r"unused_features \['nobody'\] are no features"),
@@ -176,7 +179,9 @@ def test_a_value_that_is_missing_ill_typed_or_contradictory_is_refused_by_name(p
 def test_a_manifest_made_in_memory_is_checked_as_one_read(tiny_manifest):
     with pytest.raises(ConfigError, match="provenance: expected strings, got 'rows': 3"):
         dataclasses.replace(tiny_manifest, provenance={"rows": 3})
-    with pytest.raises(ConfigError, match="without prepare, num_prepared must be that of the params, 3; was 4"):
+    with pytest.raises(
+        ConfigError, match="without prepare, num_prepared must be that of the params, 3; was 4"
+    ):
         dataclasses.replace(tiny_manifest, prepare=None, num_prepared=4)
     with pytest.raises(ConfigError, match=r"program 4x1: expected finite seconds > 0, got \{'cpu': inf}"):
         dataclasses.replace(tiny_manifest.programs[0], seconds={"cpu": math.inf})

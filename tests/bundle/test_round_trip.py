@@ -31,7 +31,17 @@ def test_a_published_bundle_reads_back_as_it_was_written(publish, tmp_path, tiny
     assert bundle.path == path
     assert bundle.spec == tiny_manifest.spec
     assert manifest.version == 1
-    for field in ("programs", "params", "prepare", "num_prepared", "tolerance", "budget", "architecture", "provenance", "fingerprint"):
+    for field in (
+        "programs",
+        "params",
+        "prepare",
+        "num_prepared",
+        "tolerance",
+        "budget",
+        "architecture",
+        "provenance",
+        "fingerprint",
+    ):
         assert getattr(manifest, field) == getattr(tiny_manifest, field), field
     assert set(manifest.files) == EXPECTED_FILES
     assert set(manifest.cache_files) == {"cache/jit_f-0123-cache", "cache/more/x"}
@@ -92,7 +102,7 @@ def test_a_text_that_is_not_there_or_no_text_is_refused(publish):
     with pytest.raises(BundleError, match=r"tiny/1/tuning.json: can't be read: No such file"):
         bundle.text("tuning.json")
     (bundle.path / "tuning.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(BundleError, match="tuning.json: expected UTF-8"):
+    with pytest.raises(BundleError, match=r"tuning\.json: expected UTF-8"):
         bundle.text("tuning.json")
 
 
@@ -116,7 +126,9 @@ def test_a_bundle_may_have_no_tables_no_params_and_no_cache(tmp_path, tiny_manif
             "tasks": [{"name": "like"}],
         }
     )
-    program = dataclasses.replace(tiny_manifest.programs[1], max_error={"like": 0}, p99_error={"like": 0}, seconds={})
+    program = dataclasses.replace(
+        tiny_manifest.programs[1], max_error={"like": 0}, p99_error={"like": 0}, seconds={}
+    )
     manifest = dataclasses.replace(tiny_manifest, spec=spec, programs=(program,), params=())
     with BundleWriter(tmp_path, "bare", 41) as writer:
         writer.add_program("4x4.bin", b"p")

@@ -70,9 +70,15 @@ def test_every_subcommand_s_help_has_an_example_that_parses(run, name):
         "evaluate c.toml": "the following arguments are required: --data",
         "serve": "the following arguments are required: repository",
         "inspect models/feed --spam": "unrecognized arguments: --spam",
-        "compile c.toml --checkpoint c --out o --buckets 8,x": "expected row counts like 8,32,128, or auto, got '8,x'",
-        "compile c.toml --checkpoint c --out o --buckets 8,": "expected row counts like 8,32,128, or auto, got '8,'",
-        "compile c.toml --checkpoint c --out o --precision int4": "argument --precision: invalid choice: 'int4'",
+        "compile c.toml --checkpoint c --out o --buckets 8,x": (
+            "expected row counts like 8,32,128, or auto, got '8,x'"
+        ),
+        "compile c.toml --checkpoint c --out o --buckets 8,": (
+            "expected row counts like 8,32,128, or auto, got '8,'"
+        ),
+        "compile c.toml --checkpoint c --out o --precision int4": (
+            "argument --precision: invalid choice: 'int4'"
+        ),
         "compile c.toml --checkpoint c --out o --max-score-error 0": "expected a number > 0, got '0'",
         "compile c.toml --checkpoint c --out o --max-auc-loss nan": "expected a finite number, got 'nan'",
         "compile c.toml --checkpoint c --out o --tune-seconds -1": "expected seconds >= 0, got '-1'",

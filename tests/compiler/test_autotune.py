@@ -18,7 +18,8 @@ ALL_FORMS = [Form(h, f, p) for h, f, p in itertools.product((False, True), Fusio
 
 
 class FakeBench:
-    """Forms take the milliseconds that `time_of` says; a compile takes `compile_seconds` of the fake clock."""
+    """Forms take the milliseconds that `time_of` says; a compile takes `compile_seconds` of the fake
+    clock."""
 
     def __init__(self, time_of, *, forms=ALL_FORMS, compile_seconds=0.0, refused=(), new_bytes=None):
         self.time_of = time_of

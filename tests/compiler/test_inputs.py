@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import shop
 from flax import nnx
 
 from xlarank import device
@@ -202,8 +201,8 @@ def test_a_precision_asked_for_is_served_within_its_budget_and_its_errors_are_to
     requests, labels = labelled()
     params = make_params()
     result = build(
-        apply, SPEC, {}, out=tmp_path, params=params, options=options_of(Precision.INT8, error=0.05, auc=0.05),
-        golden=requests, labels=labels,
+        apply, SPEC, {}, out=tmp_path, params=params, golden=requests, labels=labels,
+        options=options_of(Precision.INT8, error=0.05, auc=0.05),
     )  # fmt: skip
     for entry in result.manifest.programs:
         assert entry.precision is Precision.INT8
@@ -218,8 +217,8 @@ def test_a_precision_asked_for_is_served_within_its_budget_and_its_errors_are_to
 def test_bfloat16_asked_for_crosses_to_the_device_in_bfloat16(tmp_path):
     requests, labels = labelled()
     result = build(
-        apply, SPEC, {}, out=tmp_path, params=make_params(), options=options_of(Precision.BFLOAT16, error=0.05, auc=0.05),
-        golden=requests, labels=labels,
+        apply, SPEC, {}, out=tmp_path, params=make_params(), golden=requests, labels=labels,
+        options=options_of(Precision.BFLOAT16, error=0.05, auc=0.05),
     )  # fmt: skip
     assert result.manifest.activations == "bfloat16"
     with Engine.load(result.path) as engine:
@@ -234,8 +233,8 @@ def test_scores_that_leave_the_budget_are_refused_by_task_bucket_form_and_error(
     keep = tmp_path / "failed"
     options = options_of(Precision.INT8, error=1e-6, keep_failed=keep)
     message = (
-        r"task 'like', bucket \d+x\d+ .*, form '.*int8', 99th percentile over all golden rows: scores differ from "
-        r"the reference by \S+, expected 1e-06 or less; kept for study in .*failed/pair/1"
+        r"task 'like', bucket \d+x\d+ .*, form '.*int8', 99th percentile over all golden rows: scores differ "
+        r"from the reference by \S+, expected 1e-06 or less; kept for study in .*failed/pair/1"
     )
     with pytest.raises(VerifyError, match=message):
         build(
@@ -245,7 +244,7 @@ def test_scores_that_leave_the_budget_are_refused_by_task_bucket_form_and_error(
     assert not list((tmp_path / "models").rglob("manifest.json")), "never published"
     manifest = open_bundle(keep / "pair" / "1").manifest
     assert "differ from the reference" in manifest.refusal
-    with pytest.raises(VerifyError, match="was refused when it was compiled: .*expected 1e-06 or less"):
+    with pytest.raises(VerifyError, match=r"was refused when it was compiled: .*expected 1e-06 or less"):
         Engine.load(keep / "pair" / "1")
 
 

@@ -1,4 +1,5 @@
-"""A checkpoint of an architecture compiled before: what is reused, what is compiled anew, what is proven again."""
+"""A checkpoint of an architecture compiled before: what is reused, what is compiled anew, what is proven
+again."""
 
 import dataclasses
 

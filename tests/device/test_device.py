@@ -158,7 +158,10 @@ def test_every_golden_row_is_scored_once_in_order_whatever_the_bucket(golden):
         """Answers a row's price, and 0 for rows that nobody asked for."""
 
         def run(self, bucket, leaves):
-            return {"click": leaves["candidate"][:, slot.begin], "spend": leaves["candidate"][:, slot.end - 1]}
+            return {
+                "click": leaves["candidate"][:, slot.begin],
+                "spend": leaves["candidate"][:, slot.end - 1],
+            }
 
     prices = np.concatenate([request.columns[4] for request in requests])
     buffers = device.BatchBuffers(SIGNATURE, LADDER)
@@ -196,8 +199,8 @@ def test_an_error_beyond_the_tolerance_names_task_bucket_and_size():
     message = "task 'spend', bucket 8x1, somewhere: .* by 2e-05, expected 1e-05 or less"
     with pytest.raises(VerifyError, match=message):
         device.check_errors(shop.SPEC, "bucket 8x1", errors, {"click": 1e-5, "spend": 1e-5}, "somewhere")
+    nothing = dict.fromkeys(errors, float("nan"))
     with pytest.raises(VerifyError, match="by nan"):
-        nothing = dict.fromkeys(errors, float("nan"))
         device.check_errors(shop.SPEC, "", nothing, {"click": 1e-5, "spend": 1e-5}, "")
 
 

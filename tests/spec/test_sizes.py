@@ -257,5 +257,5 @@ def test_a_policy_is_auto_or_one_precision():
         PrecisionPolicy.named("int4")
     with pytest.raises(ConfigError, match="precision: tolerance must be of type Tolerance; was 1e-05"):
         PrecisionPolicy(tolerance=1e-5)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="precision: budget must be of type ErrorBudget; was 0.1"):
+    with pytest.raises(ConfigError, match=r"precision: budget must be of type ErrorBudget; was 0\.1"):
         PrecisionPolicy(budget=0.1)  # type: ignore[arg-type]

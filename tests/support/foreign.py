@@ -18,7 +18,17 @@ from jax import lax
 from xlarank.compiler.split import DenseModel, split_function, split_module
 from xlarank.spec import FeatureSpec, ModelSpec, TableSpec, TaskSpec
 
-__all__ = ["MODELS", "SPEC", "Foreign", "foreign", "fields_of", "mlp", "mlp_params", "random_params", "spec_of"]
+__all__ = [
+    "MODELS",
+    "SPEC",
+    "Foreign",
+    "foreign",
+    "fields_of",
+    "mlp",
+    "mlp_params",
+    "random_params",
+    "spec_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,9 +330,7 @@ def ple(params, features):
     x = jnp.concatenate([features[n] for n in names], axis=1)
     inputs = dict.fromkeys("abs", x)
     for level in (0, 1):
-        experts = {
-            g: [jax.nn.relu(mlp(params, f"e{level}{g}{e}", inputs[g])) for e in (0, 1)] for g in "abs"
-        }
+        experts = {g: [jax.nn.relu(mlp(params, f"e{level}{g}{e}", inputs[g])) for e in (0, 1)] for g in "abs"}
         mixed = {}
         for g in "abs":
             seen = sum(experts.values(), []) if g == "s" else experts[g] + experts["s"]
@@ -339,9 +347,7 @@ def _mmoe_params():
 @foreign(_mmoe_params)
 def mmoe_stacked(params, features):
     """Ma et al., KDD 2018, its experts in one array."""
-    x = jnp.concatenate(
-        [features[n] for n in ("age", "item", "user", "price", "interests", "tags")], axis=1
-    )
+    x = jnp.concatenate([features[n] for n in ("age", "item", "user", "price", "interests", "tags")], axis=1)
     hidden = jax.nn.relu(jnp.einsum("bi,eih->beh", x, params["w1"]) + params["b1"])
     experts = jax.nn.relu(jnp.einsum("beh,eho->beo", hidden, params["w2"]))
     gates = jax.nn.softmax(jnp.einsum("bi,tie->bte", x, params["gates"]))

@@ -92,7 +92,9 @@ def merged_batch(params, features):
     major = major - (jnp.arange(num_rows * length) % length)[:, None] * 0.1
     minor = history.transpose(1, 0, 2).reshape(length * num_rows, dim) @ params["v"]
     minor = (minor + jnp.zeros((length * num_rows, 1))).reshape(length, num_rows, -1)
-    pooled = (jnp.concatenate([major.reshape(num_rows, length, dim)] * 2, axis=-1) * minor.swapaxes(0, 1)).mean(1)
+    pooled = (
+        jnp.concatenate([major.reshape(num_rows, length, dim)] * 2, axis=-1) * minor.swapaxes(0, 1)
+    ).mean(1)
     fields = (fields_of(features).reshape(num_rows * 4, dim) @ params["u"]).reshape(num_rows, 4, dim)
     return _top(params, pooled + jnp.tile(fields.max(axis=1), (1, 2)), features)
 
@@ -124,7 +126,9 @@ def candidate_by_context_index(params, features):
     chosen = features["item"][rows, column][:, None]
     flat = features["tags"].reshape(-1)[column + 4 * rows]
     spread = jnp.zeros((num_rows, 4)).at[rows, column].add(features["price"][:, 0])
-    return _top(params, jnp.concatenate([chosen * features["user"], spread + flat[:, None]], axis=1), features)
+    return _top(
+        params, jnp.concatenate([chosen * features["user"], spread + flat[:, None]], axis=1), features
+    )
 
 
 @foreign(lambda: random_params(27, w=(3, 8, 8), **_TOP))

@@ -6,9 +6,9 @@ import pytest
 
 from xlarank.errors import ConfigError
 from xlarank.spec.config import Metric, load_config
+from xlarank.spec.metrics import auc
 from xlarank.training.data import Splits
 from xlarank.training.examples import Examples
-from xlarank.spec.metrics import auc
 from xlarank.training.scoring import Scorer
 from xlarank.training.trainer import train
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from xlarank.errors import ConfigError
+from xlarank.spec.metrics import auc
 from xlarank.training import random_data
 from xlarank.training.feed import FeedSize, read, write_feed
-from xlarank.spec.metrics import auc
 
 SMALL = FeedSize(users=50, videos=80, creators=10, train=(60, 5), validation=(10, 5), test=(400, 40))
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from xlarank.errors import ConfigError
-from xlarank.training.baseline import additive_scores
 from xlarank.spec.metrics import auc
+from xlarank.training.baseline import additive_scores
 from xlarank.training.movielens import read
 
 

@@ -10,10 +10,10 @@ from xlarank.bundle.requests import read_requests
 from xlarank.errors import ConfigError, ModelError
 from xlarank.spec import RankRequest
 from xlarank.spec.config import load_config
+from xlarank.spec.metrics import auc
 from xlarank.training import checkpoint
 from xlarank.training.evaluate import evaluate, score_requests
 from xlarank.training.examples import Examples
-from xlarank.spec.metrics import auc
 from xlarank.training.scoring import Scorer, to_scores
 from xlarank.training.trainer import train
 

@@ -124,7 +124,8 @@ class Manifest:
     """Names in params.safetensors, in the order in which `prepare` takes them."""
 
     prepare: str | None = None
-    """File under programs/ that makes the prepared arrays of the params, once; None: the params as they are."""
+    """File under programs/ that makes the prepared arrays of the params, once; None: the params as they
+    are."""
 
     num_prepared: int
     """How many arrays `prepare` makes, or params there are without it."""
@@ -205,8 +206,9 @@ class Manifest:
     def error_limits(self, program: ProgramEntry) -> dict[str, float]:
         """By task: the largest error that golden rows may show when the bundle is loaded.
 
-        In float32 the tolerance. In a lower precision twice what compile found, or the budget if that is more:
-        another CPU may round otherwise, and the budget's own 99th percentile was held over all golden rows.
+        In float32 the tolerance. In a lower precision twice what compile found, or the budget if that is
+        more: another CPU may round otherwise, and the budget's own 99th percentile was held over all golden
+        rows.
         """
         if program.precision is Precision.FLOAT32:
             return {task.name: self.tolerance.of(task.kind) for task in self.spec.tasks}

@@ -91,7 +91,8 @@ class Bundle:
         return self._read(entry.file)
 
     def prepare(self) -> bytes | None:
-        """The exported program that makes the prepared arrays; None where the params are taken as they are."""
+        """The exported program that makes the prepared arrays; None where the params are taken as they
+        are."""
         return None if self.manifest.prepare is None else self._read(self.manifest.prepare)
 
     def text(self, file_name: str) -> str:

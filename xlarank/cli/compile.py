@@ -23,8 +23,8 @@ example:
 writes artifacts/models/movielens/1 (then 2, 3, ...), compiled for every bucket and device and proven against
 the Flax reference on the labelled requests that training left beside the checkpoint. For every bucket the
 forms of the network are tried on this machine and the fastest whose scores hold is kept. A checkpoint of an
-architecture compiled before takes the forms and programs of that version. With --buckets auto --sizes FILE the
-row counts suit the traffic; --explain lists what could not run once a request, and why.
+architecture compiled before takes the forms and programs of that version. With --buckets auto --sizes FILE
+the row counts suit the traffic; --explain lists what could not run once a request, and why.
 """
 
 _AUTO = "auto"
@@ -37,8 +37,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "compile",
         help="compile a checkpoint for every bucket, ahead of time",
-        description="Compiles a trained model for every batch bucket in its fastest form, proves its scores and "
-        "publishes it.",
+        description="Compiles a trained model for every batch bucket in its fastest form, proves its scores "
+        "and publishes it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -138,9 +138,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         bucket_rows=config.bucket_rows if args.buckets in (None, _AUTO) else args.buckets,
         traffic=traffic,
         num_devices=args.devices,
-        policy=PrecisionPolicy.named(
-            args.precision, ErrorBudget(args.max_score_error, args.max_auc_loss)
-        ),
+        policy=PrecisionPolicy.named(args.precision, ErrorBudget(args.max_score_error, args.max_auc_loss)),
         tune_seconds=args.tune_seconds,
         reuse=not args.fresh,
         keep_failed=args.keep_failed,
@@ -182,7 +180,8 @@ def _traffic(args: argparse.Namespace, config: ModelConfig) -> Any:
         return None
     if args.sizes is None:
         raise ConfigError(
-            "--buckets auto needs --sizes FILE: a saved page of a server's /metrics, or one candidate count a line"
+            "--buckets auto needs --sizes FILE: a saved page of a server's /metrics, or one candidate count "
+            "a line"
         )
     from xlarank.cli.sizes import read_sizes
     from xlarank.compiler import Traffic
@@ -211,7 +210,9 @@ def _rows(text: str) -> tuple[int, ...] | str:
     try:
         rows = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected row counts like 8,32,128, or auto, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected row counts like 8,32,128, or auto, got {text!r}"
+        ) from None
     if list(rows) != sorted(set(rows)) or rows[0] < 1:
         raise argparse.ArgumentTypeError(f"expected ascending row counts >= 1, got {text!r}")
     return rows

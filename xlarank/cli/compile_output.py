@@ -37,7 +37,7 @@ def facts_of(result: BuildResult) -> dict[str, Any]:
                 **_bucket_facts(found.bucket),
                 "form": str(found.form),
                 "precision": found.form.precision.value,
-                "seconds": {manifest_kind: found.seconds for manifest_kind in manifest.programs[0].seconds},
+                "seconds": dict.fromkeys(manifest.programs[0].seconds, found.seconds),
                 "plain_seconds": choice.plain_seconds,
                 "chosen_seconds": choice.seconds_of(found.form),
                 "reason": choice.reason,
@@ -112,8 +112,8 @@ def _remarks(result: BuildResult) -> list[str]:
     ]
     if result.reused is not None:
         lines.append(
-            f"same architecture as version {result.reused}: its programs, forms, times and compiled code were "
-            f"reused; scores and rows were proven with the new weights"
+            f"same architecture as version {result.reused}: its programs, forms, times and compiled code "
+            f"were reused; scores and rows were proven with the new weights"
         )
     if result.note:
         lines.append(result.note)
@@ -177,7 +177,9 @@ def _explain_group(buckets: list[Bucket], notes: PassNotes, shown: Bucket, conso
         say("fuse_experts does not apply: no two matmuls do the same to the same operand with other weights")
     if not notes.expansions:
         return
-    table = Table(title=f"context values repeated for their candidates, in bucket {shown}", title_justify="left")
+    table = Table(
+        title=f"context values repeated for their candidates, in bucket {shown}", title_justify="left"
+    )
     for name in ("operation", "shape", "bytes"):
         table.add_column(name)
     table.add_column("why", overflow="fold")

@@ -1,4 +1,5 @@
-"""Weights-only refresh: what programs depend on, and earlier versions that have the same: `architecture_of`."""
+"""Weights-only refresh: what programs depend on, and earlier versions that have the same:
+`architecture_of`."""
 
 from __future__ import annotations
 
@@ -57,8 +58,8 @@ def architecture_of(traces: Traces, signature: Signature, options: BuildOptions)
     """Digest of all that programs and forms depend on; weights, tables and fitted statistics don't count.
 
     That is: the model's operations at a few row counts with the constants in them, the
-    shapes and dtypes of its weights, the layout of its leaves, the ladder, the precision asked for, this machine's
-    fingerprint and the compiler's own source.
+    shapes and dtypes of its weights, the layout of its leaves, the ladder, the precision asked for, this
+    machine's fingerprint and the compiler's own source.
     """
     traffic = options.traffic
     largest = max(options.bucket_rows) if traffic is None else min(traffic.sizes.largest, traffic.max_rows)

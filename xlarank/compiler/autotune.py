@@ -1,11 +1,13 @@
 """Chooses a form for every bucket by measurement, within a budget of time: `tune`.
 
-Pure but for the bench that it is given, which compiles, times and judges: the same timings give the same choices.
+Pure but for the bench that it is given, which compiles, times and judges: the same timings give the same
+choices.
 
-A bucket is searched in stages, each against the best so far: structure (plain or hoisted), then merged forms of
-the faster one, then lower precisions; the finalists run once more, in turns. Buckets that tell most come first:
-the largest and the smallest of each sort (one request, some, a request a row). When the time is up the rest take
-the form of the nearest bucket of their sort. Time that is left goes to the combinations not tried yet.
+A bucket is searched in stages, each against the best so far: structure (plain or hoisted), then merged forms
+of the faster one, then lower precisions; the finalists run once more, in turns. Buckets that tell most come
+first: the largest and the smallest of each sort (one request, some, a request a row). When the time is up the
+rest take the form of the nearest bucket of their sort. Time that is left goes to the combinations not tried
+yet.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from xlarank.spec import Bucket, Precision
 __all__ = ["Bench", "Choice", "Trial", "choose", "tune", "worthwhile"]
 
 MIN_TIE, MAX_TIE = 0.02, 0.05
-"""Share by which two forms may differ and still be as fast as each other: on a calm and on a noisy machine."""
+"""Share by which two forms may differ and still be as fast as each other: on a calm and on a noisy
+machine."""
 
-_FINALISTS = 4
-_FINAL_RATIO = 1.25
+_FINALISTS = 5
+_FINAL_RATIO = 1.3
 _HOISTED = Form(hoisted=True)
 _MERGED = (Fusion.WIDE, Fusion.EXPERT_MAJOR, Fusion.ROW_MAJOR)
 
@@ -90,7 +93,8 @@ class Bench(Protocol):
         ...
 
     def times(self, bucket: Bucket, forms: Sequence[Form]) -> dict[Form, list[float]]:
-        """Seconds of full batches, run in turns: equally many of each form, neighbours in time at one place."""
+        """Seconds of full batches, run in turns: equally many of each form, neighbours in time at one
+        place."""
         ...
 
     def new_bytes(self, bucket: Bucket, form: Form) -> int:
@@ -109,9 +113,9 @@ class Bench(Protocol):
 def choose(samples: Mapping[Form, Sequence[float]], new_bytes: Mapping[Form, int]) -> list[Form]:
     """Forms from best to worst.
 
-    Forms as fast as the fastest come first: arrays already prepared before new ones, then the simpler before the
-    more complex. As fast is: the median of the paired ratios is within half their interquartile range of 1, that
-    taken to be `MIN_TIE` at least and `MAX_TIE` at most.
+    Forms as fast as the fastest come first: arrays already prepared before new ones, then the simpler before
+    the more complex. As fast is: the median of the paired ratios is within half their interquartile range of
+    1, that taken to be `MIN_TIE` at least and `MAX_TIE` at most.
 
     Args:
       samples: seconds by form, equally many, neighbours in time at one place.
@@ -146,7 +150,8 @@ def tune(
     Args:
       buckets: of the ladder.
       bench: see `Bench`.
-      precisions: lower ones that may be chosen; with `is_precision_named` the one that must be where it applies.
+      precisions: lower ones that may be chosen; with `is_precision_named` the one that must be where it
+        applies.
       is_precision_named: whether the user asked for that one precision.
       seconds: most time to spend on trying; 0 tries nothing and takes the hoisted form where it applies.
       clock: monotonic seconds.
@@ -172,8 +177,8 @@ def tune(
 def worthwhile(seconds: Mapping[Bucket, float], bytes_a_context: int, host_bandwidth: float) -> list[Bucket]:
     """The buckets worth keeping: of each row count the one with most requests, and those that are faster.
 
-    A bucket of fewer requests is dropped when the next one kept serves the same batch as fast: counted are the
-    device's time and the host's for writing the contexts that pad it.
+    A bucket of fewer requests is dropped when the next one kept serves the same batch as fast: counted are
+    the device's time and the host's for writing the contexts that pad it.
 
     Args:
       seconds: measured service time by bucket.
@@ -304,17 +309,15 @@ class _Search:
     ) -> Choice:
         """Lets the finalists run in turns, ranks them, and takes the first whose scores may be served."""
         eligible = self._eligible(samples)
-        medians = {form: statistics.median(samples[form]) for form in eligible}
-        limit = _FINAL_RATIO * min(medians.values())
-        finalists = sorted((f for f in eligible if medians[f] <= limit), key=lambda f: medians[f])[
-            :_FINALISTS
-        ]
+        finalists = self._finalists({form: samples[form] for form in eligible})
         if len(finalists) > 1:
             samples |= self._bench.times(bucket, finalists)
+        medians = {form: statistics.median(samples[form]) for form in eligible}
         ranked = choose(
             {form: samples[form] for form in finalists},
             {form: self._bench.new_bytes(bucket, form) for form in finalists},
         )
+        fastest = min(finalists, key=lambda form: (medians[form], form.complexity))
         ranked += sorted((f for f in eligible if f not in finalists), key=lambda f: medians[f])
         refusals = {trial.form: trial.refusal for trial in earlier}
         chosen = self._first_allowed(bucket, ranked, refusals, samples)
@@ -327,12 +330,20 @@ class _Search:
             )
             for form, s in samples.items()
         )
-        reason = (
-            "fastest" if chosen == finalists[0] else "as fast as the fastest, and simpler or prepared already"
-        )
+        reason = "fastest" if chosen == fastest else "as fast as the fastest, and simpler or prepared already"
         if any(refusals.get(form) for form in ranked[: ranked.index(chosen) if chosen in ranked else None]):
             reason = "fastest whose scores may be served"
         return Choice(bucket, chosen, trials, reason)
+
+    @staticmethod
+    def _finalists(samples: Mapping[Form, Sequence[float]]) -> list[Form]:
+        """The fastest so far, by least times, which a busy spell can't spoil; the best in float32 among
+        them."""
+        least = {form: min(seconds) for form, seconds in samples.items()}
+        ordered = sorted(least, key=lambda form: (least[form], form.complexity))
+        near = [form for form in ordered if least[form] <= _FINAL_RATIO * least[ordered[0]]][:_FINALISTS]
+        wide = [form for form in ordered if form.precision is Precision.FLOAT32][:1]
+        return list(dict.fromkeys([*near, *wide]))
 
     def _eligible(self, samples: Mapping[Form, Sequence[float]]) -> list[Form]:
         if self._is_named:

@@ -131,7 +131,8 @@ def find_crossing(
     leaves: Mapping[str, np.ndarray],
     poison: Poison,
 ) -> str:
-    """Runs the program op by op, poisoned, then poisoned elsewhere; the first value that both poisons reach is it.
+    """Runs the program op by op, poisoned, then poisoned elsewhere; the first value that both poisons reach
+    is it.
 
     Args:
       program: the plain one of the bucket.

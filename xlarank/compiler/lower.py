@@ -27,8 +27,8 @@ def lower_row_program(parted: Parted, spec: ModelSpec, signature: Signature) -> 
 
     Returns:
       jax.export's container of ``program(prepared, context, candidates, request_of_row) -> scores by task``,
-      readable by jax versions of the next six months. It runs on CPU and CUDA where the model's operations exist
-      on both, else on the platform it was made on.
+      readable by jax versions of the next six months. It runs on CPU and CUDA where the model's operations
+      exist on both, else on the platform it was made on.
     """
     avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in parted.row.in_avals]
     num_prepared, num_context = len(parted.keys), len(signature.context_leaves)

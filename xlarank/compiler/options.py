@@ -43,7 +43,7 @@ class BuildOptions:
     num_devices: int | None = None
     """Devices to leave compiled code for; all by default."""
 
-    policy: PrecisionPolicy = PrecisionPolicy()
+    policy: PrecisionPolicy = dataclasses.field(default_factory=PrecisionPolicy)
     """Numeric format, and what its scores must keep to."""
 
     tune_seconds: float = 60.0

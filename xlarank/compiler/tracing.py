@@ -112,8 +112,8 @@ def flatten(closed: ClosedJaxpr) -> ClosedJaxpr:
     """The same program as one list of equations, without dead code.
 
     What merely calls another program (jit, custom derivatives, remat) is written out; `scan`, `while` and
-    `cond` stay whole. An equation keeps the author's line; one inside a function of JAX's own has its caller's.
-    Matmuls and convolutions of float32 are in true float32, whatever they asked for.
+    `cond` stay whole. An equation keeps the author's line; one inside a function of JAX's own has its
+    caller's. Matmuls and convolutions of float32 are in true float32, whatever they asked for.
     """
 
     def run(*inputs: Any) -> list[Any]:

@@ -28,7 +28,8 @@ def verify_bucket(
     form: str,
     precision: Precision,
 ) -> Judgement:
-    """Poisons rows, replays golden requests at fills 1, 2, half, full - 1 and full, then scores every golden row.
+    """Poisons rows, replays golden requests at fills 1, 2, half, full - 1 and full, then scores every golden
+    row.
 
     Args:
       signature: layout of the leaves.
@@ -74,7 +75,8 @@ def verify_bucket(
 
 
 def _fill_limits(golden: GoldenSet, judgement: Judgement, precision: Precision) -> dict[str, float]:
-    """Largest error at any fill: the tolerance, or in a lower precision what full batches showed and a little."""
+    """Largest error at any fill: the tolerance, or in a lower precision what full batches showed and a
+    little."""
     if precision is Precision.FLOAT32:
         return {task.name: golden.policy.tolerance.of(task.kind) for task in golden.spec.tasks}
     return {task: 1.5 * error.max + 1e-5 for task, error in judgement.errors.items()}

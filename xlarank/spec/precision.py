@@ -25,7 +25,8 @@ class Precision(enum.StrEnum):
     """Products of float16, added up in float32; for devices without bfloat16."""
 
     INT8 = "int8"
-    """Products of int8, added up in int32: a scale an output channel of the weights, one a row of activations."""
+    """Products of int8, added up in int32: a scale an output channel of the weights, one a row of
+    activations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,8 @@ class PrecisionPolicy:
     """How matmuls may be computed and how far scores may be off. Static."""
 
     precision: Precision | None = None
-    """None: the fastest that the budget allows, by bucket ("auto"). Else this one, which then must keep to it."""
+    """None: the fastest that the budget allows, by bucket ("auto"). Else this one, which then must keep to
+    it."""
 
     tolerance: Tolerance = Tolerance()
     """Of float32 forms; verified at compile time and at every load."""
@@ -87,9 +89,7 @@ class PrecisionPolicy:
                 object.__setattr__(self, "precision", Precision(self.precision))
             except ValueError:
                 allowed = ["auto", *(p.value for p in Precision)]
-                raise ConfigError(
-                    f"precision: expected one of {allowed}, got {self.precision!r}"
-                ) from None
+                raise ConfigError(f"precision: expected one of {allowed}, got {self.precision!r}") from None
         for name, kind in (("tolerance", Tolerance), ("budget", ErrorBudget)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(

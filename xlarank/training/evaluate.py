@@ -10,9 +10,9 @@ import numpy as np
 
 from xlarank.errors import ConfigError
 from xlarank.spec import Column, TaskKind, TaskSpec
+from xlarank.spec.metrics import auc, grouped_auc, log_loss, normalised_entropy
 from xlarank.training.baseline import additive_scores
 from xlarank.training.data import RankingData, Splits, concatenate
-from xlarank.spec.metrics import auc, grouped_auc, log_loss, normalised_entropy
 
 __all__ = ["RequestScorer", "evaluate", "score_requests"]
 

@@ -18,10 +18,10 @@ from xlarank.device import compiler_options
 from xlarank.errors import ConfigError, ModelError
 from xlarank.spec import ModelSpec, TaskKind
 from xlarank.spec.config import Metric, ModelConfig, TrainingConfig
+from xlarank.spec.metrics import auc
 from xlarank.training.data import Splits, concatenate
 from xlarank.training.examples import Examples
 from xlarank.training.fit import fit_spec
-from xlarank.spec.metrics import auc
 from xlarank.training.ranker import Ranker, make_ranker
 from xlarank.training.scoring import Scorer, check_outputs
 

@@ -1,0 +1,417 @@
+"""One build from reference scores to publication: `Builder`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from xlarank import device
+from xlarank.bundle import BundleWriter, Manifest, ProgramEntry, open_bundle
+from xlarank.compiler.analyze import Analysis, analyze
+from xlarank.compiler.architecture import (
+    TUNING_FILE,
+    Reusable,
+    architecture_of,
+    find_reusable,
+    latest_profile,
+)
+from xlarank.compiler.autotune import Choice, tune, worthwhile
+from xlarank.compiler.bench import DeviceBench
+from xlarank.compiler.forms import PLAIN, Form, FormMaker
+from xlarank.compiler.golden import random_requests
+from xlarank.compiler.golden_set import GoldenSet, Judgement
+from xlarank.compiler.limits import MachineLimits, measure_limits
+from xlarank.compiler.lower import lower_prepare
+from xlarank.compiler.options import BuildOptions
+from xlarank.compiler.prepare import PreparedArrays
+from xlarank.compiler.program import Traces, plain_program
+from xlarank.compiler.reference import reference_scores
+from xlarank.compiler.report import render_report
+from xlarank.compiler.result import BucketResult, BuildResult, PassNotes, Tuning
+from xlarank.compiler.split import DenseModel
+from xlarank.compiler.traffic import measure_rows
+from xlarank.compiler.verify import verify_bucket
+from xlarank.errors import VerifyError
+from xlarank.host import Gatherer
+from xlarank.spec import (
+    Bucket,
+    BucketLadder,
+    ModelSpec,
+    Precision,
+    RankRequest,
+    Signature,
+)
+from xlarank.spec.ladder import plan_ladder, seconds_by_rows
+
+__all__ = ["Builder", "Progress"]
+
+_PREPARE_FILE = "prepare.stablehlo"
+
+_MIN_GAIN = 1.1
+"""How much faster a device's bare matmul must be in a lower precision to be worth a try."""
+
+Progress = Callable[[str, int, int], None]
+"""Told what is done, and how many buckets of how many are."""
+
+
+class Builder:
+    """One build: what every step of it reads."""
+
+    def __init__(
+        self,
+        model: DenseModel,
+        spec: ModelSpec,
+        tables: Mapping[str, np.ndarray],
+        requests: Sequence[RankRequest],
+        labels: Mapping[str, np.ndarray],
+        options: BuildOptions,
+        on_progress: Progress,
+    ) -> None:
+        self.model, self.spec, self.tables, self.requests = model, spec, tables, requests
+        self.labels, self.options, self.on_progress = labels, options, on_progress
+        self.targets = device.devices(options.num_devices)
+        self.kind = device.device_kind(self.targets[0])
+        self.traces = Traces(model, spec)
+        self.unused = self.traces.unused_features()
+        self.activations = self._activations_format()
+        self.signature = Signature.of_model(spec, self.unused, self.activations)
+        self.gatherer = Gatherer(spec, tables, unused=self.unused, activations=self.activations)
+
+    def _activations_format(self) -> str:
+        """bfloat16 where that was asked for and some matmul is in it; it halves what crosses to the
+        device."""
+        if self.options.policy.precision is not Precision.BFLOAT16:
+            return "float32"
+        signature = Signature.of_model(self.spec, self.unused)
+        lowered = FormMaker(self.traces, signature).program(Bucket(2, 1), Form(precision=Precision.BFLOAT16))
+        return "float32" if lowered is None else "bfloat16"
+
+    def build(self, out: Path, writer: BundleWriter) -> BuildResult:
+        """Reference, search, proof, report, publication."""
+        spec, options = self.spec, self.options
+        analysis = analyze(self.traces, self.signature, self.requests)
+        self.on_progress("reference scores", 0, 1)
+        self.scores = reference_scores(self.model.reference, spec, self.tables, self.requests)
+        self.architecture = architecture_of(self.traces, self.signature, options)
+        reusable = find_reusable(out, spec, self.architecture, options) if options.reuse else None
+        built: _Built | None = None
+        failure: VerifyError | None = None
+        note = ""
+        if reusable is not None:
+            try:
+                built = self._reuse(reusable, writer)
+            except VerifyError as error:
+                note = f"version {reusable.version} was not reused: with the new weights, {error}"
+        if built is None:
+            built, failure = self._search(out, writer)
+        if failure is not None:
+            if options.keep_failed is None:
+                raise failure
+            with BundleWriter(options.keep_failed, spec.name) as failed:
+                path = self._publish(failed, built, analysis, note, refusal=str(failure)).path
+            raise VerifyError(f"{failure}; kept for study in {path}") from failure
+        return self._publish(writer, built, analysis, note)
+
+    def _take_ladder(self, ladder: BucketLadder) -> None:
+        """Makes buffers and golden batches for the buckets of a ladder."""
+        self.ladder = ladder
+        self.buffers = device.BatchBuffers(self.signature, ladder)
+        replay = device.GoldenReplay(self.gatherer, self.requests, self.scores, ladder.max_rows)
+        self.golden = GoldenSet(self.spec, replay, self.labels, self.options.policy)
+        random = random_requests(self.spec, seed=1)
+        no_scores = {
+            t.name: [np.zeros(r.num_candidates, np.float32) for r in random] for t in self.spec.tasks
+        }
+        self.probes = device.GoldenReplay(self.gatherer, random, no_scores, ladder.max_rows)
+
+    def _ladder_asked_for(self, out: Path) -> BucketLadder:
+        """Of the row counts that were named, or that suit the traffic by the times measured of this model."""
+        traffic = self.options.traffic
+        if traffic is None:
+            return BucketLadder.of_rows(self.options.bucket_rows)
+        profile = latest_profile(out, self.spec, self.kind)
+        if profile is None:
+            profile = measure_rows(
+                self.traces, self.gatherer, self.requests, lambda text: self.on_progress(text, 0, 1)
+            )
+        plan = plan_ladder(
+            traffic.sizes,
+            seconds_by_rows(profile),
+            num_buckets=traffic.num_buckets,
+            max_rows=traffic.max_rows,
+        )
+        return BucketLadder.of_rows(plan.rows)
+
+    def _search(self, out: Path, writer: BundleWriter) -> tuple[_Built, VerifyError | None]:
+        """Tries forms, then proves the chosen ones as they will serve."""
+        self._take_ladder(self._ladder_asked_for(out))
+        limits = measure_limits(self.targets[0])
+        with device.compile_cache_at(writer.cache_dir):
+            return self._tune(writer, limits)
+
+    def _tune(self, writer: BundleWriter, limits: MachineLimits) -> tuple[_Built, VerifyError | None]:
+        policy = self.options.policy
+        forms = FormMaker(self.traces, self.signature)
+        prepared = PreparedArrays(
+            plain_program(self.traces, self.signature, self.ladder.buckets[0]).weight_avals
+        )
+        bench = DeviceBench(
+            forms,
+            self.model.params,
+            prepared,
+            self.golden,
+            self.signature,
+            self.buffers,
+            self.targets[0],
+            writer.cache_dir,
+        )
+        self._check_model(bench)
+        lower, note = self._precisions(limits)
+        choices = tune(
+            self.ladder.buckets,
+            bench,
+            precisions=lower,
+            is_precision_named=policy.precision is not None,
+            seconds=self.options.tune_seconds,
+            clock=time.monotonic,
+            on_progress=self.on_progress,
+        )
+        choices = self._worthwhile(choices, bench, limits)
+        bench.forget_losers({choice.bucket: choice.form for choice in choices})
+        found = [bench.candidate(choice.bucket, choice.form) for choice in choices]
+        keys = list(dict.fromkeys(key for candidate in found for key in candidate.parted.keys))
+        prepare = lower_prepare(prepared.program(keys))
+        programs = {
+            choice.bucket: (candidate.data, tuple(keys.index(key) for key in candidate.parted.keys))
+            for choice, candidate in zip(choices, found, strict=True)
+        }
+        kept = {choice.bucket for choice in choices}
+        tuning = Tuning(
+            choices=tuple(choices),
+            notes=tuple(self._notes(forms, choice) for choice in choices),
+            dropped=tuple(bucket for bucket in self.ladder.buckets if bucket not in kept),
+            limits=limits,
+            prepared_bytes=tuple(prepared.num_bytes(candidate.parted.keys) for candidate in found),
+            total_prepared_bytes=prepared.num_bytes(keys),
+            param_bytes=sum(param.nbytes for param in self.model.params),
+            seconds=self.options.tune_seconds,
+            precision_note=note,
+        )
+        return self._prove(prepare, programs, len(keys), tuning)
+
+    @staticmethod
+    def _notes(forms: FormMaker, choice: Choice) -> PassNotes:
+        plain, chosen = forms.program(choice.bucket, PLAIN), forms.program(choice.bucket, choice.form)
+        assert plain is not None
+        assert chosen is not None
+        return PassNotes.of(forms.hoisted(choice.bucket), plain, chosen)
+
+    def _reuse(self, reusable: Reusable, writer: BundleWriter) -> _Built:
+        """Takes an earlier version's programs and forms, and proves them with these weights."""
+        self.on_progress(f"programs of version {reusable.version}", 0, len(reusable.programs))
+        self._take_ladder(BucketLadder(tuple(reusable.programs)))
+        reusable.copy_cache(writer.cache_dir)
+        with device.compile_cache_at(writer.cache_dir):
+            built, failure = self._prove(
+                reusable.prepare, reusable.programs, reusable.num_prepared, reusable.tuning, reusable.seconds
+            )
+        if failure is not None:
+            raise failure
+        return dataclasses.replace(built, reused=reusable.version)
+
+    def _prove(
+        self,
+        prepare: bytes,
+        programs: Mapping[Bucket, tuple[bytes, tuple[int, ...]]],
+        num_prepared: int,
+        tuning: Tuning,
+        known_seconds: Mapping[Bucket, float] | None = None,
+    ) -> tuple[_Built, VerifyError | None]:
+        """Loads programs as a server does, on every device, and proves each bucket; the first failure is
+        given back with what was built."""
+        loaded = {
+            bucket: device.BucketProgram(device.deserialize_program(data), takes)
+            for bucket, (data, takes) in programs.items()
+        }
+        exported = device.deserialize_program(prepare)
+        replicas = []
+        for target in self.targets:
+            arrays = device.prepare_weights(target, exported, self.model.params)
+            replicas.append(device.Replica(target, self.signature, loaded, arrays))
+        failure: VerifyError | None = None
+        judgements: dict[Bucket, Judgement] = {}
+        for number, (bucket, form) in enumerate(tuning.forms.items()):
+            self.on_progress(f"proof of {bucket}", number, len(programs))
+            leaves = self.buffers.leaves(bucket)
+            try:
+                judgements[bucket] = verify_bucket(
+                    self.signature,
+                    bucket,
+                    replicas[0],
+                    lambda bucket=bucket: plain_program(self.traces, self.signature, bucket),
+                    self.model.params,
+                    self.golden,
+                    self.probes,
+                    self.buffers,
+                    form=form.label,
+                    precision=form.precision,
+                )
+            except VerifyError as error:
+                failure = failure or error
+                judgements[bucket] = self.golden.judge(replicas[0], bucket, leaves)
+        seconds = known_seconds
+        if seconds is None:
+            seconds = device.measure_profile(replicas[0], self.golden.replay, self.buffers).seconds
+        results = [
+            BucketResult(
+                bucket=bucket,
+                form=form,
+                seconds=seconds[bucket],
+                judgement=judgements[bucket],
+                cost=replicas[0].executables[bucket].cost(),
+            )
+            for bucket, form in tuning.forms.items()
+        ]
+        return _Built(prepare, programs, num_prepared, tuning, tuple(results)), failure
+
+    def _check_model(self, bench: DeviceBench) -> None:
+        """Refuses a model whose rows touch, before any pass may hide it."""
+        whole = [
+            bucket for bucket in self.ladder.buckets if bucket.requests == bucket.rows and bucket.rows > 1
+        ]
+        bucket = (whole or list(self.ladder.buckets))[0]
+        replica = bench.candidate(bucket, PLAIN).replica
+        verify_bucket(
+            self.signature,
+            bucket,
+            replica,
+            lambda: plain_program(self.traces, self.signature, bucket),
+            self.model.params,
+            self.golden,
+            self.probes,
+            self.buffers,
+            form=str(PLAIN),
+            precision=Precision(self.activations),
+        )
+
+    def _precisions(self, limits: MachineLimits) -> tuple[list[Precision], str]:
+        """Lower precisions that may be chosen, and what to say of it."""
+        named = self.options.policy.precision
+        if named is not None:
+            return ([named] if named is not Precision.FLOAT32 else []), ""
+        if self.golden.unlabelled:
+            return [], (
+                f"float32 alone was tried: the golden requests have no labels of both classes for "
+                f"{', '.join(self.golden.unlabelled)}, so the AUC loss of a lower precision can't be known; "
+                f"give labels, or name a precision"
+            )
+        lower = [device.half_precision(self.targets[0]), Precision.INT8]
+        slow = [p for p in lower if limits.lower_gain[p.value] < _MIN_GAIN]
+        if not slow:
+            return lower, ""
+        gains = ", ".join(f"{limits.lower_gain[p.value]:.2f} times as fast in {p.value}" for p in slow)
+        note = f"not tried, as a matmul on this device is {gains} as in float32"
+        return [p for p in lower if p not in slow], note
+
+    def _worthwhile(
+        self, choices: Sequence[Choice], bench: DeviceBench, limits: MachineLimits
+    ) -> list[Choice]:
+        """Drops buckets that a neighbour of more requests serves as fast; keeps all where nothing was
+        tuned."""
+        if any(not choice.trials for choice in choices):
+            return list(choices)
+        seconds = {choice.bucket: choice.seconds_of(choice.form) or 0.0 for choice in choices}
+        leaves = self.signature.context_leaves
+        a_context = sum(int(np.prod(leaf.tail)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+        kept = set(worthwhile(seconds, a_context, limits.bytes_a_second))
+        return [choice for choice in choices if choice.bucket in kept]
+
+    def _publish(
+        self, writer: BundleWriter, built: _Built, analysis: Analysis, note: str, *, refusal: str = ""
+    ) -> BuildResult:
+        """Writes everything and renames."""
+        spec = self.spec
+        writer.add_params(dict(zip(self.model.names, self.model.params, strict=True)))
+        for table in spec.tables:
+            writer.add_table(table.name, self.tables[table.name])
+        rows = {task: np.concatenate(parts) for task, parts in self.scores.items()}
+        values = {"scores": rows} | ({"labels": dict(self.labels)} if self.labels else {})
+        writer.add_golden(self.requests, values)
+        entries = [
+            ProgramEntry(
+                bucket=result.bucket,
+                form=str(result.form),
+                prepared=built.programs[result.bucket][1],
+                file=writer.add_program(f"{result.bucket}.stablehlo", built.programs[result.bucket][0]),
+                precision=result.form.precision,
+                max_error={task: _finite(e.max) for task, e in result.judgement.errors.items()},
+                p99_error={task: _finite(e.p99) for task, e in result.judgement.errors.items()},
+                seconds={self.kind: result.seconds},
+            )
+            for result in built.results
+        ]
+        writer.add_text("analysis.json", json.dumps(analysis.to_dict(), indent=1))
+        writer.add_text(TUNING_FILE, json.dumps(built.tuning.to_dict(), indent=1))
+        reused = {} if built.reused is None else {"reused_version": str(built.reused)}
+        manifest = Manifest(
+            spec=spec,
+            programs=tuple(entries),
+            params=self.model.names,
+            prepare=writer.add_program(_PREPARE_FILE, built.prepare),
+            num_prepared=built.num_prepared,
+            unused_features=self.unused,
+            activations=self.activations,
+            tolerance=self.options.policy.tolerance,
+            budget=self.options.policy.budget,
+            refusal=refusal,
+            architecture=self.architecture,
+            provenance=_provenance() | dict(self.options.provenance) | reused,
+            fingerprint=device.fingerprint(),
+        )
+        result = BuildResult(
+            manifest=manifest,
+            analysis=analysis,
+            tuning=built.tuning,
+            results=built.results,
+            reference_auc=self.golden.reference_auc,
+            reused=built.reused,
+            note=note,
+        )
+        writer.add_text("report.html", render_report(result, self.requests))
+        path = writer.publish(manifest)
+        return dataclasses.replace(result, path=path, manifest=open_bundle(path, verify=False).manifest)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Built:
+    """Programs of every bucket, proven or about to be refused."""
+
+    prepare: bytes
+    programs: Mapping[Bucket, tuple[bytes, tuple[int, ...]]]
+    num_prepared: int
+    tuning: Tuning
+    results: tuple[BucketResult, ...]
+    reused: int | None = None
+
+
+def _finite(error: float) -> float:
+    """For the manifest of a bundle that failed: JSON has no infinity."""
+    return min(error, 1e30)
+
+
+def _provenance() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in ("flax", "jaxlib")}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a source tree
+        versions["xlarank"] = importlib.metadata.version("xlarank")
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"created": created, "python": platform.python_version(), "jax": jax.__version__, **versions}
