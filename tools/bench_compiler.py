@@ -133,8 +133,8 @@ def moe_regret(sizes: Sizes) -> Figure:
                 how=_how(
                     sizes,
                     f"the same MMoE in float32, one request of {', '.join(map(str, sizes.regret_rows))} "
-                    f"rows: time of the chosen form over the fastest of all {len(seconds)} forms measured in turns "
-                    f"({sizes.rounds} runs), in the worst bucket, {bucket}: {chosen} over {best}",
+                    f"rows: time of the chosen form over the fastest of all {len(seconds)} forms measured in "
+                    f"turns ({sizes.rounds} runs), in the worst bucket, {bucket}: {chosen} over {best}",
                 ),
             )
         )
@@ -166,7 +166,8 @@ def int8_512(sizes: Sizes, movielens: Path | None) -> Figure:
         how=_how(
             sizes,
             f"the same MMoE, bucket 512x1, --precision auto --max-score-error 0.01: time of the fastest "
-            f"float32 form ({fastest}) over that of the chosen one ({found['chosen']}), {sizes.rounds} runs in turns",
+            f"float32 form ({fastest}) over that of the chosen one ({found['chosen']}), {sizes.rounds} runs "
+            f"in turns",
         ),
         beside=beside,
     )

@@ -34,6 +34,8 @@ from xlarank.training.scoring import Scorer
 CONFIG = Path(__file__).parent.parent / "configs" / "feed.toml"
 WARM_REQUESTS = 20
 TOP = 10
+TUNE_SECONDS = 15
+"""For trying forms; `xlarank compile` takes 60 unless it is told otherwise."""
 
 console = Console()
 
@@ -60,7 +62,8 @@ def main() -> None:
     xlarank("train", CONFIG, "--data", data, "--out", checkpoint)
     console.rule("3. compile for every bucket, and prove the scores")
     compiled = xlarank(
-        "compile", CONFIG, "--checkpoint", checkpoint, "--out", models, "--devices", args.devices
+        *("compile", CONFIG, "--checkpoint", checkpoint, "--out", models, "--devices", args.devices),
+        *("--tune-seconds", TUNE_SECONDS),
     )
     console.rule("4. serve, and ask over gRPC")
     with serving(models, args.devices) as ready:

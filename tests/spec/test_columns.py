@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xlarank.spec import Ragged, StringColumn, take
+from xlarank.spec import Ragged, StringColumn, join_columns, take
 
 _STRINGS = st.lists(st.binary(max_size=5), max_size=6)
 _BAGS = st.lists(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4), max_size=6)
@@ -80,3 +80,15 @@ def test_bags_take_ints_or_strings_and_neither_both_nor_floats():
             Ragged.from_bags(bags)
     with pytest.raises(OverflowError):
         Ragged.from_bags([[2**63]])
+
+
+@given(parts=st.lists(_STRING_BAGS, min_size=1, max_size=4))
+def test_columns_joined_hold_the_rows_of_each_in_order(parts):
+    bags = [Ragged.from_bags([[s.hex() for s in bag] for bag in part]) for part in parts]
+    no_strings = StringColumn.from_strings([])  # an empty column could be of either kind
+    bags = [b if isinstance(b.values, StringColumn) else Ragged(no_strings, b.lengths) for b in bags]
+    joined = join_columns(bags)
+    assert isinstance(joined, Ragged)
+    assert bags_of(joined) == [row for bag in bags for row in bags_of(bag)]
+    numbers = [np.arange(len(part)) for part in parts]
+    np.testing.assert_array_equal(join_columns(numbers), np.concatenate(numbers))

@@ -328,13 +328,16 @@ class Builder:
     ) -> list[Choice]:
         """Drops buckets that a neighbour of more requests serves as fast; keeps all where nothing was
         tuned."""
-        if any(not choice.trials for choice in choices):
-            return list(choices)
-        seconds = {choice.bucket: choice.seconds_of(choice.form) or 0.0 for choice in choices}
+        untimed = {choice.bucket.rows for choice in choices if choice.seconds_of(choice.form) is None}
+        seconds = {
+            choice.bucket: choice.seconds_of(choice.form) or 0.0
+            for choice in choices
+            if choice.bucket.rows not in untimed
+        }
         leaves = self.signature.context_leaves
         a_context = sum(int(np.prod(leaf.tail)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
         kept = set(worthwhile(seconds, a_context, limits.bytes_a_second))
-        return [choice for choice in choices if choice.bucket in kept]
+        return [choice for choice in choices if choice.bucket in kept or choice.bucket.rows in untimed]
 
     def _publish(
         self, writer: BundleWriter, built: _Built, analysis: Analysis, note: str, *, refusal: str = ""

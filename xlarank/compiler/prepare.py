@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend import core
 
 from xlarank.compiler.program import Program, read
-from xlarank.compiler.tracing import ClosedJaxpr, evaluate, retrace, structural_text
+from xlarank.compiler.tracing import ClosedJaxpr, constant_bytes, evaluate, retrace, structural_text
 
 __all__ = ["Parted", "PreparedArrays", "part"]
 
@@ -97,11 +97,9 @@ class PreparedArrays:
 
     def add_constant(self, value: Any) -> str:
         """Key of a constant of the model."""
-        array = np.asarray(value)
-        digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
-        key = f"c{digest}"
+        key = f"c{hashlib.sha256(constant_bytes(value)).hexdigest()}"
         self._consts[key] = value
-        self._avals[key] = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        self._avals[key] = jax.ShapeDtypeStruct(np.shape(value), jax.dtypes.result_type(value))
         return key
 
 
@@ -125,11 +123,10 @@ def part(program: Program, prepared: PreparedArrays) -> Parted:
     """
     jaxpr = program.closed.jaxpr
     keys = {var: _weight_key(i) for i, var in enumerate(jaxpr.invars[: program.num_weights])}
-    keys |= {
-        var: prepared.add_constant(const)
-        for var, const in zip(jaxpr.constvars, program.closed.consts, strict=True)
-    }
-    constants = set(jaxpr.constvars)
+    consts = dict(zip(jaxpr.constvars, program.closed.consts, strict=True))
+    keys |= {var: prepared.add_constant(const) for var, const in consts.items()}
+    small = {var: const for var, const in consts.items() if len(constant_bytes(const)) <= _MAX_CONSTANT_BYTES}
+    cheap = set(small)  # made of small constants, at no cost, inside what reads it
     of_weights: list[core.JaxprEqn] = []
     kept: list[core.JaxprEqn] = []
     for equation in jaxpr.eqns:
@@ -140,21 +137,17 @@ def part(program: Program, prepared: PreparedArrays) -> Parted:
         of_weights.append(equation)
         operands = [(a.val, str(a.aval)) if isinstance(a, core.Literal) else keys[a] for a in equation.invars]
         keys.update(zip(equation.outvars, prepared.add(equation, operands), strict=True))
-        if all(atom in constants for atom in atoms):
-            constants |= set(equation.outvars)
+        if equation.primitive.name in _CHEAP and all(atom in cheap for atom in atoms):
+            cheap |= set(equation.outvars)
     needed = {atom for e in kept for atom in e.invars if not isinstance(atom, core.Literal)}
     needed |= {atom for atom in jaxpr.outvars if not isinstance(atom, core.Literal)}
     for equation in reversed(of_weights):
         found = needed & set(equation.outvars)
-        if found and (_is_broadcast(equation) or (found <= constants and equation.primitive.name in _CHEAP)):
+        if found and (_is_broadcast(equation) or found <= cheap):
             kept.insert(0, equation)
             needed -= found
             needed |= {atom for atom in equation.invars if not isinstance(atom, core.Literal)}
-    small = {
-        var: const
-        for var, const in zip(jaxpr.constvars, program.closed.consts, strict=True)
-        if var in needed and np.asarray(const).nbytes <= _MAX_CONSTANT_BYTES
-    }
+    small = {var: const for var, const in small.items() if var in needed}
     taken = [var for var in keys if var in needed and var not in small]
     inputs = [*taken, *jaxpr.invars[program.num_weights :]]
 

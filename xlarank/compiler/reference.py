@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,12 @@ from xlarank.compiler.tracing import authors_code
 from xlarank.errors import ModelError
 from xlarank.host import model_inputs
 from xlarank.models import EmbeddingCollection
-from xlarank.spec import ModelSpec, RankRequest, Scope, take
+from xlarank.spec import Column, FeatureSpec, ModelSpec, RankRequest, Scope, join_columns, take
 
 __all__ = ["reference_scores"]
+
+_MAX_ROWS = 1024
+"""Of a call: few large ones, for each operation is dispatched by itself."""
 
 
 def reference_scores(
@@ -46,24 +49,49 @@ def reference_scores(
     cpu = jax.local_devices(backend="cpu")[0]
     with jax.disable_jit(), jax.default_matmul_precision("highest"), jax.default_device(cpu):
         collection = EmbeddingCollection(spec, tables=tables)
-        for number, request in enumerate(requests):
-            # The last candidate is repeated up to a power of two: each operation is compiled once a size,
-            # and goldens of all sizes would take most of the time. That rows are independent is proven.
-            num_rows = 1 << (request.num_candidates - 1).bit_length()
-            rows = np.minimum(np.arange(num_rows), request.num_candidates - 1)
+        for first, group in _groups(requests):
             columns = [
-                take(column, np.zeros_like(rows) if feature.scope is Scope.CONTEXT else rows)
-                for feature, column in zip(spec.features, request.columns, strict=True)
+                join_columns([_repeated(feature, request, position) for request in group])
+                for position, feature in enumerate(spec.features)
             ]
-            inputs = {name: jnp.asarray(value) for name, value in model_inputs(spec, columns).items()}
-            with authors_code(f"model {spec.name!r}, golden request {number}"):
-                logits = model(collection(inputs))
+            # The last row is repeated up to a power of two: each operation is compiled once a size, and
+            # groups of all sizes would take most of the time. That rows are independent is proven.
+            ends = np.cumsum([request.num_candidates for request in group])
+            num_rows = 1 << int(ends[-1] - 1).bit_length()
+            rows = np.minimum(np.arange(num_rows), ends[-1] - 1)
+            inputs = model_inputs(spec, [take(column, rows) for column in columns])
+            with authors_code(f"model {spec.name!r}, golden requests {first} to {first + len(group) - 1}"):
+                logits = model(collection({name: jnp.asarray(value) for name, value in inputs.items()}))
             for task, values in scores_of(spec, logits, num_rows).items():
-                array = np.array(values)[: request.num_candidates]
-                if not np.isfinite(array).all():
-                    raise ModelError(
-                        f"model {spec.name!r}, task {task!r}: the reference score of golden request {number} "
-                        f"is {array[~np.isfinite(array)][0]}; expected finite scores"
-                    )
-                scores[task].append(array)
+                parts = np.split(np.array(values)[: ends[-1]], ends[:-1])
+                _check_finite(spec, task, first, parts)
+                scores[task] += parts
     return scores
+
+
+def _groups(requests: Sequence[RankRequest]) -> Iterator[tuple[int, list[RankRequest]]]:
+    """Neighbours of at most `_MAX_ROWS` candidates together, with the number of the first."""
+    first, num_rows = 0, 0
+    for number, request in enumerate(requests):
+        if number > first and num_rows + request.num_candidates > _MAX_ROWS:
+            yield first, list(requests[first:number])
+            first, num_rows = number, 0
+        num_rows += request.num_candidates
+    yield first, list(requests[first:])
+
+
+def _repeated(feature: FeatureSpec, request: RankRequest, position: int) -> Column:
+    """A feature's column with a row a candidate."""
+    column = request.columns[position]
+    if feature.scope is Scope.CONTEXT:
+        return take(column, np.zeros(request.num_candidates, np.int64))
+    return column
+
+
+def _check_finite(spec: ModelSpec, task: str, first: int, parts: Sequence[np.ndarray]) -> None:
+    for number, array in enumerate(parts, start=first):
+        if not np.isfinite(array).all():
+            raise ModelError(
+                f"model {spec.name!r}, task {task!r}: the reference score of golden request {number} "
+                f"is {array[~np.isfinite(array)][0]}; expected finite scores"
+            )

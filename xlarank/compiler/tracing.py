@@ -22,6 +22,7 @@ from xlarank.errors import ModelError, XlarankError
 __all__ = [
     "ClosedJaxpr",
     "authors_code",
+    "constant_bytes",
     "equations_of",
     "evaluate",
     "flatten",
@@ -198,7 +199,7 @@ def structural_text(value: Any) -> str:
     """
     digest = hashlib.sha256()
     for constant in _constants_in(value):
-        digest.update(_constant_bytes(constant))
+        digest.update(constant_bytes(constant))
     constants = "" if digest.digest() == _NO_CONSTANTS else f" constants {digest.hexdigest()}"
     return _ADDRESS.sub("0x", str(value)) + constants
 
@@ -219,7 +220,8 @@ def _constants_in(value: Any) -> Iterator[Any]:
             yield from _constants_in(equation.params)
 
 
-def _constant_bytes(constant: Any) -> bytes:
+def constant_bytes(constant: Any) -> bytes:
+    """A constant of a model in bytes, with its dtype and shape; it may be the key of random numbers."""
     if jax.dtypes.issubdtype(
         jax.dtypes.result_type(constant), jax.dtypes.extended
     ):  # a random number generator's key

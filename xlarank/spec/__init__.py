@@ -4,7 +4,7 @@ numpy and the standard library only.
 """
 
 from xlarank.spec.buckets import DEFAULT_ROWS, Bucket, BucketLadder
-from xlarank.spec.columns import Column, Ragged, StringColumn, take
+from xlarank.spec.columns import Column, Ragged, StringColumn, join_columns, take
 from xlarank.spec.features import (
     Combiner,
     FeatureKind,
@@ -70,6 +70,7 @@ __all__ = [
     "ValueType",
     "Vocabulary",
     "check_contents",
+    "join_columns",
     "operation_from_dict",
     "operation_to_dict",
     "rows_needed",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-__all__ = ["Ragged", "StringColumn", "take"]
+__all__ = ["Ragged", "StringColumn", "join_columns", "take"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,6 +101,27 @@ def take(column: Column, rows: np.ndarray) -> Column:
     values = take(column.values, _spans(begins[:-1][rows], sizes, ends))
     assert not isinstance(values, Ragged)
     return Ragged(values, sizes)
+
+
+def join_columns(columns: Sequence[Column]) -> Column:
+    """The rows of several columns of one feature, one after the other.
+
+    Args:
+      columns: at least one, all of one kind.
+    """
+    first = columns[0]
+    if isinstance(first, Ragged):
+        bags = [column for column in columns if isinstance(column, Ragged)]
+        values = join_columns([bag.values for bag in bags])
+        assert not isinstance(values, Ragged)
+        return Ragged(values, np.concatenate([bag.lengths for bag in bags]))
+    if isinstance(first, StringColumn):
+        strings = [column for column in columns if isinstance(column, StringColumn)]
+        starts = np.cumsum([0, *(len(column.blob) for column in strings)])
+        ends = [column.offsets[1:] + start for column, start in zip(strings, starts[:-1], strict=True)]
+        blob = np.concatenate([column.blob for column in strings])
+        return StringColumn(blob, np.concatenate([np.zeros(1, np.int64), *ends]))
+    return np.concatenate([column for column in columns if isinstance(column, np.ndarray)])
 
 
 def _spans(begins: np.ndarray, sizes: np.ndarray, ends: np.ndarray) -> np.ndarray:

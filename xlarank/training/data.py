@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -12,12 +11,12 @@ from xlarank.errors import ConfigError
 from xlarank.spec import (
     Column,
     ModelSpec,
-    Ragged,
     RankRequest,
     Scope,
     StringColumn,
     ValueType,
     check_contents,
+    join_columns,
     take,
 )
 
@@ -204,8 +203,8 @@ def concatenate(parts: Sequence[RankingData]) -> RankingData:
     starts = np.cumsum([0, *(part.num_requests for part in parts)])
     items = [part.items for part in parts]
     return RankingData(
-        contexts={name: _join([p.contexts[name] for p in parts]) for name in parts[0].contexts},
-        candidates={name: _join([p.candidates[name] for p in parts]) for name in parts[0].candidates},
+        contexts={name: join_columns([p.contexts[name] for p in parts]) for name in parts[0].contexts},
+        candidates={name: join_columns([p.candidates[name] for p in parts]) for name in parts[0].candidates},
         request_of_row=np.concatenate(
             [part.request_of_row + start for part, start in zip(parts, starts[:-1], strict=True)]
         ),
@@ -216,15 +215,3 @@ def concatenate(parts: Sequence[RankingData]) -> RankingData:
         else np.concatenate([p for p in items if p is not None]),
         truth={name: np.concatenate([p.truth[name] for p in parts]) for name in parts[0].truth},
     )
-
-
-def _join(columns: Sequence[Any]) -> Any:
-    if isinstance(columns[0], Ragged):
-        values = _join([column.values for column in columns])
-        return Ragged(values, np.concatenate([column.lengths for column in columns]))
-    if isinstance(columns[0], StringColumn):
-        starts = np.cumsum([0, *(len(column.blob) for column in columns)])
-        ends = [column.offsets[1:] + start for column, start in zip(columns, starts[:-1], strict=True)]
-        blob = np.concatenate([column.blob for column in columns])
-        return StringColumn(blob, np.concatenate([np.zeros(1, np.int64), *ends]))
-    return np.concatenate(columns)

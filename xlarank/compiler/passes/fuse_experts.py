@@ -1,9 +1,8 @@
 """fuse_experts: sibling matmuls get merged forms, in any model.
 
-Two equations are siblings when they do the same to the same inputs with other weights: then they have the same
-*colour*, a digest of the operation, its parameters and the colours of what it reads, in which a weight counts
-by its shape alone. Experts, gates and towers are found that way, whatever they are called. Merged forms differ
-in where the siblings' axis E lies:
+Two equations are siblings when they do the same to the same inputs with other weights (`siblings.py`). Experts,
+gates and towers are found that way, whatever they are called. Merged forms differ in where the siblings' axis E
+lies:
 
     wide           matmuls that read one operand become one over their weights side by side, then come apart
     row_major      whole chains of siblings run as one, [B, E, ...]
@@ -15,20 +14,25 @@ joined by equations that read weights alone: they end up in prepare.
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import enum
-import hashlib
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 
-from xlarank.compiler.program import Program, weight_side
-from xlarank.compiler.tracing import evaluate, structural_text
+from xlarank.compiler.passes.siblings import (
+    Class,
+    is_of_weights,
+    mergeable_classes,
+    sharing_groups,
+    without_repeats,
+)
+from xlarank.compiler.program import Program, read, weight_side
+from xlarank.compiler.tracing import evaluate
 
 __all__ = ["Fusion", "fuse_experts", "siblings_of"]
 
@@ -49,157 +53,36 @@ class Fusion(enum.StrEnum):
     """Chains of siblings as one, the siblings' axis first: batched matmuls as they are fastest on most devices."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Class:
-    """Sibling equations that run as one."""
-
-    equations: tuple[core.JaxprEqn, ...]
-
-    @property
-    def size(self) -> int:
-        return len(self.equations)
-
-
-def siblings_of(program: Program) -> list[tuple[core.JaxprEqn, ...]]:
+def siblings_of(program: Program) -> list[Class]:
     """Matmuls with weights that could run as one: groups of at least two siblings, in order."""
+    program = without_repeats(program)
     weights = program.weight_vars()
-    classes = _mergeable_classes(program, weights)
-    return [c.equations for c in classes if weight_side(c.equations[0], weights) is not None]
+    classes = mergeable_classes(program, weights)
+    return [group for group in classes if weight_side(group[0], weights) is not None]
 
 
 def fuse_experts(program: Program, fusion: Fusion) -> Program | None:
     """Merges siblings.
 
     Args:
-      program: of one bucket.
+      program: of one bucket, in float32.
       fusion: the form.
 
     Returns:
       The program in this form; None where there is nothing to merge, or for `UNROLLED`.
     """
-    weights = program.weight_vars()
     if fusion is Fusion.UNROLLED:
         return None
+    program = without_repeats(program)
+    weights = program.weight_vars()
     if fusion is Fusion.WIDE:
-        groups = _sharing_an_operand(program, weights)
+        groups = sharing_groups(program, weights)
         return program.rewritten(lambda *inputs: _run_wide(program, groups, weights, inputs)) if groups else None
-    classes = _mergeable_classes(program, weights)
-    if not classes:
+    classes = mergeable_classes(program, weights)
+    if not any(weight_side(group[0], weights) is not None for group in classes):
         return None
     axis = 0 if fusion is Fusion.EXPERT_MAJOR else 1
     return program.rewritten(lambda *inputs: _Merged(program, classes, weights, axis).run(inputs))
-
-
-# Finding siblings
-
-
-def _mergeable_classes(program: Program, weights: set[core.Var]) -> list[_Class]:
-    """Classes that can run as one, each after those that it reads."""
-    by_colour: dict[str, list[core.JaxprEqn]] = collections.defaultdict(list)
-    colours: dict[Any, str] = {}
-    jaxpr = program.closed.jaxpr
-    for index, var in enumerate(jaxpr.invars):
-        colours[var] = _weight_colour(var) if var in weights else f"input {index}"
-    for var in jaxpr.constvars:
-        colours[var] = _weight_colour(var)
-    for equation in jaxpr.eqns:
-        if equation.outvars and equation.outvars[0] in weights:
-            colours |= {var: _weight_colour(var) for var in equation.outvars}
-            continue
-        colour = _colour(equation, colours)
-        colours |= {var: f"{colour} {i}" for i, var in enumerate(equation.outvars)}
-        if len(equation.outvars) == 1:
-            by_colour[colour].append(equation)
-    merged: dict[core.Var, tuple[int, int]] = {}  # a member's result: number of its class, place in it
-    classes: list[_Class] = []
-    for group in by_colour.values():  # in order of first members, so operands' classes come first
-        if len(group) < 2 or not _fits(group, weights, merged):
-            continue
-        merged |= {e.outvars[0]: (len(classes), place) for place, e in enumerate(group)}
-        classes.append(_Class(tuple(group)))
-    return classes
-
-
-def _weight_colour(var: core.Var) -> str:
-    return f"weight {var.aval.shape} {var.aval.dtype}"  # type: ignore[attr-defined]
-
-
-def _colour(equation: core.JaxprEqn, colours: dict[Any, str]) -> str:
-    operands = [
-        f"literal {np.asarray(a.val).tobytes()!r} {a.aval}" if isinstance(a, core.Literal) else colours[a]
-        for a in equation.invars
-    ]
-    text = "\n".join([equation.primitive.name, structural_text(equation.params), *operands])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _fits(
-    group: Sequence[core.JaxprEqn], weights: set[core.Var], merged: dict[core.Var, tuple[int, int]]
-) -> bool:
-    """Whether siblings read, at each place, one operand, weights, or a whole merged class in order."""
-    reads_merged = False
-    for atoms in zip(*(equation.invars for equation in group), strict=True):
-        if isinstance(atoms[0], core.Literal) or all(atom in weights for atom in atoms):
-            continue
-        if all(atom is atoms[0] for atom in atoms):
-            continue
-        places = [merged.get(atom) for atom in atoms]  # type: ignore[arg-type]
-        if places[0] is None or places != [(places[0][0], i) for i in range(len(group))]:
-            return False
-        reads_merged = True
-    return reads_merged or weight_side(group[0], weights) is not None
-
-
-def _sharing_an_operand(program: Program, weights: set[core.Var]) -> list[list[core.JaxprEqn]]:
-    """Matmuls [..., K] @ [K, N] of one operand with several weights, at least two each."""
-    groups: dict[Any, list[core.JaxprEqn]] = collections.defaultdict(list)
-    for equation in program.closed.jaxpr.eqns:
-        if weight_side(equation, weights) != 1:
-            continue
-        x, weight = equation.invars
-        (contracted, _), (batched, _) = equation.params["dimension_numbers"]
-        ndim = x.aval.ndim  # type: ignore[union-attr]
-        if batched or tuple(contracted) != (ndim - 1,) or weight.aval.ndim != 2:  # type: ignore[union-attr]
-            continue
-        kind = (x, str(equation.params["preferred_element_type"]), weight.aval.dtype)  # type: ignore[union-attr]
-        groups[kind].append(equation)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-# Running them as one
-
-
-def _run_wide(
-    program: Program, groups: list[list[core.JaxprEqn]], weights: set[core.Var], inputs: Sequence[Any]
-) -> list[Any]:
-    first = {id(group[0]): group for group in groups}
-    later = {id(equation) for group in groups for equation in group[1:]}
-    values = _weight_values(program, weights, inputs)
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
-
-    for equation in program.closed.jaxpr.eqns:
-        if equation.outvars[0] in weights or id(equation) in later:
-            continue
-        if id(equation) not in first:
-            results = evaluate(equation, [read(atom) for atom in equation.invars])
-            values.update(zip(equation.outvars, results, strict=True))
-            continue
-        group = first[id(equation)]
-        columns = []
-        for member in group:
-            (_, (contracted,)), _ = member.params["dimension_numbers"]
-            columns.append(read(member.invars[1]) if contracted == 0 else read(member.invars[1]).T)
-        x = read(equation.invars[0])
-        numbers = (((x.ndim - 1,), (0,)), ((), ()))
-        (wide,) = evaluate(equation, [x, jnp.concatenate(columns, axis=1)], dimension_numbers=numbers)
-        begin = 0
-        for member, column in zip(group, columns, strict=True):
-            end = begin + column.shape[1]
-            values[member.outvars[0]] = jax.lax.slice_in_dim(wide, begin, end, axis=wide.ndim - 1)
-            begin = end
-    return [read(atom) for atom in program.closed.jaxpr.outvars]
 
 
 def _weight_values(program: Program, weights: set[core.Var], inputs: Sequence[Any]) -> dict[Any, Any]:
@@ -208,29 +91,79 @@ def _weight_values(program: Program, weights: set[core.Var], inputs: Sequence[An
     values: dict[Any, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
     values.update(zip(jaxpr.constvars, program.closed.consts, strict=True))
     for equation in jaxpr.eqns:
-        if equation.outvars[0] in weights:
-            operands = [a.val if isinstance(a, core.Literal) else values[a] for a in equation.invars]
-            values.update(zip(equation.outvars, evaluate(equation, operands), strict=True))
+        if is_of_weights(equation, weights):
+            values.update(zip(equation.outvars, evaluate(equation, read(values, equation.invars)), strict=True))
     return values
+
+
+# Wide
+
+
+def _run_wide(
+    program: Program, groups: list[Class], weights: set[core.Var], inputs: Sequence[Any]
+) -> list[Any]:
+    first = {id(group[0]): group for group in groups}
+    later = {id(equation) for group in groups for equation in group[1:]}
+    values = _weight_values(program, weights, inputs)
+    for equation in program.closed.jaxpr.eqns:
+        if is_of_weights(equation, weights) or id(equation) in later:
+            continue
+        if id(equation) in first:
+            values.update(_wide(first[id(equation)], values, weights))
+        else:
+            values.update(zip(equation.outvars, evaluate(equation, read(values, equation.invars)), strict=True))
+    return read(values, program.closed.jaxpr.outvars)
+
+
+def _wide(group: Class, values: dict[Any, Any], weights: set[core.Var]) -> dict[Any, Any]:
+    """One matmul of an operand with weights [..., N] side by side, taken apart along N."""
+    side = weight_side(group[0], weights)
+    assert side is not None
+    x_axes = tuple(group[0].params["dimension_numbers"][0][1 - side])
+    columns, tails = [], []
+    for member in group:
+        contracted = tuple(member.params["dimension_numbers"][0][side])
+        weight = values[member.invars[side]]
+        free = [a for a in range(weight.ndim) if a not in contracted]
+        tails.append([weight.shape[a] for a in free])
+        order = (*contracted, *free) if side == 1 else (*free, *contracted)
+        shape = [weight.shape[a] for a in contracted]
+        shape.insert(len(shape) if side == 1 else 0, math.prod(tails[-1]))
+        columns.append(jnp.transpose(weight, order).reshape(shape))
+    axis = len(x_axes) if side == 1 else 0
+    weight_axes = tuple(range(len(x_axes))) if side == 1 else tuple(range(1, len(x_axes) + 1))
+    operands = [values[group[0].invars[1 - side]]]
+    operands.insert(side, jnp.concatenate(columns, axis=axis))
+    pair = (x_axes, weight_axes) if side == 1 else (weight_axes, x_axes)
+    (wide,) = evaluate(group[0], operands, dimension_numbers=(pair, ((), ())))
+    along = wide.ndim - 1 if side == 1 else 0
+    results, begin = {}, 0
+    for member, tail in zip(group, tails, strict=True):
+        end = begin + math.prod(tail)
+        part = jax.lax.slice_in_dim(wide, begin, end, axis=along)
+        results[member.outvars[0]] = part.reshape(member.outvars[0].aval.shape)  # type: ignore[attr-defined]
+        begin = end
+    return results
+
+
+# Row-major and expert-major
 
 
 class _Merged:
     """Binds a program with every class as one equation over a new axis."""
 
-    def __init__(
-        self, program: Program, classes: list[_Class], weights: set[core.Var], axis: int
-    ) -> None:
+    def __init__(self, program: Program, classes: list[Class], weights: set[core.Var], axis: int) -> None:
         self._jaxpr = program.closed.jaxpr
         self._program = program
         self._weights = weights
         self._axis = axis
-        self._class_at = {id(c.equations[0]): number for number, c in enumerate(classes)}
         self._classes = classes
-        self._later = {id(e) for c in classes for e in c.equations[1:]}
-        self._place = {
+        self._class_at = {id(group[0]): number for number, group in enumerate(classes)}
+        self._later = {id(e) for group in classes for e in group[1:]}
+        self._place: dict[Any, tuple[int, int]] = {
             e.outvars[0]: (number, place)
-            for number, c in enumerate(classes)
-            for place, e in enumerate(c.equations)
+            for number, group in enumerate(classes)
+            for place, e in enumerate(group)
         }
         self._arrays: dict[int, Any] = {}  # by class: its results, the siblings' axis at `_axis_of`
         self._values: dict[Any, Any] = {}
@@ -239,13 +172,13 @@ class _Merged:
         """Scores by task."""
         self._values = _weight_values(self._program, self._weights, inputs)
         for equation in self._jaxpr.eqns:
-            if equation.outvars[0] in self._weights or id(equation) in self._later:
+            if is_of_weights(equation, self._weights) or id(equation) in self._later:
                 continue
             if id(equation) in self._class_at:
                 number = self._class_at[id(equation)]
                 self._arrays[number] = self._run_class(self._classes[number])
-            elif equation.primitive.name == "concatenate" and (whole := self._whole(equation)) is not None:
-                self._values[equation.outvars[0]] = self._joined(whole, equation.params["dimension"])
+            elif (joined := self._side_by_side(equation)) is not None:
+                self._values[equation.outvars[0]] = joined
             else:
                 results = evaluate(equation, [self._read(atom) for atom in equation.invars])
                 self._values.update(zip(equation.outvars, results, strict=True))
@@ -260,51 +193,60 @@ class _Merged:
             return atom.val
         if atom not in self._values:
             number, place = self._place[atom]
-            axis = self._axis_of(atom.aval.ndim)
+            axis = self._axis_of(atom.aval.ndim)  # type: ignore[attr-defined]
             self._values[atom] = jax.lax.index_in_dim(self._arrays[number], place, axis, keepdims=False)
         return self._values[atom]
 
-    def _run_class(self, members: _Class) -> Any:
-        equation = members.equations[0]
+    def _run_class(self, members: Class) -> Any:
+        equation = members[0]
         side = weight_side(equation, self._weights)
         operands, axes = [], []
-        for position, atoms in enumerate(zip(*(e.invars for e in members.equations), strict=True)):
-            atom = atoms[0]
+        for position, atoms in enumerate(zip(*(e.invars for e in members), strict=True)):
+            atom: Any = atoms[0]
             if isinstance(atom, core.Literal) or all(other is atom for other in atoms):
                 operands.append(self._read(atom))
                 axes.append(None)
             elif atom in self._weights:
-                # A shared operand's matmul is one wide one when its weights lie [K, E, N].
-                is_wide = position == side and equation.invars[1 - position] not in self._place
-                axis = self._weight_axis(equation, position) if is_wide else self._axis_of(atom.aval.ndim)
-                if position == side and not is_wide:
-                    axis = 0
+                axis = self._axis_of(atom.aval.ndim) if position != side else self._weight_axis(equation, position)
                 operands.append(jnp.stack([self._values[a] for a in atoms], axis=axis))
                 axes.append(axis)
             else:
                 operands.append(self._arrays[self._place[atom][0]])
                 axes.append(self._axis_of(atom.aval.ndim))
-        out_axis = self._axis_of(equation.outvars[0].aval.ndim)  # type: ignore[union-attr]
+        out_axis = self._axis_of(equation.outvars[0].aval.ndim)  # type: ignore[attr-defined]
         run = jax.vmap(lambda *xs: evaluate(equation, xs)[0], in_axes=tuple(axes), out_axes=out_axis)
         return run(*operands)
 
-    @staticmethod
-    def _weight_axis(equation: core.JaxprEqn, position: int) -> int:
-        contracted = equation.params["dimension_numbers"][0][position]
-        return 1 if tuple(contracted) == (0,) else 0
+    def _weight_axis(self, equation: core.JaxprEqn, side: int) -> int:
+        """Where siblings' weights are stacked: a shared operand's matmul is one wide one over [K, E, N]."""
+        contracted = equation.params["dimension_numbers"][0][side]
+        is_shared = equation.invars[1 - side] not in self._place
+        return 1 if is_shared and tuple(contracted) == (0,) else 0
 
-    def _whole(self, equation: core.JaxprEqn) -> int | None:
-        """The class that a concatenation puts side by side, whole and in order."""
-        places = [self._place.get(atom) for atom in equation.invars]  # type: ignore[arg-type]
-        if places[0] is None:
+    def _side_by_side(self, equation: core.JaxprEqn) -> Any | None:
+        """A concatenation or stack of siblings' results, out of the array that holds them."""
+        if equation.primitive.name not in ("concatenate", "stack"):
             return None
-        number = places[0][0]
-        size = self._classes[number].size
-        return number if places == [(number, i) for i in range(size)] else None
+        places = [self._place.get(atom) for atom in equation.invars]  # type: ignore[arg-type]
+        if places[0] is None or any(place is None or place[0] != places[0][0] for place in places):
+            return None
+        member: Any = equation.invars[0]
+        array, axis = self._arrays[places[0][0]], self._axis_of(member.aval.ndim)
+        array = _taken(array, [place[1] for place in places if place is not None], axis)
+        if equation.primitive.name == "stack":
+            return jnp.moveaxis(array, axis, equation.params["axis"])
+        dimension = equation.params["dimension"]
+        shape = list(member.aval.shape)
+        shape[dimension] *= len(places)
+        return jnp.moveaxis(array, axis, dimension).reshape(shape)
 
-    def _joined(self, number: int, dimension: int) -> Any:
-        member = self._classes[number].equations[0].outvars[0].aval
-        array = jnp.moveaxis(self._arrays[number], self._axis_of(member.ndim), dimension)  # type: ignore[attr-defined]
-        shape = list(member.shape)  # type: ignore[attr-defined]
-        shape[dimension] *= self._classes[number].size
-        return array.reshape(shape)
+
+def _taken(array: Any, places: Sequence[int], axis: int) -> Any:
+    """Some entries along an axis, in any order: as few slices as give them."""
+    if list(places) == list(range(array.shape[axis])):
+        return array
+    runs = []
+    for _, group in itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0]):
+        run = [place for _, place in group]
+        runs.append(jax.lax.slice_in_dim(array, run[0], run[-1] + 1, axis=axis))
+    return runs[0] if len(runs) == 1 else jax.lax.concatenate(runs, axis)

@@ -19,22 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from xlarank.compiler.passes.rows import ELEMENTWISE
+from xlarank.compiler.passes.sensitivity import sensitive_matmuls
 from xlarank.compiler.program import Program, read, weight_side
 from xlarank.compiler.tracing import evaluate
 from xlarank.spec import Precision
 
-__all__ = ["lower_precision", "sensitive_matmuls"]
+__all__ = ["lower_precision"]
+
+_Numbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+"""Contracted axes of the left and the right operand, batch axes of both."""
 
 _INT8_MAX = 127.0
 
-_FLOATS = {Precision.BFLOAT16: jnp.bfloat16, Precision.FLOAT16: jnp.float16}
+# The smallest divisor of 127 that gives a finite float32; a row of smaller numbers is as good as zeros.
+_SMALLEST = _INT8_MAX / float(np.finfo(np.float32).max) * (1 + 1e-6)
 
-# What a matmul's result passes through on its way to a score or a softmax without being mixed anew.
-_TRANSPARENT = ELEMENTWISE | {
-    "broadcast_in_dim", "concatenate", "gather", "reduce_max", "reduce_sum", "reshape", "slice", "split", "squeeze",
-    "transpose",
-}  # fmt: skip
+_FLOATS = {Precision.BFLOAT16: jnp.bfloat16, Precision.FLOAT16: jnp.float16}
 
 
 def lower_precision(program: Program, precision: Precision, *, keep_sensitive: bool = True) -> Program | None:
@@ -50,89 +50,105 @@ def lower_precision(program: Program, precision: Precision, *, keep_sensitive: b
     """
     weights = program.weight_vars()
     kept = sensitive_matmuls(program) if keep_sensitive else set()
-    lowered = [
-        id(equation)
-        for equation in program.closed.jaxpr.eqns
-        if weight_side(equation, weights) is not None
-        and id(equation) not in kept
-        and all(atom.aval.dtype == np.float32 for atom in equation.invars)  # type: ignore[union-attr]
-    ]
+    jaxpr = program.closed.jaxpr
+    lowered = {id(e) for e in jaxpr.eqns if _is_wide(e, weights) and id(e) not in kept}
     if not lowered or precision is Precision.FLOAT32:
         return None
 
     def run(*inputs: Any) -> list[Any]:
-        values: dict[Any, Any] = dict(zip(program.closed.jaxpr.invars, inputs, strict=True))
-        values.update(zip(program.closed.jaxpr.constvars, program.closed.consts, strict=True))
-        for equation in program.closed.jaxpr.eqns:
+        values: dict[Any, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
+        values.update(zip(jaxpr.constvars, program.closed.consts, strict=True))
+        for equation in jaxpr.eqns:
             operands = read(values, equation.invars)
             if id(equation) in lowered:
-                side = weight_side(equation, weights)
-                assert side is not None
-                results = [_lowered(equation, operands, side, precision)]
+                results = [_lowered(equation, operands, precision)]
             else:
                 results = evaluate(equation, operands)
             values.update(zip(equation.outvars, results, strict=True))
-        return read(values, program.closed.jaxpr.outvars)
+        return read(values, jaxpr.outvars)
 
     return program.rewritten(run)
 
 
-def sensitive_matmuls(program: Program) -> set[int]:
-    """`id`s of the equations whose result reaches a score, or the exponential of a softmax, without another
-    matmul in between."""
-    weights = program.weight_vars()
-    jaxpr = program.closed.jaxpr
-    exposed: set[Any] = {atom for atom in jaxpr.outvars if not isinstance(atom, core.Literal)}
-    found = set()
-    for equation in reversed(jaxpr.eqns):
-        is_exposed = any(var in exposed for var in equation.outvars)
-        if equation.primitive.name == "dot_general":
-            if is_exposed and weight_side(equation, weights) is not None:
-                found.add(id(equation))
-            continue
-        if equation.primitive.name == "exp" or (is_exposed and equation.primitive.name in _TRANSPARENT):
-            exposed |= {atom for atom in equation.invars if not isinstance(atom, core.Literal)}
-    return found
+def _is_wide(equation: core.JaxprEqn, weights: set[core.Var]) -> bool:
+    """Whether an equation multiplies weights in float32."""
+    if weight_side(equation, weights) is None:
+        return False
+    return all(atom.aval.dtype == np.float32 for atom in (*equation.invars, *equation.outvars))  # type: ignore[union-attr]
 
 
-def _lowered(equation: core.JaxprEqn, operands: Sequence[Any], side: int, precision: Precision) -> Any:
+def _lowered(equation: core.JaxprEqn, operands: Sequence[Any], precision: Precision) -> Any:
+    operands, numbers = _in_order(operands, equation.params["dimension_numbers"])
     if precision is Precision.INT8:
-        return _int8(equation, operands, side)
+        return _int8(equation, operands, numbers)
     dtype = _FLOATS[precision]
     (result,) = evaluate(
         equation,
         [operand.astype(dtype) for operand in operands],
+        dimension_numbers=numbers,
         precision=None,
         preferred_element_type=np.dtype(np.float32),
     )
     return result
 
 
-def _int8(equation: core.JaxprEqn, operands: Sequence[Any], side: int) -> Any:
-    """sum_k x_k w_k = sx sw sum_k round(x_k / sx) round(w_k / sw), each scale constant over k."""
-    contracted, batched = equation.params["dimension_numbers"]
-    scaled, scales = [], []
-    for operand, axes in zip(operands, contracted, strict=True):
-        largest = jnp.max(jnp.abs(operand), axis=tuple(axes), keepdims=True)
-        # A row of zeros stays zeros; a row with NaN or infinity has a scale of NaN or infinity, and so its scores.
-        scale = jnp.where(largest == 0, 1.0, largest / _INT8_MAX)
-        scaled.append(jnp.round(operand / scale).astype(jnp.int8))
-        scales.append(scale)
-    (product,) = evaluate(
-        equation, scaled, precision=None, preferred_element_type=np.dtype(np.int32)
-    )
-    # Each operand's scale in the result's order of axes: batch, free of the left, free of the right.
-    free = [
+def _in_order(operands: Sequence[Any], numbers: _Numbers) -> tuple[Sequence[Any], _Numbers]:
+    """A batched matmul's operands as [batch, free, contracted] and [batch, contracted, free].
+
+    XLA's CPU backend takes some other orders of bfloat16 at compile time and refuses them when it runs.
+    """
+    contracted, batched = numbers
+    if not batched[0]:
+        return operands, numbers
+    free = _free_axes(operands, numbers)
+    orders = (*batched[0], *free[0], *contracted[0]), (*batched[1], *contracted[1], *free[1])
+    num_batched, num_contracted = len(batched[0]), len(contracted[0])
+    begins = num_batched + len(free[0]), num_batched
+    axes = [tuple(range(begin, begin + num_contracted)) for begin in begins]
+    moved = [jax.lax.transpose(x, order) for x, order in zip(operands, orders, strict=True)]
+    both = tuple(range(num_batched))
+    return moved, ((axes[0], axes[1]), (both, both))
+
+
+def _free_axes(operands: Sequence[Any], numbers: _Numbers) -> list[list[int]]:
+    contracted, batched = numbers
+    return [
         [a for a in range(operand.ndim) if a not in contracted[s] and a not in batched[s]]
         for s, operand in enumerate(operands)
     ]
-    num_batched = len(batched[0])
+
+
+def _int8(equation: core.JaxprEqn, operands: Sequence[Any], numbers: _Numbers) -> Any:
+    """sum_k x_k w_k = sx sw sum_k round(x_k / sx) round(w_k / sw), each scale constant over k."""
+    contracted, _ = numbers
+    rounded, scales = [], []
+    for operand, axes in zip(operands, contracted, strict=True):
+        largest = jnp.max(jnp.abs(operand), axis=tuple(axes), keepdims=True)
+        # A row with NaN or infinity has that for a scale, and so for its scores; no other row has.
+        largest = jnp.maximum(largest, _SMALLEST)
+        rounded.append(jnp.round(operand * (_INT8_MAX / largest)).astype(jnp.int8))
+        scales.append(largest * (1 / _INT8_MAX))
+    (product,) = evaluate(
+        equation,
+        rounded,
+        dimension_numbers=numbers,
+        precision=None,
+        preferred_element_type=np.dtype(np.int32),
+    )
     result = product.astype(jnp.float32)
-    for s, scale in enumerate(scales):
-        order = [*batched[s], *free[s]]
-        moved = jax.lax.transpose(scale, [*order, *contracted[s]]).reshape([scale.shape[a] for a in order])
-        places = list(range(num_batched))
-        begin = num_batched + (len(free[0]) if s else 0)
-        places += range(begin, begin + len(free[s]))
-        result = result * jax.lax.broadcast_in_dim(moved, product.shape, places)
+    for side, scale in enumerate(scales):
+        result = result * _in_result(scale, side, operands, numbers, result.shape)
     return result
+
+
+def _in_result(
+    scale: Any, side: int, operands: Sequence[Any], numbers: _Numbers, shape: tuple[int, ...]
+) -> Any:
+    """An operand's scale in the result's order of axes: batch, free of the left, free of the right."""
+    contracted, batched = numbers
+    free = _free_axes(operands, numbers)
+    order = [*batched[side], *free[side]]
+    moved = jax.lax.transpose(scale, [*order, *contracted[side]]).reshape([scale.shape[a] for a in order])
+    begin = len(batched[0]) + (len(free[0]) if side else 0)
+    places = [*range(len(batched[0])), *range(begin, begin + len(free[side]))]
+    return jax.lax.broadcast_in_dim(moved, shape, places)

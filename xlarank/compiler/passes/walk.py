@@ -1,10 +1,7 @@
-"""Binds a model's equations anew, each at the rate that its operands need: `Walk`, `Step`."""
+"""Binds a model's equations anew, each at the rate that its operands need: `Walk`."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,46 +10,13 @@ from jax.extend import core
 
 from xlarank.compiler.passes import piecewise
 from xlarank.compiler.passes.rows import SAME, Counts, Layout, Pair, RowAxis, follow, layout_of_constant
-from xlarank.compiler.passes.values import Kind, Pieces, Value, join_kinds
-from xlarank.compiler.program import ModelTrace, ProgramInputs, expand
-from xlarank.compiler.tracing import evaluate, source_of
+from xlarank.compiler.passes.step import Log, Maker, Step
+from xlarank.compiler.passes.values import Kind, Value, join_kinds
+from xlarank.compiler.program import ModelTrace, ProgramInputs
+from xlarank.compiler.tracing import evaluate
 from xlarank.spec import Bucket, Scope
 
-__all__ = ["Expansion", "Log", "Step", "Walk"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Expansion:
-    """A context value that had to be repeated for its candidates."""
-
-    operation: str
-    """The equation that needed it at B rows."""
-
-    source: str
-    """The author's line of that equation."""
-
-    shape: tuple[int, ...]
-    """At B rows."""
-
-    num_bytes: int
-    """At B rows."""
-
-    reason: str
-    """In words."""
-
-
-class Log:
-    """What a walk has to tell."""
-
-    def __init__(self) -> None:
-        self.expansions: list[Expansion] = []
-        self.hoisted: list[tuple[str, str, tuple[int, ...]]] = []
-        """Operation, author's line and shape of what was computed once a request."""
-
-    def clear(self) -> None:
-        """Begins anew."""
-        self.expansions.clear()
-        self.hoisted.clear()
+__all__ = ["Walk"]
 
 
 class Walk:
@@ -140,77 +104,6 @@ class Walk:
         layout = layout_of_constant(array, at_context, self.counts)
         return Value(Kind.WEIGHT, aval.shape, aval.dtype, lambda: array, at_context=at_context, layout=layout)
 
-    def row(self, array: Any) -> Value:
-        """A ROW that is there."""
-        return Value(Kind.ROW, array.shape, array.dtype, lambda: array)
-
-    def made(self, kind: Kind, array: Any, layout: Layout) -> Value:
-        """What was computed once a request, and how its rows are got from that: `layout` is sure of its place."""
-        return Value(
-            kind,
-            layout.shape,
-            array.dtype,
-            lambda: self._repeated(kind, array, layout),
-            at_context=array,
-            layout=layout,
-        )
-
-    def _repeated(self, kind: Kind, array: Any, layout: Layout) -> Any:
-        """Each row's share, from its request's."""
-        place = layout.place
-        if not isinstance(place, RowAxis):
-            return array
-        axis, inner = place.axis, place.inner
-        if inner is None:
-            return self._widened(jax.lax.slice_in_dim(array, 0, 1, axis=axis), axis, layout.shape[axis])
-        outer = layout.shape[axis] // (self.bucket.rows * inner)
-        is_merged = (outer, inner) != (1, 1)
-        if is_merged:
-            parts = (outer, self.counts.contexts, inner)
-            array = jax.lax.reshape(array, (*array.shape[:axis], *parts, *array.shape[axis + 1 :]))
-            axis += 1
-        if kind is Kind.WEIGHT:  # alike for every row
-            array = self._widened(jax.lax.slice_in_dim(array, 0, 1, axis=axis), axis, self.bucket.rows)
-        else:
-            if array.shape[axis] > self.bucket.requests:
-                array = jax.lax.slice_in_dim(array, 0, self.bucket.requests, axis=axis)
-            array = expand(array, self._request_of_row, self.bucket, axis)
-        return jax.lax.reshape(array, layout.shape) if is_merged else array
-
-    def _widened(self, array: Any, axis: int, size: int) -> Any:
-        shape = (*array.shape[:axis], size, *array.shape[axis + 1 :])
-        return jax.lax.broadcast_in_dim(array, shape, tuple(range(array.ndim)))
-
-
-class Step:
-    """One equation at both row counts, with its operands."""
-
-    def __init__(self, walk: Walk, pair: Pair, operands: Sequence[Value]) -> None:
-        """
-        Args:
-          walk: it belongs to.
-          pair: the equation.
-          operands: what it reads.
-        """
-        self.walk = walk
-        self.pair = pair
-        self.operands = list(operands)
-
-    @property
-    def name(self) -> str:
-        """Of the primitive."""
-        return self.pair.name
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """At B rows."""
-        return self.pair.params
-
-    @property
-    def result_dtype(self) -> Any:
-        """Of the first result."""
-        return self.pair.equation.outvars[0].aval.dtype  # type: ignore[attr-defined]
-
     def outputs(self) -> list[Value]:
         """The equation's results."""
         kind = join_kinds(self.operands)
@@ -260,49 +153,3 @@ class Step:
         reason = f"{self.name} is computed for each row: what it gives isn't known to be alike for all of them"
         return [self.rows_of(value, reason if kind is Kind.CONTEXT else "") for value in self.operands]
 
-    def rows_of(self, value: Value, reason: str = "") -> Any:
-        """An operand at B rows; a context's expansion is written down."""
-        if value.is_expanded:
-            return value.at_rows()
-        if value.pieces is not None:
-            why = reason or f"the concatenation is read as a whole by {self.name}"
-            for piece in value.pieces.values:
-                self.rows_of(piece, why)
-        elif value.kind is Kind.CONTEXT and isinstance(value.known_layout().place, RowAxis):
-            self._note_expansion(value, reason or f"{self.name} reads the context and the candidate together")
-        return value.at_rows()
-
-    def in_pieces(self, axis: int, values: Sequence[Value]) -> Value:
-        """A concatenation that isn't made unless somebody reads it whole."""
-        size = sum(value.shape[axis] for value in values)
-        return Value(
-            Kind.ROW,
-            (*values[0].shape[:axis], size, *values[0].shape[axis + 1 :]),
-            values[0].dtype,
-            lambda: jax.lax.concatenate([value.at_rows() for value in values], axis),
-            pieces=Pieces(axis, tuple(values)),
-        )
-
-    def once(self, key: tuple[Any, ...], make: Callable[[], Value]) -> Value:
-        """A value made once for all steps that ask for the same."""
-        if key not in self.walk.memo:
-            self.walk.memo[key] = make()
-        return self.walk.memo[key]
-
-    def note_hoisted(self, shape: tuple[int, ...]) -> None:
-        """Counts work that now runs once a request; layout alone is no work."""
-        if self.name not in _LAYOUT:
-            self.walk.log.hoisted.append((self.name, source_of(self.pair.equation), shape))
-
-    def _note_expansion(self, value: Value, reason: str) -> None:
-        num_bytes = math.prod(value.shape) * value.dtype.itemsize
-        source = source_of(self.pair.equation)
-        self.walk.log.expansions.append(Expansion(self.name, source, value.shape, num_bytes, reason))
-
-
-_LAYOUT = frozenset(
-    {
-        "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "reshape", "slice", "split", "squeeze",
-        "stack", "tile", "transpose", "unstack",
-    }
-)  # fmt: skip
