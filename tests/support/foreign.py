@@ -1,12 +1,13 @@
 """Ranking models as their papers and users write them: plain JAX and Flax, no layer of xlarank's.
 
-Each is small, reads both scopes, and is made with its own spec: `MODELS` by name, `foreign_odd.py` has the odd
-ones. A model is what the compiler gets, `DenseModel`; its `reference` is the author's own call.
+Each is small, reads both scopes, and is made with its own spec: `MODELS` by name, `foreign_odd.py` has the
+odd ones. A model is what the compiler gets, `DenseModel`; its `reference` is the author's own call.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -22,8 +23,8 @@ __all__ = [
     "MODELS",
     "SPEC",
     "Foreign",
-    "foreign",
     "fields_of",
+    "foreign",
     "mlp",
     "mlp_params",
     "random_params",
@@ -98,7 +99,7 @@ def random_params(seed=0, **shapes):
 
 def mlp_params(name, *sizes):
     """Shapes of a perceptron's weights and biases, for `random_params`."""
-    shapes = {f"{name}w{i}": pair for i, pair in enumerate(zip(sizes[:-1], sizes[1:], strict=True))}
+    shapes = {f"{name}w{i}": pair for i, pair in enumerate(itertools.pairwise(sizes))}
     return shapes | {f"{name}b{i}": (n,) for i, n in enumerate(sizes[1:])}
 
 
@@ -333,7 +334,7 @@ def ple(params, features):
         experts = {g: [jax.nn.relu(mlp(params, f"e{level}{g}{e}", inputs[g])) for e in (0, 1)] for g in "abs"}
         mixed = {}
         for g in "abs":
-            seen = sum(experts.values(), []) if g == "s" else experts[g] + experts["s"]
+            seen = experts["a"] + experts["b"] + experts["s"] if g == "s" else experts[g] + experts["s"]
             gate = jax.nn.softmax(inputs[g] @ params[f"g{level}{g}"], axis=-1)
             mixed[g] = jnp.einsum("be,bed->bd", gate, jnp.stack(seen, axis=1))
         inputs = mixed

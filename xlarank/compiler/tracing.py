@@ -12,10 +12,10 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import source_info_util  # no public name for an equation's source line
 from jax.extend import core
-from jax.extend.core import ClosedJaxpr as ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 from xlarank.errors import ModelError, XlarankError
 
@@ -33,6 +33,8 @@ __all__ = [
     "trace",
     "without_dead_code",
 ]
+
+ClosedJaxpr = core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
@@ -222,9 +224,7 @@ def _constants_in(value: Any) -> Iterator[Any]:
 
 def constant_bytes(constant: Any) -> bytes:
     """A constant of a model in bytes, with its dtype and shape; it may be the key of random numbers."""
-    if jax.dtypes.issubdtype(
-        jax.dtypes.result_type(constant), jax.dtypes.extended
-    ):  # a random number generator's key
+    if jnp.issubdtype(jax.dtypes.result_type(constant), jax.dtypes.extended):
         constant = jax.random.key_data(constant)
     array = np.asarray(constant)
     return f"{array.dtype} {array.shape}".encode() + array.tobytes()

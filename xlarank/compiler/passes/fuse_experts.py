@@ -1,8 +1,8 @@
 """fuse_experts: sibling matmuls get merged forms, in any model.
 
-Two equations are siblings when they do the same to the same inputs with other weights (`siblings.py`). Experts,
-gates and towers are found that way, whatever they are called. Merged forms differ in where the siblings' axis E
-lies:
+Two equations are siblings when they do the same to the same inputs with other weights (`siblings.py`).
+Experts, gates and towers are found that way, whatever they are called. Merged forms differ in where the
+siblings' axis E lies:
 
     wide           matmuls that read one operand become one over their weights side by side, then come apart
     row_major      whole chains of siblings run as one, [B, E, ...]
@@ -50,7 +50,7 @@ class Fusion(enum.StrEnum):
     """Chains of siblings as one, the siblings' axis after the rows'."""
 
     EXPERT_MAJOR = "expert_major"
-    """Chains of siblings as one, the siblings' axis first: batched matmuls as they are fastest on most devices."""
+    """Chains of siblings as one, the siblings' axis first: batched matmuls as most devices like them."""
 
 
 def siblings_of(program: Program) -> list[Class]:
@@ -77,7 +77,9 @@ def fuse_experts(program: Program, fusion: Fusion) -> Program | None:
     weights = program.weight_vars()
     if fusion is Fusion.WIDE:
         groups = sharing_groups(program, weights)
-        return program.rewritten(lambda *inputs: _run_wide(program, groups, weights, inputs)) if groups else None
+        return (
+            program.rewritten(lambda *inputs: _run_wide(program, groups, weights, inputs)) if groups else None
+        )
     classes = mergeable_classes(program, weights)
     if not any(weight_side(group[0], weights) is not None for group in classes):
         return None
@@ -92,7 +94,9 @@ def _weight_values(program: Program, weights: set[core.Var], inputs: Sequence[An
     values.update(zip(jaxpr.constvars, program.closed.consts, strict=True))
     for equation in jaxpr.eqns:
         if is_of_weights(equation, weights):
-            values.update(zip(equation.outvars, evaluate(equation, read(values, equation.invars)), strict=True))
+            values.update(
+                zip(equation.outvars, evaluate(equation, read(values, equation.invars)), strict=True)
+            )
     return values
 
 
@@ -111,7 +115,9 @@ def _run_wide(
         if id(equation) in first:
             values.update(_wide(first[id(equation)], values, weights))
         else:
-            values.update(zip(equation.outvars, evaluate(equation, read(values, equation.invars)), strict=True))
+            values.update(
+                zip(equation.outvars, evaluate(equation, read(values, equation.invars)), strict=True)
+            )
     return read(values, program.closed.jaxpr.outvars)
 
 
@@ -207,7 +213,11 @@ class _Merged:
                 operands.append(self._read(atom))
                 axes.append(None)
             elif atom in self._weights:
-                axis = self._axis_of(atom.aval.ndim) if position != side else self._weight_axis(equation, position)
+                axis = (
+                    self._axis_of(atom.aval.ndim)
+                    if position != side
+                    else self._weight_axis(equation, position)
+                )
                 operands.append(jnp.stack([self._values[a] for a in atoms], axis=axis))
                 axes.append(axis)
             else:

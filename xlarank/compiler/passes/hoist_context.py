@@ -1,11 +1,11 @@
 """hoist_context: what depends on the context alone runs once a request.
 
-The model is traced at B rows and at the context's row count, and both lists of equations are walked in step.
-A value is a WEIGHT, a CONTEXT or a ROW (`Kind`). An equation of weights and contexts is taken as it stands from
-the context's trace, so no operation needs a rule to be hoisted. Everything else runs at B rows, from the trace
-at B rows, with its context operands expanded there: what no rule knows is computed exactly as the plain program
-does. A context's value is expanded by repeating it where its rows are known to be alike (`rows/`); else it is
-computed anew at B rows.
+The model is traced at B rows and at the context's row count, and both lists of equations are walked in
+step. A value is a WEIGHT, a CONTEXT or a ROW (`Kind`). An equation of weights and contexts is taken as it
+stands from the context's trace, so no operation needs a rule to be hoisted. Everything else runs at B rows,
+from the trace at B rows, with its context operands expanded there: what no rule knows is computed exactly as
+the plain program does. A context's value is expanded by repeating it where its rows are known to be alike
+(`rows/`); else it is computed anew at B rows.
 
 Rules exist where the kinds meet (`piecewise.py`): a concatenation stays a list of pieces through elementwise
 operations, reshapes and slices into a matmul (one product a kind), a reduction or a batched matmul; and a
@@ -18,7 +18,8 @@ import dataclasses
 from typing import Any
 
 from xlarank.compiler.passes.rows import first_difference
-from xlarank.compiler.passes.walk import Expansion, Log, Walk
+from xlarank.compiler.passes.step import Expansion, Log
+from xlarank.compiler.passes.walk import Walk
 from xlarank.compiler.program import ModelTrace, Program, ProgramInputs, Traces, make_program
 from xlarank.compiler.tracing import source_of
 from xlarank.errors import ModelError
@@ -77,7 +78,7 @@ def hoist_context(
 
     program = make_program(rows, traces.spec, signature, bucket, run)
     hoisted = _alive(program, log)
-    if not hoisted:
+    if not hoisted and not log.num_unbatched:
         return Hoisted(None, "nothing is computed from context features alone", tuple(log.expansions))
     return Hoisted(program, reason, tuple(log.expansions), hoisted)
 
@@ -88,7 +89,11 @@ def _alive(program: Program, log: Log) -> tuple[tuple[str, str], ...]:
         (equation.primitive.name, source_of(equation), equation.outvars[0].aval.shape)  # type: ignore[attr-defined]
         for equation in program.closed.jaxpr.eqns
     }
-    return tuple(dict.fromkeys((name, source) for name, source, shape in log.hoisted if (name, source, shape) in needed))
+    return tuple(
+        dict.fromkeys(
+            (name, source) for name, source, shape in log.hoisted if (name, source, shape) in needed
+        )
+    )
 
 
 def _context_trace(traces: Traces, rows: ModelTrace, bucket: Bucket) -> tuple[ModelTrace, str] | str:
@@ -106,7 +111,9 @@ def _context_trace(traces: Traces, rows: ModelTrace, bucket: Bucket) -> tuple[Mo
         if difference is None:
             said = f"{first}; its context part runs at {num_rows} rows instead" if first else ""
             return contexts, said
-        first = first or f"at {num_rows} rows the model does something else than at {bucket.rows}: {difference}"
+        first = (
+            first or f"at {num_rows} rows the model does something else than at {bucket.rows}: {difference}"
+        )
     return first
 
 

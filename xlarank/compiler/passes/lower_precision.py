@@ -1,12 +1,12 @@
 """lower_precision: matmuls with weights in bfloat16, float16 or int8, accumulated wider.
 
 bfloat16, float16: weights and activations are rounded, products add up in float32.
-int8: a scale an output channel of the weights (largest |w| / 127), found once; a scale a row of the activations
-(largest |x| / 127), found for each batch; products add up in int32 and are scaled back in float32. Symmetric
-quantisation as in Jacob et al., CVPR 2018, arXiv 1712.05877, dynamic for activations.
+int8: a scale an output channel of the weights (largest |w| / 127), found once; a scale a row of the
+activations (largest |x| / 127), found for each batch; products add up in int32, scaled back in float32.
+Symmetric quantisation as in Jacob et al., CVPR 2018, arXiv 1712.05877, dynamic for activations.
 
-Converted weights are made by equations that read weights alone: they end up in prepare. Matmuls whose error the
-scores feel most stay in float32: the last one before a score, and those that feed a softmax's exponential.
+Converted weights are made by equations that read weights alone: they end up in prepare. Matmuls whose error
+the scores feel most stay in float32: the last one before a score, those that feed a softmax's exponential.
 """
 
 from __future__ import annotations

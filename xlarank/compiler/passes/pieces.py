@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from xlarank.compiler.passes.rows import Layout, RowAxis, follow_program
+from xlarank.compiler.passes.step import Step
 from xlarank.compiler.passes.values import Kind, Value, join_kinds
 from xlarank.compiler.tracing import evaluate
-
-if TYPE_CHECKING:
-    from xlarank.compiler.passes.walk import Step
 
 __all__ = ["added", "bound", "common_ends", "concatenated", "joined", "mapped", "sliced", "unbroken"]
 
@@ -36,15 +34,15 @@ def mapped(step: Step, operands: Sequence[Value], run: Run) -> Value:
             array = run([value.at_context() for value in operands], True)
             if kind is Kind.CONTEXT:
                 step.note_hoisted(array.shape)
-            return step.walk.made(kind, array, layout)
-    return step.walk.row(run([step.rows_of(value) for value in operands], False))
+            return step.maker.made(kind, array, layout)
+    return step.maker.row(run([step.rows_of(value) for value in operands], False))
 
 
 def _layout_of(step: Step, operands: Sequence[Value], run: Run) -> Layout | None:
     layouts = [value.known_layout() for value in operands]
     if any(layout.place is None for layout in layouts):
         return None
-    programs = []
+    programs: list[Any] = []
     for at_context in (False, True):
         shapes = [layout.context_shape if at_context else layout.shape for layout in layouts]
         avals = [jax.ShapeDtypeStruct(s, v.dtype) for s, v in zip(shapes, operands, strict=True)]
@@ -52,7 +50,7 @@ def _layout_of(step: Step, operands: Sequence[Value], run: Run) -> Layout | None
             programs.append(jax.make_jaxpr(lambda *arrays: run(arrays, at_context))(*avals))  # noqa: B023
         except (TypeError, ValueError):  # the same can't be done to one request's share
             return None
-    results = follow_program(*programs, layouts, step.walk.counts)
+    results = follow_program(programs[0], programs[1], layouts, step.maker.counts)
     return results[0] if results else None
 
 
@@ -70,7 +68,7 @@ def sliced(step: Step, value: Value, axis: int, begin: int, end: int, stride: in
     """Entries ``[begin, end)`` along an axis; of a concatenation, its pieces' share."""
     if (begin, end, stride) == (0, value.shape[axis], 1):
         return value
-    return step.once(
+    return step.maker.once(
         ("cut", value, axis, begin, end, stride), lambda: _cut(step, value, axis, begin, end, stride)
     )
 
@@ -101,19 +99,19 @@ def _at_context(step: Step, value: Value, axis: int, place: int) -> int:
     rows = value.layout.place if value.layout is not None else None
     if not isinstance(rows, RowAxis) or rows.axis != axis:
         return place
-    return place * step.walk.counts.contexts // step.walk.counts.rows
+    return place * step.maker.counts.contexts // step.maker.counts.rows
 
 
 def unbroken(step: Step, value: Value) -> Value:
     """A value without pieces."""
-    return value if value.pieces is None else step.walk.row(step.rows_of(value))
+    return value if value.pieces is None else step.maker.row(step.rows_of(value))
 
 
 def joined(step: Step, values: Sequence[Value], axis: int) -> Value:
     """A concatenation, made."""
     if len(values) == 1:
         return values[0]
-    return step.once(
+    return step.maker.once(
         ("joined", axis, *values),
         lambda: mapped(step, values, lambda arrays, _: jax.lax.concatenate(list(arrays), axis)),
     )
@@ -127,10 +125,11 @@ def concatenated(step: Step, values: Sequence[Value], axis: int) -> Value:
         flat += value.pieces.values if is_nested and value.pieces is not None else [value]
     merged: list[Value] = []
     for sort, run in itertools.groupby(flat, _sort):
-        merged += list(run) if sort is None else [joined(step, list(run), axis)]
+        members = list(run)
+        merged += members if sort is None else [joined(step, members, axis)]
     if len(merged) == 1:
         return merged[0]
-    return step.once(("pieces", axis, *merged), lambda: step.in_pieces(axis, merged))
+    return step.maker.once(("pieces", axis, *merged), lambda: step.in_pieces(axis, merged))
 
 
 def _sort(value: Value) -> bool | None:
@@ -151,8 +150,10 @@ def added(step: Step, shares: Sequence[Value], combine: Callable[[Any, Any], Any
     for share in rows[1:]:
         total = combine(total, share.at_rows())
     for share in once:
-        total = combine(total, step.rows_of(share, f"the context's share of {step.name} joins the candidate's"))
-    return step.walk.row(total)
+        total = combine(
+            total, step.rows_of(share, f"the context's share of {step.name} joins the candidate's")
+        )
+    return step.maker.row(total)
 
 
 def common_ends(values: Sequence[Value], axes: Sequence[int]) -> list[int]:

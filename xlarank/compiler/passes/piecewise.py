@@ -2,26 +2,24 @@
 
 A concatenation of several kinds stays a list of pieces through elementwise operations, layout changes and
 slices. A matmul or a reduction over the concatenated axis then splits into a share of the context, computed
-once a request, and a share of the candidate; a matmul that leaves the axis gives pieces again. `apply` answers
-None where no rule fits: then the equation runs at B rows as the plain program would.
+once a request, and a share of the candidate; a matmul that leaves the axis gives pieces again. `apply`
+answers None where no rule fits: then the equation runs at B rows as the plain program would.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
+from xlarank.compiler.passes.pieces import added, bound, common_ends, concatenated, joined, sliced
 from xlarank.compiler.passes.piecewise_dot import dot
 from xlarank.compiler.passes.piecewise_layout import LAYOUTS
-from xlarank.compiler.passes.pieces import added, bound, common_ends, concatenated, joined, sliced
 from xlarank.compiler.passes.rows import ELEMENTWISE
+from xlarank.compiler.passes.step import Step
 from xlarank.compiler.passes.values import Value
-
-if TYPE_CHECKING:
-    from xlarank.compiler.passes.walk import Step
 
 __all__ = ["apply"]
 
@@ -85,7 +83,7 @@ def _reduce(step: Step, value: Value, axes: tuple[int, ...]) -> Value | None:
             return None
         new_axis = pieces.axis - sum(1 for a in axes if a < pieces.axis)
         return concatenated(step, shares, new_axis)  # type: ignore[arg-type]
-    if step.name in _ROUNDING and not (step.walk.split_reductions and _adds_up(step.result_dtype)):
+    if step.name in _ROUNDING and not (step.maker.split_reductions and _adds_up(step.result_dtype)):
         return None
     whole = [piece for piece in pieces.values if piece.pieces is None]
     groups = [[p for p in whole if p.is_once_a_request], [p for p in whole if not p.is_once_a_request]]

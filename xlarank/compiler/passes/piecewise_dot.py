@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from xlarank.compiler.passes.pieces import added, bound, common_ends, concatenated, joined, sliced
 from xlarank.compiler.passes.rows import RowAxis
+from xlarank.compiler.passes.step import Step
 from xlarank.compiler.passes.values import Kind, Value, join_kinds
 from xlarank.compiler.tracing import evaluate
-
-if TYPE_CHECKING:
-    from xlarank.compiler.passes.walk import Step
 
 __all__ = ["dot"]
 
@@ -174,15 +172,18 @@ def _replaced(sides: tuple[Value, Value], old: Value, new: Value) -> tuple[Value
 
 
 def _is_alike_for_all(step: Step, sides: Sequence[Value], side: int) -> bool:
-    """Whether an operand is the same for all rows of the other, and has a batch axis only to pair with them."""
+    """Whether an operand is the same for all rows of the other, with a batch axis only to pair with them."""
     value = sides[side]
-    alike = value.kind is Kind.WEIGHT or (value.kind is Kind.CONTEXT and step.walk.bucket.requests == 1)
+    alike = value.kind is Kind.WEIGHT or (value.kind is Kind.CONTEXT and step.maker.bucket.requests == 1)
     if not alike or sides[1 - side].is_once_a_request:
         return False
     place = value.known_layout().place
     if not isinstance(place, RowAxis) or place.inner != 1:
         return False
-    return value.shape[place.axis] == step.walk.bucket.rows and place.axis in step.params["dimension_numbers"][1][side]
+    return (
+        value.shape[place.axis] == step.maker.bucket.rows
+        and place.axis in step.params["dimension_numbers"][1][side]
+    )
 
 
 def _alike_for_all(step: Step, lhs: Value, rhs: Value) -> Value | None:
@@ -216,6 +217,5 @@ def _alike_for_all(step: Step, lhs: Value, rhs: Value) -> Value | None:
     at = num_before + sum(1 for a in _free_axes(step, other, 1 - side) if a < other_axis)
     order = [i for i in range(result.ndim) if i != at]
     order.insert(position, at)
-    return step.walk.row(jax.lax.transpose(result, order))
-
-
+    step.maker.log.num_unbatched += 1
+    return step.maker.row(jax.lax.transpose(result, order))

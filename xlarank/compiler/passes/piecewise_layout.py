@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 
 from xlarank.compiler.passes.pieces import concatenated, mapped, sliced
 from xlarank.compiler.passes.rows.layout import resized
+from xlarank.compiler.passes.step import Step
 from xlarank.compiler.passes.values import Value
-
-if TYPE_CHECKING:
-    from xlarank.compiler.passes.walk import Step
 
 __all__ = ["LAYOUTS"]
 

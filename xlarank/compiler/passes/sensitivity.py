@@ -14,7 +14,7 @@ _MIXING = frozenset({"dot_general", "conv_general_dilated"})
 
 
 def sensitive_matmuls(program: Program) -> set[int]:
-    """`id`s of the matmuls with weights whose error reaches a score, or the exponential of a softmax, as it is.
+    """`id`s of the matmuls with weights whose error reaches a score, or a softmax's exponential, as it is.
 
     That is: without another matmul in between. What isn't a matmul is taken to pass an error on, programs
     inside (scan, cond) included.

@@ -1,4 +1,4 @@
-"""Finds equations that do the same to the same inputs with other weights: `mergeable_classes`, `sharing_groups`."""
+"""Finds equations that do the same with other weights: `mergeable_classes`, `sharing_groups`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -30,7 +31,8 @@ def without_repeats(program: Program) -> Program:
     names = {var: f"v{number}" for number, var in enumerate([*jaxpr.invars, *jaxpr.constvars])}
     for equation in jaxpr.eqns:
         operands = [
-            _literal_text(a) if isinstance(a, core.Literal) else names[same_as.get(a, a)] for a in equation.invars
+            _literal_text(a) if isinstance(a, core.Literal) else names[same_as.get(a, a)]
+            for a in equation.invars
         ]
         text = "\n".join([equation.primitive.name, structural_text(equation.params), *operands])
         first = seen.setdefault(text, equation)
@@ -58,9 +60,9 @@ def without_repeats(program: Program) -> Program:
 def mergeable_classes(program: Program, weights: set[core.Var]) -> list[Class]:
     """Classes that can run as one, each after those that it reads.
 
-    Siblings have the same *colour*: a digest of the operation, its parameters and the colours of what it reads,
-    in which a weight counts by its shape alone. Matmuls that a lower precision would leave alone are no siblings of those
-    that it wouldn't.
+    Siblings have the same *colour*: a digest of the operation, its parameters and the colours of what it
+    reads, in which a weight counts by its shape alone. A matmul that a lower precision would leave alone is
+    no sibling of one that it wouldn't.
 
     Args:
       program: without repeats.
@@ -107,7 +109,7 @@ def _colour(equation: core.JaxprEqn, colours: dict[Any, str], is_sensitive: bool
 
 
 def _literal_text(atom: core.Literal) -> str:
-    if jax.dtypes.issubdtype(atom.aval.dtype, jax.dtypes.extended):  # type: ignore[attr-defined]
+    if jnp.issubdtype(atom.aval.dtype, jax.dtypes.extended):  # type: ignore[attr-defined]
         return f"literal {id(atom)}"
     return f"literal {np.asarray(atom.val).tobytes()!r} {atom.aval}"
 

@@ -45,11 +45,14 @@ class Log:
         self.expansions: list[Expansion] = []
         self.hoisted: list[tuple[str, str, tuple[int, ...]]] = []
         """Operation, author's line and shape of what was computed once a request."""
+        self.num_unbatched = 0
+        """Batched matmuls that became one matmul of B rows."""
 
     def clear(self) -> None:
         """Begins anew."""
         self.expansions.clear()
         self.hoisted.clear()
+        self.num_unbatched = 0
 
 
 class Maker:
@@ -84,7 +87,7 @@ class Maker:
         return Value(Kind.ROW, array.shape, array.dtype, lambda: array)
 
     def made(self, kind: Kind, array: Any, layout: Layout) -> Value:
-        """What was computed once a request, and how its rows are got from that: `layout` is sure of its place."""
+        """What was computed once a request; where its rows lie is known, so they can be repeated."""
         return Value(
             kind,
             layout.shape,
@@ -186,7 +189,7 @@ class Step:
 
 _LAYOUT = frozenset(
     {
-        "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "reshape", "slice", "split", "squeeze",
-        "stack", "tile", "transpose", "unstack",
+        "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "reshape", "slice", "split",
+        "squeeze", "stack", "tile", "transpose", "unstack",
     }
 )  # fmt: skip

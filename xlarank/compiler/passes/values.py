@@ -33,7 +33,7 @@ class Pieces:
     """Along which the pieces lie."""
 
     values: tuple[Value, ...]
-    """In order: values once a request and values of the rows in turn, or values in pieces along another axis."""
+    """In order: once a request and of the rows in turn, or in pieces along another axis."""
 
     @property
     def ends(self) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -45,7 +46,7 @@ def follow(pair: Pair, operands: Sequence[Layout]) -> list[Layout]:
     return layouts
 
 
-def _places(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _places(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     called = _called(pair)
     if called is not None:
         results = follow_program(*called, operands, pair.counts) if pair.is_alike(is_call=True) else None
@@ -129,7 +130,9 @@ def same_form(a: core.JaxprEqn, b: core.JaxprEqn) -> bool:
     )
 
 
-def first_difference(ours: core.Jaxpr, theirs: core.Jaxpr) -> tuple[core.JaxprEqn | None, core.JaxprEqn | None] | None:
+def first_difference(
+    ours: core.Jaxpr, theirs: core.Jaxpr
+) -> tuple[core.JaxprEqn | None, core.JaxprEqn | None] | None:
     """Where two traces of a model part: the first equations that do something else, or read something else.
 
     Returns:
@@ -158,14 +161,16 @@ def _same_ndim(a: Any, b: Any) -> bool:
 
 
 def _same_length(ours: core.Jaxpr, theirs: core.Jaxpr) -> bool:
-    return all(len(getattr(ours, n)) == len(getattr(theirs, n)) for n in ("eqns", "invars", "outvars", "constvars"))
+    return all(
+        len(getattr(ours, n)) == len(getattr(theirs, n)) for n in ("eqns", "invars", "outvars", "constvars")
+    )
 
 
 def layout_of_constant(at_rows: Any, at_context: Any, counts: Counts) -> Layout:
     """Of a literal or a constant of the model, which may count its rows."""
     shape, context_shape = np.shape(at_rows), np.shape(at_context)
     dtype = at_rows.dtype if hasattr(at_rows, "dtype") else np.asarray(at_rows).dtype
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):  # the key of a random number generator
+    if jnp.issubdtype(dtype, jax.dtypes.extended):  # the key of a random number generator
         return Layout(shape, context_shape, SAME if at_rows is at_context else None)
     arrays = np.asarray(at_rows), np.asarray(at_context)
     place = constant_place(*arrays, counts)
@@ -219,8 +224,11 @@ _FOLDED: Mapping[str, Callable[..., np.ndarray]] = {
     "mul": _operation(np.multiply),
     "ne": _operation(np.not_equal),
     "or": _operation(np.bitwise_or),
+    "neg": _operation(np.negative),
+    "rem": _operation(np.fmod),
     "reshape": lambda params, array: array.reshape(params["new_sizes"]),
     "select_n": _operation(lambda which, *cases: np.choose(which.astype(np.int64), cases)),
+    "sign": _operation(np.sign),
     "squeeze": lambda params, array: np.squeeze(array, tuple(params["dimensions"])),
     "sub": _operation(np.subtract),
 }
@@ -234,7 +242,7 @@ def _folded(pair: Pair, operands: Sequence[Layout]) -> tuple[np.ndarray, np.ndar
     if max(np.prod(shape, dtype=np.int64) for shape in pair.result_shapes()) > _MAX_CONSTANT:
         return None
     (result,) = pair.equation.outvars
-    if _kind(result) not in "iub":
+    if _kind(result) not in "iub" or (pair.name == "rem" and any((c == 0).any() for c in operands[1].constant)):  # type: ignore[union-attr]
         return None
     with np.errstate(all="ignore"):
         at_rows, at_context = (

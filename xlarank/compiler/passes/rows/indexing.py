@@ -44,8 +44,9 @@ class _Access:
 
     def _by_number(self, num_rows: int) -> RowAxis | None:
         """The same when a column of the indices is the row's number."""
-        place, columns, last = self.array.place, self.indices.columns, len(self.indices.shape) - 1
-        if columns is None or not isinstance(place, RowAxis) or place.axis not in self.index_map:
+        place, last = self.array.place, len(self.indices.shape) - 1
+        columns = self.indices.columns or (self.indices,)
+        if not isinstance(place, RowAxis) or place.axis not in self.index_map:
             return None
         if place.inner != 1 or self.array.shape[place.axis] != num_rows:
             return None
@@ -62,7 +63,7 @@ class _Access:
         return None
 
 
-def _gather(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _gather(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     array, indices = operands
     numbers, place = pair.params["dimension_numbers"], array.place
     sizes, context_sizes = pair.params["slice_sizes"], pair.context_params["slice_sizes"]
@@ -93,7 +94,7 @@ def _gather(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
     return [RowAxis(batch_axes[found.axis], found.inner)]
 
 
-def _scatter(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _scatter(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     array, indices, updates = operands
     numbers, place = pair.params["dimension_numbers"], array.place
     if not isinstance(place, RowAxis):
@@ -124,7 +125,7 @@ def _holds(layout: Layout, place: RowAxis) -> bool:
     return layout.place in (place, RowAxis(place.axis, None))
 
 
-def _dynamic_slice(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _dynamic_slice(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     array, starts = operands[0], operands[1:]
     place = array.place
     sizes, context_sizes = pair.params["slice_sizes"], pair.context_params["slice_sizes"]
@@ -140,7 +141,7 @@ def _dynamic_slice(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None
     return [place]
 
 
-def _dynamic_update_slice(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _dynamic_update_slice(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     array, update, *starts = operands
     place = array.place
     if not isinstance(place, RowAxis) or update.shape[place.axis] != array.shape[place.axis]:
@@ -149,7 +150,7 @@ def _dynamic_update_slice(pair: Pair, operands: Sequence[Layout]) -> list[Place]
     return [place] if _holds(update, place) and all(starts[a].place is SAME for a in others) else None
 
 
-RULES: Mapping[str, Callable[[Pair, Sequence[Layout]], list[Place] | None]] = {
+RULES: Mapping[str, Callable[[Pair, Sequence[Layout]], Sequence[Place] | None]] = {
     **dict.fromkeys([f"scatter{n}" for n in ("", "-add", "-sub", "-mul", "-min", "-max")], _scatter),
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,

@@ -36,7 +36,7 @@ class Same(enum.Enum):
 SAME = Same.SAME
 
 Place = RowAxis | Same | None
-"""Where the rows lie; None when it isn't known, or when an entry depends on several rows or on its row's number."""
+"""Where the rows lie; None when it isn't known: rows may have met, or a row's number may be in it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,18 +112,35 @@ def constant_place(at_rows: np.ndarray, at_context: np.ndarray, counts: Counts) 
     if at_rows is at_context:
         return SAME
     if at_rows.shape == at_context.shape:  # to the bit: NaN is NaN
-        return SAME if at_rows.dtype == at_context.dtype and at_rows.tobytes() == at_context.tobytes() else None
+        return (
+            SAME if at_rows.dtype == at_context.dtype and at_rows.tobytes() == at_context.tobytes() else None
+        )
     if at_rows.ndim != at_context.ndim:
         return None
     differing = [i for i, (a, b) in enumerate(zip(at_rows.shape, at_context.shape, strict=True)) if a != b]
     if len(differing) != 1 or 0 in at_rows.shape or 0 in at_context.shape:
         return None
     axis = differing[0]
-    first = np.take(at_rows, [0], axis)
-    if not ((at_rows == first).all() and (at_context == first).all()):
-        return None
-    place = RowAxis(axis, 1 if at_rows.shape[axis] == counts.rows else None)
-    return place if fits(place, at_rows.shape, at_context.shape, counts) else None
+    first, total = np.take(at_rows, [0], axis), at_rows.shape[axis] // counts.rows
+    if (at_rows == first).all() and (at_context == first).all():
+        place = RowAxis(axis, 1 if total == 1 else None)
+        return place if fits(place, at_rows.shape, at_context.shape, counts) else None
+    for inner in (total, 1):
+        place = RowAxis(axis, inner)
+        if fits(place, at_rows.shape, at_context.shape, counts):
+            shares = [_shares(a, place, n) for a, n in ((at_rows, counts.rows), (at_context, counts.contexts))]
+            one = shares[0][:1]
+            if all((share == one).all() for share in shares):
+                return place
+    return None
+
+
+def _shares(array: np.ndarray, place: RowAxis, num_rows: int) -> np.ndarray:
+    """Each row's share of an array, the rows first."""
+    axis, inner = place.axis, place.inner or 1
+    outer = array.shape[axis] // (num_rows * inner)
+    parts = array.reshape(*array.shape[:axis], outer, num_rows, inner, *array.shape[axis + 1 :])
+    return np.moveaxis(parts, axis + 1, 0)
 
 
 def is_position(layout: Layout, axis: int) -> bool:

@@ -15,7 +15,7 @@ FollowProgram = Callable[[Any, Any, Sequence[Layout]], list[Layout] | None]
 """(program at B rows, program at the context's row count, its inputs) -> its results; None if they differ."""
 
 
-def _scan(pair: Pair, operands: Sequence[Layout], follow: FollowProgram) -> list[Place] | None:
+def _scan(pair: Pair, operands: Sequence[Layout], follow: FollowProgram) -> Sequence[Place] | None:
     params, context_params = pair.params, pair.context_params
     num_consts, num_carry = _num_consts_and_carry(params)
     consts, carry, steps = _parted(operands, num_consts, num_carry)
@@ -59,7 +59,7 @@ def _map_of_rows(
     carry: Sequence[Layout],
     steps: Sequence[Layout],
     programs: tuple[Any, Any],
-) -> list[Place] | None:
+) -> Sequence[Place] | None:
     """A scan over the rows: alike for each if it carries nothing from one to the next."""
     if carry or any(layout.place is not SAME for layout in consts):
         return None
@@ -70,14 +70,15 @@ def _map_of_rows(
     return [RowAxis(0)] * pair.num_results if is_equal(*programs) else None
 
 
-def _while(pair: Pair, operands: Sequence[Layout], follow: FollowProgram) -> list[Place] | None:
+def _while(pair: Pair, operands: Sequence[Layout], follow: FollowProgram) -> Sequence[Place] | None:
     params, context_params = pair.params, pair.context_params
     num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts, carry = _parted(operands, num_cond, num_body)
     conds = params["cond_jaxpr"], context_params["cond_jaxpr"]
     bodies = params["body_jaxpr"], context_params["body_jaxpr"]
     stable = _until_stable(
-        [_plain(layout) for layout in carry], lambda state: follow(*bodies, [*map(_plain, body_consts), *state])
+        [_plain(layout) for layout in carry],
+        lambda state: follow(*bodies, [*map(_plain, body_consts), *state]),
     )
     if stable is None:
         return None
@@ -88,7 +89,7 @@ def _while(pair: Pair, operands: Sequence[Layout], follow: FollowProgram) -> lis
     return [layout.place for layout in stable[0]]
 
 
-def _cond(pair: Pair, operands: Sequence[Layout], follow: FollowProgram) -> list[Place] | None:
+def _cond(pair: Pair, operands: Sequence[Layout], follow: FollowProgram) -> Sequence[Place] | None:
     chosen, inputs = operands[0], [_plain(layout) for layout in operands[1:]]
     if chosen.place is not SAME:
         return None
@@ -144,9 +145,8 @@ def _moved(layout: Layout, by: int) -> Layout | None:
     return Layout(layout.shape[1:], layout.context_shape[1:], place)
 
 
-RULES: Mapping[str, Callable[[Pair, Sequence[Layout], FollowProgram], list[Place] | None]] = {
+RULES: Mapping[str, Callable[[Pair, Sequence[Layout], FollowProgram], Sequence[Place] | None]] = {
     "cond": _cond,
     "scan": _scan,
     "while": _while,
 }
-

@@ -16,28 +16,30 @@ __all__ = ["ELEMENTWISE", "GROWING", "RULES"]
 
 ELEMENTWISE = frozenset(
     {
-        "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
-        "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex", "conj",
-        "convert_element_type", "copy", "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf", "erf_inv", "erfc",
-        "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow", "is_finite", "le",
-        "le_to", "lgamma", "log", "log1p", "logistic", "lt", "lt_to", "max", "min", "mul", "name", "ne", "neg",
-        "nextafter", "not", "or", "polygamma", "population_count", "pow", "real", "reduce_precision",
+        "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
+        "bessel_i0e", "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz",
+        "complex", "conj", "convert_element_type", "copy", "cos", "cosh", "digamma", "div", "eq",
+        "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma",
+        "igammac", "imag", "integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p",
+        "logistic", "lt", "lt_to", "max", "min", "mul", "name", "ne", "neg", "nextafter", "not",
+        "or", "polygamma", "population_count", "pow", "real", "reduce_precision",
         "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n", "shift_left",
-        "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
-        "sub", "tan", "tanh", "xor", "zeta",
+        "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square",
+        "stop_gradient", "sub", "tan", "tanh", "xor", "zeta",
     }
 )  # fmt: skip
 """Primitives whose result at a place depends on the operands at that place alone."""
 
-def _elementwise(pair: Pair, operands: Sequence[Layout]) -> list[Place]:
+
+def _elementwise(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place]:
     return [meet(operands)]
 
 
-def _identity(pair: Pair, operands: Sequence[Layout]) -> list[Place]:
+def _identity(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place]:
     return [operand.place for operand in operands]
 
 
-def _broadcast(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _broadcast(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     place, dims = operands[0].place, pair.params["broadcast_dimensions"]
     if isinstance(place, RowAxis):
         return [RowAxis(dims[place.axis], place.inner)]
@@ -48,7 +50,7 @@ def _broadcast(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
     return [RowAxis(grown[0], 1 if shape[grown[0]] == pair.counts.rows else None)]
 
 
-def _reshape(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _reshape(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     place, shape = operands[0].place, operands[0].shape
     if pair.params.get("dimensions") is not None or not isinstance(place, RowAxis):
         return None
@@ -66,43 +68,47 @@ def _reshape(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
     return None
 
 
-def _transpose(pair: Pair, operands: Sequence[Layout]) -> list[Place]:
+def _transpose(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place]:
     place = operands[0].place
     assert isinstance(place, RowAxis)
     return [RowAxis(pair.params["permutation"].index(place.axis), place.inner)]
 
 
-def _squeeze(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _squeeze(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     return _without(operands[0].place, pair.params["dimensions"])
 
 
-def _without(place: Place, axes: Sequence[int]) -> list[Place] | None:
+def _without(place: Place, axes: Sequence[int]) -> Sequence[Place] | None:
     assert isinstance(place, RowAxis)
     if place.axis in axes:
         return None
     return [RowAxis(place.axis - sum(1 for a in axes if a < place.axis), place.inner)]
 
 
-def _concatenate(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _concatenate(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     place, axis = meet(operands), pair.params["dimension"]
-    if isinstance(place, RowAxis) and place.axis == axis and any(operand.place != place for operand in operands):
+    if (
+        isinstance(place, RowAxis)
+        and place.axis == axis
+        and any(operand.place != place for operand in operands)
+    ):
         return None  # each must hold all rows, dealt out in one way
     return [place]
 
 
-def _stack(pair: Pair, operands: Sequence[Layout]) -> list[Place]:
+def _stack(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place]:
     place, axis = meet(operands), pair.params["axis"]
     if isinstance(place, RowAxis):
         place = RowAxis(place.axis + (axis <= place.axis), place.inner)
     return [place]
 
 
-def _unstack(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _unstack(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     places = _without(operands[0].place, (pair.params["axis"],))
-    return None if places is None else places * pair.num_results
+    return None if places is None else [*places] * pair.num_results
 
 
-def _slice(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _slice(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     (operand,), place = operands, operands[0].place
     assert isinstance(place, RowAxis)
     (starts, limits), (context_starts, context_limits) = (
@@ -126,7 +132,7 @@ def _cuts_alike(pair: Pair, place: RowAxis, at_rows: int, at_context: int) -> bo
     return rest == 0 and at_context == number * pair.counts.contexts * (place.inner or 1)
 
 
-def _split(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _split(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     place = operands[0].place
     assert isinstance(place, RowAxis)
     if place.axis == pair.params["axis"]:
@@ -137,7 +143,7 @@ def _split(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
     return [place] * pair.num_results
 
 
-def _tile(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _tile(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     (operand,), place = operands, operands[0].place
     reps, context_reps = pair.params["reps"], pair.context_params["reps"]
     if isinstance(place, RowAxis):
@@ -152,17 +158,17 @@ def _tile(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
     return [RowAxis(grown[0], size)] if reps[grown[0]] == pair.counts.rows else None
 
 
-def _pad(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _pad(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     place = operands[0].place
     if not isinstance(place, RowAxis) or operands[1].place is not SAME:
         return None
     return [place] if tuple(pair.params["padding_config"][place.axis]) == (0, 0, 0) else None
 
 
-def _along(name: str) -> Callable[[Pair, Sequence[Layout]], list[Place] | None]:
+def _along(name: str) -> Callable[[Pair, Sequence[Layout]], Sequence[Place] | None]:
     """The rule of what works along one axis, or some, and keeps them."""
 
-    def rule(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+    def rule(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
         place, axes = meet(operands), pair.params.get(name, len(operands[0].shape) - 1)
         assert isinstance(place, RowAxis) or place is None
         if place is None or place.axis in (axes if isinstance(axes, Sequence) else (axes,)):
@@ -172,20 +178,20 @@ def _along(name: str) -> Callable[[Pair, Sequence[Layout]], list[Place] | None]:
     return rule
 
 
-def _reduce(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _reduce(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     return _without(operands[0].place, pair.params["axes"])
 
 
-def _reduce_by(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _reduce_by(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     arrays, starts = operands[: len(operands) // 2], operands[len(operands) // 2 :]
     place = meet(arrays)
     if not isinstance(place, RowAxis) or any(start.place is not SAME for start in starts):
         return None
     found = _without(place, pair.params["dimensions"])
-    return None if found is None else found * pair.num_results
+    return None if found is None else [*found] * pair.num_results
 
 
-def _window(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _window(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     place, rest = operands[0].place, operands[1:]
     if not isinstance(place, RowAxis) or any(operand.place is not SAME for operand in rest):
         return None
@@ -195,13 +201,13 @@ def _window(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
     return [place] if tuple(pair.params["padding"][place.axis]) == (0, 0) else None
 
 
-def _fft(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _fft(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     place = operands[0].place
     assert isinstance(place, RowAxis)
     return [place] if place.axis < len(operands[0].shape) - len(pair.params["fft_lengths"]) else None
 
 
-def _dot(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _dot(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     contracted, batched = pair.params["dimension_numbers"]
     free = [
         [a for a in range(len(operands[s].shape)) if a not in contracted[s] and a not in batched[s]]
@@ -221,14 +227,18 @@ def _dot(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
     return list(found) if len(found) == 1 and SAME not in (o.place for o in operands) else None
 
 
-def _convolution(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _convolution(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     place, numbers = operands[0].place, pair.params["dimension_numbers"]
-    if not isinstance(place, RowAxis) or operands[1].place is not SAME or pair.params["batch_group_count"] != 1:
+    if (
+        not isinstance(place, RowAxis)
+        or operands[1].place is not SAME
+        or pair.params["batch_group_count"] != 1
+    ):
         return None
     return [RowAxis(numbers.out_spec[0], place.inner)] if place.axis == numbers.lhs_spec[0] else None
 
 
-def _iota(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
+def _iota(pair: Pair, operands: Sequence[Layout]) -> Sequence[Place] | None:
     shape, context_shape = pair.params["shape"], pair.context_params["shape"]
     grown = [i for i, (a, b) in enumerate(zip(shape, context_shape, strict=True)) if a != b]
     if len(grown) != 1 or grown[0] == pair.params["dimension"]:
@@ -236,7 +246,7 @@ def _iota(pair: Pair, operands: Sequence[Layout]) -> list[Place] | None:
     return [RowAxis(grown[0], 1 if shape[grown[0]] == pair.counts.rows else None)]
 
 
-RULES: Mapping[str, Callable[[Pair, Sequence[Layout]], list[Place] | None]] = {
+RULES: Mapping[str, Callable[[Pair, Sequence[Layout]], Sequence[Place] | None]] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(("device_put", "optimization_barrier"), _identity),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along("axis")),
@@ -263,7 +273,8 @@ RULES: Mapping[str, Callable[[Pair, Sequence[Layout]], list[Place] | None]] = {
     "transpose": _transpose,
     "unstack": _unstack,
 }  # fmt: skip
-"""By primitive. A rule is asked when some operand has rows (not for `GROWING`), all are known, and the parameters agree."""
+"""By primitive. A rule is asked when all operands are known, some has rows (if not `GROWING`), and the
+parameters agree."""
 
 GROWING = frozenset({"broadcast_in_dim", "iota", "tile"})
 """Operations that may make rows out of a value that has none."""
