@@ -37,7 +37,7 @@ class Candidate:
 
     replica: device.Replica
     cache_files: tuple[str, ...]
-    """Names of the files of compiled code that it left."""
+    """Names of the files of compiled code that it left when it was compiled first."""
 
 
 class DeviceBench:
@@ -74,6 +74,7 @@ class DeviceBench:
         self._target = target
         self._cache = cache
         self._candidates: dict[tuple[Bucket, Form], Candidate | None] = {}
+        self._files: dict[tuple[Bucket, Form], tuple[str, ...]] = {}  # once a form was compiled, it hits
         self._decided: dict[Bucket, Form] = {}
         with jax.default_device(target):
             self._placed = tuple(jax.device_put(weight, target) for weight in weights)
@@ -117,8 +118,14 @@ class DeviceBench:
         return ""
 
     def decide(self, bucket: Bucket, form: Form) -> None:
-        """Tells what was chosen."""
+        """Tells what was chosen; lets go of the bucket's other forms, whose compiled code stays in the cache."""
         self._decided[bucket] = form
+        losers = [key for key in self._candidates if key[0] == bucket and key[1] != form]
+        for key in losers:
+            del self._candidates[key]
+        self._prepared.keep(
+            {key for found in self._candidates.values() if found for key in found.parted.keys}
+        )
 
     def forget_losers(self, chosen: Mapping[Bucket, Form]) -> None:
         """Removes all compiled code from the cache but that of the chosen forms."""
@@ -147,4 +154,5 @@ class DeviceBench:
         programs = {bucket: device.BucketProgram(exported, tuple(range(len(arrays))))}
         replica = device.Replica(self._target, self._signature, programs, arrays)
         after = {path.name for path in self._cache.iterdir()}
-        return Candidate(parted, data, replica, tuple(sorted(after - before)))
+        files = self._files.setdefault((bucket, form), tuple(sorted(after - before)))
+        return Candidate(parted, data, replica, files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +56,10 @@ class PreparedArrays:
     def make(self, keys: Sequence[str], weights: Sequence[Any]) -> tuple[jax.Array, ...]:
         """The arrays themselves, each computed once; always of the same weights."""
         return tuple(self._make(key, weights) for key in keys)
+
+    def keep(self, keys: Collection[str]) -> None:
+        """Lets go of made arrays but those of `keys`; one that is asked for again is made again."""
+        self._made = {key: array for key, array in self._made.items() if key in keys}
 
     def _make(self, key: str, weights: Sequence[Any]) -> Any:
         if key.startswith("w"):

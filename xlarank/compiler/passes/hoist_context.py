@@ -105,16 +105,20 @@ def _context_trace(traces: Traces, rows: ModelTrace, bucket: Bucket) -> tuple[Mo
         try:
             contexts = traces.at(num_rows)
         except ModelError as error:
-            first = first or f"the model can't be traced at {num_rows} rows: {error}"
+            first = first or f"the model can't be traced at {_rows(num_rows)}: {error}"
             continue
         difference = _difference(rows, contexts)
         if difference is None:
-            said = f"{first}; its context part runs at {num_rows} rows instead" if first else ""
+            said = f"{first}; its context part runs at {_rows(num_rows)} instead" if first else ""
             return contexts, said
         first = (
             first or f"at {num_rows} rows the model does something else than at {bucket.rows}: {difference}"
         )
     return first
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 def _difference(rows: ModelTrace, contexts: ModelTrace) -> str | None:
