@@ -163,12 +163,13 @@ def _requests(spec: ModelSpec) -> list[RankRequest]:
 def _be_the_executable(bundle_folder: Path, cache: str) -> None:
     device.configure(num_devices=1, compile_cache=Path(cache))
     bundle = open_bundle(bundle_folder, verify=False)
-    gatherer = Gatherer(bundle.spec, bundle.tables())
+    gatherer = Gatherer(bundle.spec, bundle.tables(), unused=bundle.manifest.unused_features)
     (entry,) = [entry for entry in bundle.manifest.programs if entry.bucket == BUCKET]
-    programs = {BUCKET: device.deserialize_program(bundle.program(entry))}
-    replica = device.Replica(
-        device.devices(1)[0], gatherer.signature, programs, list(bundle.params().values())
-    )
+    program = device.BucketProgram(device.deserialize_program(bundle.program(entry)), entry.prepared)
+    data, target = bundle.prepare(), device.devices(1)[0]
+    prepare = None if data is None else device.deserialize_program(data)
+    prepared = device.prepare_weights(target, prepare, list(bundle.params().values()))
+    replica = device.Replica(target, gatherer.signature, {BUCKET: program}, prepared)
     leaves = device.BatchBuffers(gatherer.signature, bundle.manifest.ladder).leaves(BUCKET)
     request = _requests(bundle.spec)[0]
     gatherer.gather([Segment(gatherer.bind(request), 0, NUM_CANDIDATES)], BUCKET, leaves)

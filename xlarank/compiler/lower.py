@@ -30,7 +30,7 @@ def lower_row_program(parted: Parted, spec: ModelSpec, signature: Signature) -> 
       readable by jax versions of the next six months. It runs on CPU and CUDA where the model's operations
       exist on both, else on the platform it was made on.
     """
-    avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in parted.row.in_avals]
+    avals = _shapes(parted.row)
     num_prepared, num_context = len(parted.keys), len(signature.context_leaves)
 
     def program(prepared, context, candidates, request_of_row):
@@ -44,8 +44,13 @@ def lower_row_program(parted: Parted, spec: ModelSpec, signature: Signature) -> 
 
 def lower_prepare(prepare: ClosedJaxpr) -> bytes:
     """Exports the program ``prepare(*params) -> prepared arrays``, in the same container."""
-    avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in prepare.in_avals]
-    return _export(lambda *params: tuple(run_equations(prepare, params)), tuple(avals))
+    return _export(lambda *params: tuple(run_equations(prepare, params)), tuple(_shapes(prepare)))
+
+
+def _shapes(closed: ClosedJaxpr) -> list[jax.ShapeDtypeStruct]:
+    """Of a program's inputs."""
+    inputs: list[Any] = closed.in_avals
+    return [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in inputs]
 
 
 def _export(function: Any, arguments: tuple[Any, ...]) -> bytes:

@@ -287,9 +287,8 @@ def plain_program(traces: Traces, signature: Signature, bucket: Bucket) -> Progr
 
     def run(inputs: ProgramInputs) -> list[Any]:
         arrays = list(inputs.weights)
-        for name, scope, aval in zip(
-            traced.activations, traced.scopes, traced.closed.in_avals[traced.num_weights :], strict=True
-        ):
+        avals: list[Any] = traced.closed.in_avals[traced.num_weights :]
+        for name, scope, aval in zip(traced.activations, traced.scopes, avals, strict=True):
             if name not in inputs.activations:  # nobody reads it
                 arrays.append(jnp.zeros(aval.shape, aval.dtype))
             elif scope is Scope.CONTEXT:
