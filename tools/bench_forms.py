@@ -37,14 +37,17 @@ from xlarank.compiler.program import Traces, plain_program
 from xlarank.compiler.split import split_module
 from xlarank.host import Gatherer
 from xlarank.models import DLRM, DLRMConfig, MMoE, MMoEConfig, TargetAttention
+from xlarank.models.dlrm import Interaction
 from xlarank.spec import (
     Bucket,
     BucketLadder,
     ErrorBudget,
+    FeatureKind,
     FeatureSpec,
     ModelSpec,
     Precision,
     PrecisionPolicy,
+    Scope,
     Signature,
     TableSpec,
     TaskSpec,
@@ -60,8 +63,8 @@ def mmoe() -> tuple[nnx.Module, ModelSpec]:
     spec = ModelSpec(
         name="mmoe",
         features=(
-            FeatureSpec(name="user", kind="dense", scope="context", width=635),  # type: ignore[arg-type]
-            FeatureSpec(name="item", kind="dense", scope="candidate", width=389),  # type: ignore[arg-type]
+            FeatureSpec(name="user", kind=FeatureKind.DENSE, scope=Scope.CONTEXT, width=635),
+            FeatureSpec(name="item", kind=FeatureKind.DENSE, scope=Scope.CANDIDATE, width=389),
         ),
         tasks=tuple(TaskSpec(name=name) for name in ("click", "like", "share")),
     )
@@ -76,13 +79,13 @@ def dlrm() -> tuple[nnx.Module, ModelSpec]:
     spec = ModelSpec(
         name="dlrm",
         features=(
-            FeatureSpec(name="user_counters", kind="dense", scope="context", width=7),  # type: ignore[arg-type]
-            FeatureSpec(name="item_counters", kind="dense", scope="candidate", width=6),  # type: ignore[arg-type]
+            FeatureSpec(name="user_counters", kind=FeatureKind.DENSE, scope=Scope.CONTEXT, width=7),
+            FeatureSpec(name="item_counters", kind=FeatureKind.DENSE, scope=Scope.CANDIDATE, width=6),
             *(
                 FeatureSpec(
                     name=name,
-                    kind="id",  # type: ignore[arg-type]
-                    scope="context" if i < 13 else "candidate",  # type: ignore[arg-type]
+                    kind=FeatureKind.ID,
+                    scope=Scope.CONTEXT if i < 13 else "candidate",
                     table=name,
                 )
                 for i, name in enumerate(ids)
@@ -94,7 +97,7 @@ def dlrm() -> tuple[nnx.Module, ModelSpec]:
     config = DLRMConfig(
         bottom_hidden=(512, 256),
         top_hidden=(1024, 1024, 512, 256),
-        interaction="cross",  # type: ignore[arg-type]
+        interaction=Interaction.CROSS,
         num_cross_layers=3,
         cross_rank=512,
     )
@@ -118,12 +121,12 @@ def attention() -> tuple[nnx.Module, ModelSpec]:
         features=(
             FeatureSpec(
                 name="history",
-                kind="sequence",
-                scope="context",
+                kind=FeatureKind.SEQUENCE,
+                scope=Scope.CONTEXT,
                 table="items",
-                max_length=100,  # type: ignore[arg-type]
+                max_length=100,
             ),
-            FeatureSpec(name="item", kind="id", scope="candidate", table="items"),  # type: ignore[arg-type]
+            FeatureSpec(name="item", kind=FeatureKind.ID, scope=Scope.CANDIDATE, table="items"),
         ),
         tables=(TableSpec(name="items", rows=1000, dim=64),),
         tasks=(TaskSpec(name="click"),),
