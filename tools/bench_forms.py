@@ -85,7 +85,7 @@ def dlrm() -> tuple[nnx.Module, ModelSpec]:
                 FeatureSpec(
                     name=name,
                     kind=FeatureKind.ID,
-                    scope=Scope.CONTEXT if i < 13 else "candidate",
+                    scope=Scope.CONTEXT if i < 13 else Scope.CANDIDATE,
                     table=name,
                 )
                 for i, name in enumerate(ids)
