@@ -29,6 +29,7 @@ class FakeBench:
         self.sizes = new_bytes or {}
         self.now = 0.0
         self.compiled = []
+        self.released = []
         self.decided = {}
 
     def clock(self):
@@ -50,6 +51,9 @@ class FakeBench:
 
     def refusal(self, bucket, form):
         return "its scores are off" if form in self.refused else ""
+
+    def release(self, bucket, kept):
+        self.released.append((bucket, kept))
 
     def decide(self, bucket, form):
         self.decided[bucket] = form
@@ -175,15 +179,33 @@ def test_when_the_time_is_up_the_rest_take_the_form_of_the_nearest_bucket_of_the
         return 1.0 if form == PLAIN else 2.0
 
     bench = FakeBench(time_of, compile_seconds=1.0)
-    choices = {choice.bucket: choice for choice in run(bench, seconds=20.0)}
+    choices = {choice.bucket: choice for choice in run(bench, seconds=7.0)}
     tuned = {bucket for bucket, choice in choices.items() if choice.trials}
     # The largest and the smallest of a sort come before what lies between.
     assert {Bucket(512, 1), Bucket(512, 512), Bucket(8, 1)} <= tuned < set(LADDER)
     for bucket, choice in choices.items():
-        assert choice.form == (HOISTED_WIDE if bucket.requests == 1 else PLAIN)
+        assert choice.form == (HOISTED if bucket.requests == 1 else PLAIN)
         if bucket not in tuned:
             assert choice.reason.startswith("as bucket ")
-    assert bench.now <= 20.0 + 6.0  # one last search may be under way; then one compile a bucket that is left
+    assert bench.now <= 7.0 + 1.0 + len(set(LADDER) - tuned)  # then one compile a bucket that is left
+
+
+def test_every_bucket_gets_its_structure_before_any_gets_more():
+    bench = FakeBench(lambda *_: 1.0, compile_seconds=1.0)
+    run(bench, seconds=2.0 * len(LADDER))
+    assert set(bench.compiled) == {(bucket, form) for bucket in LADDER for form in (PLAIN, HOISTED)}
+    assert {bucket for bucket, _ in bench.released} == set(LADDER), "losers hold no memory"
+
+
+def test_of_a_precision_asked_for_a_form_that_holds_goes_before_a_faster_one_that_does_not():
+    fast, held = (Form(h, precision=Precision.INT8) for h in (True, False))
+    bench = FakeBench(
+        lambda _, form: {fast: 1.0, held: 2.0}.get(form, 1.5),
+        forms=[PLAIN, HOISTED, fast, held],
+        refused=[fast],
+    )
+    (choice,) = run(bench, precisions=[Precision.INT8], named=True, buckets=[Bucket(64, 1)])
+    assert choice.form == held
 
 
 def test_no_time_at_all_takes_the_hoisted_form_where_it_applies_untried():

@@ -131,9 +131,38 @@ def adds_rows(params, features):
     return {"like": total.sum(axis=1)}
 
 
+def counts_rows(params, features):
+    return {"like": apply(params, features)["like"] * (2.0 if features["item"].shape[0] < 8 else 1.0)}
+
+
+def turns_rows(params, features):
+    return {"like": apply(params, features)["like"][::-1]}
+
+
+def means_contexts(params, features):
+    mean = features["user"].mean(axis=0).sum()
+    return {"like": apply(params, features)["like"] + mean}
+
+
+def prints_in_a_loop(params, features):
+    def step(total, x):
+        jax.debug.print("{}", x)
+        return total + x, None
+
+    total, _ = jax.lax.scan(step, apply(params, features)["like"], jnp.ones(3))
+    return {"like": total}
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (counts_rows, r"task 'like': a row's score depends on the number of rows: called with 1, the model"),
+        (
+            turns_rows,
+            r"a row's score depends on other rows.*rev at .*test_inputs\.py:\d+ .*, which moves rows",
+        ),
+        (means_contexts, r"context \d.* What crosses rows: reduce_sum .* at .*test_inputs\.py:\d+"),
+        (prints_in_a_loop, r"calls back to the host: debug_\w+ at .*test_inputs\.py:\d+"),
         (
             Dropping(rngs=nnx.Rngs(0, dropout=1)),
             r"draws random numbers when it scores: random_\w+ at .*test_inputs",
@@ -161,6 +190,44 @@ def test_what_can_t_be_served_is_refused_with_operation_line_and_remedy(tmp_path
     refuse(
         tmp_path, model, ModelError, message, params=None if isinstance(model, nnx.Module) else make_params()
     )
+
+
+class Halves(nnx.Module):
+    """Computes in bfloat16 of its own accord."""
+
+    def __init__(self, *, rngs):
+        self.first = nnx.Linear(7, 16, dtype=jnp.bfloat16, rngs=rngs)
+        self.norm = nnx.LayerNorm(16, dtype=jnp.bfloat16, rngs=rngs)
+        self.last = nnx.Linear(16, 1, dtype=jnp.bfloat16, rngs=rngs)
+
+    def __call__(self, features):
+        x = jnp.concatenate([features["user"], features["item"]], axis=1)
+        logits = self.last(self.norm(nnx.gelu(self.first(x))))
+        return {"like": logits[:, 0].astype(jnp.float32)}
+
+
+KEY = jax.random.key(3)
+
+
+def projects_at_random(params, features):
+    """A fixed projection, drawn with a key that the function closes over."""
+    kernel = jax.random.normal(KEY, (7, 16))
+    x = jnp.concatenate([features["user"], features["item"]], axis=1)
+    return {"like": (jax.nn.relu(x @ kernel) @ params["out"]["kernel"])[:, 0]}
+
+
+@pytest.mark.parametrize("model", [Halves(rngs=nnx.Rngs(0)), projects_at_random], ids=["bfloat16", "key"])
+def test_models_of_their_own_precision_or_with_fixed_keys_score_as_their_author_calls_them(tmp_path, model):
+    params = make_params()
+    is_module = isinstance(model, nnx.Module)
+    arguments = {} if is_module else {"params": params}
+    path = build_bundle(model, SPEC, {}, out=tmp_path, buckets=(4, 16), tune_seconds=1.0, **arguments)
+    with Engine.load(path) as engine:
+        for request in random_requests(SPEC, 3, num_candidates=9, seed=5):
+            repeated = [np.repeat(c, 9, axis=0) if len(c) == 1 else c for c in request.columns]
+            features = dict(zip(("user", "item", "age"), map(jnp.asarray, repeated), strict=True))
+            logits = (model(features) if is_module else model(params, features))["like"]
+            np.testing.assert_allclose(engine.score(request)["like"], jax.nn.sigmoid(logits), atol=1e-5)
 
 
 def test_labels_are_one_a_golden_row_of_a_task_that_there_is(tmp_path):
@@ -234,7 +301,8 @@ def test_scores_that_leave_the_budget_are_refused_by_task_bucket_form_and_error(
     options = options_of(Precision.INT8, error=1e-6, keep_failed=keep)
     message = (
         r"task 'like', bucket \d+x\d+ .*, form '.*int8', 99th percentile over all golden rows: scores differ "
-        r"from the reference by \S+, expected 1e-06 or less; kept for study in .*failed/pair/1"
+        r"from the reference by \S+, expected 1e-06 or less; raise max_score_error, .*; "
+        r"kept for study in .*failed/pair/1"
     )
     with pytest.raises(VerifyError, match=message):
         build(

@@ -117,3 +117,13 @@ def test_weights_that_leave_the_budget_in_a_reused_form_are_not_served_with_it(t
     with pytest.raises(VerifyError, match=r"task '\w+', bucket \d+x\d+ .*, form '.*int8', .*99th percentile"):
         built(tmp_path, module=coarse, options=options, golden=requests, labels=labels)
     assert not (tmp_path / "shop" / "2").exists()
+
+
+def test_labels_that_come_or_go_decide_anew_what_may_be_lowered(tmp_path):
+    requests = random_requests(shop.SPEC)
+    rows = sum(request.num_candidates for request in requests)
+    labels = {"click": (np.arange(rows) % 2).astype(np.float32)}
+    assert built(tmp_path, golden=requests).reused is None
+    assert built(tmp_path, golden=requests, labels=labels).reused is None
+    assert built(tmp_path, golden=requests, labels=labels).reused == 2
+    assert built(tmp_path, golden=requests).reused == 1

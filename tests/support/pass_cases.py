@@ -16,13 +16,30 @@ import numpy as np
 import shop
 from flax import nnx
 
-from xlarank.compiler.program import Program, Traces, run_equations
-from xlarank.compiler.split import DenseModel, split_module
+from xlarank.compiler.passes import Hoisted, hoist_context
+from xlarank.compiler.program import Program, Traces, plain_program, run_equations
+from xlarank.compiler.split import DenseModel, split_function, split_module
 from xlarank.models import build_model
 from xlarank.spec import Bucket, FeatureKind, ModelSpec, Scope, Signature, TaskKind
 from xlarank.spec.config import load_config
 
-__all__ = ["FOREIGN", "HALF_PRECISION", "MODELS", "ZOO", "Batch", "Case", "case_of", "compiled", "run_all"]
+__all__ = [
+    "FOREIGN",
+    "HALF_PRECISION",
+    "MODELS",
+    "ZOO",
+    "Batch",
+    "Case",
+    "case_from",
+    "case_of",
+    "check_hoisted",
+    "compiled",
+    "hoisted_of",
+    "operations",
+    "plain_of",
+    "run_all",
+    "shape_of",
+]
 
 _ROOT = Path(__file__).parents[2]
 
@@ -108,7 +125,7 @@ class Case:
         repeated = [batch.repeated() for batch in batches]
         names = repeated[0]
         rows = {name: jnp.asarray(np.concatenate([r[name] for r in repeated])) for name in names}
-        with jax.default_matmul_precision("highest"):
+        with jax.disable_jit(), jax.default_matmul_precision("highest"):
             logits = self.model.reference(rows)
         ends = np.cumsum([batch.bucket.rows for batch in batches])[:-1]
         columns = []
@@ -156,3 +173,40 @@ def run_all(
         return [run_equations(p.closed, i) for (p, _), i in zip(programs, inputs, strict=True)]
 
     return [[np.asarray(score) for score in scores] for scores in compiled(run, *inputs)]
+
+
+def case_from(function: Callable[..., Any], params: Any, spec: ModelSpec | None = None) -> Case:
+    """A model written in a test: ``apply(params, features)``."""
+    return Case("ours", spec or foreign.spec_of(), split_function(function, params))
+
+
+def plain_of(case: Case, rows: int = 8, requests: int = 2) -> Program:
+    """The plain program of a bucket."""
+    return plain_program(case.traces, case.signature, Bucket(rows, requests))
+
+
+def hoisted_of(case: Case, rows: int = 8, requests: int = 2, **options: Any) -> Hoisted:
+    """What `hoist_context` makes of a bucket."""
+    return hoist_context(case.traces, case.signature, Bucket(rows, requests), **options)
+
+
+def check_hoisted(case: Case, buckets: Sequence[tuple[int, int]], **options: Any) -> list[Hoisted]:
+    """Hoists the context; the scores must be the author's."""
+    batches = [case.batch(*bucket) for bucket in buckets]
+    found = [hoisted_of(case, *bucket, **options) for bucket in buckets]
+    programs = [f.program for f in found if f.program is not None]
+    assert len(programs) == len(buckets)
+    scores = run_all(case, list(zip(programs, batches, strict=True)))
+    for ours, theirs, bucket in zip(scores, case.answers(batches), buckets, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=5e-6, err_msg=str(bucket))
+    return found
+
+
+def operations(program: Program, name: str = "dot_general") -> list[Any]:
+    """Equations of a program that do one operation."""
+    return [e for e in program.closed.jaxpr.eqns if e.primitive.name == name]
+
+
+def shape_of(atom: Any) -> tuple[int, ...]:
+    """Of a variable or literal of a program."""
+    return tuple(atom.aval.shape)

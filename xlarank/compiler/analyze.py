@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from xlarank.compiler.program import Program, Traces, plain_program
+from xlarank.compiler.program import Program, Traces, plain_program, weight_side
 from xlarank.compiler.split import DenseModel
 from xlarank.compiler.tracing import source_of
 from xlarank.spec import Bucket, ModelSpec, RankRequest, Scope, Signature
@@ -64,7 +64,7 @@ class MatmulCost:
     """Multiplications and additions a batch."""
 
     weight_bytes: int
-    """Bytes of the right-hand sides."""
+    """Bytes of the operands that are weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,8 @@ def matmuls_of(program: Program) -> tuple[MatmulCost, ...]:
         rates |= dict.fromkeys(equation.outvars, Rate.ROW if is_repeated else rate)
         if equation.primitive.name == "dot_general":
             groups[source_of(equation), rate].append(equation)
-    return tuple(_matmul(source, rate, found) for (source, rate), found in groups.items())
+    weights = program.weight_vars()
+    return tuple(_matmul(source, rate, found, weights) for (source, rate), found in groups.items())
 
 
 def _repeats(equation: core.JaxprEqn, bucket: Bucket) -> bool:
@@ -192,14 +193,17 @@ def _layers(model: DenseModel) -> tuple[LayerCost, ...]:
     )
 
 
-def _matmul(source: str, rate: Rate, equations: list[core.JaxprEqn]) -> MatmulCost:
+def _matmul(source: str, rate: Rate, equations: list[core.JaxprEqn], weights: set[core.Var]) -> MatmulCost:
     flops, weight_bytes = 0.0, 0
     for equation in equations:
         left, right = _avals(equation.invars)
         (contracted, _), _ = equation.params["dimension_numbers"]
         inner = math.prod(left.shape[axis] for axis in contracted)
         flops += 2.0 * inner * math.prod(_avals(equation.outvars)[0].shape)
-        weight_bytes += math.prod(right.shape) * right.dtype.itemsize
+        side = weight_side(equation, weights)
+        if side is not None:
+            weight = (left, right)[side]
+            weight_bytes += math.prod(weight.shape) * weight.dtype.itemsize
     left, right = _avals(equations[0].invars)
     dtype = "" if left.dtype == np.float32 else f" {left.dtype}"
     shapes = f"{list(left.shape)} @ {list(right.shape)}{dtype}"

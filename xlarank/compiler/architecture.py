@@ -9,17 +9,15 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-
-import numpy as np
 
 from xlarank import device
 from xlarank.bundle import Bundle, open_bundle, versions_in
 from xlarank.compiler.options import BuildOptions
 from xlarank.compiler.program import Traces
 from xlarank.compiler.result import Tuning
-from xlarank.compiler.tracing import structural_text
+from xlarank.compiler.tracing import constant_bytes, structural_text
 from xlarank.errors import BundleError
 from xlarank.spec import Bucket, LatencyProfile, ModelSpec, Signature
 
@@ -54,12 +52,14 @@ class Reusable:
             shutil.copyfile(file, folder / file.name)
 
 
-def architecture_of(traces: Traces, signature: Signature, options: BuildOptions) -> str:
+def architecture_of(
+    traces: Traces, signature: Signature, options: BuildOptions, labelled: Collection[str]
+) -> str:
     """Digest of all that programs and forms depend on; weights, tables and fitted statistics don't count.
 
     That is: the model's operations at a few row counts with the constants in them, the
     shapes and dtypes of its weights, the layout of its leaves, the ladder, the precision asked for, this
-    machine's fingerprint and the compiler's own source.
+    machine's fingerprint, the tasks with labels, and the source of compiler, device and spec.
     """
     traffic = options.traffic
     largest = max(options.bucket_rows) if traffic is None else min(traffic.sizes.largest, traffic.max_rows)
@@ -68,14 +68,18 @@ def architecture_of(traces: Traces, signature: Signature, options: BuildOptions)
         closed = traces.at(num_rows).closed
         digest.update(structural_text(closed.jaxpr).encode())
         for const in closed.consts:
-            digest.update(np.asarray(const).tobytes())
+            digest.update(constant_bytes(const))
     facts = {
         "leaves": [repr(leaf) for leaf in signature.leaves],
+        "features": [
+            (f.name, f.scope.value, repr(signature.slots.get(f.name))) for f in traces.spec.features
+        ],
+        "labelled": sorted(labelled),
         "tasks": [(task.name, task.kind.value) for task in traces.spec.tasks],
         "ladder": repr(traffic) if traffic is not None else sorted(set(options.bucket_rows)),
         "policy": repr(options.policy),
         "fingerprint": device.fingerprint(),
-        "compiler": _own_source(),
+        "source": _own_source(),
     }
     digest.update(json.dumps(facts, sort_keys=True).encode())
     return digest.hexdigest()
@@ -131,9 +135,10 @@ def _reusable(bundle: Bundle) -> Reusable:
 
 @functools.cache
 def _own_source() -> str:
-    """Digest of the compiler's files: another compiler may choose other forms."""
-    folder = Path(__file__).parent
+    """Digest of the files that make, lay out and run programs: others may choose other forms."""
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    for folder in ("compiler", "device", "spec"):
+        for file in sorted((package / folder).rglob("*.py")):
+            digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

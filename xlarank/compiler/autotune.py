@@ -3,7 +3,7 @@
 Pure but for the bench that it is given, which compiles, times and judges: the same timings give the same
 choices.
 
-A bucket is searched in stages, each against the best so far: structure (plain or hoisted), then merged forms
+Buckets are searched in stages, each against the best so far: structure (plain or hoisted), then merged forms
 of the faster one, then lower precisions; the finalists run once more, in turns. Buckets that tell most come
 first: the largest and the smallest of each sort (one request, some, a request a row). When the time is up the
 rest take the form of the nearest bucket of their sort. Time that is left goes to the combinations not tried
@@ -12,6 +12,7 @@ yet.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -105,6 +106,10 @@ class Bench(Protocol):
         """Why the form's scores may not be served, in words; empty if they may."""
         ...
 
+    def release(self, bucket: Bucket, kept: Form) -> None:
+        """Lets go of what a bucket's forms hold but for one; they may be asked for again."""
+        ...
+
     def decide(self, bucket: Bucket, form: Form) -> None:
         """Tells what was chosen."""
         ...
@@ -161,12 +166,21 @@ def tune(
       One choice a bucket, in the order of `buckets`.
     """
     search = _Search(bench, precisions, is_precision_named, clock, clock() + seconds, seconds > 0)
+    order = _most_telling_first(buckets)
+    for name, stage in (
+        ("structure", search.try_structures),
+        ("merging", search.try_merged),
+        ("precision", search.try_lowered),
+    ):
+        for number, bucket in enumerate(order):
+            on_progress(f"{name} of {bucket}", number, len(buckets))
+            stage(bucket)
     choices: dict[Bucket, Choice] = {}
-    for number, bucket in enumerate(_most_telling_first(buckets)):
-        on_progress(str(bucket), number, len(buckets))
-        choices[bucket] = search.bucket(bucket, choices)
+    for number, bucket in enumerate(order):
+        on_progress(f"choice of {bucket}", number, len(buckets))
+        choices[bucket] = search.choice(bucket, choices)
         bench.decide(bucket, choices[bucket].form)
-    for bucket in _most_telling_first(buckets):
+    for bucket in order:
         if search.has_time and choices[bucket].trials:
             on_progress(f"{bucket}, other combinations", len(buckets), len(buckets))
             choices[bucket] = search.others(choices[bucket])
@@ -244,22 +258,39 @@ class _Search:
         self._clock = clock
         self._deadline = deadline
         self._is_tuning = is_tuning
+        self._samples: dict[Bucket, dict[Form, list[float]]] = collections.defaultdict(dict)
 
     @property
     def has_time(self) -> bool:
         """Whether another form may be tried."""
         return self._clock() < self._deadline
 
-    def bucket(self, bucket: Bucket, decided: Mapping[Bucket, Choice]) -> Choice:
-        """The choice for a bucket."""
-        if not self.has_time:
-            return self._untuned(bucket, decided)
-        samples: dict[Form, list[float]] = {}
-        self._try(bucket, [PLAIN, _HOISTED], samples)
-        best = self._best(bucket, samples)
-        self._try(bucket, [dataclasses.replace(best, fusion=fusion) for fusion in _MERGED], samples)
-        self._try_lowered(bucket, samples)
-        return self._finish(bucket, samples)
+    def try_structures(self, bucket: Bucket) -> None:
+        """Plain and hoisted: what hoisting wins is the most that there is to win."""
+        if self.has_time:
+            self._stage(bucket, [PLAIN, _HOISTED])
+
+    def try_merged(self, bucket: Bucket) -> None:
+        """Merged forms of the faster structure."""
+        if self._samples[bucket]:
+            best = self._best(self._samples[bucket])
+            self._stage(bucket, [dataclasses.replace(best, fusion=fusion) for fusion in _MERGED])
+
+    def try_lowered(self, bucket: Bucket) -> None:
+        """Lower precisions of the two fastest structures."""
+        if self._samples[bucket]:
+            self._try_lowered(bucket, self._samples[bucket])
+            self._bench.release(bucket, self._best(self._samples[bucket]))
+
+    def choice(self, bucket: Bucket, decided: Mapping[Bucket, Choice]) -> Choice:
+        """The choice for a bucket, from what was tried in it or from its nearest neighbour."""
+        samples = self._samples[bucket]
+        return self._finish(bucket, samples) if samples else self._untuned(bucket, decided)
+
+    def _stage(self, bucket: Bucket, forms: Sequence[Form]) -> None:
+        self._try(bucket, forms, self._samples[bucket])
+        if self._samples[bucket]:
+            self._bench.release(bucket, self._best(self._samples[bucket]))
 
     def others(self, choice: Choice) -> Choice:
         """The choice again, after the combinations of structure and merging not tried yet."""
@@ -280,7 +311,7 @@ class _Search:
 
     def _try(self, bucket: Bucket, forms: Sequence[Form], samples: dict[Form, list[float]]) -> None:
         """Times forms in turns with the best so far, as long as there is time to compile them."""
-        known = [self._best(bucket, samples)] if samples else []
+        known = [self._best(samples)] if samples else []
         new = [form for form in forms if form not in samples]
         # The first two are compiled whatever the time: without them nothing could be compared.
         new = [form for form in new if (self.has_time or not samples) and self._bench.has(bucket, form)]
@@ -294,13 +325,15 @@ class _Search:
         for precision in self._precisions:
             lowered = [dataclasses.replace(form, precision=precision) for form in fastest]
             if self._is_named and not any(form.precision is precision for form in samples):
-                lowered = [form for form in lowered[:1] if self._bench.has(bucket, form)]
-                if lowered:
-                    samples |= self._bench.times(bucket, [fastest[0], *lowered])
+                # Asked for, so tried whatever the time.
+                found = [form for form in lowered if self._bench.has(bucket, form)]
+                if found:
+                    samples |= self._bench.times(bucket, [fastest[0], *found])
             else:
                 self._try(bucket, lowered, samples)
 
-    def _best(self, bucket: Bucket, samples: Mapping[Form, Sequence[float]]) -> Form:
+    @staticmethod
+    def _best(samples: Mapping[Form, Sequence[float]]) -> Form:
         eligible = {f: s for f, s in samples.items() if f.precision is Precision.FLOAT32} or samples
         return min(eligible, key=lambda form: (statistics.median(eligible[form]), form.complexity))
 
@@ -359,8 +392,6 @@ class _Search:
         samples: dict[Form, list[float]],
     ) -> Form:
         for form in ranked:
-            if self._is_named and form.precision is not Precision.FLOAT32:
-                return form  # asked for: verify has the last word
             refusals[form] = self._bench.refusal(bucket, form)
             if not refusals[form]:
                 return form
@@ -370,7 +401,8 @@ class _Search:
                 if not refusals[whole]:
                     samples |= self._bench.times(bucket, [whole])
                     return whole
-        return PLAIN
+        # A precision that was asked for and holds in no form: verify has the last word.
+        return ranked[0] if self._is_named else PLAIN
 
     def _untuned(self, bucket: Bucket, decided: Mapping[Bucket, Choice]) -> Choice:
         """The nearest bucket's form, or the hoisted one, as far as it applies and may be served."""

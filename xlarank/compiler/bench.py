@@ -101,7 +101,12 @@ class DeviceBench:
 
     def new_bytes(self, bucket: Bucket, form: Form) -> int:
         """Bytes of prepared arrays that no bucket decided so far has."""
-        known = {key for b, f in self._decided.items() for key in self.candidate(b, f).parted.keys}
+        known = {
+            key
+            for other, chosen in self._decided.items()
+            if other != bucket
+            for key in self.candidate(other, chosen).parted.keys
+        }
         return self._prepared.num_bytes(
             [k for k in self.candidate(bucket, form).parted.keys if k not in known]
         )
@@ -118,9 +123,13 @@ class DeviceBench:
         return ""
 
     def decide(self, bucket: Bucket, form: Form) -> None:
-        """Tells what was chosen; lets go of the bucket's other forms, whose compiled code stays in the cache."""
+        """Tells what was chosen."""
         self._decided[bucket] = form
-        losers = [key for key in self._candidates if key[0] == bucket and key[1] != form]
+        self.release(bucket, form)
+
+    def release(self, bucket: Bucket, kept: Form) -> None:
+        """Lets go of a bucket's executables and arrays but for one form; their code stays in the cache."""
+        losers = [key for key in self._candidates if key[0] == bucket and key[1] != kept]
         for key in losers:
             del self._candidates[key]
         self._prepared.keep(

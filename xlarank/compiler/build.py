@@ -21,6 +21,7 @@ from xlarank.errors import ConfigError
 from xlarank.host import check_tables
 from xlarank.spec import (
     DEFAULT_ROWS,
+    ErrorBudget,
     ModelSpec,
     PrecisionPolicy,
     RankRequest,
@@ -41,6 +42,8 @@ def build_bundle(
     golden: Sequence[RankRequest] | None = None,
     labels: Mapping[str, np.ndarray] | None = None,
     precision: str = "auto",
+    max_score_error: float = 2e-3,
+    max_auc_loss: float = 5e-4,
     tune_seconds: float = 30.0,
 ) -> Path:
     """Compiles a model for every bucket, proves it and publishes a bundle.
@@ -60,6 +63,9 @@ def build_bundle(
       precision: "float32", "bfloat16", "float16", "int8", or "auto": the fastest that keeps to the budget of
         `xlarank.spec.ErrorBudget`; without labels of every binary task its AUC loss can't be known, and
         "auto" is float32.
+      max_score_error: of a lower precision: 99th percentile over golden rows of the difference from the
+        reference score.
+      max_auc_loss: of a lower precision, on labelled golden rows.
       tune_seconds: most time to spend on trying forms.
 
     Returns:
@@ -76,7 +82,7 @@ def build_bundle(
     options = BuildOptions(
         version=version,
         bucket_rows=rows,
-        policy=PrecisionPolicy.named(precision),
+        policy=PrecisionPolicy.named(precision, ErrorBudget(max_score_error, max_auc_loss)),
         tune_seconds=tune_seconds,
     )
     return build(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
@@ -35,7 +36,7 @@ from xlarank.compiler.lower import lower_prepare
 from xlarank.compiler.options import BuildOptions
 from xlarank.compiler.prepare import PreparedArrays
 from xlarank.compiler.program import Traces, plain_program
-from xlarank.compiler.reference import reference_scores
+from xlarank.compiler.reference import check_row_counts, reference_scores
 from xlarank.compiler.report import render_report
 from xlarank.compiler.result import BucketResult, BuildResult, PassNotes, Tuning
 from xlarank.compiler.split import DenseModel
@@ -102,7 +103,7 @@ class Builder:
         analysis = analyze(self.traces, self.signature, self.requests)
         self.on_progress("reference scores", 0, 1)
         self.scores = reference_scores(self.model.reference, spec, self.tables, self.requests)
-        self.architecture = architecture_of(self.traces, self.signature, options)
+        self.architecture = architecture_of(self.traces, self.signature, options, self._labelled())
         reusable = find_reusable(out, spec, self.architecture, options) if options.reuse else None
         built: _Built | None = None
         failure: VerifyError | None = None
@@ -121,6 +122,10 @@ class Builder:
                 path = self._publish(failed, built, analysis, note, refusal=str(failure)).path
             raise VerifyError(f"{failure}; kept for study in {path}") from failure
         return self._publish(writer, built, analysis, note)
+
+    def _labelled(self) -> list[str]:
+        """Tasks with labels of both classes: without them "auto" lowers nothing."""
+        return [task for task, values in self.labels.items() if np.nanmin(values) < np.nanmax(values)]
 
     def _take_ladder(self, ladder: BucketLadder) -> None:
         """Makes buffers and golden batches for the buckets of a ladder."""
@@ -285,24 +290,37 @@ class Builder:
         return _Built(prepare, programs, num_prepared, tuning, tuple(results)), failure
 
     def _check_model(self, bench: DeviceBench) -> None:
-        """Refuses a model whose rows touch, before any pass may hide it."""
+        """Refuses a model whose rows touch or are counted, before any pass may hide it."""
         whole = [
             bucket for bucket in self.ladder.buckets if bucket.requests == bucket.rows and bucket.rows > 1
         ]
         bucket = (whole or list(self.ladder.buckets))[0]
         replica = bench.candidate(bucket, PLAIN).replica
-        verify_bucket(
-            self.signature,
-            bucket,
-            replica,
-            lambda: plain_program(self.traces, self.signature, bucket),
-            self.model.params,
-            self.golden,
-            self.probes,
-            self.buffers,
-            form=str(PLAIN),
-            precision=Precision(self.activations),
+        counts_rows = functools.partial(
+            check_row_counts,
+            self.traces,
+            self.tables,
+            self.requests[0],
+            {task: parts[0] for task, parts in self.scores.items()},
+            self.options.policy.tolerance,
         )
+        try:
+            verify_bucket(
+                self.signature,
+                bucket,
+                replica,
+                lambda: plain_program(self.traces, self.signature, bucket),
+                self.model.params,
+                self.golden,
+                self.probes,
+                self.buffers,
+                form=str(PLAIN),
+                precision=Precision(self.activations),
+            )
+        except VerifyError:
+            counts_rows()  # the reason, if it is one
+            raise
+        counts_rows()
 
     def _precisions(self, limits: MachineLimits) -> tuple[list[Precision], str]:
         """Lower precisions that may be chosen, and what to say of it."""

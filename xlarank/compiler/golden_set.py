@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from xlarank.device import GoldenReplay, Replica, ScoreError, check_errors, score_errors
+from xlarank.errors import VerifyError
 from xlarank.spec import Bucket, ModelSpec, Precision, PrecisionPolicy, TaskKind
 from xlarank.spec.metrics import auc
 
@@ -99,10 +100,13 @@ class GoldenSet:
         # A 99th percentile says nothing of a score that isn't finite.
         errors |= {task: math.inf for task, error in judgement.errors.items() if math.isinf(error.max)}
         limits = dict.fromkeys(errors, budget.max_score_error)
-        check_errors(self.spec, what, errors, limits, f"99th percentile {where}")
+        remedy = "; raise max_score_error, or ask for another precision"
+        check_errors(self.spec, what, errors, limits, f"99th percentile {where}", remedy)
         losses = {task.name: judgement.auc_loss.get(task.name, 0.0) for task in self.spec.tasks}
         limits = dict.fromkeys(losses, budget.max_auc_loss)
-        check_errors(self.spec, what, losses, limits, f"AUC {where}")
+        check_errors(self.spec, what, losses, limits, f"AUC {where}", "; raise max_auc_loss")
+        if self.policy.precision is None and self.unlabelled:
+            raise VerifyError(f"{what}: no labels show the AUC loss of {', '.join(self.unlabelled)}")
 
     def _auc(self, task: str, scores: np.ndarray) -> float:
         labels = self._labels.get(task)

@@ -33,6 +33,15 @@ class _Runs:
     def each(self) -> tuple[Any, Any, Any]:
         return self.clean, self.first, self.second
 
+    def moves_rows(self, own: np.ndarray) -> bool:
+        """Whether, of a value whose first axis is the rows', a row changed that isn't of `own` [B]."""
+        if np.shape(self.clean)[:1] != own.shape:
+            return False
+        if jnp.issubdtype(jnp.result_type(self.clean), jax.dtypes.extended):
+            return False
+        changed = _differs(np.asarray(self.clean), self.first)
+        return bool(changed.reshape(len(own), -1).any(axis=1)[~own].any())
+
     def is_crossed(self) -> bool:
         """Whether some element changed in both runs: it depends on two rows."""
         if jnp.issubdtype(jnp.result_type(self.clean), jax.dtypes.extended):
@@ -158,11 +167,26 @@ def find_crossing(
                 read = ", ".join(str(list(np.shape(value.clean))) for value in inputs)
                 wrote = ", ".join(str(list(np.shape(value.clean))) for value in outputs)
                 return f"{equation.primitive.name} ({read} -> {wrote}) at {source}"
+    return _first_moved(program, clean, first, poison.may_change(leaves))
+
+
+def _first_moved(program: Program, clean: list[Any], first: list[Any], own: np.ndarray) -> str:
+    """The first operation that carries a poisoned row to another's place, as `rev` and `roll` do."""
+    runs = [_Runs(*map(jnp.asarray, values)) for values in zip(clean, first, first, strict=True)]
+    for equation, source, _, outputs in _walk(program.closed, runs):
+        for output in outputs:
+            if output.moves_rows(own):
+                return f"{equation.primitive.name} at {source}, which moves rows"
     return "not found op by op; it appears only in the compiled program"
 
 
 def _elsewhere(poison: Poison, leaves: Mapping[str, np.ndarray]) -> list[Poison]:
-    """Candidates that a poison may not reach; rows may meet in groups, so the nearest come first."""
+    """Contexts, or candidates, that a poison may not reach; rows may meet in groups: nearest first."""
+    if poison.scope is Scope.CONTEXT:
+        contexts = np.unique(leaves[REQUEST_OF_ROW])
+        contexts = contexts[contexts != poison.index]
+        nearest = contexts[np.argsort(np.abs(contexts - poison.index), kind="stable")][:_MAX_TRIES]
+        return [dataclasses.replace(poison, index=int(index)) for index in nearest]
     rows = np.flatnonzero(~poison.may_change(leaves))
     own = np.flatnonzero(poison.may_change(leaves))
     nearest = rows[np.argsort(np.abs(rows - own[0]), kind="stable")][:_MAX_TRIES]

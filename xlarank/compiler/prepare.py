@@ -152,17 +152,23 @@ def part(program: Program, prepared: PreparedArrays) -> Parted:
             needed -= found
             needed |= {atom for atom in equation.invars if not isinstance(atom, core.Literal)}
     small = {var: const for var, const in small.items() if var in needed}
-    taken = [var for var in keys if var in needed and var not in small]
-    inputs = [*taken, *jaxpr.invars[program.num_weights :]]
+    taken = {var: key for var, key in keys.items() if var in needed and var not in small}
+    prepared_keys = tuple(dict.fromkeys(taken.values()))  # an expression written twice is one array
+    leaves = jaxpr.invars[program.num_weights :]
 
-    def run(*arrays: Any) -> list[Any]:
-        values = dict(zip(inputs, arrays, strict=True)) | small
+    def run(*inputs: Any) -> list[Any]:
+        arrays = dict(zip(prepared_keys, inputs, strict=False))
+        values = {var: arrays[key] for var, key in taken.items()} | small
+        values.update(zip(leaves, inputs[len(prepared_keys) :], strict=True))
         for equation in kept:
             results = evaluate(equation, read(values, equation.invars))
             values.update(zip(equation.outvars, results, strict=True))
         return read(values, jaxpr.outvars)
 
-    return Parted(retrace(run, [var.aval for var in inputs]), tuple(keys[var] for var in taken))
+    avals = {key: var.aval for var, key in taken.items()}
+    return Parted(
+        retrace(run, [*(avals[key] for key in prepared_keys), *(var.aval for var in leaves)]), prepared_keys
+    )
 
 
 _CHEAP = frozenset({"iota", "broadcast_in_dim", "convert_element_type", "reshape"})

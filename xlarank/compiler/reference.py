@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,14 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xlarank.compiler.program import Traces, run_equations
 from xlarank.compiler.split import scores_of
 from xlarank.compiler.tracing import authors_code
+from xlarank.device import compiler_options
 from xlarank.errors import ModelError
 from xlarank.host import model_inputs
 from xlarank.models import EmbeddingCollection
-from xlarank.spec import Column, FeatureSpec, ModelSpec, RankRequest, Scope, join_columns, take
+from xlarank.spec import (
+    Column,
+    FeatureSpec,
+    ModelSpec,
+    RankRequest,
+    Scope,
+    TaskKind,
+    Tolerance,
+    join_columns,
+    take,
+)
 
-__all__ = ["reference_scores"]
+__all__ = ["check_row_counts", "reference_scores"]
+
+_ROW_COUNTS = (1, 3)
+"""Rows that a model is called with beside the reference's."""
 
 _MAX_ROWS = 1024
 """Of a call: few large ones, for each operation is dispatched by itself."""
@@ -67,6 +83,55 @@ def reference_scores(
                 _check_finite(spec, task, first, parts)
                 scores[task] += parts
     return scores
+
+
+def check_row_counts(
+    traces: Traces,
+    tables: Mapping[str, np.ndarray],
+    request: RankRequest,
+    scores: Mapping[str, np.ndarray],
+    tolerance: Tolerance,
+) -> None:
+    """Scores the first candidates of a request alone, at their own row counts.
+
+    A program of B rows serves requests of 1 to B candidates. A model that looks at the number of rows would
+    give them other scores than its author's call does, and no two rows of one batch would show it.
+
+    Args:
+      traces: of the model.
+      tables: float32 [R, D] by name.
+      request: a golden one.
+      scores: its reference scores by task, [N].
+      tolerance: largest difference to let pass.
+
+    Raises:
+      ModelError: names the task, the number of rows and the difference.
+    """
+    spec = traces.spec
+    collection = EmbeddingCollection(spec, tables=tables)
+    for num_rows in _ROW_COUNTS:
+        rows = np.minimum(np.arange(num_rows), request.num_candidates - 1)
+        columns = [
+            take(column, np.zeros_like(rows) if feature.scope is Scope.CONTEXT else rows)
+            for feature, column in zip(spec.features, request.columns, strict=True)
+        ]
+        inputs = {name: jnp.asarray(value) for name, value in model_inputs(spec, columns).items()}
+        activations = collection(inputs)
+        traced = traces.at(num_rows)
+        arrays = [*traces.model.params, *(activations[name] for name in traced.activations)]
+        options = compiler_options(jax.default_backend())
+        found = jax.jit(functools.partial(run_equations, traced.closed), compiler_options=options)(arrays)
+        for task, values in zip(spec.tasks, found, strict=True):
+            wanted = scores[task.name][rows]
+            scale = 1.0 if task.kind is TaskKind.BINARY else np.maximum(1.0, np.abs(wanted))
+            worst = float((np.abs(np.asarray(values) - wanted) / scale).max())
+            if not worst <= tolerance.of(task.kind):
+                raise ModelError(
+                    f"model {spec.name!r}, task {task.name!r}: a row's score depends on the number of rows: "
+                    f"called with {num_rows}, the model differs by {worst:.3g} from what it gives the same "
+                    f"rows among more, expected {tolerance.of(task.kind):.3g} or less; use no shape[0], no "
+                    f"arange over the rows, and no reduction over them"
+                )
 
 
 def _groups(requests: Sequence[RankRequest]) -> Iterator[tuple[int, list[RankRequest]]]:

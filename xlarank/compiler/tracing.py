@@ -64,7 +64,7 @@ def trace(model: str, program: Callable, avals: tuple[Any, ...]) -> ClosedJaxpr:
     """
     with authors_code(f"model {model!r} can't be traced"), jax.default_matmul_precision("highest"):
         closed = jax.make_jaxpr(program)(*avals)
-    for equation, source in equations_of(closed.jaxpr):
+    for equation, source in _every_equation(closed.jaxpr, ""):
         if "callback" in equation.primitive.name or equation.primitive.name == "debug_print":
             raise ModelError(
                 f"model {model!r} calls back to the host: {equation.primitive.name} at {source}; "
@@ -228,6 +228,19 @@ def constant_bytes(constant: Any) -> bytes:
         constant = jax.random.key_data(constant)
     array = np.asarray(constant)
     return f"{array.dtype} {array.shape}".encode() + array.tobytes()
+
+
+def _every_equation(jaxpr: core.Jaxpr, caller: str) -> Iterator[tuple[core.JaxprEqn, str]]:
+    """Equations with their lines, into loops and branches too."""
+    for equation in jaxpr.eqns:
+        source = source_of(equation) or caller
+        yield equation, source
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(inner, ClosedJaxpr):
+                    yield from _every_equation(inner.jaxpr, source)
+                elif isinstance(inner, core.Jaxpr):
+                    yield from _every_equation(inner, source)
 
 
 def equations_of(jaxpr: core.Jaxpr, caller: str = "") -> Iterator[tuple[core.JaxprEqn, str]]:

@@ -212,7 +212,12 @@ def score_errors(
 
 
 def check_errors(
-    spec: ModelSpec, what: str, errors: Mapping[str, float], limits: Mapping[str, float], where: str
+    spec: ModelSpec,
+    what: str,
+    errors: Mapping[str, float],
+    limits: Mapping[str, float],
+    where: str,
+    remedy: str = "",
 ) -> None:
     """Raises VerifyError naming task, bucket and error when one leaves its limit.
 
@@ -222,11 +227,12 @@ def check_errors(
       errors: by task.
       limits: largest that may pass, by task.
       where: what was run, in words.
+      remedy: closes the message.
     """
     for task in spec.tasks:
         limit = limits[task.name]
         if not errors[task.name] <= limit:
             raise VerifyError(
                 f"model {spec.name!r}, task {task.name!r}, {what}, {where}: scores differ from the reference "
-                f"by {errors[task.name]:.3g}, expected {limit:.3g} or less"
+                f"by {errors[task.name]:.3g}, expected {limit:.3g} or less{remedy}"
             )

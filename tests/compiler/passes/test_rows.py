@@ -1,4 +1,4 @@
-"""Where the rows lie in every value of a model: what is claimed holds, and what doesn't hold isn't claimed."""
+"""Where the rows lie in every value of a model: what is claimed holds, what doesn't hold isn't claimed."""
 
 import jax
 import jax.numpy as jnp
@@ -115,8 +115,8 @@ def test_what_is_claimed_of_a_value_holds(name):
     assert unknown == UNKNOWN.get(name, set())
 
 
-def place_after(function, *shapes, places=(RowAxis(0),), counts=COUNTS, consts=()):
-    """Where the rows lie in what a function makes of arrays, `n` standing for the row count in their shapes."""
+def place_after(function, *shapes, places=(), counts=COUNTS):
+    """Where the rows lie in what a function makes of arrays; ``n`` in their shapes is the row count."""
 
     def traced(num_rows):
         sizes = [tuple(num_rows if s == "n" else s for s in shape) for shape in shapes]
@@ -124,7 +124,7 @@ def place_after(function, *shapes, places=(RowAxis(0),), counts=COUNTS, consts=(
         return flatten(jax.make_jaxpr(function)(*avals)), sizes
 
     (ours, sizes), (theirs, other_sizes) = traced(counts.rows), traced(counts.contexts)
-    inputs = [Layout(a, b, p) for a, b, p in zip(sizes, other_sizes, places, strict=True)]
+    inputs = [Layout(a, b, p) for a, b, p in zip(sizes, other_sizes, places or (RowAxis(0),), strict=True)]
     results = follow_program(ours, theirs, inputs, counts)
     return None if results is None else results[0].place
 

@@ -15,15 +15,16 @@ joined by equations that read weights alone: they end up in prepare.
 from __future__ import annotations
 
 import enum
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
+from xlarank.compiler.passes.rows import ELEMENTWISE
 from xlarank.compiler.passes.siblings import (
     Class,
     is_of_weights,
@@ -205,6 +206,8 @@ class _Merged:
 
     def _run_class(self, members: Class) -> Any:
         equation = members[0]
+        if equation.primitive.name in ELEMENTWISE:
+            return self._run_elementwise(members)
         side = weight_side(equation, self._weights)
         operands, axes = [], []
         for position, atoms in enumerate(zip(*(e.invars for e in members), strict=True)):
@@ -223,9 +226,33 @@ class _Merged:
             else:
                 operands.append(self._arrays[self._place[atom][0]])
                 axes.append(self._axis_of(atom.aval.ndim))
-        out_axis = self._axis_of(equation.outvars[0].aval.ndim)  # type: ignore[attr-defined]
+        out_axis = self._axis_of(len(equation.outvars[0].aval.shape))  # type: ignore[attr-defined]
         run = jax.vmap(lambda *xs: evaluate(equation, xs)[0], in_axes=tuple(axes), out_axes=out_axis)
         return run(*operands)
+
+    def _run_elementwise(self, members: Class) -> Any:
+        """The same without `vmap`, which would move the siblings' axis to the front where a bias joins."""
+        equation, result = members[0], members[0].outvars[0]
+        ndim = len(result.aval.shape)  # type: ignore[attr-defined]
+        axis = self._axis_of(ndim)
+        operands = []
+        for atoms in zip(*(e.invars for e in members), strict=True):
+            atom: Any = atoms[0]
+            is_shared = isinstance(atom, core.Literal) or all(other is atom for other in atoms)
+            if is_shared:
+                array = self._read(atom)
+                operands.append(jnp.expand_dims(array, axis) if atom.aval.ndim else array)
+                continue
+            if atom in self._weights:
+                array = jnp.stack([self._values[a] for a in atoms], axis=self._axis_of(atom.aval.ndim))
+            else:
+                array = self._arrays[self._place[atom][0]]
+            # A number a sibling lies along the siblings' axis.
+            operands.append(array if atom.aval.ndim else array.reshape(_only(axis, ndim + 1)))
+        if equation.primitive.name in ("select_n", "clamp"):  # these repeat no axis by themselves
+            shape = jnp.broadcast_shapes(*(np.shape(operand) for operand in operands))
+            operands = [jnp.broadcast_to(o, shape) if np.ndim(o) else o for o in operands]
+        return evaluate(equation, operands)[0]
 
     def _weight_axis(self, equation: core.JaxprEqn, side: int) -> int:
         """Where siblings' weights are stacked: a shared operand's matmul is one wide one over [K, E, N]."""
@@ -237,26 +264,44 @@ class _Merged:
         """A concatenation or stack of siblings' results, out of the array that holds them."""
         if equation.primitive.name not in ("concatenate", "stack"):
             return None
-        places = [self._place.get(atom) for atom in equation.invars]  # type: ignore[arg-type]
-        if places[0] is None or any(place is None or place[0] != places[0][0] for place in places):
+        atoms: list[Any] = list(equation.invars)
+        member = atoms[0]
+        if any(atom.aval.shape != member.aval.shape for atom in atoms):
             return None
-        member: Any = equation.invars[0]
-        array, axis = self._arrays[places[0][0]], self._axis_of(member.aval.ndim)
-        array = _taken(array, [place[1] for place in places if place is not None], axis)
+        axis = self._axis_of(member.aval.ndim)
+        parts = [self._together(run, axis) for run in self._runs(atoms)]
+        if len(parts) == len(equation.invars):
+            return None
+        array = parts[0] if len(parts) == 1 else jax.lax.concatenate(parts, axis)
         if equation.primitive.name == "stack":
             return jnp.moveaxis(array, axis, equation.params["axis"])
         dimension = equation.params["dimension"]
         shape = list(member.aval.shape)
-        shape[dimension] *= len(places)
+        shape[dimension] *= len(equation.invars)
         return jnp.moveaxis(array, axis, dimension).reshape(shape)
 
+    def _runs(self, atoms: Sequence[Any]) -> list[list[Any]]:
+        """Neighbours that lie side by side in the array of a class."""
+        runs: list[list[Any]] = []
+        for atom in atoms:
+            place = None if isinstance(atom, core.Literal) else self._place.get(atom)
+            last = self._place.get(runs[-1][-1]) if runs and place is not None else None
+            if place is not None and last == (place[0], place[1] - 1):
+                runs[-1].append(atom)
+            else:
+                runs.append([atom])
+        return runs
 
-def _taken(array: Any, places: Sequence[int], axis: int) -> Any:
-    """Some entries along an axis, in any order: as few slices as give them."""
-    if list(places) == list(range(array.shape[axis])):
-        return array
-    runs = []
-    for _, group in itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0]):
-        run = [place for _, place in group]
-        runs.append(jax.lax.slice_in_dim(array, run[0], run[-1] + 1, axis=axis))
-    return runs[0] if len(runs) == 1 else jax.lax.concatenate(runs, axis)
+    def _together(self, run: Sequence[Any], axis: int) -> Any:
+        """The results of a run, along the siblings' axis."""
+        if len(run) == 1:
+            return jnp.expand_dims(self._read(run[0]), axis)
+        number, begin = self._place[run[0]]
+        if len(run) == len(self._classes[number]):
+            return self._arrays[number]
+        return jax.lax.slice_in_dim(self._arrays[number], begin, begin + len(run), axis=axis)
+
+
+def _only(axis: int, ndim: int) -> tuple[int, ...]:
+    """The shape of what lies along one axis."""
+    return (*[1] * axis, -1, *[1] * (ndim - axis - 1))

@@ -111,9 +111,8 @@ def _context_trace(traces: Traces, rows: ModelTrace, bucket: Bucket) -> tuple[Mo
         if difference is None:
             said = f"{first}; its context part runs at {_rows(num_rows)} instead" if first else ""
             return contexts, said
-        first = (
-            first or f"at {num_rows} rows the model does something else than at {bucket.rows}: {difference}"
-        )
+        what = f"at {_rows(num_rows)} the model does something else than at {bucket.rows}"
+        first = first or f"{what}: {difference}"
     return first
 
 

@@ -236,17 +236,20 @@ _FOLDED: Mapping[str, Callable[..., np.ndarray]] = {
 
 def _folded(pair: Pair, operands: Sequence[Layout]) -> tuple[np.ndarray, np.ndarray] | None:
     """An equation's result at both row counts, if it is made of small constants."""
-    run = _FOLDED.get(pair.name)
-    if run is None or any(operand.constant is None for operand in operands):
+    run, constants = _FOLDED.get(pair.name), [operand.constant for operand in operands]
+    if run is None or any(constant is None for constant in constants):
         return None
     if max(np.prod(shape, dtype=np.int64) for shape in pair.result_shapes()) > _MAX_CONSTANT:
         return None
     (result,) = pair.equation.outvars
-    if _kind(result) not in "iub" or (pair.name == "rem" and any((c == 0).any() for c in operands[1].constant)):  # type: ignore[union-attr]
+    if _kind(result) not in "iub":
+        return None
+    sides: list[Any] = list(zip(*constants, strict=True)) if constants else [(), ()]  # type: ignore[arg-type]
+    if pair.name == "rem" and any((side[1] == 0).any() for side in sides):
         return None
     with np.errstate(all="ignore"):
         at_rows, at_context = (
-            run(params, *(operand.constant[side] for operand in operands)).astype(result.aval.dtype)  # type: ignore[index, attr-defined]
-            for side, params in enumerate((pair.params, pair.context_params))
+            run(params, *side).astype(result.aval.dtype)  # type: ignore[attr-defined]
+            for params, side in zip((pair.params, pair.context_params), sides, strict=True)
         )
     return at_rows, at_context

@@ -128,7 +128,9 @@ def constant_place(at_rows: np.ndarray, at_context: np.ndarray, counts: Counts) 
     for inner in (total, 1):
         place = RowAxis(axis, inner)
         if fits(place, at_rows.shape, at_context.shape, counts):
-            shares = [_shares(a, place, n) for a, n in ((at_rows, counts.rows), (at_context, counts.contexts))]
+            shares = [
+                _shares(a, place, n) for a, n in ((at_rows, counts.rows), (at_context, counts.contexts))
+            ]
             one = shares[0][:1]
             if all((share == one).all() for share in shares):
                 return place
