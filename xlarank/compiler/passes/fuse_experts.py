@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -237,18 +237,18 @@ class _Merged:
         axis = self._axis_of(ndim)
         operands = []
         for atoms in zip(*(e.invars for e in members), strict=True):
-            atom: Any = atoms[0]
+            atom, aval = atoms[0], cast(Any, atoms[0].aval)
             is_shared = isinstance(atom, core.Literal) or all(other is atom for other in atoms)
             if is_shared:
                 array = self._read(atom)
-                operands.append(jnp.expand_dims(array, axis) if atom.aval.ndim else array)
+                operands.append(jnp.expand_dims(array, axis) if aval.ndim else array)
                 continue
             if atom in self._weights:
-                array = jnp.stack([self._values[a] for a in atoms], axis=self._axis_of(atom.aval.ndim))
+                array = jnp.stack([self._values[a] for a in atoms], axis=self._axis_of(aval.ndim))
             else:
                 array = self._arrays[self._place[atom][0]]
             # A number a sibling lies along the siblings' axis.
-            operands.append(array if atom.aval.ndim else array.reshape(_only(axis, ndim + 1)))
+            operands.append(array if aval.ndim else array.reshape(_only(axis, ndim + 1)))
         if equation.primitive.name in ("select_n", "clamp"):  # these repeat no axis by themselves
             shape = jnp.broadcast_shapes(*(np.shape(operand) for operand in operands))
             operands = [jnp.broadcast_to(o, shape) if np.ndim(o) else o for o in operands]
