@@ -301,7 +301,6 @@ class Builder:
             self.traces,
             self.tables,
             self.requests[0],
-            {task: parts[0] for task, parts in self.scores.items()},
             self.options.policy.tolerance,
         )
         try:

@@ -31,8 +31,8 @@ from xlarank.spec import (
 
 __all__ = ["check_row_counts", "reference_scores"]
 
-_ROW_COUNTS = (1, 3)
-"""Rows that a model is called with beside the reference's."""
+_FEW_ROWS, _MANY_ROWS = (1, 3), 32
+"""Row counts whose scores are compared; the larger is traced anyway."""
 
 _MAX_ROWS = 1024
 """Of a call: few large ones, for each operation is dispatched by itself."""
@@ -86,13 +86,9 @@ def reference_scores(
 
 
 def check_row_counts(
-    traces: Traces,
-    tables: Mapping[str, np.ndarray],
-    request: RankRequest,
-    scores: Mapping[str, np.ndarray],
-    tolerance: Tolerance,
+    traces: Traces, tables: Mapping[str, np.ndarray], request: RankRequest, tolerance: Tolerance
 ) -> None:
-    """Scores the first candidates of a request alone, at their own row counts.
+    """Scores the first candidates of a request at several row counts.
 
     A program of B rows serves requests of 1 to B candidates. A model that looks at the number of rows would
     give them other scores than its author's call does, and no two rows of one batch would show it.
@@ -101,37 +97,44 @@ def check_row_counts(
       traces: of the model.
       tables: float32 [R, D] by name.
       request: a golden one.
-      scores: its reference scores by task, [N].
       tolerance: largest difference to let pass.
 
     Raises:
       ModelError: names the task, the number of rows and the difference.
     """
     spec = traces.spec
-    collection = EmbeddingCollection(spec, tables=tables)
-    for num_rows in _ROW_COUNTS:
-        rows = np.minimum(np.arange(num_rows), request.num_candidates - 1)
-        columns = [
-            take(column, np.zeros_like(rows) if feature.scope is Scope.CONTEXT else rows)
-            for feature, column in zip(spec.features, request.columns, strict=True)
-        ]
-        inputs = {name: jnp.asarray(value) for name, value in model_inputs(spec, columns).items()}
-        activations = collection(inputs)
-        traced = traces.at(num_rows)
-        arrays = [*traces.model.params, *(activations[name] for name in traced.activations)]
-        options = compiler_options(jax.default_backend())
-        found = jax.jit(functools.partial(run_equations, traced.closed), compiler_options=options)(arrays)
-        for task, values in zip(spec.tasks, found, strict=True):
-            wanted = scores[task.name][rows]
+    among_many = _scores_at(traces, tables, request, _MANY_ROWS)
+    for num_rows in _FEW_ROWS:
+        alone = _scores_at(traces, tables, request, num_rows)
+        for task, found, many in zip(spec.tasks, alone, among_many, strict=True):
+            wanted = many[:num_rows]
             scale = 1.0 if task.kind is TaskKind.BINARY else np.maximum(1.0, np.abs(wanted))
-            worst = float((np.abs(np.asarray(values) - wanted) / scale).max())
+            worst = float((np.abs(found - wanted) / scale).max())
             if not worst <= tolerance.of(task.kind):
                 raise ModelError(
                     f"model {spec.name!r}, task {task.name!r}: a row's score depends on the number of rows: "
                     f"called with {num_rows}, the model differs by {worst:.3g} from what it gives the same "
-                    f"rows among more, expected {tolerance.of(task.kind):.3g} or less; use no shape[0], no "
-                    f"arange over the rows, and no reduction over them"
+                    f"rows among {_MANY_ROWS}, expected {tolerance.of(task.kind):.3g} or less; use no "
+                    f"shape[0], no arange over the rows, and no reduction over them"
                 )
+
+
+def _scores_at(
+    traces: Traces, tables: Mapping[str, np.ndarray], request: RankRequest, num_rows: int
+) -> list[np.ndarray]:
+    """Scores [num_rows] by task of a request's first candidates, the last repeated, compiled at that size."""
+    spec, traced = traces.spec, traces.at(num_rows)
+    rows = np.minimum(np.arange(num_rows), request.num_candidates - 1)
+    columns = [
+        take(column, np.zeros_like(rows) if feature.scope is Scope.CONTEXT else rows)
+        for feature, column in zip(spec.features, request.columns, strict=True)
+    ]
+    inputs = {name: jnp.asarray(value) for name, value in model_inputs(spec, columns).items()}
+    activations = EmbeddingCollection(spec, tables=tables)(inputs)
+    arrays = [*traces.model.params, *(activations[name] for name in traced.activations)]
+    run = functools.partial(run_equations, traced.closed)
+    compiled = jax.jit(run, compiler_options=compiler_options(jax.default_backend()))
+    return [np.asarray(scores) for scores in compiled(arrays)]
 
 
 def _groups(requests: Sequence[RankRequest]) -> Iterator[tuple[int, list[RankRequest]]]:

@@ -114,6 +114,23 @@ def test_weights_repeated_for_every_row_multiply_without_a_batch_axis():
     assert first.params["dimension_numbers"][1] == ((), ())
 
 
+@pytest.mark.parametrize("order", ["hbe,hble->hbl", "hble,hbe->hbl", "bhe,bhle->bhl", "bhle,bhe->bhl"])
+def test_attention_finds_its_rows_whichever_axis_and_side_they_are_on(order):
+    def model(params, features):
+        target = order.replace("l", "").split(",")[0]
+        query = jnp.einsum(f"bd,hde->{target}", features["item"], params["q"])
+        keys = jnp.einsum(f"bld,hde->{target[:2]}le", features["history"], params["k"])
+        pair = (query, keys) if "l" not in order.split(",")[0] else (keys, query)
+        logits = jnp.einsum(order, *pair)
+        logits = jnp.moveaxis(logits, target.index("b"), 0)
+        return two_tasks(jnp.tanh(logits).sum(axis=2) @ params["out"])
+
+    case = case_from(model, random_params(0, q=(3, 4, 2), k=(3, 4, 2), out=(3, 2)))
+    one, _ = check_hoisted(case, [(8, 1), (8, 2)])
+    batched = [e.params["dimension_numbers"][1] for e in operations(one.program)]
+    assert max(len(axes[0]) for axes in batched) == 1, "heads alone"
+
+
 def test_reductions_and_programs_that_are_no_calls():
     """lax.reduce holds a program too, of two scalars; cond and while stay whole."""
 

@@ -195,4 +195,9 @@ def test_biases_and_masks_repeated_for_every_row_are_not_stored_that_often():
     program = hoisted_of(case, 64, 2).program
     prepared = PreparedArrays(program.weight_avals)
     parted = part(program, prepared)
-    assert all(64 not in aval.shape for aval in parted.row.in_avals[: len(parted.keys)])
+    prepared_inputs = parted.row.jaxpr.invars[: len(parted.keys)]
+    assert all(64 not in var.aval.shape for var in prepared_inputs)
+    # They are the same for every request, too: nobody looks up whose row it is.
+    looked_up = [e.invars[0] for e in parted.row.jaxpr.eqns if e.primitive.name == "gather"]
+    assert looked_up
+    assert not set(looked_up) & set(prepared_inputs)
