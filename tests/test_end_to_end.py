@@ -328,7 +328,8 @@ def test_a_damaged_bundle_is_neither_served_nor_scored_with(chain, tmp_path, cap
     ):
         status, _, err = run_here(capsys, *words)
         assert status == 1
-        assert err.startswith(f"xlarank {words[0]}: {tmp_path / 'models' / file}: damaged")
+        where = f"xlarank {words[0]}: {tmp_path / 'models' / file}: "
+        assert err.startswith((f"{where}damaged", f"{where}not whole"))
         assert err.count("\n") == 1
     assert not (tmp_path / "scores.csv").exists()
 
@@ -349,7 +350,7 @@ def test_compile_tells_a_person_what_was_tried_chosen_and_explained(chain, capsy
         "2",
         "--explain",
         "--tune-seconds",
-        "6",
+        "0",
         "--golden",
         "data",
     )

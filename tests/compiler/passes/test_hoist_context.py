@@ -166,34 +166,40 @@ def test_interaction_of_fields_keeps_what_is_of_the_context_once_a_request(name,
     assert any(shapes_of(e)[2][0] == requests and sorted(shapes_of(e)[2])[-2:] != [] for e in found)
 
 
-def test_pieces_are_joined_by_kind_before_a_product():
-    """Twelve features in turn: one product for the context, one for the candidate."""
+def _twelve(scopes):
+    """Twelve features, their scopes in turn, and a perceptron over all of them."""
     spec = ModelSpec(
         name="wide",
         features=[
-            FeatureSpec(name=f"f{i}", kind="dense", scope=("context", "candidate")[i % 2], width=3)
-            for i in range(12)
+            FeatureSpec(name=f"f{i}", kind="dense", scope=scope, width=3) for i, scope in enumerate(scopes)
         ],
         tasks=[TaskSpec(name="click"), TaskSpec(name="buy")],
     )
 
     def model(params, features):
-        x = jnp.concatenate([features[f"f{i}"] for i in range(12)], axis=1)
-        return two_tasks(mlp(params, "top", jnp.tanh(x * 2.0)))
+        x = jnp.tanh(jnp.concatenate([features[f"f{i}"] for i in range(12)], axis=1) * 2.0)
+        return two_tasks(mlp(params, "top", x) + mlp(params, "other", x))
 
-    case = case_from(model, random_params(0, **mlp_params("top", 36, 8, 2)), spec)
+    sizes = mlp_params("top", 36, 8, 2) | mlp_params("other", 36, 2)
+    return case_from(model, random_params(0, **sizes), spec)
+
+
+def test_neighbours_of_a_kind_are_one_piece():
+    case = _twelve(["context"] * 6 + ["candidate"] * 6)
     program = hoisted_of(case, 64, 2).program
-    assert sorted(shapes_of(e)[0] for e in operations(program)) == [(2, 18), (64, 8), (64, 18)]
+    assert sorted(shapes_of(e)[0] for e in operations(program, "tanh")) == [(2, 18), (64, 18)]
     check_hoisted(case, [(64, 2)])
 
 
-def test_experts_share_the_joined_pieces():
-    """Each expert's product reads the same two arrays, so that they can be fused."""
-    program = hoisted_of(case_of("ple"), 8, 2).program
-    first = [
-        e for e in operations(program) if shapes_of(e)[1][0] in (11, 10)
-    ]  # user, interests, age; the rest
-    assert len({e.invars[0] for e in first}) == 2
+def test_pieces_are_joined_by_kind_before_a_product():
+    """Twelve features in turn: one product for the context, one for the candidate."""
+    case = _twelve(["context", "candidate"] * 6)
+    program = hoisted_of(case, 64, 2).program
+    expected = [(2, 18), (2, 18), (64, 8), (64, 18), (64, 18)]
+    assert sorted(shapes_of(e)[0] for e in operations(program)) == expected
+    wide = [e for e in operations(program) if shapes_of(e)[0][1] == 18]
+    assert len({e.invars[0] for e in wide}) == 2, "both layers read the same two arrays, to be fused"
+    check_hoisted(case, [(64, 2)])
 
 
 def test_a_product_over_rows_alone_is_left_alone():

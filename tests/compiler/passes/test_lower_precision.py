@@ -109,6 +109,8 @@ def test_int8_of_zeros_and_of_numbers_too_small_to_divide_by():
     np.testing.assert_array_equal(np.asarray(ours)[0], 0.0)
     np.testing.assert_array_equal(np.asarray(ours)[:, 0], 0.0)
     np.testing.assert_allclose(ours[1:3], x[1:3] @ weight, atol=1e-34)
+    with jax.debug_nans(True), jax.debug_infs(True):  # nothing on the way is divided by zero either
+        run_equations(lowered.closed, [weight, x])
 
 
 @pytest.mark.parametrize("name", MODELS)

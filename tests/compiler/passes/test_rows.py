@@ -129,6 +129,14 @@ def place_after(function, *shapes, places=(), counts=COUNTS):
     return None if results is None else results[0].place
 
 
+_UNCHECKED = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+
+
+def _of(x):
+    """[n] numbers, each of its row's own making."""
+    return (x[:, 0] > 0).astype(jnp.int32)
+
+
 @pytest.mark.parametrize(
     ("function", "shape", "place"),
     [
@@ -156,6 +164,10 @@ def place_after(function, *shapes, places=(), counts=COUNTS):
         (lambda x: x.reshape(4, -1), ("n", 4), None),
         (lambda x: x[jnp.arange(x.shape[0])], ("n", 4), RowAxis(0, 1)),
         (lambda x: x[jnp.arange(x.shape[0])[::-1]], ("n", 4), None),
+        (lambda x: x.at[_of(x)].get(**_UNCHECKED), ("n", 4), None),
+        (lambda x: jnp.zeros_like(x).at[_of(x)].add(x, **_UNCHECKED), ("n", 4), None),
+        (lambda x: jnp.zeros((4, 4)).at[_of(x)].add(x, **_UNCHECKED), ("n", 4), None),
+        (lambda x: jnp.ones((4, 4)).at[_of(x)].get(**_UNCHECKED), ("n", 4), RowAxis(0, 1)),
         (lambda x: x[:, None] - x[None], ("n", 4), None),
         (lambda x: lax.map(lambda r: r.sum() * r, x), ("n", 4), RowAxis(0, 1)),
         (lambda x: lax.scan(lambda c, r: (c + r, c), jnp.zeros(4), x)[1], ("n", 4), None),
