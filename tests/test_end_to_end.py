@@ -385,7 +385,8 @@ def test_compile_tells_a_person_what_was_tried_chosen_and_explained(chain, capsy
         assert text in out
     assert "context values repeated for their candidates" in out
     manifest = open_bundle(tmp_path / "models" / "feed" / "1").manifest
-    assert {bucket.rows for bucket in manifest.ladder.buckets} == {16, 32}, "14 fits 16, 30 fits 32"
+    rows = {bucket.rows for bucket in manifest.ladder.buckets}
+    assert {32} <= rows <= {16, 32}, "30 fits 32; 14 has 16 if that is faster here"
     golden, values = open_bundle(tmp_path / "models" / "feed" / "1").golden()
     assert len(golden) == 70
     assert set(values["labels"]) == {"finish", "share"}
