@@ -49,7 +49,7 @@ def test_tables_of_the_spec_pass():
             {"t": np.zeros((2, 3), np.float32).T},
             r"table 't': expected a C-contiguous array, got strides \(4, 12\)",
         ),
-        ({"t": [[0.0, 0.0]] * 3}, "table 't': expected a numpy array, got list"),
+        ({"t": [[0.0, 0.0]] * 3}, "table 't': expected a HostTable or a numpy array, got list"),
         (
             {"t": np.array([[0, 0], [1, 2], [np.nan, 0]], np.float32)},
             "table 't': .* row 2 holds NaN or infinity",
