@@ -101,8 +101,8 @@ class Gatherer:
             tables, some milliseconds for each row size.
 
         Raises:
-          ConfigError: if a number is out of range, spec and tables disagree, `unused` or `activations` isn't as stated, or the backend
-            isn't there.
+          ConfigError: if a number is out of range, spec and tables disagree, `unused` or `activations` isn't
+            as stated, or the backend isn't there.
         """
         spec.check_fitted()
         if num_threads < 1:

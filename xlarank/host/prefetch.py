@@ -34,8 +34,8 @@ _BAGS = 64
 def measure_lines_ahead(tables: Mapping[str, HostTable]) -> dict[str, int]:
     """The distance for each table by name, in lines; equal formats and row sizes share one measurement.
 
-    Takes some milliseconds for each of those, in this thread. Pages of a mapped file that aren't in memory are so
-    slow that nothing is learnt in this time: the default then.
+    Takes some milliseconds for each of those, in this thread. Pages of a mapped file that aren't in memory
+    are so slow that nothing is learnt in this time: the default then.
     """
     largest: dict[tuple[RowFormat, int], HostTable] = {}
     for table in tables.values():

@@ -25,9 +25,9 @@ _FLOAT_DTYPES = {
 def encode_rows(values: np.ndarray, row_format: RowFormat | str) -> HostTable:
     """Encodes the rows of a table, a copy; `decode_rows` gives them back, rounded.
 
-    float16 and bfloat16 round to the nearest, ties to even. int8 and int4 place q = 0 at the smallest value of a
-    row and the largest q at its largest, and round to the nearest q: a value is off by half a scale at most, and a
-    row of equal values decodes to them exactly.
+    float16 and bfloat16 round to the nearest, ties to even. int8 and int4 place q = 0 at the smallest value
+    of a row and the largest q at its largest, and round to the nearest q: a value is off by half a scale at
+    most, and a row of equal values decodes to them exactly.
 
     Args:
       values: [R, D] float32, R and D at least 1, finite.
@@ -40,18 +40,13 @@ def encode_rows(values: np.ndarray, row_format: RowFormat | str) -> HostTable:
       ConfigError: for another shape or dtype, or a row that holds NaN, infinity or more than the format does.
     """
     row_format = RowFormat(row_format)
-    if (
-        not isinstance(values, np.ndarray)
-        or values.dtype != np.float32
-        or values.ndim != 2
-        or not values.size
-    ):
-        got = (
-            f"{values.dtype} of shape {list(values.shape)}"
-            if isinstance(values, np.ndarray)
-            else f"{values!r}"
+    if not isinstance(values, np.ndarray):
+        raise ConfigError(f"encode_rows: expected a numpy array, got {type(values).__name__}")
+    if values.dtype != np.float32 or values.ndim != 2 or not values.size:
+        raise ConfigError(
+            f"encode_rows: expected float32 of shape [R, D], neither of them 0, got {values.dtype} of shape "
+            f"{list(values.shape)}"
         )
-        raise ConfigError(f"encode_rows: expected float32 of shape [R, D], neither of them 0, got {got}")
     num_rows, dim = values.shape
     table = HostTable(aligned_empty((num_rows, row_format.row_bytes(dim)), np.uint8), row_format, dim)
     for begin in range(0, num_rows, _ROWS_A_STEP):
@@ -66,7 +61,7 @@ def encode_rows(values: np.ndarray, row_format: RowFormat | str) -> HostTable:
 
 
 def decode_rows(table: HostTable) -> np.ndarray:
-    """[R, D] float32, the rows of a table: exact for floats, ``q * scale + bias`` in float32 for int8 and int4."""
+    """[R, D] float32, the rows of a table; NaN and infinity of a damaged one come through."""
     rows, dim = table.rows, table.dim
     if table.format is RowFormat.BFLOAT16:
         # By bits: a conversion would quiet NaN, and warn.
@@ -125,6 +120,6 @@ def _check_fits(block: np.ndarray, decoded: np.ndarray, row_format: RowFormat, f
     if not fits.all():
         at = int(np.argmin(fits))
         raise ConfigError(
-            f"encode_rows: row {first_row + at} reaches from {block[at].min():g} to {block[at].max():g}, more than "
-            f"{row_format} holds"
+            f"encode_rows: row {first_row + at} reaches from {block[at].min():g} to {block[at].max():g}, "
+            f"more than {row_format} holds"
         )

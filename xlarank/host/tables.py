@@ -18,7 +18,7 @@ __all__ = ["HostTable", "aligned_empty", "check_finite", "host_tables"]
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class HostTable:
-    """Encoded rows of one embedding table. The arrays of a table are shared, not copied, and may be read-only."""
+    """Encoded rows of one embedding table. The array is shared, not copied, and may be read-only."""
 
     rows: np.ndarray
     """[R, row_bytes] uint8, C-contiguous, best 64-byte aligned; see `RowFormat.row_bytes`."""
@@ -35,8 +35,8 @@ class HostTable:
             raise ConfigError(f"HostTable: expected rows in a numpy array, got {type(rows).__name__}")
         if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != width:
             raise ConfigError(
-                f"HostTable: expected uint8 of shape [R, {width}] for rows of {self.dim} {self.format} values, got "
-                f"{rows.dtype} of shape {list(rows.shape)}"
+                f"HostTable: expected uint8 of shape [R, {width}] for rows of {self.dim} {self.format} "
+                f"values, got {rows.dtype} of shape {list(rows.shape)}"
             )
         if not rows.flags.c_contiguous:
             raise ConfigError(f"HostTable: expected C-contiguous rows, got strides {rows.strides}")
@@ -81,7 +81,7 @@ def host_tables(spec: ModelSpec, tables: Mapping[str, HostTable | np.ndarray]) -
 
     Args:
       spec: the model, fitted.
-      tables: by name, in the format of its TableSpec. A float32 table may also be a C-contiguous array [R, D].
+      tables: by name, in the format of its TableSpec. A float32 one may also be a C-contiguous array [R, D].
 
     Raises:
       ConfigError: names the table, what was expected and what came.
@@ -106,7 +106,8 @@ def _host_table(spec: TableSpec, table: HostTable | np.ndarray) -> HostTable:
         raise ConfigError(f"{where}: expected a HostTable or a numpy array, got {type(table).__name__}")
     if spec.dtype is not RowFormat.FLOAT32:
         raise ConfigError(
-            f"{where}: expected {spec.dtype} rows, got an array of {table.dtype}; encode_rows encodes float32 values"
+            f"{where}: expected {spec.dtype} rows, got an array of {table.dtype}; encode_rows makes such "
+            f"rows of float32 values"
         )
     if table.dtype != np.float32 or list(table.shape) != shape:
         raise ConfigError(

@@ -12,8 +12,8 @@ _WORD = 4
 class RowFormat(enum.StrEnum):
     """Encoding of one table row [D]. A lookup decodes to float32 whatever the format.
 
-    int8 and int4 are affine by row: a row holds its scale and bias, float32 each, then unsigned q, and a value is
-    ``q * scale + bias``, rounded to float32 after the product and after the sum.
+    int8 and int4 are affine by row: a row holds its scale and bias, float32 each, then unsigned q, and a
+    value is ``q * scale + bias``, rounded to float32 after the product and after the sum.
     """
 
     FLOAT32 = "float32"
@@ -34,7 +34,7 @@ class RowFormat(enum.StrEnum):
         return self in (RowFormat.INT8, RowFormat.INT4)
 
     def row_bytes(self, dim: int) -> int:
-        """Bytes from one row of D = `dim` values to the next; int8 and int4 rows end at whole float32 words."""
+        """Bytes from one row of D = `dim` values to the next; int8 and int4 rows are whole float32 words."""
         if self is RowFormat.FLOAT32:
             return 4 * dim
         if not self.is_affine:
