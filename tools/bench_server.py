@@ -33,7 +33,7 @@ from xlarank_serving.encoding import add_inputs
 from xlarank_serving.layout import SERVICE_NAME
 
 from xlarank import device
-from xlarank.bundle import open_bundle
+from xlarank.bundle import Verify, open_bundle
 from xlarank.compiler import random_requests
 from xlarank.host import Gatherer, Segment
 from xlarank.spec import Bucket, ModelSpec, RankRequest
@@ -162,7 +162,7 @@ def _requests(spec: ModelSpec) -> list[RankRequest]:
 
 def _be_the_executable(bundle_folder: Path, cache: str) -> None:
     device.configure(num_devices=1, compile_cache=Path(cache))
-    bundle = open_bundle(bundle_folder, verify=False)
+    bundle = open_bundle(bundle_folder, verify=Verify.SIZES)
     gatherer = Gatherer(bundle.spec, bundle.tables(), unused=bundle.manifest.unused_features)
     (entry,) = [entry for entry in bundle.manifest.programs if entry.bucket == BUCKET]
     program = device.BucketProgram(device.deserialize_program(bundle.program(entry)), entry.prepared)
@@ -190,7 +190,7 @@ def _count_calls(call: Any, seconds: float) -> tuple[int, float]:
 
 
 def _be_the_client(bundle_folder: Path, address: str, outstanding: int) -> None:
-    spec = open_bundle(bundle_folder, verify=False).spec
+    spec = open_bundle(bundle_folder, verify=Verify.SIZES).spec
     encoded = [_encode(spec, request) for request in _requests(spec)]
     with grpc.insecure_channel(address) as channel:
         infer = channel.unary_unary(f"/{SERVICE_NAME}/ModelInfer")  # bytes to bytes

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from xlarank.bundle import FileDigest, Manifest, open_bundle
+from xlarank.bundle import FileDigest, Manifest, Verify, open_bundle
 from xlarank.bundle.digests import digest_of
 from xlarank.errors import BundleError
 
@@ -22,7 +22,9 @@ FILES = (
     "programs/prepare.bin",
     "report.html",
     "tables/items.npy",
+    "tables/items.npy.sha256",
     "tables/users.npy",
+    "tables/users.npy.sha256",
 )
 
 
@@ -85,7 +87,7 @@ def test_every_single_byte_of_the_manifest_counts(bundle_path):
 def test_sizes_are_looked_at_even_without_verification(bundle_path, file, damage):
     DAMAGES[damage][0](bundle_path / file)
     with pytest.raises(BundleError, match=re.escape(str(bundle_path / file))):
-        open_bundle(bundle_path, verify=False)
+        open_bundle(bundle_path, verify=Verify.SIZES)
 
 
 def test_the_digest_in_the_message_is_the_one_that_the_file_has(bundle_path):
@@ -186,3 +188,13 @@ def test_a_manifest_that_lists_too_little_is_refused(bundle_path):
     reseal(bundle_path, files={"report.html": digest})
     with pytest.raises(BundleError, match=r"manifest\.json: names \['params.safetensors', .* no digest"):
         open_bundle(bundle_path)
+
+
+def test_tables_may_be_left_to_who_reads_them_and_nothing_else(bundle_path):
+    flip(bundle_path / "tables/users.npy", -1)
+    file = open_bundle(bundle_path, verify=Verify.ALL_BUT_TABLES).table_files()["users"]
+    with pytest.raises(BundleError, match=r"users\.npy: damaged: bytes 0 to 260"):
+        file.read_into(np.zeros(file.num_bytes, np.uint8))
+    flip(bundle_path / "tables/users.npy.sha256", 0)
+    with pytest.raises(BundleError, match=r"users\.npy\.sha256: damaged: expected sha256"):
+        open_bundle(bundle_path, verify=Verify.ALL_BUT_TABLES)

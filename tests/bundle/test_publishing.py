@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from xlarank.bundle import BundleWriter, latest_version, list_versions, open_bundle, tables
+from xlarank.bundle import BundleWriter, latest_version, list_versions, open_bundle
 from xlarank.bundle.staging import Staging
 from xlarank.errors import BundleError, ConfigError
 
@@ -214,19 +214,12 @@ def test_params_and_tables_of_any_memory_order_are_written_right(tiny_golden, ti
     np.testing.assert_array_equal(bundle.tables()["items"], wide[:5, 3:4])
 
 
-def test_a_table_larger_than_a_chunk_is_written_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "_CHUNK_BYTES", 64)
-    table = np.random.default_rng(0).normal(size=(37, 5)).astype(np.float32)
-    tables.write_table(tmp_path / "t.npy", table)
-    np.testing.assert_array_equal(tables.map_table(tmp_path / "t.npy", 37, 5), table)
-
-
 @pytest.mark.parametrize(
     ("add", "message"),
     [
         (
             lambda w: w.add_table("t", np.zeros((2, 2))),
-            r"t\.npy: expected float32 of shape \[R, D\], got float64",
+            r"table 't': expected float32 of shape \[R, D\], got float64",
         ),
         (lambda w: w.add_table("t", np.zeros(2, np.float32)), r"got float32 of shape \[2\]"),
         (lambda w: w.add_table("../t", np.zeros((2, 2), np.float32)), r"file name .* got '../t'"),

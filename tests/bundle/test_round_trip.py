@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 
-from xlarank.bundle import BundleWriter, open_bundle
+from xlarank.bundle import BundleWriter, Verify, open_bundle
 from xlarank.errors import BundleError, ConfigError
 from xlarank.spec import Bucket, BucketLadder, ModelSpec, RankRequest
 
@@ -19,7 +19,9 @@ EXPECTED_FILES = {
     "programs/prepare.bin",
     "report.html",
     "tables/items.npy",
+    "tables/items.npy.sha256",
     "tables/users.npy",
+    "tables/users.npy.sha256",
 }
 
 
@@ -111,7 +113,7 @@ def test_one_thread_or_many_and_no_verification_read_the_same(publish):
     for bundle in (
         open_bundle(path, num_threads=1),
         open_bundle(path, num_threads=7),
-        open_bundle(path, verify=False),
+        open_bundle(path, verify=Verify.SIZES),
     ):
         np.testing.assert_array_equal(bundle.tables()["items"][[0, -1], 0], [-1, 1])
     with pytest.raises(ConfigError, match="num_threads must be >= 1; was 0"):

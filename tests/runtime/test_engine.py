@@ -9,9 +9,16 @@ import pytest
 import shop
 from flax import nnx
 
-from xlarank.bundle import open_bundle
+from xlarank.bundle import open_bundle, tables
 from xlarank.compiler import build_bundle, random_requests
-from xlarank.errors import ConfigError, FeatureError, ModelNotFoundError, RequestError, UnavailableError
+from xlarank.errors import (
+    BundleError,
+    ConfigError,
+    FeatureError,
+    ModelNotFoundError,
+    RequestError,
+    UnavailableError,
+)
 from xlarank.runtime import DevicePool, Engine, Metrics, ModelRepository
 from xlarank.spec import FeatureSpec, ModelSpec, RankRequest, Scope, TaskSpec, take
 
@@ -286,3 +293,63 @@ def test_a_bundle_whose_golden_scores_differ_here_is_refused(repository, monkeyp
     monkeypatch.setattr(bundle_type, "golden", drifted)
     with pytest.raises(VerifyError, match=r"model 'shop', task 'click', bucket \d+x\d+ .* golden replay on"):
         Engine.load(repository / "shop")
+
+
+@pytest.fixture(scope="module")
+def in_chunks(tmp_path_factory):
+    """A repository whose tables have many chunks; the size of a chunk is that of this fixture's tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "_CHUNK_BYTES", 64)
+        folder = tmp_path_factory.mktemp("chunks")
+        model = shop.Shop(rngs=nnx.Rngs(0))
+        build_bundle(model, shop.SPEC, shop.make_tables(), out=folder, buckets=[8], tune_seconds=0)
+        yield folder
+
+
+def damage_unsampled_row(folder):
+    """Changes the last bit of a value in the middle of a table, far too little for a golden score to show."""
+    path = folder / "shop/1/tables/items.npy"
+    data = bytearray(path.read_bytes())
+    data[128 + 10 * 32] ^= 1
+    path.write_bytes(data)
+
+
+def test_scores_are_the_same_wherever_the_tables_are(in_chunks):
+    requests = random_requests(shop.SPEC, 8, num_candidates=8, seed=9)
+    scores = {}
+    for memory in ("huge", "mmap"):
+        with Engine.load(in_chunks / "shop", table_memory=memory) as engine:
+            assert engine.load_report.table_memory == memory
+            scores[memory] = [engine.score(request) for request in requests]
+            engine._table_check.join()
+            samples = {name: value for name, _, value in engine.metrics.samples()}
+            assert samples["xlarank_table_checked_bytes"] == samples["xlarank_table_bytes"] == 2000
+            assert samples["xlarank_table_huge_page_bytes"] <= 2048
+    for huge, mapped in zip(scores["huge"], scores["mmap"], strict=True):
+        for task in huge:
+            np.testing.assert_array_equal(huge[task], mapped[task])
+
+
+def test_a_damaged_table_found_while_it_serves_makes_the_model_unready_and_says_why(in_chunks, tmp_path):
+    shutil.copytree(in_chunks, tmp_path, dirs_exist_ok=True)
+    damage_unsampled_row(tmp_path)
+    with pytest.raises(BundleError, match=r"items\.npy: damaged: bytes 448 to 512"):
+        Engine.load(tmp_path / "shop", table_memory="huge")
+    served = ModelRepository.open(tmp_path, num_devices=1, table_memory="mmap")
+    engine = served._engines["shop"]
+    engine._table_check.join()
+    assert engine.fault is not None
+    assert not served.is_ready
+    assert served.models() == [("shop", 1, False)]
+    why = r"shop'? version 1 has failed: .*items\.npy: damaged: bytes 448 to 512: expected sha256"
+    with pytest.raises(UnavailableError, match=why):
+        served.engine("shop")
+    (request,) = random_requests(shop.SPEC, 1)
+    with pytest.raises(UnavailableError, match=why.replace("shop'?", "model 'shop'")):
+        engine.submit(request)
+    served.close()
+
+
+def test_a_memory_that_there_is_not_is_refused(repository):
+    with pytest.raises(ConfigError, match=r"table memory: expected one of \['huge', 'mmap'\], got 'disk'"):
+        Engine.load(repository / "shop", table_memory="disk")

@@ -62,6 +62,16 @@ def test_a_batch_counts_its_rows_padding_and_bucket(metrics, feed):
     assert value(metrics, "xlarank_bucket_batches_total", bucket) == 2
 
 
+def test_tables_are_stated_once_and_what_is_checked_of_them_at_each_scrape(metrics, feed):
+    checked = [10]
+    feed.set_tables(num_bytes=50, huge_page_bytes=32, checked_bytes=lambda: checked[0])
+    for num_bytes in (10, 50):
+        checked[0] = num_bytes
+        assert value(metrics, "xlarank_table_checked_bytes") == num_bytes
+    assert value(metrics, "xlarank_table_bytes") == 50
+    assert value(metrics, "xlarank_table_huge_page_bytes") == 32
+
+
 def test_failures_are_counted_by_reason(metrics, feed):
     for count, reason in enumerate(FAILURE_REASONS):
         for _ in range(count):
@@ -129,6 +139,9 @@ def test_names_and_types_are_triton_s(metrics, feed):
         "xlarank_execute_seconds_total": "counter",
         "xlarank_request_path_compiles_total": "counter",
         "xlarank_request_candidates": "histogram",
+        "xlarank_table_bytes": "gauge",
+        "xlarank_table_checked_bytes": "gauge",
+        "xlarank_table_huge_page_bytes": "gauge",
         **{f"nv_inference_{stage}_duration_us": "counter" for stage in stages},
         **{f"nv_inference_{stage}_duration_histogram_us": "histogram" for stage in stages},
     }

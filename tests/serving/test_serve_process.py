@@ -139,12 +139,29 @@ def test_bad_requests_between_good_ones_harm_nobody(running):
             np.testing.assert_allclose(scores, expected(9), rtol=1e-5, atol=1e-4)
 
 
+def metrics_of(running):
+    with urllib.request.urlopen(f"http://{running['http']}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+
+
+def test_mapped_tables_are_served_from_their_files_and_checked(folder):
+    with started(folder, "--table-memory", "mmap") as process:
+        running = json.loads(process.stdout.readline())
+        with RankingClient(running["grpc"]) as client:
+            scores = client.score("linear", features(9))["value"]
+        np.testing.assert_allclose(scores, expected(9), rtol=1e-5, atol=1e-4)
+        values = metrics_of(running)
+        labels = '{model="linear",version="1"}'
+        assert float(values[f"xlarank_table_bytes{labels}"]) == 120
+        assert float(values[f"xlarank_table_checked_bytes{labels}"]) == 120
+        assert float(values[f"xlarank_table_huge_page_bytes{labels}"]) == 0
+
+
 def test_metrics_count_what_was_served(running):
     with RankingClient(running["grpc"]) as client:
         client.score("linear", features(3))
-    with urllib.request.urlopen(f"http://{running['http']}/metrics", timeout=10) as response:
-        lines = response.read().decode().splitlines()
-    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    values = metrics_of(running)
     labels = '{model="linear",version="1"}'
     assert float(values[f"nv_inference_request_success{labels}"]) >= 1
     assert float(values[f"nv_inference_count{labels}"]) >= 3

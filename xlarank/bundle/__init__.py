@@ -2,9 +2,10 @@
 
 from xlarank.bundle.document import FORMAT_VERSION
 from xlarank.bundle.manifest import FileDigest, Manifest, ProgramEntry
-from xlarank.bundle.reader import Bundle, open_bundle
+from xlarank.bundle.reader import Bundle, Verify, open_bundle
 from xlarank.bundle.repository import latest_version, list_versions, resolve_bundle, versions_in
 from xlarank.bundle.requests import read_requests, write_requests
+from xlarank.bundle.tables import TableFile
 from xlarank.bundle.writer import BundleWriter
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "FileDigest",
     "Manifest",
     "ProgramEntry",
+    "TableFile",
+    "Verify",
     "latest_version",
     "list_versions",
     "open_bundle",

@@ -6,7 +6,7 @@ import concurrent.futures
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from xlarank.bundle.manifest import FileDigest
@@ -48,13 +48,23 @@ def check_file(path: Path, expected: FileDigest, *, content: bool) -> None:
         raise BundleError(f"{path}: damaged: expected sha256 {expected.sha256}, got {found.sha256}")
 
 
-def check_files(folder: Path, files: Mapping[str, FileDigest], *, content: bool, num_threads: int) -> None:
-    """`check_file` for every file of a folder; the first one that differs, in their order, is raised."""
+def check_files(
+    folder: Path, files: Mapping[str, FileDigest], *, unread: Collection[str], num_threads: int
+) -> None:
+    """`check_file` for every file of a folder; the first one that differs, in their order, is raised.
+
+    Args:
+      folder: that the paths are in.
+      files: what each must be.
+      unread: paths whose size alone is looked at.
+      num_threads: threads that read; >= 1.
+    """
     if num_threads < 1:
         raise ConfigError(f"num_threads must be >= 1; was {num_threads}")
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         checks = [
-            pool.submit(check_file, folder / path, digest, content=content) for path, digest in files.items()
+            pool.submit(check_file, folder / path, digest, content=path not in unread)
+            for path, digest in files.items()
         ]
         try:
             for check in checks:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xlarank.bundle.document import FORMAT_VERSION, Fields, parse, render
+from xlarank.bundle.tables import digests_file
 from xlarank.errors import BundleError, ConfigError
 from xlarank.spec import (
     Bucket,
@@ -199,7 +200,8 @@ class Manifest:
     def required_files(self) -> tuple[str, ...]:
         """Paths that the bundle must have, by what the manifest says."""
         prepares = [self.prepare] if self.prepare is not None else []
-        tables = [table_file(table.name) for table in self.spec.tables]
+        arrays = [table_file(table.name) for table in self.spec.tables]
+        tables = [path for array in arrays for path in (array, digests_file(array))]
         programs = [program.file for program in self.programs]
         return tuple(dict.fromkeys([PARAMS_FILE, GOLDEN_FILE, *tables, *prepares, *programs]))
 

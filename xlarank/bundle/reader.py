@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import logging
 import os
@@ -22,22 +23,36 @@ from xlarank.bundle.manifest import (
 )
 from xlarank.bundle.repository import version_of
 from xlarank.bundle.requests import read_requests
-from xlarank.bundle.tables import map_table
+from xlarank.bundle.tables import TableFile
 from xlarank.errors import BundleError
 from xlarank.spec import ModelSpec, RankRequest
 
-__all__ = ["Bundle", "open_bundle"]
+__all__ = ["Bundle", "Verify", "open_bundle"]
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def open_bundle(path: Path | str, *, verify: bool = True, num_threads: int | None = None) -> Bundle:
+class Verify(enum.Enum):
+    """What of a bundle's files is read when it is opened, and compared with its sha256."""
+
+    EVERYTHING = enum.auto()
+    """Every file but cache/, whose files are checked when they are asked for."""
+
+    ALL_BUT_TABLES = enum.auto()
+    """For who reads the tables next, or uses them mapped: `TableFile` checks them as they are read."""
+
+    SIZES = enum.auto()
+    """Nothing: only presence, size and the tables' headers are looked at."""
+
+
+def open_bundle(
+    path: Path | str, *, verify: Verify = Verify.EVERYTHING, num_threads: int | None = None
+) -> Bundle:
     """Opens one version of a model.
 
     Args:
       path: the version's folder (`resolve_bundle` finds it).
-      verify: whether to read every file and compare its sha256. Without it only presence, size and the
-        tables' headers are looked at.
+      verify: how much to read now.
       num_threads: threads that read; None for one a core, at most 4.
 
     Returns:
@@ -59,7 +74,12 @@ def open_bundle(path: Path | str, *, verify: bool = True, num_threads: int | Non
     manifest = Manifest.from_json(data, file=str(file))
     if num_threads is None:
         num_threads = min(4, os.cpu_count() or 1)
-    check_files(path, manifest.files, content=verify, num_threads=num_threads)
+    unread = {
+        Verify.EVERYTHING: frozenset(),
+        Verify.ALL_BUT_TABLES: frozenset(table_file(table.name) for table in manifest.spec.tables),
+        Verify.SIZES: frozenset(manifest.files),
+    }[verify]
+    check_files(path, manifest.files, unread=unread, num_threads=num_threads)
     # The folder's name is what listings and clients go by, so a version that was copied to a new number, to
     # roll back to it, is that number.
     version = version_of(path) or manifest.version
@@ -73,8 +93,10 @@ class Bundle:
         """Used by `open_bundle`, which checks the files first; raises BundleError for a table's header."""
         self.path = path
         self.manifest = manifest
-        self._tables = {
-            table.name: map_table(path / table_file(table.name), table.num_rows, table.dim)
+        self._table_files = {
+            table.name: TableFile(
+                path / table_file(table.name), np.dtype(np.float32), (table.num_rows, table.dim)
+            )
             for table in manifest.spec.tables
         }
 
@@ -123,7 +145,11 @@ class Bundle:
 
     def tables(self) -> dict[str, np.ndarray]:
         """Tables by name: [R, D] float32, read-only, 64-byte aligned, mapped and not yet read."""
-        return dict(self._tables)
+        return {name: file.map() for name, file in self._table_files.items()}
+
+    def table_files(self) -> dict[str, TableFile]:
+        """The files of the tables by name, to read or check them."""
+        return dict(self._table_files)
 
     def golden(self) -> tuple[list[RankRequest], dict[str, dict[str, np.ndarray]]]:
         """Golden requests, and ``{"scores": {task: [rows] float32}}`` for every task.

@@ -1,92 +1,248 @@
-"""Embedding tables as `.npy`: written as a stream, mapped when read. The header is compared, never parsed."""
+"""Arrays of tables as `.npy`: written as a stream, mapped, or read into memory and checked as they are read.
+
+The header is compared, never parsed. Beside each array lies a file with the digest of each of its chunks, so
+that any part can be checked by itself: by several threads while a table is read, or a few chunks now and the
+others later while it is used mapped.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import hashlib
+import io
 import mmap
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from xlarank.errors import BundleError, ConfigError
 
-__all__ = ["ALIGNMENT", "map_table", "write_table"]
+__all__ = ["ALIGNMENT", "TableFile", "digests_file", "write_array"]
 
 ALIGNMENT = 64
 """Bytes: a cache line, and what XLA and the native kernel ask of host arrays."""
 
 _MAGIC = b"\x93NUMPY\x01\x00"
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 4 << 20
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def write_table(path: Path, table: np.ndarray) -> str:
-    """Writes a table in chunks, so that no second copy of it is ever held.
+def digests_file(path: str) -> str:
+    """Where the digests of an array's chunks lie: sha256 of each 4 MiB of its file, end to end."""
+    return f"{path}.sha256"
+
+
+def write_array(path: Path, array: np.ndarray) -> tuple[str, bytes]:
+    """Writes an array in steps, so that no second copy of it is ever held.
 
     Args:
       path: file to write, in a folder that exists.
-      table: [R, D] float32 of any memory order.
+      array: [R, n] of any memory order; written little-endian.
 
     Returns:
-      sha256 of the bytes that the file must hold, taken of the memory and not of the file.
-
-    Raises:
-      ConfigError: for another rank or dtype.
+      sha256 of the bytes that the file must hold, as hex digits, and the content of `digests_file`; taken of
+      the memory and not of the file.
     """
-    if table.ndim != 2 or table.dtype != np.float32:
-        raise ConfigError(
-            f"{path.name}: expected float32 of shape [R, D], got {table.dtype} of shape {list(table.shape)}"
-        )
-    num_rows, dim = table.shape
-    chunk_rows = max(1, _CHUNK_BYTES // max(1, 4 * dim))
-    header = _header(num_rows, dim)
-    digest = hashlib.sha256(header)
+    dtype = array.dtype.newbyteorder("<")
+    num_rows, num_columns = array.shape
+    rows_a_step = max(1, _CHUNK_BYTES // max(1, dtype.itemsize * num_columns))
+    digests = _Digests()
     with open(path, "wb") as file:
+        header = _header(dtype, array.shape)
         file.write(header)
-        for begin in range(0, num_rows, chunk_rows):
-            chunk = np.ascontiguousarray(table[begin : begin + chunk_rows], dtype="<f4")
-            file.write(chunk.data)
-            digest.update(chunk.data)
-    return digest.hexdigest()
+        digests.update(memoryview(header))
+        for begin in range(0, num_rows, rows_a_step):
+            step = np.ascontiguousarray(array[begin : begin + rows_a_step], dtype)
+            file.write(step.data)
+            digests.update(step.data.cast("B"))
+    return digests.whole.hexdigest(), digests.chunks()
 
 
-def map_table(path: Path, num_rows: int, dim: int) -> np.ndarray:
-    """Maps a table into memory; its pages are read as they are touched.
+class TableFile:
+    """One array of a table on the disk. Threads may share it.
 
-    Args:
-      path: file of `write_table`.
-      num_rows: R that the spec states.
-      dim: D that the spec states.
-
-    Returns:
-      [R, D] float32, read-only, C-contiguous, 64-byte aligned.
-
-    Raises:
-      BundleError: if the header isn't that of such an array, or the file is too short or too long for it.
+    Attributes:
+      path: of the `.npy` file.
+      dtype: of the array.
+      shape: of the array, (R, n).
+      num_bytes: of its values, the header not counted.
+      num_chunks: pieces that can be checked by themselves, at least one.
     """
-    header = _header(num_rows, dim)
-    expected_bytes = len(header) + 4 * num_rows * dim
-    try:
-        with open(path, "rb") as file:
-            found = file.read(len(header))
-            if found != header:
+
+    def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, int]) -> None:
+        """Looks at header and size.
+
+        Args:
+          path: file of `write_array`.
+          dtype: that the manifest states.
+          shape: likewise.
+
+        Raises:
+          BundleError: if the header isn't that of such an array, or the file is too short or too long for it.
+        """
+        self.path, self.dtype, self.shape = path, dtype, shape
+        self._header = _header(dtype, shape)
+        self.num_bytes = dtype.itemsize * shape[0] * shape[1]
+        self._file_bytes = len(self._header) + self.num_bytes
+        self.num_chunks = -(-self._file_bytes // _CHUNK_BYTES)
+        with self._open() as file:
+            found = file.read(len(self._header))
+            if found != self._header:
                 raise BundleError(
-                    f"{path}: expected an npy file of float32 [{num_rows}, {dim}], {_text(header)}; "
-                    f"got {_text(found)}"
+                    f"{path}: expected an npy file of {self}, {_text(self._header)}; got {_text(found)}"
                 )
             num_bytes = file.seek(0, 2)
-            if num_bytes != expected_bytes:
-                raise BundleError(
-                    f"{path}: expected {expected_bytes} bytes of float32 [{num_rows}, {dim}], got {num_bytes}"
-                )
+            if num_bytes != self._file_bytes:
+                raise BundleError(f"{path}: expected {self._file_bytes} bytes of {self}, got {num_bytes}")
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name} [{self.shape[0]}, {self.shape[1]}]"
+
+    def map(self) -> np.ndarray:
+        """The array, read-only, C-contiguous, 64-byte aligned; its pages are read as they are touched."""
+        with self._open() as file:
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise BundleError(f"{path}: can't be read: {error.strerror or error}") from error
-    return np.frombuffer(pages, np.float32, num_rows * dim, len(header)).reshape(num_rows, dim)
+        values = np.frombuffer(pages, self.dtype, self.shape[0] * self.shape[1], len(self._header))
+        return values.reshape(self.shape)
+
+    def read_into(
+        self,
+        memory: np.ndarray,
+        *,
+        num_threads: int = 1,
+        on_bytes: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Reads the values, and checks every byte as it comes.
+
+        Args:
+          memory: [num_bytes] uint8, written.
+          num_threads: threads that read and check; >= 1.
+          on_bytes: told, in the caller's thread, the size of each part that is read and right.
+
+        Raises:
+          BundleError: if the file can't be read, is cut short, or a chunk's digest is wrong.
+        """
+        if memory.dtype != np.uint8 or memory.shape != (self.num_bytes,):
+            raise ConfigError(
+                f"{self.path}: expected memory of uint8 [{self.num_bytes}], got {memory.dtype} of shape "
+                f"{list(memory.shape)}"
+            )
+        with self._open() as file, concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+            try:
+                checks = [
+                    pool.submit(self._read_chunk, file.fileno(), chunk, memory)
+                    for chunk in range(self.num_chunks)
+                ]
+                for check in checks:
+                    on_bytes(check.result())
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def check_chunk(self, chunk: int) -> int:
+        """Reads and checks one chunk, without keeping or mapping it.
+
+        Args:
+          chunk: in [0, num_chunks).
+
+        Returns:
+          How many bytes of values it has.
+
+        Raises:
+          BundleError: as `read_into`.
+        """
+        with self._open() as file:
+            return self._read_chunk(file.fileno(), chunk, None)
+
+    def _read_chunk(self, file: int, chunk: int, memory: np.ndarray | None) -> int:
+        begin, end = chunk * _CHUNK_BYTES, min(self._file_bytes, (chunk + 1) * _CHUNK_BYTES)
+        values_begin = min(end, max(begin, len(self._header)))
+        header = memoryview(bytearray(values_begin - begin))
+        if memory is None:
+            values = memoryview(bytearray(end - values_begin))
+        else:
+            values = memory[values_begin - len(self._header) : end - len(self._header)].data
+        digest = hashlib.sha256()
+        for part, offset in ((header, begin), (values, values_begin)):
+            self._read_whole(file, part, offset)
+            digest.update(part)
+        expected = self._digests[chunk * _DIGEST_BYTES : (chunk + 1) * _DIGEST_BYTES]
+        if digest.digest() != expected:
+            raise BundleError(
+                f"{self.path}: damaged: bytes {begin} to {end}: expected sha256 {expected.hex()}, got "
+                f"{digest.hexdigest()}"
+            )
+        return len(values)
+
+    def _read_whole(self, file: int, out: memoryview, offset: int) -> None:
+        num_read = 0
+        while num_read < len(out):
+            try:
+                count = os.preadv(file, [out[num_read:]], offset + num_read)
+            except OSError as error:
+                raise BundleError(f"{self.path}: can't be read: {error.strerror or error}") from error
+            if count == 0:
+                raise BundleError(
+                    f"{self.path}: truncated: expected {self._file_bytes} bytes, got {offset + num_read}"
+                )
+            num_read += count
+
+    @functools.cached_property
+    def _digests(self) -> bytes:
+        path = self.path.with_name(digests_file(self.path.name))
+        try:
+            digests = path.read_bytes()
+        except OSError as error:
+            raise BundleError(f"{path}: can't be read: {error.strerror or error}") from error
+        if len(digests) != self.num_chunks * _DIGEST_BYTES:
+            raise BundleError(
+                f"{path}: expected {self.num_chunks} digests of {_DIGEST_BYTES} bytes each, got "
+                f"{len(digests)} bytes"
+            )
+        return digests
+
+    def _open(self) -> io.FileIO:
+        try:
+            return open(self.path, "rb", buffering=0)
+        except OSError as error:
+            raise BundleError(f"{self.path}: can't be read: {error.strerror or error}") from error
 
 
-def _header(num_rows: int, dim: int) -> bytes:
+class _Digests:
+    """sha256 of a stream, and of each of its chunks."""
+
+    def __init__(self) -> None:
+        self.whole = hashlib.sha256()
+        self._done: list[bytes] = []
+        self._chunk = hashlib.sha256()
+        self._room = _CHUNK_BYTES  # bytes that the chunk still takes
+
+    def update(self, data: memoryview) -> None:
+        self.whole.update(data)
+        while data:
+            part, data = data[: self._room], data[self._room :]
+            self._chunk.update(part)
+            self._room -= len(part)
+            if not self._room:
+                self._end_chunk()
+
+    def chunks(self) -> bytes:
+        """Digests of all chunks, end to end; ends the stream."""
+        if self._room < _CHUNK_BYTES:
+            self._end_chunk()
+        return b"".join(self._done)
+
+    def _end_chunk(self) -> None:
+        self._done.append(self._chunk.digest())
+        self._chunk, self._room = hashlib.sha256(), _CHUNK_BYTES
+
+
+def _header(dtype: np.dtype, shape: tuple[int, int]) -> bytes:
     """What numpy writes before such an array, padded so that the data begin at a multiple of 64 bytes."""
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({num_rows}, {dim}), }}".encode()
+    descr = dtype.newbyteorder("<").str
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({shape[0]}, {shape[1]}), }}".encode()
     num_before = len(_MAGIC) + 2
     text += b" " * (-(num_before + len(text) + 1) % ALIGNMENT) + b"\n"
     return _MAGIC + len(text).to_bytes(2, "little") + text

@@ -28,7 +28,7 @@ from xlarank.bundle.reader import Bundle
 from xlarank.bundle.repository import versions_in
 from xlarank.bundle.requests import write_requests
 from xlarank.bundle.staging import Staging, sync_path
-from xlarank.bundle.tables import write_table
+from xlarank.bundle.tables import digests_file, write_array
 from xlarank.errors import BundleError, ConfigError
 from xlarank.spec import RankRequest
 
@@ -138,8 +138,14 @@ class BundleWriter:
         Raises:
           ConfigError: for another rank or dtype.
         """
+        if table.ndim != 2 or table.dtype != np.float32:
+            raise ConfigError(
+                f"table {name!r}: expected float32 of shape [R, D], got {table.dtype} of shape "
+                f"{list(table.shape)}"
+            )
         path = table_file(_checked(name))
-        self._digests[path] = write_table(self._new_file(path), table)
+        self._digests[path], digests = write_array(self._new_file(path), table)
+        self._add_bytes(digests_file(path), digests)
         return path
 
     def add_golden(

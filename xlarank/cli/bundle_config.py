@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from xlarank.bundle import open_bundle
+from xlarank.bundle import Verify, open_bundle
 from xlarank.errors import ConfigError
 from xlarank.spec.config import ModelConfig, load_config, parse_config
 
@@ -24,7 +24,7 @@ def config_of(bundle: Path, config: Path | None) -> ModelConfig:
     """
     if config is not None:
         return load_config(config)
-    text = open_bundle(bundle, verify=False).manifest.provenance.get("config")
+    text = open_bundle(bundle, verify=Verify.SIZES).manifest.provenance.get("config")
     if text is None:
         raise ConfigError(f"{bundle}: was not compiled from a config, so no reader is known; give --config")
     return parse_config(text, Path("config.toml"))

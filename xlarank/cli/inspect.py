@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xlarank.bundle import FORMAT_VERSION, Bundle, open_bundle, resolve_bundle
+from xlarank.bundle import FORMAT_VERSION, Bundle, Verify, open_bundle, resolve_bundle
 from xlarank.cli.console import output_console
 from xlarank.spec import FeatureSpec, ModelSpec, Vocabulary, operation_to_dict
 
@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       BundleError: if the bundle isn't whole.
     """
-    bundle = open_bundle(resolve_bundle(args.bundle), verify=not args.no_verify)
+    bundle = open_bundle(
+        resolve_bundle(args.bundle), verify=Verify.SIZES if args.no_verify else Verify.EVERYTHING
+    )
     facts = _facts(bundle, is_verified=not args.no_verify)
     _show(facts, output_console())
     return facts

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from xlarank.bundle import Manifest, open_bundle, resolve_bundle
+from xlarank.bundle import Manifest, Verify, open_bundle, resolve_bundle
 from xlarank.cli.console import output_console
 from xlarank.errors import ConfigError
 from xlarank.spec import DEFAULT_ROWS, LatencyProfile
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     from xlarank.cli.sizes import read_sizes  # prometheus_client takes a while: only this subcommand pays
 
-    bundle = open_bundle(resolve_bundle(args.bundle), verify=False)
+    bundle = open_bundle(resolve_bundle(args.bundle), verify=Verify.SIZES)
     manifest = bundle.manifest
     kind, profile = _profile_of(manifest, str(bundle.path), args.device_kind)
     histogram = read_sizes(args.sizes, model=args.model or manifest.spec.name, largest=args.largest)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xlarank.cli.console import output_console, progress_console
+from xlarank.cli.table_memory import add_table_memory, table_progress
 from xlarank.errors import ConfigError
 
 __all__ = ["add_parser", "run"]
@@ -41,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
         "--config", type=Path, help="names the reader (the config that the bundle was compiled from)"
     )
     parser.add_argument("--devices", type=int, metavar="N", help="devices to score on (all there are)")
+    add_table_memory(parser)
     parser.set_defaults(run=run)
 
 
@@ -65,7 +67,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     path = resolve_bundle(args.bundle)
     data = getattr(read_data(config_of(path, args.config), args.data), args.split)
-    with Engine.load(path, num_devices=args.devices) as engine:
+    with table_progress() as on_table_bytes:
+        loaded = Engine.load(
+            path,
+            num_devices=args.devices,
+            table_memory=args.table_memory,
+            on_table_bytes=on_table_bytes,
+        )
+    with loaded as engine:
         tasks = [task.name for task in engine.spec.tasks]
         scores: dict[str, list[np.ndarray]] = {task: [] for task in tasks}
         sizes: list[int] = []

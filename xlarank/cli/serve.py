@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from xlarank.cli.table_memory import add_table_memory, table_progress
 from xlarank.errors import ConfigError
 
 __all__ = ["add_parser", "run"]
@@ -54,6 +55,7 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="leave compiled code in bundles untouched; compile programs/",
     )
+    add_table_memory(parser)
     parser.add_argument(
         "--allow-reference-gather", action="store_true", help="serve without the native kernel, slowly"
     )
@@ -86,16 +88,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for what, port in (("grpc", args.port), ("http", args.http_port)):
         _check_free(what, args.host, port)
     metrics = Metrics()
-    repository = ModelRepository.open(
-        args.repository,
-        num_devices=args.devices,
-        host_threads=args.host_threads,
-        compile_cache=args.compile_cache,
-        use_bundle_code=not args.no_bundle_code,
-        allow_reference_gather=args.allow_reference_gather,
-        metrics=metrics,
-        on_progress=lambda step: print(f"loading {step}", file=sys.stderr, flush=True),
-    )
+    with table_progress() as on_table_bytes:
+        repository = ModelRepository.open(
+            args.repository,
+            num_devices=args.devices,
+            host_threads=args.host_threads,
+            compile_cache=args.compile_cache,
+            use_bundle_code=not args.no_bundle_code,
+            table_memory=args.table_memory,
+            allow_reference_gather=args.allow_reference_gather,
+            metrics=metrics,
+            on_progress=lambda step: print(f"loading {step}", file=sys.stderr, flush=True),
+            on_table_bytes=on_table_bytes,
+        )
     with stop_on_signals() as stop:
         try:
             server = RankingServer(repository, metrics.text, config)

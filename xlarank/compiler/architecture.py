@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from xlarank import device
-from xlarank.bundle import Bundle, open_bundle, versions_in
+from xlarank.bundle import Bundle, Verify, open_bundle, versions_in
 from xlarank.compiler.options import BuildOptions
 from xlarank.compiler.program import Traces
 from xlarank.compiler.result import Tuning
@@ -93,7 +93,7 @@ def find_reusable(out: Path, spec: ModelSpec, architecture: str, options: BuildO
     folder = out / spec.name
     for version in reversed(versions_in(folder)):
         try:
-            bundle = open_bundle(folder / str(version), verify=False)
+            bundle = open_bundle(folder / str(version), verify=Verify.SIZES)
             if bundle.manifest.architecture != architecture or bundle.manifest.refusal:
                 continue
             open_bundle(folder / str(version))
@@ -110,7 +110,7 @@ def latest_profile(out: Path, spec: ModelSpec, kind: str) -> LatencyProfile | No
     """Times of the newest version in a repository on devices of a kind; None where there is none."""
     for version in reversed(versions_in(out / spec.name)):
         try:
-            return open_bundle(out / spec.name / str(version), verify=False).manifest.latency[kind]
+            return open_bundle(out / spec.name / str(version), verify=Verify.SIZES).manifest.latency[kind]
         except (BundleError, KeyError) as error:
             _log.warning("version %s of %s has no times to plan by: %s", version, spec.name, error)
     return None

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from xlarank import device
-from xlarank.bundle import BundleWriter, Manifest, ProgramEntry, open_bundle
+from xlarank.bundle import BundleWriter, Manifest, ProgramEntry, Verify, open_bundle
 from xlarank.compiler.analyze import Analysis, analyze
 from xlarank.compiler.architecture import (
     TUNING_FILE,
@@ -409,7 +409,8 @@ class Builder:
         )
         writer.add_text("report.html", render_report(result, self.requests))
         path = writer.publish(manifest)
-        return dataclasses.replace(result, path=path, manifest=open_bundle(path, verify=False).manifest)
+        published = open_bundle(path, verify=Verify.SIZES).manifest
+        return dataclasses.replace(result, path=path, manifest=published)
 
 
 @dataclasses.dataclass(frozen=True)

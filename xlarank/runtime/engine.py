@@ -14,13 +14,14 @@ from types import TracebackType
 import numpy as np
 
 from xlarank import device
-from xlarank.bundle import open_bundle, resolve_bundle
+from xlarank.bundle import Verify, open_bundle, resolve_bundle
 from xlarank.errors import ConfigError, RequestError, UnavailableError
-from xlarank.host import BoundRequest, Gatherer, Segment
+from xlarank.host import BoundRequest, Gatherer, Segment, TableMemory
 from xlarank.runtime.batcher import Batch, Batcher, Part
 from xlarank.runtime.loading import Loader, LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pool import DevicePool, Job
+from xlarank.runtime.tables import TableBytes
 from xlarank.spec import BucketLadder, Column, LatencyProfile, ModelSpec, RankRequest
 
 __all__ = ["Engine"]
@@ -81,10 +82,12 @@ class Engine:
         host_threads: int | None = None,
         compile_cache: Path | None = None,
         use_bundle_code: bool = True,
+        table_memory: TableMemory | str | None = None,
         backend: str = "auto",
         pool: DevicePool | None = None,
         metrics: Metrics | None = None,
         on_progress: Callable[[str], None] | None = None,
+        on_table_bytes: TableBytes | None = None,
     ) -> Engine:
         """Loads a bundle; when this returns every bucket on every device has run and been proven.
 
@@ -97,29 +100,37 @@ class Engine:
           compile_cache: the process's compilation cache folder, see `xlarank.device.configure`.
           use_bundle_code: whether compiled code in the bundle may be used; without it programs/ is
             compiled.
+          table_memory: "huge" reads the tables into huge pages, "mmap" maps their files; by default huge
+            where the kernel has such pages and the tables fit. Mapped tables are checked in part before this
+            returns and to the end in the background; see `fault`.
           backend: of the gather: "native", "numpy" or "auto".
           pool: device threads to share with other engines; its own by default.
           metrics: registry to count in; its own by default.
           on_progress: told each step in words.
+          on_table_bytes: told the bytes of tables read so far, and of how many.
 
         Raises:
           BundleError: if the bundle is damaged, truncated or of an unknown format.
           VerifyError: if its golden requests get other scores here.
-          ConfigError: for devices or options that can't be had.
+          ConfigError: for devices, memory or options that can't be had.
         """
+        if table_memory is not None:
+            table_memory = TableMemory.named(table_memory)
         if host_threads is None:
             host_threads = min(4, len(os.sched_getaffinity(0)))
         if host_threads < 1:
             raise ConfigError(f"host_threads must be >= 1; was {host_threads}")
         device.configure(num_devices=num_devices, compile_cache=compile_cache)
-        bundle = open_bundle(resolve_bundle(Path(path)))
+        bundle = open_bundle(resolve_bundle(Path(path)), verify=Verify.ALL_BUT_TABLES)
         loader = Loader(
             bundle,
             devices=device.devices(num_devices if pool is None else pool.num_devices),
             host_threads=host_threads,
             use_bundle_code=use_bundle_code,
             backend=backend,
+            table_memory=table_memory,
             on_progress=on_progress,
+            on_table_bytes=on_table_bytes,
         )
         return cls(loader, pool, metrics or Metrics())
 
@@ -137,6 +148,13 @@ class Engine:
         self.metrics: ModelMetrics = metrics.model(
             self.spec.name, self.version, pending=lambda: self._num_open
         )
+        self._table_check = loaded.table_check
+        huge_pages = loaded.report.huge_pages
+        self.metrics.set_tables(
+            num_bytes=self._table_check.num_bytes,
+            huge_page_bytes=0 if huge_pages is None else huge_pages.got,
+            checked_bytes=lambda: self._table_check.num_checked_bytes,
+        )
         self._compiles = device.CompileCounter()
         self._gatherer: Gatherer = loaded.gatherer
         self._replicas = loaded.replicas
@@ -149,6 +167,12 @@ class Engine:
         self._owns_pool = pool is None
         self._pool = pool or DevicePool(len(self._replicas))
         self._pool.attach(self)
+        self._table_check.start()
+
+    @property
+    def fault(self) -> str | None:
+        """What was found to be wrong since loading, such as a damaged table; no request is taken then."""
+        return self._table_check.fault
 
     @property
     def num_request_path_compiles(self) -> int:
@@ -174,13 +198,17 @@ class Engine:
           batch is gathered drops the request.
 
         Raises:
-          UnavailableError: if the engine is closed.
+          UnavailableError: if the engine is closed or has a `fault`.
           ConfigError: if the request was made for another model.
         """
         if not isinstance(request, RankRequest):
             raise RequestError(
                 f"model {self.spec.name!r}: expected a RankRequest, got {type(request).__name__}; "
                 f"engine.request(features) makes one"
+            )
+        if self.fault is not None:
+            raise UnavailableError(
+                f"model {self.spec.name!r} version {self.version} has failed: {self.fault}"
             )
         pending = _Pending(self._gatherer.bind(request), self._tasks, time.monotonic())
         with self._idle:
@@ -209,6 +237,7 @@ class Engine:
         with self._idle:
             self._is_open = False
             self._idle.wait_for(lambda: self._num_open == 0)
+        self._table_check.stop()
         self._pool.detach(self)
         if self._owns_pool:
             self._pool.close()

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xlarank import device
-from xlarank.bundle import list_versions, open_bundle
+from xlarank.bundle import Verify, list_versions, open_bundle
 from xlarank.errors import ConfigError, ModelNotFoundError, UnavailableError
-from xlarank.host import native_available
+from xlarank.host import TableMemory, native_available
 from xlarank.runtime.engine import Engine
 from xlarank.runtime.metrics import Metrics
 from xlarank.runtime.pool import DevicePool
+from xlarank.runtime.tables import TableBytes
 
 __all__ = ["ModelRepository"]
 
@@ -29,19 +30,23 @@ class ModelRepository:
         host_threads: int | None = None,
         compile_cache: Path | None = None,
         use_bundle_code: bool = True,
+        table_memory: TableMemory | str | None = None,
         allow_reference_gather: bool = False,
         metrics: Metrics | None = None,
         on_progress: Callable[[str], None] | None = None,
+        on_table_bytes: TableBytes | None = None,
     ) -> ModelRepository:
         """Loads every model; when this returns all of them are ready.
 
         Args:
           path: ``<path>/<model>/<version>`` are the bundles.
-          num_devices, host_threads, compile_cache, use_bundle_code, metrics, on_progress: see `Engine.load`.
+          num_devices, host_threads, compile_cache, use_bundle_code, table_memory, metrics, on_progress,
+            on_table_bytes: see `Engine.load`.
           allow_reference_gather: serve without the native kernel, slowly.
 
         Raises:
-          ConfigError: if the folder holds no bundle, or the native kernel isn't built.
+          ConfigError: if the folder holds no bundle, the native kernel isn't built, or memory doesn't
+            suffice.
           BundleError: if a bundle is damaged.
           VerifyError: if a bundle's golden requests get other scores here.
         """
@@ -68,7 +73,7 @@ class ModelRepository:
         repository = cls(pool)
         try:
             for model, version in sorted(versions.items()):
-                name = open_bundle(root / model / str(version), verify=False).spec.name
+                name = open_bundle(root / model / str(version), verify=Verify.SIZES).spec.name
                 if name != model:
                     raise ConfigError(
                         f"repository {root}: folder {model!r} holds model {name!r}; clients ask by "
@@ -78,9 +83,11 @@ class ModelRepository:
                     root / model / str(version),
                     host_threads=host_threads,
                     use_bundle_code=use_bundle_code,
+                    table_memory=table_memory,
                     pool=pool,
                     metrics=metrics,
                     on_progress=on_progress,
+                    on_table_bytes=on_table_bytes,
                 )
         except BaseException:
             repository.close()
@@ -95,8 +102,8 @@ class ModelRepository:
 
     @property
     def is_ready(self) -> bool:
-        """Whether every model is loaded and none is draining."""
-        return self._is_open
+        """Whether every model is loaded, none has failed and none is draining."""
+        return all(is_ready for _, _, is_ready in self.models()) and self._is_open
 
     @property
     def num_devices(self) -> int:
@@ -105,7 +112,10 @@ class ModelRepository:
 
     def models(self) -> list[tuple[str, int, bool]]:
         """Name, version and readiness of every loaded model."""
-        return [(name, engine.version, self._is_open) for name, engine in self._engines.items()]
+        return [
+            (name, engine.version, self._is_open and engine.fault is None)
+            for name, engine in self._engines.items()
+        ]
 
     def engine(self, name: str, version: str = "") -> Engine:
         """The engine that answers for a model.
@@ -116,7 +126,7 @@ class ModelRepository:
 
         Raises:
           ModelNotFoundError: if there is no such model or version.
-          UnavailableError: if the repository is closing.
+          UnavailableError: if the repository is closing, or the model has failed since it was loaded.
         """
         engine = self._engines.get(name)
         if engine is None:
@@ -128,6 +138,8 @@ class ModelRepository:
             )
         if not self._is_open:
             raise UnavailableError(f"model '{name}' is shutting down")
+        if engine.fault is not None:
+            raise UnavailableError(f"model '{name}' version {engine.version} has failed: {engine.fault}")
         return engine
 
     def close(self) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 from xlarank import device
 from xlarank.bundle import Bundle
 from xlarank.errors import VerifyError
-from xlarank.host import Gatherer
+from xlarank.host import Gatherer, HugePages, TableMemory
+from xlarank.runtime.table_check import TableCheck
+from xlarank.runtime.tables import LoadedTables, TableBytes, load_tables
 from xlarank.spec import BucketLadder, LatencyProfile
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
@@ -41,6 +43,12 @@ class LoadReport:
     max_error: dict[str, float]
     """Largest error by task of the golden rows replayed: up to 4 full batches a bucket, on every device."""
 
+    table_memory: TableMemory
+    """Where the tables are."""
+
+    huge_pages: HugePages | None
+    """How much of them lies in huge pages; None for mapped tables."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
@@ -48,6 +56,9 @@ class LoadedModel:
 
     version: int
     gatherer: Gatherer
+    table_check: TableCheck
+    """Of mapped tables, not yet started."""
+
     ladder: BucketLadder
     replicas: Sequence[device.Replica]
     profile: LatencyProfile
@@ -65,7 +76,9 @@ class Loader:
         host_threads: int,
         use_bundle_code: bool = True,
         backend: str = "auto",
+        table_memory: TableMemory | None = None,
         on_progress: Callable[[str], None] | None = None,
+        on_table_bytes: TableBytes | None = None,
     ) -> None:
         """See `xlarank.runtime.Engine.load`."""
         self._bundle = bundle
@@ -73,21 +86,25 @@ class Loader:
         self._host_threads = host_threads
         self._use_bundle_code = use_bundle_code
         self._backend = backend
+        self._table_memory = table_memory
         self._on_progress = on_progress
+        self._on_table_bytes = on_table_bytes
         self._seconds: dict[str, float] = {}
 
     def load(self) -> LoadedModel:
-        """Maps tables, compiles, replays the golden requests on every device and bucket, times them.
+        """Reads or maps tables, compiles, replays the golden requests on every device and bucket, times them.
 
         Raises:
           BundleError: if a file of the bundle can't be read as what it should be.
+          ConfigError: if the tables don't fit the memory that they were asked into.
           VerifyError: names task, bucket and error when golden scores differ here.
         """
         manifest = self._bundle.manifest
         if manifest.refusal:
             raise VerifyError(f"{self._bundle.path}: was refused when it was compiled: {manifest.refusal}")
         differences = self._fingerprint_differences()
-        gatherer = self._timed("tables", self._gatherer)
+        tables = self._timed("tables", self._tables)
+        gatherer = self._gatherer(tables)
         replicas = self._timed("compile", self._replicas, gatherer, not differences)
         golden, buffers = self._golden(gatherer), device.BatchBuffers(gatherer.signature, manifest.ladder)
         errors = self._timed("replay", self._replay, replicas, golden, buffers)
@@ -95,10 +112,11 @@ class Loader:
         return LoadedModel(
             version=manifest.version,
             gatherer=gatherer,
+            table_check=tables.check,
             ladder=manifest.ladder,
             replicas=replicas,
             profile=profile,
-            report=LoadReport(self._seconds, differences, errors),
+            report=LoadReport(self._seconds, differences, errors, tables.memory, tables.huge_pages),
         )
 
     def _timed(self, step: str, work: Callable, *args):
@@ -125,11 +143,19 @@ class Loader:
             )
         return differences
 
-    def _gatherer(self) -> Gatherer:
+    def _tables(self) -> LoadedTables:
+        return load_tables(
+            self._bundle,
+            self._table_memory,
+            num_threads=self._host_threads,
+            on_bytes=self._on_table_bytes,
+        )
+
+    def _gatherer(self, tables: LoadedTables) -> Gatherer:
         manifest = self._bundle.manifest
         return Gatherer(
             self._bundle.spec,
-            self._bundle.tables(),
+            tables.arrays,
             num_threads=self._host_threads,
             backend=self._backend,
             unused=manifest.unused_features,

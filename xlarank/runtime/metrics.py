@@ -22,6 +22,9 @@
     xlarank_gather_seconds_total            time spent gathering, summed over batches
     xlarank_execute_seconds_total           time spent executing, summed over batches
     xlarank_request_path_compiles_total     compiles that a request had to wait for: a defect
+    xlarank_table_bytes                     bytes of the embedding tables
+    xlarank_table_checked_bytes             bytes of them found as written; grows while mapped ones serve
+    xlarank_table_huge_page_bytes           bytes of them that lay in huge pages when they were loaded
 """
 
 from __future__ import annotations
@@ -72,6 +75,16 @@ _HELP = {
     "xlarank_gather_seconds_total": "Seconds of gather, summed over batches",
     "xlarank_execute_seconds_total": "Seconds of execute, summed over batches",
     "xlarank_request_path_compiles_total": "Compiles that a request had to wait for",
+    "xlarank_table_bytes": "Bytes of the embedding tables",
+    "xlarank_table_checked_bytes": "Bytes of the embedding tables found to be as written",
+    "xlarank_table_huge_page_bytes": "Bytes of the embedding tables in huge pages when they were loaded",
+}
+
+_GAUGES = {
+    "nv_inference_pending_request_count",
+    "xlarank_table_bytes",
+    "xlarank_table_checked_bytes",
+    "xlarank_table_huge_page_bytes",
 }
 
 # prometheus_client writes counters' headers with the suffix _total, which Triton's names don't have.
@@ -104,6 +117,7 @@ class ModelMetrics:
         self._histograms = [[0] * (len(_BOUNDS_US) + 1) for _ in _STAGES]  # not cumulative
         self._num_candidates = 0  # of all accepted requests
         self._candidates = [0] * (len(_SIZE_BOUNDS) + 1)  # their histogram, not cumulative
+        self._checked_table_bytes: Callable[[], int] = lambda: 0
 
     def record_accepted(self, num_candidates: int) -> None:
         """Counts the N >= 1 of a queued request, whatever becomes of it: what the traffic asks for."""
@@ -177,11 +191,26 @@ class ModelMetrics:
         with self._lock:
             self._values["xlarank_request_path_compiles_total"] = count
 
+    def set_tables(self, *, num_bytes: int, huge_page_bytes: int, checked_bytes: Callable[[], int]) -> None:
+        """States what tables there are.
+
+        Args:
+          num_bytes: of all of them.
+          huge_page_bytes: how many lay in huge pages.
+          checked_bytes: how many were found to be as written; asked at each scrape.
+        """
+        with self._lock:
+            self._values["xlarank_table_bytes"] = num_bytes
+            self._values["xlarank_table_huge_page_bytes"] = huge_page_bytes
+            self._checked_table_bytes = checked_bytes
+
     def samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
         """Name, labels and value of every series but the histograms', of one moment."""
         with self._lock:
             values, failures = self._values.copy(), self._failures.copy()
             batches, sums_us = self._batches.copy(), list(self._sums_us)
+            checked_table_bytes = self._checked_table_bytes
+        values["xlarank_table_checked_bytes"] = checked_table_bytes()
         for stage, total_us in zip(_STAGES, sums_us, strict=True):
             values[f"nv_inference_{stage}_duration_us"] = total_us
         values["nv_inference_pending_request_count"] = self._pending()
@@ -272,4 +301,4 @@ def _cumulative(bounds: Sequence[float], counts: Iterable[int]) -> list[tuple[st
 
 
 def _type_of(name: str) -> str:
-    return "gauge" if name == "nv_inference_pending_request_count" else "counter"
+    return "gauge" if name in _GAUGES else "counter"

@@ -1,0 +1,255 @@
+"""Tables in a server's memory: read and checked in one pass, or mapped and checked while they serve."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import bundles
+import numpy as np
+import pytest
+
+from xlarank.bundle import Verify, open_bundle, tables
+from xlarank.errors import BundleError, ConfigError
+from xlarank.host import TableMemory
+from xlarank.host import memory as memory_module
+from xlarank.host.memory import AvailableMemory
+from xlarank.runtime.table_check import TableCheck
+from xlarank.runtime.tables import load_tables
+
+CHUNK = 512
+TABLES = {
+    "a": np.random.default_rng(0).normal(size=(300, 7)).astype(np.float32),  # 17 chunks
+    "b": np.arange(5, dtype=np.float32).reshape(5, 1),
+    "c": np.random.default_rng(1).normal(size=(100, 33)).astype(np.float32),
+}
+NUM_BYTES = sum(table.nbytes for table in TABLES.values())
+PLENTY = AvailableMemory(2**40, None)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(tables, "_CHUNK_BYTES", CHUNK)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return bundles.publish(tmp_path, TABLES)
+
+
+@pytest.fixture
+def bundle(path):
+    return open_bundle(path, verify=Verify.ALL_BUT_TABLES)
+
+
+def load(bundle, memory, available=PLENTY, **options):
+    return load_tables(bundle, memory, num_threads=2, available=lambda: available, **options)
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("memory", TableMemory)
+def test_tables_are_those_of_the_bundle_wherever_they_are(bundle, memory):
+    loaded = load(bundle, memory)
+    assert loaded.memory is memory
+    assert list(loaded.arrays) == list(TABLES)
+    for name, table in TABLES.items():
+        array = loaded.arrays[name]
+        np.testing.assert_array_equal(array, table)
+        assert array.dtype == np.float32
+        assert array.flags.c_contiguous
+        assert array.ctypes.data % 64 == 0
+        assert array.flags.writeable == (memory is TableMemory.HUGE)
+    assert loaded.check.num_bytes == NUM_BYTES
+    assert (loaded.huge_pages is None) == (memory is TableMemory.MMAP)
+
+
+def test_progress_ends_with_all_bytes_and_nothing_is_left_to_check(bundle):
+    told = []
+    loaded = load(bundle, TableMemory.HUGE, on_bytes=lambda done, total: told.append((done, total)))
+    assert told[-1] == (NUM_BYTES, NUM_BYTES)
+    assert told == sorted(told)
+    assert loaded.check.num_checked_bytes == NUM_BYTES
+    loaded.check.start()
+    loaded.check.join()
+    assert (loaded.check.fault, loaded.check.num_checked_bytes) == (None, NUM_BYTES)
+
+
+def test_a_damaged_table_is_not_read(bundle):
+    flip(bundle.path / "tables/c.npy", 5000)
+    with pytest.raises(BundleError, match=r"c\.npy: damaged: bytes 4608 to 5120"):
+        load(bundle, TableMemory.HUGE)
+
+
+@pytest.mark.parametrize("position", [200, -1])
+def test_a_fault_in_a_sampled_chunk_is_found_at_once(bundle, position):
+    flip(bundle.path / "tables/a.npy", position)
+    with pytest.raises(BundleError, match=r"a\.npy: damaged"):
+        load(bundle, TableMemory.MMAP)
+
+
+def test_the_rest_of_mapped_tables_is_checked_in_the_background(bundle, caplog):
+    caplog.set_level(logging.INFO)
+    check = load(bundle, TableMemory.MMAP).check
+    assert 0 < check.num_checked_bytes < NUM_BYTES
+    check.start()
+    check.join()
+    assert (check.fault, check.num_checked_bytes) == (None, NUM_BYTES)
+    assert f"of {NUM_BYTES} bytes of mapped tables are checked, the others" in caplog.text
+    assert f"all {NUM_BYTES} bytes of mapped tables are checked" in caplog.text
+
+
+def test_a_fault_in_any_other_chunk_is_found_in_the_background(path, tmp_path, caplog):
+    """Whatever chunk it is in: a fault is found at once or later, and never missed."""
+    num_later = 0
+    for chunk in range(17):
+        damaged = shutil.copytree(path, tmp_path / f"copy{chunk}" / "1")
+        flip(damaged / "tables/a.npy", min(CHUNK * chunk + 150, 8400))
+        try:
+            check = load(open_bundle(damaged, verify=Verify.ALL_BUT_TABLES), TableMemory.MMAP).check
+        except BundleError:
+            continue
+        num_later += 1
+        check.start()
+        check.join()
+        assert check.fault is not None
+        assert f"a.npy: damaged: bytes {CHUNK * chunk} to " in check.fault
+        assert check.num_checked_bytes < NUM_BYTES
+        assert check.fault in caplog.text
+    assert num_later == 13
+
+
+def test_a_table_cut_short_under_the_server_is_a_fault_too(bundle):
+    check = load(bundle, TableMemory.MMAP).check
+    file = bundle.path / "tables/a.npy"
+    file.write_bytes(file.read_bytes()[:1100])
+    check.start()
+    check.join()
+    assert check.fault is not None
+    assert "a.npy: truncated: expected 8528 bytes, got 1100" in check.fault
+
+
+def test_a_version_that_is_removed_while_it_serves_is_no_fault(bundle, caplog):
+    loaded = load(bundle, TableMemory.MMAP)
+    shutil.rmtree(bundle.path)
+    loaded.check.start()
+    loaded.check.join()
+    assert loaded.check.fault is None
+    assert "a.npy was removed: the rest of the tables stays unchecked" in caplog.text
+    np.testing.assert_array_equal(loaded.arrays["a"], TABLES["a"])
+
+
+def test_a_check_that_is_stopped_leaves_the_rest(bundle):
+    check = TableCheck(bundle.table_files().values())
+    check.stop()  # before its start: it must end at once
+    check.start()
+    check.join()
+    assert (check.num_checked_bytes, check.fault) == (0, None)
+
+
+def test_too_little_memory_is_refused_with_the_figures_and_the_way_out(bundle):
+    available = AvailableMemory(4 << 30, 0)
+    with pytest.raises(ConfigError) as refused:
+        load(bundle, TableMemory.HUGE, available)
+    assert str(refused.value) == (
+        f"{bundle.path}: tables of 0.00 GiB need 0.00 GiB of memory, available are 0.00 GiB "
+        f"(MemAvailable 4.00 GiB, control group 0.00 GiB); with table memory mmap (--table-memory mmap) they "
+        f"stay in their files"
+    )
+    assert load(bundle, TableMemory.MMAP, available).memory is TableMemory.MMAP
+
+
+def test_room_for_the_tables_and_a_tenth_is_enough(bundle):
+    least = int(np.ceil(1.1 * NUM_BYTES))
+    assert load(bundle, TableMemory.HUGE, AvailableMemory(None, least)).memory is TableMemory.HUGE
+    with pytest.raises(ConfigError, match=r"of memory, available are"):
+        load(bundle, TableMemory.HUGE, AvailableMemory(least - 1, None))
+
+
+@pytest.mark.parametrize("mode", ["madvise", "never"])
+def test_by_default_tables_are_in_huge_pages_where_there_are_such_and_they_fit(
+    bundle, tmp_path, monkeypatch, caplog, mode
+):
+    (tmp_path / "enabled").write_text(f"[{mode}]")
+    monkeypatch.setattr(memory_module, "_ENABLED", tmp_path / "enabled")
+    loaded = load(bundle, None)
+    if mode == "madvise":
+        assert loaded.memory is TableMemory.HUGE
+        assert load(bundle, None, AvailableMemory(1000, None)).memory is TableMemory.MMAP
+        assert "tables are mapped from their files: " in caplog.text
+        assert "available are 0.00 GiB" in caplog.text
+    else:
+        assert loaded.memory is TableMemory.MMAP
+        assert "the kernel gives no huge pages" in caplog.text
+        assert load(bundle, TableMemory.HUGE).memory is TableMemory.HUGE  # when asked for: ordinary pages
+
+
+# A process of its own, so that nothing else moves its memory. Prints what the loaded tables took.
+MEASURED = """
+import re, resource, sys
+import numpy as np
+from xlarank.bundle import Verify, open_bundle
+from xlarank.errors import ConfigError
+from xlarank.host import TableMemory
+from xlarank.runtime.tables import load_tables
+
+def status(key):
+    return 1024 * int(re.search(rf"{key}:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+bundle = open_bundle(sys.argv[1], verify=Verify.ALL_BUT_TABLES)
+before = status("VmRSS")
+if sys.argv[3] == "limited":  # room for 64 MiB of its own, and no limit on what is mapped
+    resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + (64 << 20),) * 2)
+    try:
+        load_tables(bundle, TableMemory.HUGE, num_threads=2)
+    except ConfigError as error:
+        print("refused", error, file=sys.stderr)
+    else:
+        raise SystemExit("huge tables were had beyond the limit")
+loaded = load_tables(bundle, TableMemory(sys.argv[2]), num_threads=2)
+loaded.check.start()
+loaded.check.join()
+assert loaded.check.fault is None, loaded.check.fault
+assert loaded.check.num_checked_bytes == loaded.check.num_bytes
+rows = np.linspace(0, len(loaded.arrays["t"]) - 1, 7).astype(int)
+assert (loaded.arrays["t"][rows, 0] == rows).all()
+print(status("VmHWM") - before, status("VmRSS") - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A table of 256 MiB whose first column is its row number."""
+    table = np.zeros((1 << 20, 64), np.float32)
+    table[:, 0] = np.arange(1 << 20)
+    return bundles.publish(tmp_path_factory.mktemp("large"), {"t": table}), table.nbytes
+
+
+def taken(large, memory, limit="unlimited"):
+    """Peak and final growth of resident memory."""
+    ended = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(large[0]), memory, limit],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return [int(number) for number in ended.stdout.split()], ended.stderr
+
+
+def test_reading_takes_no_more_than_a_tenth_over_the_tables(large):
+    (peak, final), _ = taken(large, "huge")
+    assert large[1] <= final <= 1.1 * large[1]
+    assert peak <= 1.1 * large[1]
+
+
+def test_mapped_tables_take_no_memory_of_their_own_even_where_it_would_not_suffice(large):
+    (peak, _), refused = taken(large, "mmap", "limited")
+    assert "the system has no" in refused
+    assert peak < 0.1 * large[1]
