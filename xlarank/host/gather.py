@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from xlarank.host.plan import native_plan
 from xlarank.host.prefetch import measure_lines_ahead
 from xlarank.host.reference import gather_numpy
 from xlarank.host.tables import HostTable, host_tables
+from xlarank.host.updates import encode_update
 from xlarank.spec import (
     Bucket,
     Column,
@@ -101,8 +103,8 @@ class Gatherer:
             tables, some milliseconds for each row size.
 
         Raises:
-          ConfigError: if a number is out of range, spec and tables disagree, `unused` or `activations` isn't
-            as stated, or the backend isn't there.
+          ConfigError: if a number is out of range, spec and tables disagree, an updatable table is
+            read-only, `unused` or `activations` isn't as stated, or the backend isn't there.
         """
         spec.check_fitted()
         if num_threads < 1:
@@ -121,6 +123,7 @@ class Gatherer:
         self.lines_ahead: dict[str, int] = {}
         self._tables = host_tables(spec, tables)
         self._token = object()
+        self._updates = threading.Lock()  # held by who reads or writes rows in NumPy
         self._kernel: Any = None
         if self.backend == "native":
             if lines_ahead is None:
@@ -128,6 +131,39 @@ class Gatherer:
             else:
                 self.lines_ahead = dict.fromkeys(self._tables, lines_ahead)
             self._kernel = native_plan(spec, self.signature, self._tables, self.lines_ahead, num_threads)
+
+    def update_rows(self, table: str, rows: np.ndarray, values: np.ndarray) -> None:
+        """Writes rows of an updatable table while others gather.
+
+        Every gather that begins after this returns reads the new values; no gather reads a row in two
+        halves, and none waits for more than the copy of one row. Of a number that is there twice the last
+        wins.
+
+        Args:
+          table: its name.
+          rows: [K] integers, row numbers in [0, R).
+          values: [K, D] floats, finite; encoded in the table's format.
+
+        Raises:
+          ConfigError: if there is no such table, it isn't updatable, or the arrays aren't as stated; nothing
+            is written then.
+        """
+        if table not in self.spec.table_by_name:
+            raise ConfigError(
+                f"model {self.spec.name!r}: expected one of the tables {sorted(self.spec.table_by_name)}, "
+                f"got {table!r}"
+            )
+        encoded = encode_update(self.spec.table_by_name[table], rows, values)
+        numbers = np.asarray(rows).astype(np.int32)
+        if not len(numbers):
+            return
+        if self._kernel is not None:
+            index = [t.name for t in self.spec.tables].index(table)
+            self._kernel.update_rows(index, numbers, encoded.rows)
+            return
+        with self._updates:
+            for number, row in zip(numbers, encoded.rows, strict=True):
+                self._tables[table].rows[number] = row
 
     def check(self, spec: ModelSpec, columns: Sequence[Column]) -> None:
         """A `ContentCheck` for `RankRequest`: what `check_contents` refuses, at native speed.
@@ -184,7 +220,8 @@ class Gatherer:
         self._check_out(bucket, out)
         if self._kernel is None:
             parts = [(s.request.request, s.begin, s.end) for s in segments]
-            gather_numpy(self.spec, self.signature, self._tables, parts, out)
+            with self._updates:
+                gather_numpy(self.spec, self.signature, self._tables, parts, out)
             return
         bad = self._kernel.gather(
             [(s.request.handle, s.begin, s.end) for s in segments],

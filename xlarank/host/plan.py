@@ -52,7 +52,10 @@ def native_plan(
         fields["leaf"], fields["begin"] = (leaf_names.index(slot.leaf), slot.begin) if slot else (-1, 0)
         features.append(fields)
     return native.Kernel(
-        tables=[native_table(tables[t.name], lines_ahead[t.name], t.out_of_range) for t in spec.tables],
+        tables=[
+            native_table(tables[t.name], lines_ahead[t.name], t.out_of_range, is_updatable=t.updatable)
+            for t in spec.tables
+        ],
         features=features,
         leaves=[(leaf.scope.value, leaf.dtype, math.prod(leaf.tail)) for leaf in signature.leaves],
         num_threads=num_threads,
@@ -61,7 +64,11 @@ def native_plan(
 
 
 def native_table(
-    table: HostTable, lines_ahead: int, out_of_range: OutOfRange = OutOfRange.ERROR
+    table: HostTable,
+    lines_ahead: int,
+    out_of_range: OutOfRange = OutOfRange.ERROR,
+    *,
+    is_updatable: bool = False,
 ) -> dict[str, Any]:
     """A table as the kernel takes it."""
     return {
@@ -70,6 +77,7 @@ def native_table(
         "dim": table.dim,
         "lines_ahead": lines_ahead,
         "out_of_range": out_of_range.value,
+        "is_updatable": is_updatable,
     }
 
 

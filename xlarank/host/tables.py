@@ -90,7 +90,14 @@ def host_tables(spec: ModelSpec, tables: Mapping[str, HostTable | np.ndarray]) -
         raise ConfigError(
             f"model {spec.name!r}: expected tables {sorted(spec.table_by_name)}, got {sorted(tables)}"
         )
-    return {table.name: _host_table(table, tables[table.name]) for table in spec.tables}
+    found = {table.name: _host_table(table, tables[table.name]) for table in spec.tables}
+    for table in spec.tables:
+        if table.updatable and not found[table.name].rows.flags.writeable:
+            raise ConfigError(
+                f"table {table.name!r} is updatable: expected rows in writable memory, got read-only ones, "
+                f"as files are mapped"
+            )
+    return found
 
 
 def _host_table(spec: TableSpec, table: HostTable | np.ndarray) -> HostTable:

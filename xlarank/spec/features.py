@@ -135,11 +135,16 @@ class TableSpec:
     out_of_range: OutOfRange = OutOfRange.ERROR
     """Policy for row numbers outside [0, rows)."""
 
+    updatable: bool = False
+    """Whether rows may be written while it serves; such a table is never mapped from its file."""
+
     def __post_init__(self) -> None:
         check_name("table", self.name)
         where = f"table {self.name!r}"
         set_enum(self, "dtype", RowFormat, where)
         set_enum(self, "out_of_range", OutOfRange, where)
+        if not isinstance(self.updatable, bool):
+            raise ConfigError(f"{where}: updatable must be true or false; was {self.updatable!r}")
         object.__setattr__(self, "dim", to_integer(where, "dim", self.dim, least=1, below=_INT32))
         if self.rows is not None:
             object.__setattr__(self, "rows", to_integer(where, "rows", self.rows, least=1, below=_INT32))

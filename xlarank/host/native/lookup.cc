@@ -59,8 +59,9 @@ uint64_t read_table_rows(const nb::dict& fields, nb::handle ids) {
 }  // namespace
 
 Table parse_table(const nb::dict& fields, Buffers& buffers) {
-  const Buffer& rows = buffers.emplace_back(nb::object(fields["rows"]).ptr());
-  require(rows.is('u', 1, 2), "expected the encoded rows of a table: C-contiguous uint8 of rank 2");
+  const bool is_updatable = nb::cast<bool>(fields["is_updatable"]);
+  const Buffer& rows = buffers.emplace_back(nb::object(fields["rows"]).ptr(), is_updatable);
+  require(rows.is('u', 1, 2), "expected the encoded rows of a table: C-contiguous uint8 of rank 2, writable if it is updatable");
   const auto format =
       parse<RowFormat>(fields, "format", {"float32", "float16", "bfloat16", "int8", "int4"});
   const int64_t num_rows = rows.size(0), row_bytes = rows.size(1);
@@ -71,7 +72,7 @@ Table parse_table(const nb::dict& fields, Buffers& buffers) {
   require(lines >= 0, "expected lines_ahead >= 0");
   const auto policy = parse<OutOfRange>(fields, "out_of_range", {"error", "zero", "clip", "hash"});
   const TableView view{rows.data<const uint8_t>(), format, row_bytes, dim, rows_ahead(lines, row_bytes)};
-  return Table{view, num_rows, policy};
+  return Table{view, num_rows, policy, is_updatable};
 }
 
 void define_lookup(nb::module_& module) {

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,6 +19,7 @@
 #include "lookup.h"
 #include "parse.h"
 #include "preprocess.h"
+#include "stamps.h"
 #include "vocabulary.h"
 
 namespace nb = nanobind;
@@ -178,7 +180,13 @@ class Kernel {
       : isa_(isa_functions(isa.c_str())), threads_(num_threads) {
     if (!isa_) throw std::invalid_argument("this CPU doesn't run the kernel's '" + isa + "' form");
     for (nb::handle item : tables) {
-      plan_.tables.push_back(parse_table(nb::cast<nb::dict>(item), buffers_));
+      Table table = parse_table(nb::cast<nb::dict>(item), buffers_);
+      stamps_.emplace_back();
+      if (table.is_updatable) {
+        stamps_.back() = std::make_unique<uint32_t[]>(kNumStamps);  // zeros
+        table.view.stamps = stamps_.back().get();
+      }
+      plan_.tables.push_back(table);
     }
     for (nb::handle item : features) {
       const nb::dict fields = nb::cast<nb::dict>(item);
@@ -258,6 +266,32 @@ class Kernel {
     return gather(plan_, *isa_, threads_, *watch_, segments, num_rows, num_requests, leaves);
   }
 
+  // Writes encoded rows [n, row_bytes] to an updatable table, in order, each at once for whoever reads.
+  void update_rows(int64_t table_index, nb::handle rows, nb::handle encoded) {
+    if (table_index < 0 || table_index >= static_cast<int64_t>(plan_.tables.size())) {
+      throw std::invalid_argument("there is no such table");
+    }
+    const Table& table = plan_.tables[static_cast<size_t>(table_index)];
+    uint32_t* const stamps = stamps_[static_cast<size_t>(table_index)].get();
+    if (!stamps) throw std::invalid_argument("the table isn't updatable");
+    const Buffer numbers(rows.ptr()), values(encoded.ptr());
+    if (!numbers.is('i', 4, 1) || !values.is('u', 1, 2) || numbers.size(0) != values.size(0) ||
+        values.size(1) != table.view.row_bytes) {
+      throw std::invalid_argument("expected int32 row numbers and one encoded row each");
+    }
+    const int32_t* const at = numbers.data<const int32_t>();
+    const int64_t count = numbers.size(0), row_bytes = table.view.row_bytes;
+    for (int64_t i = 0; i < count; ++i) {
+      if (at[i] < 0 || at[i] >= table.num_rows) throw std::invalid_argument("a row number is out of range");
+    }
+    uint8_t* const data = const_cast<uint8_t*>(table.view.data);  // its buffer was asked for as writable
+    const nb::gil_scoped_release release;
+    const std::lock_guard lock(updates_);
+    for (int64_t i = 0; i < count; ++i) {
+      write_row(stamps, at[i], data + at[i] * row_bytes, values.data<const uint8_t>() + i * row_bytes, row_bytes);
+    }
+  }
+
  private:
   static uint64_t next_id() {
     static std::atomic<uint64_t> last{0};
@@ -312,6 +346,8 @@ class Kernel {
   Plan plan_;
   Buffers buffers_;                        // memory of the tables
   std::vector<nb::object> vocabularies_;  // keeps what the plan points at
+  std::vector<std::unique_ptr<uint32_t[]>> stamps_;  // by table; null if it isn't updatable
+  std::mutex updates_;                               // held by the writer of rows
   const IsaFunctions* isa_;
   std::unique_ptr<RepeatWatch> watch_;
   ThreadPool threads_;
@@ -375,5 +411,6 @@ NB_MODULE(_native, module) {
            "features"_a, "leaves"_a, "num_threads"_a, "isa"_a)
       .def("accepts", &Kernel::accepts, "columns"_a)
       .def("bind", &Kernel::bind, "columns"_a, "num_candidates"_a)
+      .def("update_rows", &Kernel::update_rows, "table"_a, "rows"_a, "encoded"_a)
       .def("gather", &Kernel::gather_batch, "segments"_a, "rows"_a, "requests"_a, "out"_a);
 }

@@ -21,6 +21,7 @@ struct Table {
   TableView view;
   int64_t num_rows;  // in [1, 2**31)
   OutOfRange out_of_range;
+  bool is_updatable = false;
 };
 
 struct DenseOperation {

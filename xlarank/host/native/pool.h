@@ -35,6 +35,7 @@ struct TableView {
   int64_t row_bytes;  // from row to row; >= encoded_bytes(format, dim)
   int64_t dim;
   int64_t ahead;  // rows; 0 = no prefetch
+  const uint32_t* stamps = nullptr;  // [kNumStamps] of stamps.h; null: rows never change
 };
 
 // Rows that `lines` cache lines make, at least one unless lines is 0: distances are in lines, so that wide

@@ -1,0 +1,57 @@
+// A row that is written while others read it: seqlocks (Boehm, "Can seqlocks get along with programming
+// language memory models?", MSPC 2012), one for many rows.
+//
+// A stamp is odd while a row of its share is being written and goes up by two with every write. Whoever reads
+// rows adds up their stamps before and after: stamps never fall, so equal sums mean that no row changed in
+// between. Readers write nothing and wait only for a copy of one row. The built-ins stand for std::atomic,
+// whose inline functions the instruction sets' files may not use.
+#pragma once
+
+#include <cstdint>
+
+namespace xlarank {
+
+// 16 KB a table: in the first-level cache of who reads many rows, and 4096 writes apart from each other.
+constexpr int kStampBits = 12;
+constexpr int64_t kNumStamps = int64_t{1} << kStampBits;
+
+inline __attribute__((always_inline)) uint32_t stamp_of(int32_t row) {
+  return static_cast<uint32_t>(row) * 2654435761u >> (32 - kStampBits);
+}
+
+// Sum of the stamps of rows, once none of them is being written. Rows below 0 have none.
+inline __attribute__((always_inline)) uint64_t stamps_before(const uint32_t* stamps, const int32_t* rows,
+                                                             int64_t num_rows) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    if (rows[i] < 0) continue;
+    const uint32_t* const at = stamps + stamp_of(rows[i]);
+    uint32_t stamp = __atomic_load_n(at, __ATOMIC_ACQUIRE);
+    while (stamp & 1) stamp = __atomic_load_n(at, __ATOMIC_ACQUIRE);
+    sum += stamp;
+  }
+  return sum;
+}
+
+// The same after the rows were read; a write that has begun since then makes it differ.
+inline __attribute__((always_inline)) uint64_t stamps_after(const uint32_t* stamps, const int32_t* rows,
+                                                            int64_t num_rows) {
+  __atomic_thread_fence(__ATOMIC_ACQUIRE);
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    if (rows[i] >= 0) sum += __atomic_load_n(stamps + stamp_of(rows[i]), __ATOMIC_RELAXED);
+  }
+  return sum;
+}
+
+// Writes one row. One writer a table at a time.
+inline void write_row(uint32_t* stamps, int32_t row, uint8_t* to, const uint8_t* from, int64_t row_bytes) {
+  uint32_t* const at = stamps + stamp_of(row);
+  const uint32_t stamp = __atomic_load_n(at, __ATOMIC_RELAXED);
+  __atomic_store_n(at, stamp + 1, __ATOMIC_RELAXED);
+  __atomic_thread_fence(__ATOMIC_RELEASE);
+  __builtin_memcpy(to, from, static_cast<unsigned long>(row_bytes));
+  __atomic_store_n(at, stamp + 2, __ATOMIC_RELEASE);
+}
+
+}  // namespace xlarank
