@@ -20,14 +20,14 @@ from google.protobuf import descriptor_pb2
 from grpc_tools import protoc
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PROTO = ROOT / "serving" / "proto" / "grpc_service.proto"
+PROTOS = tuple(ROOT / "serving" / "proto" / name for name in ("grpc_service.proto", "admin.proto"))
 OUT = ROOT / "serving" / "xlarank_serving" / "_proto"
 
 _BYTES_A_LINE = 24
 
 _MODULE = '''\
 # Generated from serving/proto/{proto} by tools/generate_protos.py. Do not edit.
-"""Messages of the Open Inference Protocol, in a descriptor pool of their own."""
+"""Messages of package {package}, in a descriptor pool of their own."""
 
 from google.protobuf import descriptor_pool, message_factory
 
@@ -45,27 +45,32 @@ def generate() -> dict[str, str]:
     """The generated files, text by file name.
 
     Raises:
-      RuntimeError: if protoc refuses the file; it has printed why.
+      RuntimeError: if protoc refuses a file; it has printed why.
     """
+    return {name: text for proto in PROTOS for name, text in _generate(proto).items()}
+
+
+def _generate(proto: pathlib.Path) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder)
-        arguments = ["protoc", f"-I{PROTO.parent}", f"--pyi_out={out}", f"--descriptor_set_out={out / 'set'}"]
-        if protoc.main([*arguments, PROTO.name]) != 0:
-            raise RuntimeError(f"protoc refuses {PROTO}")
+        arguments = ["protoc", f"-I{proto.parent}", f"--pyi_out={out}", f"--descriptor_set_out={out / 'set'}"]
+        if protoc.main([*arguments, proto.name]) != 0:
+            raise RuntimeError(f"protoc refuses {proto}")
         files = descriptor_pb2.FileDescriptorSet.FromString((out / "set").read_bytes()).file
-        stub = (out / f"{PROTO.stem}_pb2.pyi").read_text()
+        stub = (out / f"{proto.stem}_pb2.pyi").read_text()
     (descriptor,) = files
     serialized = descriptor.SerializeToString(deterministic=True)
     chunks = [serialized[i : i + _BYTES_A_LINE] for i in range(0, len(serialized), _BYTES_A_LINE)]
     module = _MODULE.format(
-        proto=PROTO.name,
+        proto=proto.name,
+        package=descriptor.package,
         literal="\n".join(f"    {chunk!r}" for chunk in chunks),
         classes="\n".join(
             f'{message.name} = message_factory.GetMessageClass(_types["{message.name}"])'
             for message in descriptor.message_type
         ),
     )
-    return {f"{PROTO.stem}_pb2.py": module, f"{PROTO.stem}_pb2.pyi": stub}
+    return {f"{proto.stem}_pb2.py": module, f"{proto.stem}_pb2.pyi": stub}
 
 
 def main() -> int:

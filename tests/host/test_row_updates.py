@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from xlarank.errors import ConfigError
+from xlarank.errors import ConfigError, RequestError
 from xlarank.host import Gatherer, Segment, decode_rows, encode_rows
 from xlarank.host.tables import aligned_empty
 from xlarank.spec import (
@@ -163,7 +163,7 @@ def test_bad_rows_are_refused_and_nothing_is_written(backend, table, rows, value
     gatherer = gatherer_of(values_of(), backend=backend)
     batch = Batch(gatherer, [[row] for row in range(NUM_ROWS)])
     before = batch.gather()["id"].copy()
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(RequestError, match=message):
         gatherer.update_rows(table, np.array(rows), np.array(values))
     np.testing.assert_array_equal(batch.gather()["id"], before)
 
@@ -177,7 +177,7 @@ def test_a_table_that_was_not_declared_updatable_stays_as_it_is():
     (table,) = spec_of().tables
     spec = spec_of(tables=(dataclasses.replace(table, updatable=False),))
     gatherer = Gatherer(spec, {"t": values_of()})
-    with pytest.raises(ConfigError, match=r"table 't' isn't updatable: state updatable = true in the config"):
+    with pytest.raises(RequestError, match=r"table 't' isn't updatable: state updatable = true in"):
         gatherer.update_rows("t", np.array([0]), np.ones((1, DIM), np.float32))
 
 

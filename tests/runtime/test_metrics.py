@@ -142,6 +142,9 @@ def test_names_and_types_are_triton_s(metrics, feed):
         "xlarank_table_bytes": "gauge",
         "xlarank_table_checked_bytes": "gauge",
         "xlarank_table_huge_page_bytes": "gauge",
+        "xlarank_table_version": "gauge",
+        "xlarank_table_updated_rows_total": "counter",
+        "xlarank_table_age_seconds": "gauge",
         **{f"nv_inference_{stage}_duration_us": "counter" for stage in stages},
         **{f"nv_inference_{stage}_duration_histogram_us": "histogram" for stage in stages},
     }

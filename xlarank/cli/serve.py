@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import socket
@@ -43,6 +44,11 @@ def add_parser(subparsers: Any) -> None:
         "--http-port", type=int, default=8002, help="port of /metrics (%(default)s); 0 for a free one"
     )
     parser.add_argument(
+        "--admin-port",
+        type=int,
+        help="port of the administrative RPCs (update rows), on 127.0.0.1 alone (none); 0 for a free one",
+    )
+    parser.add_argument(
         "--port-file", type=Path, help="write the ready line's JSON object here once ready, for scripts"
     )
     parser.add_argument(
@@ -73,6 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       ConfigError: for a port in use, or options or a repository that can't be served.
       BundleError: if a bundle is damaged.
     """
+    from xlarank_serving.admin import AdminServer
     from xlarank_serving.server import RankingServer, ServerConfig, stop_on_signals
 
     from xlarank.runtime import Metrics, ModelRepository
@@ -87,6 +94,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     for what, port in (("grpc", args.port), ("http", args.http_port)):
         _check_free(what, args.host, port)
+    if args.admin_port is not None:
+        _check_free("admin", "127.0.0.1", args.admin_port)
     metrics = Metrics()
     with table_progress() as on_table_bytes:
         repository = ModelRepository.open(
@@ -107,9 +116,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         except ConfigError:
             repository.close()
             raise
-        with server:
+        with server, contextlib.ExitStack() as stack:
             models = [f"{name}/{version}" for name, version, _ in repository.models()]
             ready = {"grpc": server.address, "http": server.http_address, "models": models}
+            if args.admin_port is not None:
+                ready["admin"] = stack.enter_context(AdminServer(repository, args.admin_port)).address
             if args.port_file is not None:
                 _write_whole(args.port_file, json.dumps(ready))
             if getattr(args, "json", False):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xlarank.errors import BucketError, ConfigError, FeatureError
+from xlarank.errors import BucketError, ConfigError, FeatureError, RequestError
 from xlarank.host._extension import native
 from xlarank.host.plan import native_plan
 from xlarank.host.prefetch import measure_lines_ahead
@@ -145,11 +145,11 @@ class Gatherer:
           values: [K, D] floats, finite; encoded in the table's format.
 
         Raises:
-          ConfigError: if there is no such table, it isn't updatable, or the arrays aren't as stated; nothing
+          RequestError: if there is no such table, it isn't updatable, or the arrays aren't as stated; nothing
             is written then.
         """
         if table not in self.spec.table_by_name:
-            raise ConfigError(
+            raise RequestError(
                 f"model {self.spec.name!r}: expected one of the tables {sorted(self.spec.table_by_name)}, "
                 f"got {table!r}"
             )

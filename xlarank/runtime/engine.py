@@ -21,6 +21,7 @@ from xlarank.runtime.batcher import Batch, Batcher, Part
 from xlarank.runtime.loading import Loader, LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pool import DevicePool, Job
+from xlarank.runtime.table_versions import TableVersion, TableVersions
 from xlarank.runtime.tables import TableBytes
 from xlarank.spec import BucketLadder, Column, LatencyProfile, ModelSpec, RankRequest
 
@@ -155,6 +156,8 @@ class Engine:
             huge_page_bytes=0 if huge_pages is None else huge_pages.got,
             checked_bytes=lambda: self._table_check.num_checked_bytes,
         )
+        self._table_versions = TableVersions(table.name for table in self.spec.tables if table.updatable)
+        self.metrics.set_table_versions(self._table_versions.now)
         self._compiles = device.CompileCounter()
         self._gatherer: Gatherer = loaded.gatherer
         self._replicas = loaded.replicas
@@ -231,6 +234,34 @@ class Engine:
     def score(self, request: RankRequest) -> dict[str, np.ndarray]:
         """Scores a request and waits: {task: [N] float32}; see `submit`."""
         return self.submit(request).result()
+
+    def update_rows(self, table: str, rows: np.ndarray, values: np.ndarray) -> int:
+        """Writes rows of an updatable table while it serves; any thread, lookups are not held up.
+
+        Every batch whose gather begins after this returns reads the new rows; a batch that is being gathered
+        meanwhile reads each row as it was or as it is, never a mixture.
+
+        Args:
+          table: its name; its TableSpec says `updatable`.
+          rows: [K] integers, row numbers in [0, R): what hashing or a vocabulary makes of an id.
+          values: [K, D] floats, finite; encoded in the table's format.
+
+        Returns:
+          The table's version: its updates since the bundle was loaded.
+
+        Raises:
+          RequestError: names what is wrong; nothing is written then.
+          UnavailableError: if the engine is closed.
+        """
+        if not self._is_open:
+            raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed")
+        self._gatherer.update_rows(table, rows, values)
+        return self._table_versions.advance(table, len(rows))
+
+    @property
+    def table_versions(self) -> dict[str, TableVersion]:
+        """Updates of each updatable table so far, by name."""
+        return self._table_versions.now()
 
     def close(self) -> None:
         """Finishes what was accepted, then stops. Idempotent."""

@@ -24,6 +24,9 @@
     xlarank_request_path_compiles_total     compiles that a request had to wait for: a defect
     xlarank_table_bytes                     bytes of the embedding tables
     xlarank_table_checked_bytes             bytes of them found as written; grows while mapped ones serve
+    xlarank_table_version                   updates of a table's rows since it was loaded, by `table`
+    xlarank_table_updated_rows_total        rows that they wrote, by `table`
+    xlarank_table_age_seconds               since the last of them, or since the load, by `table`
     xlarank_table_huge_page_bytes           bytes of them that lay in huge pages when they were loaded
 """
 
@@ -34,7 +37,7 @@ import itertools
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import prometheus_client
 from prometheus_client.core import HistogramMetricFamily
@@ -42,6 +45,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from xlarank.errors import ConfigError
+from xlarank.runtime.table_versions import TableVersion
 from xlarank.spec import Bucket
 from xlarank.spec.ladder import CANDIDATES_METRIC
 
@@ -78,6 +82,9 @@ _HELP = {
     "xlarank_table_bytes": "Bytes of the embedding tables",
     "xlarank_table_checked_bytes": "Bytes of the embedding tables found to be as written",
     "xlarank_table_huge_page_bytes": "Bytes of the embedding tables in huge pages when they were loaded",
+    "xlarank_table_version": "Updates of a table's rows since it was loaded",
+    "xlarank_table_updated_rows_total": "Rows that were written while serving",
+    "xlarank_table_age_seconds": "Seconds since a table was last updated, or loaded",
 }
 
 _GAUGES = {
@@ -85,7 +92,16 @@ _GAUGES = {
     "xlarank_table_bytes",
     "xlarank_table_checked_bytes",
     "xlarank_table_huge_page_bytes",
+    "xlarank_table_version",
+    "xlarank_table_age_seconds",
 }
+
+_OF_TABLES = {
+    "xlarank_table_version": "version",
+    "xlarank_table_updated_rows_total": "num_rows",
+    "xlarank_table_age_seconds": "age_seconds",
+}
+"""Series by table: fields of `TableVersion`."""
 
 # prometheus_client writes counters' headers with the suffix _total, which Triton's names don't have.
 _TRITON_HEADER = re.compile(r"^(# (?:HELP|TYPE) nv_inference_\w+)_total ", re.MULTILINE)
@@ -118,6 +134,7 @@ class ModelMetrics:
         self._num_candidates = 0  # of all accepted requests
         self._candidates = [0] * (len(_SIZE_BOUNDS) + 1)  # their histogram, not cumulative
         self._checked_table_bytes: Callable[[], int] = lambda: 0
+        self._table_versions: Callable[[], Mapping[str, TableVersion]] = dict
 
     def record_accepted(self, num_candidates: int) -> None:
         """Counts the N >= 1 of a queued request, whatever becomes of it: what the traffic asks for."""
@@ -204,20 +221,29 @@ class ModelMetrics:
             self._values["xlarank_table_huge_page_bytes"] = huge_page_bytes
             self._checked_table_bytes = checked_bytes
 
+    def set_table_versions(self, now: Callable[[], Mapping[str, TableVersion]]) -> None:
+        """States whom to ask, at each scrape, how often the updatable tables were updated."""
+        with self._lock:
+            self._table_versions = now
+
     def samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
         """Name, labels and value of every series but the histograms', of one moment."""
         with self._lock:
             values, failures = self._values.copy(), self._failures.copy()
             batches, sums_us = self._batches.copy(), list(self._sums_us)
-            checked_table_bytes = self._checked_table_bytes
+            checked_table_bytes, table_versions = self._checked_table_bytes, self._table_versions
         values["xlarank_table_checked_bytes"] = checked_table_bytes()
         for stage, total_us in zip(_STAGES, sums_us, strict=True):
             values[f"nv_inference_{stage}_duration_us"] = total_us
         values["nv_inference_pending_request_count"] = self._pending()
+        tables = table_versions()
         for name in _HELP:
             if name == "nv_inference_request_failure":
                 for reason, count in failures.items():
                     yield name, {**self.labels, "reason": reason}, count
+            elif name in _OF_TABLES:
+                for table, state in tables.items():
+                    yield name, {**self.labels, "table": table}, getattr(state, _OF_TABLES[name])
             elif name == "xlarank_bucket_batches_total":
                 for bucket, count in sorted(batches.items()):
                     yield name, {**self.labels, "bucket": str(bucket)}, count

@@ -72,6 +72,14 @@ def load_tables(
     files = bundle.table_files()
     num_bytes = sum(file.num_bytes for file in files.values())
     refusal = _refusal(bundle, num_bytes, available())
+    updatable = [table.name for table in bundle.spec.tables if table.updatable]
+    if updatable and memory is TableMemory.MMAP:
+        raise ConfigError(
+            f"{bundle.path}: tables {updatable} are updatable, and what is mapped from a file can't be "
+            f"written: expected table memory huge, got mmap"
+        )
+    if updatable:
+        memory = TableMemory.HUGE
     if memory is TableMemory.HUGE and refusal:
         raise ConfigError(refusal)
     if memory is None and files:

@@ -1,5 +1,5 @@
 # Generated from serving/proto/grpc_service.proto by tools/generate_protos.py. Do not edit.
-"""Messages of the Open Inference Protocol, in a descriptor pool of their own."""
+"""Messages of package inference, in a descriptor pool of their own."""
 
 from google.protobuf import descriptor_pool, message_factory
 

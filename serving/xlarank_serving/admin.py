@@ -1,0 +1,170 @@
+"""Changing a server while it serves: `AdminServer`, `AdminClient`."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import Any, Protocol
+
+import grpc
+import numpy as np
+
+from xlarank.errors import ConfigError, RequestError
+from xlarank_serving._proto import admin_pb2 as messages
+from xlarank_serving.status import answering, error_of
+
+__all__ = ["AdminClient", "AdminServer"]
+
+SERVICE_NAME = "xlarank.admin.v1.Admin"
+
+_HOST = "127.0.0.1"
+"""Whoever may log in to the machine may change the model; nobody else can."""
+
+_NUM_THREADS = 2
+_MAX_MESSAGE_BYTES = 64 << 20
+
+
+class _Engine(Protocol):
+    @property
+    def version(self) -> int: ...
+
+    def update_rows(self, table: str, rows: np.ndarray, values: np.ndarray) -> int: ...
+
+
+class _Repository(Protocol):
+    def engine(self, name: str, version: str) -> _Engine: ...
+
+
+class AdminServer:
+    """The service `xlarank.admin.v1.Admin` on the loopback interface. Listens once constructed.
+
+    Attributes:
+      port: where.
+    """
+
+    def __init__(self, repository: _Repository, port: int) -> None:
+        """
+        Args:
+          repository: whose models may be changed.
+          port: 0 for a free one.
+
+        Raises:
+          ConfigError: if the port is in use.
+        """
+        self._repository = repository
+        self._threads = concurrent.futures.ThreadPoolExecutor(_NUM_THREADS, "grpc-admin")
+        self._server = grpc.server(
+            self._threads,
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            ],
+        )
+        handler = grpc.unary_unary_rpc_method_handler(
+            answering(self.update_rows),
+            request_deserializer=messages.UpdateRowsRequest.FromString,
+            response_serializer=messages.UpdateRowsResponse.SerializeToString,
+        )
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE_NAME, {"UpdateRows": handler}),)
+        )
+        try:
+            self.port = self._server.add_insecure_port(f"{_HOST}:{port}")
+        except RuntimeError as error:
+            self._threads.shutdown()
+            raise ConfigError(f"admin port {port} on {_HOST}: expected a free port, got: {error}") from error
+        self._server.start()
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return f"{_HOST}:{self.port}"
+
+    def update_rows(
+        self, request: messages.UpdateRowsRequest, context: grpc.ServicerContext
+    ) -> messages.UpdateRowsResponse:
+        """Writes rows of a table; see the proto file."""
+        engine = self._repository.engine(request.model_name, request.model_version)
+        rows, num_bytes = np.array(request.rows, np.int64), len(request.values)
+        if num_bytes % 4 or (len(rows) and num_bytes // 4 % len(rows)):
+            raise RequestError(
+                f"table {request.table!r}: expected values as float32 of shape [{len(rows)}, D], got "
+                f"{num_bytes} bytes"
+            )
+        values = np.frombuffer(request.values, "<f4").astype(np.float32).reshape(max(1, len(rows)), -1)
+        version = engine.update_rows(request.table, rows, values[: len(rows)])
+        return messages.UpdateRowsResponse(model_version=str(engine.version), table_version=version)
+
+    def stop(self) -> None:
+        """Answers what has arrived, then closes the port."""
+        self._server.stop(1.0).wait()
+        self._threads.shutdown()
+
+    def __enter__(self) -> AdminServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class AdminClient:
+    """Changes a server on this machine. Any thread; a context manager.
+
+    with AdminClient("127.0.0.1:8003") as admin:
+        admin.update_rows("feed", "videos", rows, values)
+    """
+
+    def __init__(self, address: str, *, timeout: float | None = 60.0) -> None:
+        """
+        Args:
+          address: host:port of the server's admin port.
+          timeout: seconds a call may take; None for no limit.
+        """
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(address)
+        self._update_rows: Any = self._channel.unary_unary(
+            f"/{SERVICE_NAME}/UpdateRows",
+            request_serializer=messages.UpdateRowsRequest.SerializeToString,
+            response_deserializer=messages.UpdateRowsResponse.FromString,
+        )
+
+    def update_rows(
+        self, model_name: str, table: str, rows: np.ndarray, values: np.ndarray, *, version: str | int = ""
+    ) -> int:
+        """Writes rows of an updatable table; see `Engine.update_rows`.
+
+        Args:
+          model_name: of the repository.
+          table: its name.
+          rows: [K] integers, row numbers.
+          values: [K, D] floats.
+          version: of the model; the latest by default.
+
+        Returns:
+          The table's version.
+
+        Raises:
+          RequestError: for what the server refuses.
+          UnavailableError: if there is no server, or it is stopping.
+        """
+        request = messages.UpdateRowsRequest(
+            model_name=model_name,
+            model_version=str(version),
+            table=table,
+            rows=np.asarray(rows).tolist(),
+            values=np.ascontiguousarray(values, "<f4").tobytes(),
+        )
+        try:
+            return self._update_rows(request, timeout=self._timeout).table_version
+        except grpc.RpcError as error:
+            call: Any = error
+            raise error_of(call.code(), call.details() or "") from error
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> AdminClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,176 @@
+"""An engine whose tables are written while it answers: scores, versions, metrics, the administrative port."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import shop
+from flax import nnx
+from xlarank_serving.admin import AdminClient, AdminServer
+from xlarank_serving.client import RankingClient
+
+from xlarank.compiler import build_bundle
+from xlarank.compiler.reference import reference_scores
+from xlarank.errors import ConfigError, ModelNotFoundError, RequestError, UnavailableError
+from xlarank.runtime import Engine, Metrics
+from xlarank.runtime.table_versions import TableVersions
+
+SPEC = dataclasses.replace(
+    shop.SPEC,
+    tables=tuple(dataclasses.replace(table, updatable=table.name == "items") for table in shop.SPEC.tables),
+)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repository")
+    model = shop.Shop(rngs=nnx.Rngs(0))
+    build_bundle(model, SPEC, shop.make_tables(), out=folder, buckets=[8], tune_seconds=0)
+    return folder
+
+
+def features_of(num_candidates=6):
+    return {
+        "age": 31.0,
+        "item": np.arange(num_candidates),
+        "tags": [["new", "red"]] * num_candidates,
+        "price": np.ones((num_candidates, 2), np.float32),
+    }
+
+
+def expected_scores(request, tables):
+    model = shop.Shop(rngs=nnx.Rngs(0))
+    model.eval()
+    return {task: parts[0] for task, parts in reference_scores(model, SPEC, tables, [request]).items()}
+
+
+def check_scores(scores, expected):
+    for task, values in expected.items():
+        np.testing.assert_allclose(scores[task], values, rtol=1e-5, atol=1e-6)
+
+
+def test_requests_after_an_update_are_scored_with_the_new_rows(repository):
+    metrics, tables = Metrics(), shop.make_tables()
+    rows = np.array([2, 4])
+    values = np.random.default_rng(5).standard_normal((2, 8)).astype(np.float32)
+    with Engine.load(repository / "shop", metrics=metrics) as engine:
+        request = engine.request(features_of())
+        before = engine.score(request)
+        check_scores(before, expected_scores(request, tables))
+        assert engine.update_rows("items", rows, values) == 1
+        tables["items"][rows] = values
+        after = engine.score(request)
+        check_scores(after, expected_scores(request, tables))
+        changed = np.isin(np.arange(6), rows)
+        assert (after["click"] != before["click"])[changed].all()
+        np.testing.assert_array_equal(after["click"][~changed], before["click"][~changed])
+        assert engine.update_rows("items", rows[:1], values[:1]) == 2
+        assert engine.table_versions["items"].num_rows == 3
+        text = metrics.text().decode()
+        assert 'xlarank_table_version{model="shop",table="items",version="1"} 2.0' in text
+        assert 'xlarank_table_updated_rows_total{model="shop",table="items",version="1"} 3.0' in text
+        assert 'xlarank_table_age_seconds{model="shop",table="items",version="1"} ' in text
+        assert 'table="tags"' not in text, "it isn't updatable"
+    with pytest.raises(UnavailableError, match="model 'shop' version 1 is closed"):
+        engine.update_rows("items", rows, values)
+
+
+def test_the_file_of_a_table_is_never_written(repository):
+    with Engine.load(repository / "shop") as engine:
+        engine.update_rows("items", np.array([0]), np.ones((1, 8), np.float32))
+    with Engine.load(repository / "shop") as engine:
+        request = engine.request(features_of())
+        check_scores(engine.score(request), expected_scores(request, shop.make_tables()))
+
+
+def test_updatable_tables_are_never_mapped(repository):
+    with pytest.raises(ConfigError, match=r"tables \['items'\] are updatable, .* expected table memory huge"):
+        Engine.load(repository / "shop", table_memory="mmap")
+
+
+def test_a_version_counts_updates_and_its_age_begins_anew_with_each():
+    now = 10.0
+    versions = TableVersions(["items"], clock=lambda: now)
+    now = 12.5
+    assert versions.now()["items"].version == 0
+    assert versions.now()["items"].age_seconds == 2.5
+    assert [versions.advance("items", 3), versions.advance("items", 4)] == [1, 2]
+    now = 13.0
+    state = versions.now()["items"]
+    assert (state.version, state.num_rows, state.age_seconds) == (2, 7, 0.5)
+
+
+class OneModel:
+    """A repository of one engine."""
+
+    def __init__(self, engine):
+        self._engine = engine
+
+    def engine(self, name, version):
+        if name != "shop":
+            raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+        return self._engine
+
+
+def test_the_administrative_port_updates_rows_and_names_what_is_wrong(repository):
+    values = np.full((2, 8), 0.5, np.float32)
+    with Engine.load(repository / "shop") as engine, AdminServer(OneModel(engine), 0) as server:
+        assert server.address.startswith("127.0.0.1:")
+        with AdminClient(server.address) as admin:
+            assert admin.update_rows("shop", "items", [1, 3], values) == 1
+            tables = shop.make_tables()
+            tables["items"][[1, 3]] = values
+            request = engine.request(features_of())
+            check_scores(engine.score(request), expected_scores(request, tables))
+            for words, error, message in (
+                (("shop", "items", [50], values[:1]), RequestError, r"row numbers in \[0, 50\), got 50"),
+                (
+                    ("shop", "items", [1], values[:1, :7]),
+                    RequestError,
+                    r"floats of shape \[1, 8\], got float32",
+                ),
+                (
+                    ("shop", "items", [1, 2, 3], values),
+                    RequestError,
+                    r"float32 of shape \[3, D\], got 64 bytes",
+                ),
+                (("shop", "tags", [1], values[:1, :5]), RequestError, "table 'tags' isn't updatable"),
+                (("shop", "cars", [1], values[:1]), RequestError, r"one of the tables \['items', 'tags'\]"),
+                (("none", "items", [1], values[:1]), ModelNotFoundError, "'none' is not found"),
+            ):
+                with pytest.raises(error, match=message):
+                    admin.update_rows(*words)
+            assert engine.table_versions["items"].version == 1
+    with (
+        AdminClient(server.address, timeout=5.0) as admin,
+        pytest.raises(UnavailableError),
+    ):
+        admin.update_rows("shop", "items", [1], values[:1])
+
+
+def test_a_port_in_use_is_refused(repository):
+    with (
+        AdminServer(OneModel(None), 0) as server,
+        pytest.raises(ConfigError, match=rf"admin port {server.port} on 127.0.0.1: expected a free port"),
+    ):
+        AdminServer(OneModel(None), server.port)
+
+
+def test_a_server_process_is_updated_while_it_serves(repository, tmp_path):
+    words = ["serve", repository, "--port", "0", "--http-port", "0", "--admin-port", "0", "--json"]
+    command = [sys.executable, "-m", "xlarank.cli", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            ready = json.loads(process.stdout.readline())
+            with RankingClient(ready["grpc"]) as client, AdminClient(ready["admin"]) as admin:
+                before = client.score("shop", features_of())["click"]
+                assert admin.update_rows("shop", "items", [2], np.ones((1, 8), np.float32)) == 1
+                after = client.score("shop", features_of())["click"]
+        finally:
+            process.terminate()
+            process.communicate()
+        assert process.returncode == 0
+    assert [bool(a != b) for a, b in zip(before, after, strict=True)] == [i == 2 for i in range(6)]
