@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -346,11 +347,14 @@ class Builder:
         """Drops buckets that a neighbour of more requests serves as fast; keeps all where nothing was
         tuned."""
         untimed = {choice.bucket.rows for choice in choices if choice.seconds_of(choice.form) is None}
-        seconds = {
-            choice.bucket: choice.seconds_of(choice.form) or 0.0
-            for choice in choices
-            if choice.bucket.rows not in untimed
-        }
+        forms: dict[int, dict[Bucket, Form]] = collections.defaultdict(dict)
+        for choice in choices:
+            if choice.bucket.rows not in untimed:
+                forms[choice.bucket.rows][choice.bucket] = choice.form
+        seconds: dict[Bucket, float] = {}
+        for rows, found in forms.items():
+            self.on_progress(f"request counts of {rows} rows", len(seconds), len(choices))
+            seconds |= bench.in_turns(found)
         leaves = self.signature.context_leaves
         a_context = sum(int(np.prod(leaf.tail)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
         kept = set(worthwhile(seconds, a_context, limits.bytes_a_second))

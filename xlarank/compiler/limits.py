@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers d
 __all__ = ["Limit", "MachineLimits", "measure_limits"]
 
 _SIZE = 1024
+_FEW_ROWS, _WIDE = 8, 2048
+"""A small bucket's matmul: its weights leave the caches, so their bytes are its time."""
+
 _READ_BYTES = 64 << 20
 _BUDGET_SECONDS = 0.5
 
@@ -53,7 +56,8 @@ class MachineLimits:
     """Of an empty program, results in host memory."""
 
     lower_gain: Mapping[str, float]
-    """By lower precision: how much faster than in float32 the same matmul is, conversions not counted."""
+    """By lower precision: how much faster than in float32 the same matmul is, conversions not counted. Of a
+    large one, which is arithmetic, and one of 8 rows, which reads weights: whichever gains more."""
 
     def limit_of(self, cost: ProgramCost) -> tuple[Limit, float]:
         """What a program of this cost is held back by, and the least time that it could take, in seconds."""
@@ -76,25 +80,26 @@ def measure_limits(device: Device) -> MachineLimits:
 
     def product(dtype, accumulated):
         precision = "highest" if dtype == np.float32 else None
-        return lambda x: jax.lax.dot(x, x, precision=precision, preferred_element_type=accumulated)
+        return lambda x, w: jax.lax.dot(x, w, precision=precision, preferred_element_type=accumulated)
 
-    square = jax.ShapeDtypeStruct((_SIZE, _SIZE), np.dtype(np.float32))
+    square, few, wide_weights = (_SIZE, _SIZE), (_FEW_ROWS, _WIDE), (_WIDE, _WIDE)
+    shapes = {"large": (square, square), "few": (few, wide_weights)}
     long = jax.ShapeDtypeStruct((_READ_BYTES // 4,), np.dtype(np.float32))
     short = jax.ShapeDtypeStruct((8,), np.dtype(np.float32))
-    products = {
-        precision: compiled(product(dtype, accumulated), jax.ShapeDtypeStruct(square.shape, jnp.dtype(dtype)))
-        for precision, (dtype, accumulated) in _FORMATS.items()
-    }
+    products, factors = {}, {}
+    for precision, (dtype, accumulated) in _FORMATS.items():
+        for size, pair in shapes.items():
+            avals = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in pair]
+            products[precision, size] = compiled(product(dtype, accumulated), *avals)
+            factors[precision, size] = [
+                jax.device_put(np.ones(aval.shape, aval.dtype), device) for aval in avals
+            ]
     largest = compiled(jnp.max, long)
     nothing = compiled(lambda x: x + 1, short)
-    factors = {
-        precision: jax.device_put(np.ones(square.shape, jnp.dtype(dtype)), device)
-        for precision, (dtype, _) in _FORMATS.items()
-    }
     y, z = jax.device_put(np.ones(long.shape, np.float32), device), np.ones(8, np.float32)
     seconds = time_in_turns(
         {
-            **{p: lambda p=p: products[p](factors[p]).block_until_ready() for p in products},
+            **{key: lambda k=key: products[k](*factors[k]).block_until_ready() for key in products},
             "largest": lambda: largest(y).block_until_ready(),
             "nothing": lambda: np.asarray(nothing(z)),
         },
@@ -102,10 +107,13 @@ def measure_limits(device: Device) -> MachineLimits:
     )
     # What a device can do at most: on a busy machine the median is others' doing.
     least = {name: min(values) for name, values in seconds.items()}
-    wide = least[Precision.FLOAT32]
     return MachineLimits(
-        flops_a_second=2 * _SIZE**3 / wide,
+        flops_a_second=2 * _SIZE**3 / least[Precision.FLOAT32, "large"],
         bytes_a_second=_READ_BYTES / least["largest"],
         launch_seconds=least["nothing"],
-        lower_gain={p.value: wide / least[p] for p in _FORMATS if p is not Precision.FLOAT32},
+        lower_gain={
+            p.value: max(least[Precision.FLOAT32, size] / least[p, size] for size in shapes)
+            for p in _FORMATS
+            if p is not Precision.FLOAT32
+        },
     )
