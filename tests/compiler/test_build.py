@@ -345,7 +345,11 @@ class Overflowing(shop.Shop):
         (Chatty, ModelError, r"calls back to the host: debug_\w+ at .*test_build\.py:\d+"),
         (Caller, ModelError, r"calls back to the host: pure_callback at .*test_build\.py:\d+"),
         (Constant, ModelError, r"task 'spend' as an array \[B\], got float"),
-        (Forgetful, ModelError, r"task 'spend' is missing from its answer \['click'\]; it comes from .*test_build\.py:"),
+        (
+            Forgetful,
+            ModelError,
+            r"task 'spend' is missing from its answer \['click'\]; it comes from .*test_build\.py:",
+        ),
         (Tuple, ModelError, r"expected a dict of logits by task, got tuple"),
         (Concrete, ModelError, r"can't be traced: TracerBool.* \(at .*test_build\.py:\d+ \(__call__\)\)"),
         (

@@ -144,8 +144,9 @@ def explain(result: BuildResult, console: Console) -> None:
     and why a pass did not apply; equal explanations of several buckets once."""
     groups: dict[Any, list[tuple[Bucket, PassNotes]]] = collections.defaultdict(list)
     for found, _, notes in result.by_bucket:
-        key = (notes.hoist_applies, _without_sizes(notes.hoist_reason, found.bucket), notes.siblings, notes.sensitive,
-               notes.inside, tuple((e.operation, e.source, e.reason) for e in notes.expansions))  # fmt: skip
+        expansions = tuple((e.operation, e.source, e.reason) for e in notes.expansions)
+        reason = _without_sizes(notes.hoist_reason, found.bucket)
+        key = (notes.hoist_applies, reason, notes.siblings, notes.sensitive, notes.inside, expansions)
         groups[key].append((found.bucket, notes))
     for members in groups.values():
         _explain_group([bucket for bucket, _ in members], members[-1][1], members[-1][0], console)

@@ -138,7 +138,7 @@ class Builder:
         no_scores = {
             t.name: [np.zeros(r.num_candidates, np.float32) for r in random] for t in self.spec.tasks
         }
-        self.probes = device.GoldenReplay(self.gatherer, random, no_scores, ladder.max_rows)
+        self.probes = [device.GoldenReplay(self.gatherer, random, no_scores, ladder.max_rows)]
 
     def _ladder_asked_for(self, out: Path) -> BucketLadder:
         """Of the row counts that were named, or that suit the traffic by the times measured of this model."""
@@ -226,6 +226,7 @@ class Builder:
         """Takes an earlier version's programs and forms, and proves them with these weights."""
         self.on_progress(f"programs of version {reusable.version}", 0, len(reusable.programs))
         self._take_ladder(BucketLadder(tuple(reusable.programs)))
+        self.probes = []  # the same programs were poisoned with them before; a third of a refresh's proof
         reusable.copy_cache(writer.cache_dir)
         with device.compile_cache_at(writer.cache_dir):
             built, failure = self._prove(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlarank.device import ProgramCost, compiler_options, time_in_turns
+from xlarank.device import ProgramCost, compiler_options, half_precision, time_in_turns
 from xlarank.spec import Precision
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
@@ -70,50 +71,51 @@ class MachineLimits:
         return limit, least[limit]
 
 
+@functools.cache
 def measure_limits(device: Device) -> MachineLimits:
-    """Measures a device; takes about a second."""
-
-    def compiled(function, *avals):
-        sharding = jax.sharding.SingleDeviceSharding(device)
-        lowered = jax.jit(function, in_shardings=sharding, out_shardings=sharding).lower(*avals)
-        return lowered.compile(compiler_options=compiler_options(device.platform))
-
-    def product(dtype, accumulated):
-        precision = "highest" if dtype == np.float32 else None
-        return lambda x, w: jax.lax.dot(x, w, precision=precision, preferred_element_type=accumulated)
-
-    square, few, wide_weights = (_SIZE, _SIZE), (_FEW_ROWS, _WIDE), (_WIDE, _WIDE)
-    shapes = {"large": (square, square), "few": (few, wide_weights)}
-    long = jax.ShapeDtypeStruct((_READ_BYTES // 4,), np.dtype(np.float32))
-    short = jax.ShapeDtypeStruct((8,), np.dtype(np.float32))
-    products, factors = {}, {}
-    for precision, (dtype, accumulated) in _FORMATS.items():
-        for size, pair in shapes.items():
-            avals = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in pair]
-            products[precision, size] = compiled(product(dtype, accumulated), *avals)
-            factors[precision, size] = [
-                jax.device_put(np.ones(aval.shape, aval.dtype), device) for aval in avals
-            ]
-    largest = compiled(jnp.max, long)
-    nothing = compiled(lambda x: x + 1, short)
-    y, z = jax.device_put(np.ones(long.shape, np.float32), device), np.ones(8, np.float32)
-    seconds = time_in_turns(
-        {
-            **{key: lambda k=key: products[k](*factors[k]).block_until_ready() for key in products},
-            "largest": lambda: largest(y).block_until_ready(),
-            "nothing": lambda: np.asarray(nothing(z)),
-        },
-        budget_seconds=_BUDGET_SECONDS,
-    )
+    """Measures a device, once a process; takes about a second."""
+    large = ((_SIZE, _SIZE), (_SIZE, _SIZE)), 2 * _SIZE**3
+    few = ((_FEW_ROWS, _WIDE), (_WIDE, _WIDE)), 2 * _FEW_ROWS * _WIDE**2
+    precisions = (Precision.FLOAT32, half_precision(device), Precision.INT8)
+    runs: dict[Any, Callable[[], object]] = {
+        (precision, flops): _product(device, precision, shapes)
+        for precision in precisions
+        for shapes, flops in (large, few)
+    }
+    runs["read"] = _run(device, jnp.max, np.ones(_READ_BYTES // 4, np.float32))
+    nothing = _run(device, lambda x: x + 1, np.ones(8, np.float32))
+    runs["nothing"] = lambda: np.asarray(nothing())
+    seconds = time_in_turns(runs, budget_seconds=_BUDGET_SECONDS)
     # What a device can do at most: on a busy machine the median is others' doing.
     least = {name: min(values) for name, values in seconds.items()}
     return MachineLimits(
-        flops_a_second=2 * _SIZE**3 / least[Precision.FLOAT32, "large"],
-        bytes_a_second=_READ_BYTES / least["largest"],
+        flops_a_second=large[1] / least[Precision.FLOAT32, large[1]],
+        bytes_a_second=_READ_BYTES / least["read"],
         launch_seconds=least["nothing"],
         lower_gain={
-            p.value: max(least[Precision.FLOAT32, size] / least[p, size] for size in shapes)
-            for p in _FORMATS
-            if p is not Precision.FLOAT32
+            p.value: max(least[Precision.FLOAT32, flops] / least[p, flops] for _, flops in (large, few))
+            for p in precisions[1:]
         },
     )
+
+
+def _product(
+    device: Device, precision: Precision, shapes: tuple[tuple[int, ...], ...]
+) -> Callable[[], object]:
+    """A matmul of ones, ready to run."""
+    dtype, accumulated = _FORMATS[precision]
+    asked = "highest" if precision is Precision.FLOAT32 else None
+    return _run(
+        device,
+        lambda x, w: jax.lax.dot(x, w, precision=asked, preferred_element_type=accumulated),
+        *(np.ones(shape, jnp.dtype(dtype)) for shape in shapes),
+    )
+
+
+def _run(device: Device, function: Callable, *arrays: np.ndarray) -> Callable[[], object]:
+    """A compiled function of arrays that lie on the device."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    lowered = jax.jit(function, in_shardings=sharding, out_shardings=sharding).lower(*arrays)
+    compiled = lowered.compile(compiler_options=compiler_options(device.platform))
+    placed = [jax.device_put(array, device) for array in arrays]
+    return lambda: compiled(*placed).block_until_ready()

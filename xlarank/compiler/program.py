@@ -134,8 +134,8 @@ def _trace_model(model: DenseModel, spec: ModelSpec, num_rows: int) -> ModelTrac
     if outputs:
         raise ModelError(
             f"model {spec.name!r} writes to its {outputs[0]} when it scores: {_origin(closed, num_rows)}; a "
-            f"served program keeps no state between requests: update statistics in training alone (for batch norm "
-            f"use_running_average=True, which `module.eval()` sets unless the call says otherwise)"
+            f"served program keeps no state between requests: update statistics in training alone (for batch "
+            f"norm use_running_average=True, which `module.eval()` sets unless the call says otherwise)"
         )
     if failures:
         origin = _origin(closed, num_rows) or model.source

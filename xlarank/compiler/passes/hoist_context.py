@@ -126,7 +126,11 @@ def _difference(rows: ModelTrace, contexts: ModelTrace) -> str | None:
     if parts is not None:
         said = [f"{e.primitive.name} at {source_of(e)}" if e is not None else "nothing more" for e in parts]
         at_context, at_rows = reversed(said)
-        return f"{at_context}, with other shapes or parameters" if at_context == at_rows else f"{at_context}, {at_rows}"
+        return (
+            f"{at_context}, with other shapes or parameters"
+            if at_context == at_rows
+            else f"{at_context}, {at_rows}"
+        )
     if len(rows.closed.consts) != len(contexts.closed.consts):
         return f"{len(contexts.closed.consts)} constants, {len(rows.closed.consts)}"
     return None
