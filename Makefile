@@ -10,7 +10,8 @@ VENV ?= .venv
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 ARTIFACTS ?= artifacts
 MOVIELENS_DIR ?= data/ml-100k
-PYTEST_FLAGS ?=
+# Two processes, a file whole in one of them: modules share what is slow to make.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

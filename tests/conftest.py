@@ -8,6 +8,9 @@ from pathlib import Path
 # Before JAX is imported, by whatever test module comes first, and for the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# Weights are drawn for most tests: by the generator that compiles fastest.
+os.environ.setdefault("JAX_DEFAULT_PRNG_IMPL", "rbg")
+
 import hypothesis
 import pytest
 

@@ -110,7 +110,7 @@ def chain(tmp_path_factory):
         train=shell.result("train", "feed.toml", *data, "--out", "checkpoint"),
         compile=shell.result(
             *("compile", "feed.toml", "--checkpoint", "checkpoint", "--out", "models", "--devices", "2"),
-            *("--precision", "float32", "--tune-seconds", "10", "--explain"),
+            *("--precision", "float32", "--tune-seconds", "5", "--explain"),
         ),
         inspect=shell.result("inspect", "models/feed"),
         score=shell.result("score", "models/feed/1", *data, "--out", "scores.parquet", "--devices", "2"),
@@ -403,7 +403,18 @@ def test_the_same_checkpoint_again_says_what_it_reused(chain, capsys, monkeypatc
 def test_a_precision_whose_scores_leave_the_limit_is_kept_for_study_alone(
     chain, capsys, monkeypatch, tmp_path
 ):
-    words = ("--out", tmp_path / "models", "--devices", "2", "--buckets", "8", "--precision", "int8")
+    words = (
+        "--out",
+        tmp_path / "models",
+        "--devices",
+        "2",
+        "--buckets",
+        "8",
+        "--precision",
+        "int8",
+        "--tune-seconds",
+        "0",
+    )
     limits = ("--max-score-error", "1e-7", "--keep-failed", tmp_path / "failed")
     status, _, err = compiled_here(chain, capsys, monkeypatch, *words, *limits)
     assert status == 1

@@ -77,6 +77,8 @@ def test_the_model_of_your_own_is_trained_compiled_and_scored(tmp_path):
         "models",
         "--buckets",
         "8",
+        "--tune-seconds",
+        "5",
         "--json",
     ]
     compiled = json.loads(run("-m", "xlarank.cli", *words, folder=tmp_path).splitlines()[-1])

@@ -28,7 +28,7 @@ def built(tmp_path_factory):
 def refuse(tmp_path, module, error, message, spec=shop.SPEC, tables=None, **options):
     tables = shop.make_tables() if tables is None else tables
     with pytest.raises(error, match=message):
-        build_bundle(module, spec, tables, out=tmp_path, buckets=options.pop("buckets", (8,)), **options)
+        build_bundle(module, spec, tables, out=tmp_path, **({"buckets": (8,), "tune_seconds": 0} | options))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing is left behind"
 
 
@@ -65,11 +65,14 @@ def test_every_bucket_has_a_proven_and_timed_program(built):
 
 def test_versions_ascend_and_an_explicit_one_is_kept(built, tmp_path):
     _, model, tables = built
-    paths = [build_bundle(model, shop.SPEC, tables, out=tmp_path, buckets=[4], version=v) for v in (None, 7)]
-    paths.append(build_bundle(model, shop.SPEC, tables, out=tmp_path, buckets=[4]))
+    paths = [
+        build_bundle(model, shop.SPEC, tables, out=tmp_path, buckets=[4], tune_seconds=0, version=v)
+        for v in (None, 7)
+    ]
+    paths.append(build_bundle(model, shop.SPEC, tables, out=tmp_path, buckets=[4], tune_seconds=0))
     assert [path.name for path in paths] == ["1", "7", "8"]
     with pytest.raises(BundleError, match=r"shop/7: exists already"):
-        build_bundle(model, shop.SPEC, tables, out=tmp_path, buckets=[4], version=7)
+        build_bundle(model, shop.SPEC, tables, out=tmp_path, buckets=[4], tune_seconds=0, version=7)
 
 
 def test_the_report_shows_buckets_layers_and_tables(built):
@@ -104,7 +107,7 @@ def test_a_model_written_for_one_task_alone_with_no_context_or_table_compiles(tm
         def __call__(self, features):
             return {"y": features["x"].sum(axis=1)}
 
-    with Engine.load(build_bundle(Sum(), spec, {}, out=tmp_path, buckets=[4])) as engine:
+    with Engine.load(build_bundle(Sum(), spec, {}, out=tmp_path, buckets=[4], tune_seconds=0)) as engine:
         x = np.arange(30, dtype=np.float32).reshape(10, 3)
         np.testing.assert_allclose(engine.score(RankRequest(spec, {"x": x}))["y"], x.sum(axis=1))
 
@@ -126,7 +129,7 @@ def test_weights_of_any_dtype_come_through(tmp_path):
             x = features["x"][:, self.pick[...]] * self.half[...].astype(jnp.float32)
             return {"y": jnp.where(self.on[...], x.sum(axis=1), 0.0)}
 
-    with Engine.load(build_bundle(Mixed(), spec, {}, out=tmp_path, buckets=[4])) as engine:
+    with Engine.load(build_bundle(Mixed(), spec, {}, out=tmp_path, buckets=[4], tune_seconds=0)) as engine:
         scores = engine.score(RankRequest(spec, {"x": [[1.0, 2.0, 3.0]]}))
     np.testing.assert_allclose(scores["y"], [3 * 0.5 + 1 * 1.5 + 2 * 2.5])
 
@@ -148,7 +151,7 @@ def test_scalar_weights_keep_their_shape(tmp_path):
             x = features["x"] * weights[self.pick[...]]
             return {"y": jax.lax.cond(self.on[...], lambda: x.sum(axis=1), lambda: x[:, 0])}
 
-    with Engine.load(build_bundle(Scalars(), spec, {}, out=tmp_path, buckets=[4])) as engine:
+    with Engine.load(build_bundle(Scalars(), spec, {}, out=tmp_path, buckets=[4], tune_seconds=0)) as engine:
         scores = engine.score(RankRequest(spec, {"x": [[1.0, 2.0, 3.0]]}))
     np.testing.assert_allclose(scores["y"], [6 * np.exp(2) / (np.exp(1) + np.exp(2))], rtol=1e-6)
 
@@ -174,7 +177,7 @@ def test_a_linen_module_comes_in_through_the_bridge(tmp_path, keeps_rngs):
     else:
         module = nnx.bridge.ToNNX(Linen()).lazy_init({"x": x}, rngs=nnx.Rngs(0))
     expected = np.asarray(module({"x": x})["y"])
-    with Engine.load(build_bundle(module, spec, {}, out=tmp_path, buckets=[4])) as engine:
+    with Engine.load(build_bundle(module, spec, {}, out=tmp_path, buckets=[4], tune_seconds=0)) as engine:
         np.testing.assert_allclose(engine.score(RankRequest(spec, {"x": x}))["y"], expected, atol=1e-5)
 
 
@@ -345,7 +348,11 @@ class Overflowing(shop.Shop):
         (Chatty, ModelError, r"calls back to the host: debug_\w+ at .*test_build\.py:\d+"),
         (Caller, ModelError, r"calls back to the host: pure_callback at .*test_build\.py:\d+"),
         (Constant, ModelError, r"task 'spend' as an array \[B\], got float"),
-        (Forgetful, ModelError, r"task 'spend' is missing from its answer \['click'\]"),
+        (
+            Forgetful,
+            ModelError,
+            r"task 'spend' is missing from its answer \['click'\]; it comes from .*test_build\.py:",
+        ),
         (Tuple, ModelError, r"expected a dict of logits by task, got tuple"),
         (Concrete, ModelError, r"can't be traced: TracerBool.* \(at .*test_build\.py:\d+ \(__call__\)\)"),
         (

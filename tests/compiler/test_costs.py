@@ -68,4 +68,4 @@ def test_a_device_s_limits_are_measured_in_every_precision():
     assert limits.flops_a_second > 1e8
     assert limits.bytes_a_second > 1e7
     assert 0 < limits.launch_seconds < 1
-    assert set(limits.lower_gain) == {"bfloat16", "float16", "int8"}
+    assert set(limits.lower_gain) == {"bfloat16", "int8"}, "what this device may lower to"

@@ -144,6 +144,14 @@ def means_contexts(params, features):
     return {"like": apply(params, features)["like"] + mean}
 
 
+def misspells(params, features):
+    return {"like": features["usr"].sum(axis=1)}
+
+
+def forgets(params, features):
+    return {"love": apply(params, features)["like"]}
+
+
 def prints_in_a_loop(params, features):
     def step(total, x):
         jax.debug.print("{}", x)
@@ -162,6 +170,14 @@ def prints_in_a_loop(params, features):
             r"a row's score depends on other rows.*rev at .*test_inputs\.py:\d+ .*, which moves rows",
         ),
         (means_contexts, r"context \d.* What crosses rows: reduce_sum .* at .*test_inputs\.py:\d+"),
+        (
+            misspells,
+            r"KeyError: 'usr \(the features are user, item, age\)' \(at .*test_inputs\.py:\d+ \(misspells",
+        ),
+        (
+            forgets,
+            r"'like' is missing from its answer \['love'\]; it comes from .*test_inputs\.py:\d+ \(forgets\)$",
+        ),
         (prints_in_a_loop, r"calls back to the host: debug_\w+ at .*test_inputs\.py:\d+"),
         (
             Dropping(rngs=nnx.Rngs(0, dropout=1)),
@@ -169,7 +185,7 @@ def prints_in_a_loop(params, features):
         ),
         (
             Counting(),
-            r"writes to its variable 'calls' when it scores: add at .*test_inputs\.py:\d+ .*; a served",
+            r"writes to its variable 'calls' when it scores: add at .*test_inputs\.py:\d+ .*use_running",
         ),
         (picks_rows, r"can't be traced: .* \(at .*test_inputs\.py:\d+ \(picks_rows\)\).*jnp.where"),
         (
@@ -241,7 +257,7 @@ def test_labels_are_one_a_golden_row_of_a_task_that_there_is(tmp_path):
 
 def options_of(precision, *, error=2e-3, auc=5e-4, **fields):
     policy = PrecisionPolicy(precision, budget=ErrorBudget(error, auc))
-    return BuildOptions(bucket_rows=(4, 32), policy=policy, tune_seconds=5.0, num_devices=1, **fields)
+    return BuildOptions(bucket_rows=(4, 32), policy=policy, tune_seconds=0.0, num_devices=1, **fields)
 
 
 def labelled(num_requests=32):
@@ -301,7 +317,7 @@ def test_scores_that_leave_the_budget_are_refused_by_task_bucket_form_and_error(
     options = options_of(Precision.INT8, error=1e-6, keep_failed=keep)
     message = (
         r"task 'like', bucket \d+x\d+ .*, form '.*int8', 99th percentile over all golden rows: scores differ "
-        r"from the reference by \S+, expected 1e-06 or less; raise max_score_error, .*; "
+        r"from the reference by \S+, expected 1e-06 or less; raise max_score_error \(--max-score-error\), .*"
         r"kept for study in .*failed/pair/1"
     )
     with pytest.raises(VerifyError, match=message):

@@ -29,7 +29,12 @@ MAX_ROWS = 1024
 def repository(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repository")
     build_bundle(
-        shop.Shop(rngs=nnx.Rngs(0)), shop.SPEC, shop.make_tables(), out=folder, buckets=[8, 128, MAX_ROWS]
+        shop.Shop(rngs=nnx.Rngs(0)),
+        shop.SPEC,
+        shop.make_tables(),
+        out=folder,
+        buckets=[8, 128, MAX_ROWS],
+        tune_seconds=0,
     )
     return folder
 

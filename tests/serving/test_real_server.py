@@ -42,7 +42,7 @@ def model():
 def folder(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     module, tables = model
-    build_bundle(module, SPEC, tables, out=folder / "models", buckets=[8, LARGEST_BUCKET])
+    build_bundle(module, SPEC, tables, out=folder / "models", buckets=[8, LARGEST_BUCKET], tune_seconds=0)
     return folder
 
 

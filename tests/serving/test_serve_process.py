@@ -51,7 +51,7 @@ def environment():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     table = np.arange(30, dtype=np.float32).reshape(10, 3)
-    build_bundle(Linear(), SPEC, {"topics": table}, out=folder / "models", buckets=[4, 16])
+    build_bundle(Linear(), SPEC, {"topics": table}, out=folder / "models", buckets=[4, 16], tune_seconds=0)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -143,8 +144,9 @@ def explain(result: BuildResult, console: Console) -> None:
     and why a pass did not apply; equal explanations of several buckets once."""
     groups: dict[Any, list[tuple[Bucket, PassNotes]]] = collections.defaultdict(list)
     for found, _, notes in result.by_bucket:
-        key = (notes.hoist_applies, _without_sizes(notes.hoist_reason, found.bucket), notes.siblings,
-               tuple((e.operation, e.source, e.reason) for e in notes.expansions))  # fmt: skip
+        expansions = tuple((e.operation, e.source, e.reason) for e in notes.expansions)
+        reason = _without_sizes(notes.hoist_reason, found.bucket)
+        key = (notes.hoist_applies, reason, notes.siblings, notes.sensitive, notes.inside, expansions)
         groups[key].append((found.bucket, notes))
     for members in groups.values():
         _explain_group([bucket for bucket, _ in members], members[-1][1], members[-1][0], console)
@@ -175,6 +177,7 @@ def _explain_group(buckets: list[Bucket], notes: PassNotes, shown: Bucket, conso
             say(f"fuse_experts: {count} sibling matmuls, the first at {source}")
     else:
         say("fuse_experts does not apply: no two matmuls do the same to the same operand with other weights")
+    _explain_precision(notes, say)
     if not notes.expansions:
         return
     table = Table(
@@ -187,3 +190,13 @@ def _explain_group(buckets: list[Bucket], notes: PassNotes, shown: Bucket, conso
     for e in notes.expansions:
         table.add_row(e.operation, str(list(e.shape)), f"{e.num_bytes:,}", e.reason, e.source)
     console.print(table)
+
+
+def _explain_precision(notes: PassNotes, say: Callable[[str], None]) -> None:
+    kept = set(notes.sensitive)
+    if all(matmul.source in kept or not matmul.weight_bytes for matmul in notes.before):
+        say("lower_precision does not apply: no matmul with weights but those that the scores feel most")
+    for source in notes.sensitive:
+        say(f"lower_precision leaves in float32, as the scores feel its error most: {source}")
+    for source in notes.inside:
+        say(f"inside a scan, while or cond, neither merged nor lowered: the matmul at {source}")

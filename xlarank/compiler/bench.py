@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,6 +99,18 @@ class DeviceBench:
             {form: lambda r=replica: r.run(bucket, leaves) for form, replica in replicas.items()},
             budget_seconds=_SECONDS_A_ROUND_OF_FORMS * len(forms),
         )
+
+    def in_turns(self, forms: Mapping[Bucket, Form]) -> dict[Bucket, float]:
+        """Median seconds of full batches of several buckets of one row count, run in turns."""
+        runs = {}
+        # The buckets share buffers: what the one with fewest requests wrote last holds for all of them.
+        for bucket in sorted(forms, key=lambda b: -b.requests):
+            leaves = self._buffers.leaves(bucket)
+            self._golden.replay.fill(leaves, bucket, bucket.rows)
+            replica = self.candidate(bucket, forms[bucket]).replica
+            runs[bucket] = lambda r=replica, b=bucket, given=leaves: r.run(b, given)
+        seconds = device.time_in_turns(runs, budget_seconds=_SECONDS_A_ROUND_OF_FORMS * len(runs))
+        return {bucket: statistics.median(values) for bucket, values in seconds.items()}
 
     def new_bytes(self, bucket: Bucket, form: Form) -> int:
         """Bytes of prepared arrays that no bucket decided so far has."""

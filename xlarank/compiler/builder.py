@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -137,7 +138,7 @@ class Builder:
         no_scores = {
             t.name: [np.zeros(r.num_candidates, np.float32) for r in random] for t in self.spec.tasks
         }
-        self.probes = device.GoldenReplay(self.gatherer, random, no_scores, ladder.max_rows)
+        self.probes = [device.GoldenReplay(self.gatherer, random, no_scores, ladder.max_rows)]
 
     def _ladder_asked_for(self, out: Path) -> BucketLadder:
         """Of the row counts that were named, or that suit the traffic by the times measured of this model."""
@@ -225,6 +226,7 @@ class Builder:
         """Takes an earlier version's programs and forms, and proves them with these weights."""
         self.on_progress(f"programs of version {reusable.version}", 0, len(reusable.programs))
         self._take_ladder(BucketLadder(tuple(reusable.programs)))
+        self.probes = []  # the same programs were poisoned with them before; a third of a refresh's proof
         reusable.copy_cache(writer.cache_dir)
         with device.compile_cache_at(writer.cache_dir):
             built, failure = self._prove(
@@ -346,11 +348,14 @@ class Builder:
         """Drops buckets that a neighbour of more requests serves as fast; keeps all where nothing was
         tuned."""
         untimed = {choice.bucket.rows for choice in choices if choice.seconds_of(choice.form) is None}
-        seconds = {
-            choice.bucket: choice.seconds_of(choice.form) or 0.0
-            for choice in choices
-            if choice.bucket.rows not in untimed
-        }
+        forms: dict[int, dict[Bucket, Form]] = collections.defaultdict(dict)
+        for choice in choices:
+            if choice.bucket.rows not in untimed:
+                forms[choice.bucket.rows][choice.bucket] = choice.form
+        seconds: dict[Bucket, float] = {}
+        for rows, found in forms.items():
+            self.on_progress(f"request counts of {rows} rows", len(seconds), len(choices))
+            seconds |= bench.in_turns(found)
         leaves = self.signature.context_leaves
         a_context = sum(int(np.prod(leaf.tail)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
         kept = set(worthwhile(seconds, a_context, limits.bytes_a_second))

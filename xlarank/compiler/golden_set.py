@@ -100,11 +100,11 @@ class GoldenSet:
         # A 99th percentile says nothing of a score that isn't finite.
         errors |= {task: math.inf for task, error in judgement.errors.items() if math.isinf(error.max)}
         limits = dict.fromkeys(errors, budget.max_score_error)
-        remedy = "; raise max_score_error, or ask for another precision"
+        remedy = "; raise max_score_error (--max-score-error), or ask for another precision"
         check_errors(self.spec, what, errors, limits, f"99th percentile {where}", remedy)
         losses = {task.name: judgement.auc_loss.get(task.name, 0.0) for task in self.spec.tasks}
         limits = dict.fromkeys(losses, budget.max_auc_loss)
-        check_errors(self.spec, what, losses, limits, f"AUC {where}", "; raise max_auc_loss")
+        check_errors(self.spec, what, losses, limits, f"AUC {where}", "; raise max_auc_loss (--max-auc-loss)")
         if self.policy.precision is None and self.unlabelled:
             raise VerifyError(f"{what}: no labels show the AUC loss of {', '.join(self.unlabelled)}")
 

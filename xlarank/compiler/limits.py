@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlarank.device import ProgramCost, compiler_options, time_in_turns
+from xlarank.device import ProgramCost, compiler_options, half_precision, time_in_turns
 from xlarank.spec import Precision
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
@@ -20,6 +21,9 @@ if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers d
 __all__ = ["Limit", "MachineLimits", "measure_limits"]
 
 _SIZE = 1024
+_FEW_ROWS, _WIDE = 8, 2048
+"""A small bucket's matmul: its weights leave the caches, so their bytes are its time."""
+
 _READ_BYTES = 64 << 20
 _BUDGET_SECONDS = 0.5
 
@@ -53,7 +57,8 @@ class MachineLimits:
     """Of an empty program, results in host memory."""
 
     lower_gain: Mapping[str, float]
-    """By lower precision: how much faster than in float32 the same matmul is, conversions not counted."""
+    """By lower precision: how much faster than in float32 the same matmul is, conversions not counted. Of a
+    large one, which is arithmetic, and one of 8 rows, which reads weights: whichever gains more."""
 
     def limit_of(self, cost: ProgramCost) -> tuple[Limit, float]:
         """What a program of this cost is held back by, and the least time that it could take, in seconds."""
@@ -66,46 +71,51 @@ class MachineLimits:
         return limit, least[limit]
 
 
+@functools.cache
 def measure_limits(device: Device) -> MachineLimits:
-    """Measures a device; takes about a second."""
-
-    def compiled(function, *avals):
-        sharding = jax.sharding.SingleDeviceSharding(device)
-        lowered = jax.jit(function, in_shardings=sharding, out_shardings=sharding).lower(*avals)
-        return lowered.compile(compiler_options=compiler_options(device.platform))
-
-    def product(dtype, accumulated):
-        precision = "highest" if dtype == np.float32 else None
-        return lambda x: jax.lax.dot(x, x, precision=precision, preferred_element_type=accumulated)
-
-    square = jax.ShapeDtypeStruct((_SIZE, _SIZE), np.dtype(np.float32))
-    long = jax.ShapeDtypeStruct((_READ_BYTES // 4,), np.dtype(np.float32))
-    short = jax.ShapeDtypeStruct((8,), np.dtype(np.float32))
-    products = {
-        precision: compiled(product(dtype, accumulated), jax.ShapeDtypeStruct(square.shape, jnp.dtype(dtype)))
-        for precision, (dtype, accumulated) in _FORMATS.items()
+    """Measures a device, once a process; takes about a second."""
+    large = ((_SIZE, _SIZE), (_SIZE, _SIZE)), 2 * _SIZE**3
+    few = ((_FEW_ROWS, _WIDE), (_WIDE, _WIDE)), 2 * _FEW_ROWS * _WIDE**2
+    precisions = (Precision.FLOAT32, half_precision(device), Precision.INT8)
+    runs: dict[Any, Callable[[], object]] = {
+        (precision, flops): _product(device, precision, shapes)
+        for precision in precisions
+        for shapes, flops in (large, few)
     }
-    largest = compiled(jnp.max, long)
-    nothing = compiled(lambda x: x + 1, short)
-    factors = {
-        precision: jax.device_put(np.ones(square.shape, jnp.dtype(dtype)), device)
-        for precision, (dtype, _) in _FORMATS.items()
-    }
-    y, z = jax.device_put(np.ones(long.shape, np.float32), device), np.ones(8, np.float32)
-    seconds = time_in_turns(
-        {
-            **{p: lambda p=p: products[p](factors[p]).block_until_ready() for p in products},
-            "largest": lambda: largest(y).block_until_ready(),
-            "nothing": lambda: np.asarray(nothing(z)),
-        },
-        budget_seconds=_BUDGET_SECONDS,
-    )
+    runs["read"] = _run(device, jnp.max, np.ones(_READ_BYTES // 4, np.float32))
+    nothing = _run(device, lambda x: x + 1, np.ones(8, np.float32))
+    runs["nothing"] = lambda: np.asarray(nothing())
+    seconds = time_in_turns(runs, budget_seconds=_BUDGET_SECONDS)
     # What a device can do at most: on a busy machine the median is others' doing.
     least = {name: min(values) for name, values in seconds.items()}
-    wide = least[Precision.FLOAT32]
     return MachineLimits(
-        flops_a_second=2 * _SIZE**3 / wide,
-        bytes_a_second=_READ_BYTES / least["largest"],
+        flops_a_second=large[1] / least[Precision.FLOAT32, large[1]],
+        bytes_a_second=_READ_BYTES / least["read"],
         launch_seconds=least["nothing"],
-        lower_gain={p.value: wide / least[p] for p in _FORMATS if p is not Precision.FLOAT32},
+        lower_gain={
+            p.value: max(least[Precision.FLOAT32, flops] / least[p, flops] for _, flops in (large, few))
+            for p in precisions[1:]
+        },
     )
+
+
+def _product(
+    device: Device, precision: Precision, shapes: tuple[tuple[int, ...], ...]
+) -> Callable[[], object]:
+    """A matmul of ones, ready to run."""
+    dtype, accumulated = _FORMATS[precision]
+    asked = "highest" if precision is Precision.FLOAT32 else None
+    return _run(
+        device,
+        lambda x, w: jax.lax.dot(x, w, precision=asked, preferred_element_type=accumulated),
+        *(np.ones(shape, jnp.dtype(dtype)) for shape in shapes),
+    )
+
+
+def _run(device: Device, function: Callable, *arrays: np.ndarray) -> Callable[[], object]:
+    """A compiled function of arrays that lie on the device."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    lowered = jax.jit(function, in_shardings=sharding, out_shardings=sharding).lower(*arrays)
+    compiled = lowered.compile(compiler_options=compiler_options(device.platform))
+    placed = [jax.device_put(array, device) for array in arrays]
+    return lambda: compiled(*placed).block_until_ready()

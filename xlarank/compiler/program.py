@@ -108,7 +108,12 @@ def _trace_model(model: DenseModel, spec: ModelSpec, num_rows: int) -> ModelTrac
     outputs: list[str] = []
 
     def apply(params, random_state, *activations):
-        logits, changed = model.apply(params, random_state, dict(zip(avals, activations, strict=True)))
+        try:
+            logits, changed = model.apply(params, random_state, dict(zip(avals, activations, strict=True)))
+        except KeyError as error:
+            if error.args and isinstance(error.args[0], str) and error.args[0] not in avals:
+                error.args = (f"{error.args[0]} (the features are {', '.join(avals)})",)
+            raise
         failures.clear()
         outputs[:] = [f"variable {name!r}" for name in changed]
         if changed:
@@ -117,6 +122,9 @@ def _trace_model(model: DenseModel, spec: ModelSpec, num_rows: int) -> ModelTrac
             scores = scores_of(spec, logits, num_rows)
         except ModelError as error:
             failures.append(error)
+            is_whole = isinstance(logits, Mapping) and all(task.name in logits for task in spec.tasks)
+            if not is_whole:  # no operation is to blame
+                return []
             answer = logits if isinstance(logits, Mapping) else {}
             return [array for array in answer.values() if isinstance(array, jax.Array)]
         return [scores[task.name] for task in spec.tasks]
@@ -126,10 +134,11 @@ def _trace_model(model: DenseModel, spec: ModelSpec, num_rows: int) -> ModelTrac
     if outputs:
         raise ModelError(
             f"model {spec.name!r} writes to its {outputs[0]} when it scores: {_origin(closed, num_rows)}; a "
-            f"served program keeps no state between requests: update statistics in training alone"
+            f"served program keeps no state between requests: update statistics in training alone (for batch "
+            f"norm use_running_average=True, which `module.eval()` sets unless the call says otherwise)"
         )
     if failures:
-        origin = _origin(closed, num_rows)
+        origin = _origin(closed, num_rows) or model.source
         raise ModelError(f"{failures[0]}{f'; it comes from {origin}' if origin else ''}")
     closed = _without_random_state(spec.name, closed, len(weights), len(model.random_state))
     return ModelTrace(num_rows, closed, len(weights), tuple(avals), tuple(scopes))

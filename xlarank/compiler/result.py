@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from jax.extend import core
 
 from xlarank.bundle import Manifest
 from xlarank.compiler.analyze import Analysis, MatmulCost, Rate, matmuls_of
@@ -13,9 +15,9 @@ from xlarank.compiler.autotune import Choice
 from xlarank.compiler.forms import Form
 from xlarank.compiler.golden_set import Judgement
 from xlarank.compiler.limits import MachineLimits
-from xlarank.compiler.passes import Expansion, Hoisted, siblings_of
+from xlarank.compiler.passes import Expansion, Hoisted, sensitive_matmuls, siblings_of
 from xlarank.compiler.program import Program
-from xlarank.compiler.tracing import source_of
+from xlarank.compiler.tracing import nested_equations, source_of
 from xlarank.device import ProgramCost
 from xlarank.spec import Bucket
 
@@ -39,6 +41,12 @@ class PassNotes:
     siblings: tuple[tuple[int, str], ...]
     """Groups of sibling matmuls: how many, and the author's line of the first."""
 
+    sensitive: tuple[str, ...]
+    """Lines of matmuls that no lower precision touches, as the scores feel their error most."""
+
+    inside: tuple[str, ...]
+    """Lines of matmuls inside scan, while or cond, which are neither merged nor lowered."""
+
     before: tuple[MatmulCost, ...]
     """Matmuls of the plain form."""
 
@@ -54,6 +62,12 @@ class PassNotes:
             hoisted.expansions,
             hoisted.hoisted_sources,
             tuple((len(group), source_of(group[0])) for group in siblings_of(plain)),
+            _lines(e for e in plain.closed.jaxpr.eqns if id(e) in sensitive_matmuls(plain)),
+            _lines(
+                e
+                for e, depth in nested_equations(plain.closed.jaxpr)
+                if depth and e.primitive.name == "dot_general"
+            ),
             matmuls_of(plain),
             matmuls_of(chosen),
         )
@@ -67,11 +81,17 @@ class PassNotes:
             tuple(Expansion(**(e | {"shape": tuple(e["shape"])})) for e in value["expansions"]),
             tuple((operation, source) for operation, source in value["hoisted"]),
             tuple((count, source) for count, source in value["siblings"]),
+            tuple(value["sensitive"]),
+            tuple(value["inside"]),
             *(
                 tuple(MatmulCost(**(m | {"rate": Rate(m["rate"])})) for m in value[key])
                 for key in ("before", "after")
             ),
         )
+
+
+def _lines(equations: Iterable[core.JaxprEqn]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(source_of(equation) for equation in equations))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,9 @@ class DenseModel:
 
     reference: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
     """The model as its author calls it: activations -> logits by task."""
+
+    source: str = ""
+    """File and line of the author's function, and its name; empty where it can't be known."""
 
     random_state: tuple[jax.Array, ...] = ()
     """Keys and counts of the module's random streams. A model that needs them can't be served."""
@@ -77,6 +81,7 @@ def split_module(module: nnx.Module) -> DenseModel:
         tuple(_as_weight(leaf) for leaf in leaves),
         apply,
         module,
+        _line_of(type(module).__call__),  # type: ignore[arg-type]
         tuple(rng_leaves),  # type: ignore[arg-type]
     )
 
@@ -104,7 +109,12 @@ def split_function(function: Apply, params: Any) -> DenseModel:
 
     weights = tuple(_as_weight(leaf) for _, leaf in leaves_by_path)
     as_jax = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in weights])
-    return DenseModel(names, weights, apply, lambda features: function(as_jax, features))
+    return DenseModel(names, weights, apply, lambda features: function(as_jax, features), _line_of(function))
+
+
+def _line_of(function: Callable) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return "" if code is None else f"{code.co_filename}:{code.co_firstlineno} ({code.co_name})"
 
 
 def _changed(

@@ -27,6 +27,7 @@ __all__ = [
     "evaluate",
     "flatten",
     "inner_jaxpr",
+    "nested_equations",
     "retrace",
     "source_of",
     "structural_text",
@@ -64,11 +65,13 @@ def trace(model: str, program: Callable, avals: tuple[Any, ...]) -> ClosedJaxpr:
     """
     with authors_code(f"model {model!r} can't be traced"), jax.default_matmul_precision("highest"):
         closed = jax.make_jaxpr(program)(*avals)
-    for equation, source in _every_equation(closed.jaxpr, ""):
+    lines: dict[int, str] = {-1: ""}  # by depth: inside a function of JAX's own it is the caller's
+    for equation, depth in nested_equations(closed.jaxpr):
+        lines[depth] = source_of(equation) or lines[depth - 1]
         if "callback" in equation.primitive.name or equation.primitive.name == "debug_print":
             raise ModelError(
-                f"model {model!r} calls back to the host: {equation.primitive.name} at {source}; "
-                f"take it out, a served program runs on the device alone"
+                f"model {model!r} calls back to the host: {equation.primitive.name} at "
+                f"{lines[depth]}; take it out, a served program runs on the device alone"
             )
     return closed
 
@@ -230,17 +233,16 @@ def constant_bytes(constant: Any) -> bytes:
     return f"{array.dtype} {array.shape}".encode() + array.tobytes()
 
 
-def _every_equation(jaxpr: core.Jaxpr, caller: str) -> Iterator[tuple[core.JaxprEqn, str]]:
-    """Equations with their lines, into loops and branches too."""
+def nested_equations(jaxpr: core.Jaxpr, depth: int = 0) -> Iterator[tuple[core.JaxprEqn, int]]:
+    """Equations in order, into calls, loops and branches too, with how many they lie in."""
     for equation in jaxpr.eqns:
-        source = source_of(equation) or caller
-        yield equation, source
+        yield equation, depth
         for value in equation.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(inner, ClosedJaxpr):
-                    yield from _every_equation(inner.jaxpr, source)
+                    yield from nested_equations(inner.jaxpr, depth + 1)
                 elif isinstance(inner, core.Jaxpr):
-                    yield from _every_equation(inner, source)
+                    yield from nested_equations(inner, depth + 1)
 
 
 def equations_of(jaxpr: core.Jaxpr, caller: str = "") -> Iterator[tuple[core.JaxprEqn, str]]:

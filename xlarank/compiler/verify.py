@@ -22,7 +22,7 @@ def verify_bucket(
     plain: Callable[[], Program],
     weights: Sequence[np.ndarray],
     golden: GoldenSet,
-    probes: GoldenReplay,
+    probes: Sequence[GoldenReplay],
     buffers: BatchBuffers,
     *,
     form: str,
@@ -38,7 +38,8 @@ def verify_bucket(
       plain: makes the plain program of the bucket, to explain a refusal.
       weights: of the model, for the same.
       golden: requests, reference scores and limits.
-      probes: requests that differ from each other whatever the golden ones do; their scores aren't looked at.
+      probes: other requests to poison, that differ from each other whatever the golden ones do; their scores
+        aren't looked at.
       buffers: written and read here.
       form: in words, for messages.
       precision: of the form.
@@ -51,7 +52,7 @@ def verify_bucket(
       ModelError: names the operation that crosses rows.
     """
     spec, leaves = golden.spec, buffers.leaves(bucket)
-    for batches in (probes, golden.replay):
+    for batches in (*probes, golden.replay):
         batches.fill(leaves, bucket, bucket.rows)
         check_rows_independent(spec, signature, bucket, replica, plain, weights, leaves)
     # All rows alike: one that differs decides every `any`, `all` and comparison over the batch.

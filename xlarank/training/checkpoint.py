@@ -129,7 +129,9 @@ def load_ranker(config: ModelConfig, directory: Path | str) -> tuple[ModelSpec, 
         raise ConfigError(f"{directory / _SPEC}: expected JSON: {error}") from error
     spec.check_fitted()
     _check_same_model(config, spec, directory)
-    ranker = make_ranker(config, spec)
+    # Every value is replaced: the generator that takes least time to compile will do.
+    with jax.default_prng_impl("rbg"):
+        ranker = make_ranker(config, spec)
     ranker.eval()
     expected = _flatten(_tree(ranker))
     with ocp.PyTreeCheckpointer() as checkpointer:

@@ -125,7 +125,12 @@ def _difference(rows: ModelTrace, contexts: ModelTrace) -> str | None:
     parts = first_difference(rows.closed.jaxpr, contexts.closed.jaxpr)
     if parts is not None:
         said = [f"{e.primitive.name} at {source_of(e)}" if e is not None else "nothing more" for e in parts]
-        return ", ".join(reversed(said))
+        at_context, at_rows = reversed(said)
+        return (
+            f"{at_context}, with other shapes or parameters"
+            if at_context == at_rows
+            else f"{at_context}, {at_rows}"
+        )
     if len(rows.closed.consts) != len(contexts.closed.consts):
         return f"{len(contexts.closed.consts)} constants, {len(rows.closed.consts)}"
     return None
