@@ -40,7 +40,7 @@ Ids random_ids(Random& random, bool ragged) {
   Ids ids;
   for (int64_t row = 0; row < kCandidates; ++row) {
     // Long bags over few rows: some are equal, and some are empty.
-    const int64_t count = !ragged ? 1 : random.below(4) ? 4 + random.below(3) : 0;
+    const int64_t count = !ragged ? 1 : random.below(4) ? 11 + random.below(3) : 0;
     const bool plain = random.below(2);
     for (int64_t i = 0; i < count; ++i) {
       ids.values.push_back(plain ? 1 : random.below(9) ? random.below(kRows) : kExtremes[random.below(5)]);

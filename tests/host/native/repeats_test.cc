@@ -46,7 +46,7 @@ void test_random_bags_come_back() {
 
 void test_looking_pauses_when_it_finds_little() {
   RepeatWatch watch(2);
-  EXPECT(!watch.looks(0, 300, 100), "short bags aren't worth a look");
+  EXPECT(!watch.looks(0, 799, 100), "short bags aren't worth a look");
   EXPECT(!watch.looks(0, 300, 1), "a bag alone has no equal");
   EXPECT(watch.looks(0, 2000, 100), "the first task looks");
   watch.saw(0, 2000, 249);
