@@ -7,8 +7,8 @@
 
 namespace xlarank {
 
-// Reads every byte of the rows named, `table.ahead` rows prefetched, and does nothing with them but to fold
-// them into the number returned.
+// Reads from every line of the rows named, `table.ahead` rows prefetched, and does nothing with it but to fold a
+// byte every 64 and the last into the number returned.
 uint64_t read_rows(const TableView& table, const int32_t* rows, int64_t num_rows);
 
 }  // namespace xlarank
