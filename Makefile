@@ -15,6 +15,7 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 NATIVE := CMakeLists.txt $(wildcard xlarank/host/native/*)
 
 # Another PYTHON than the one that .venv was made with makes it anew.
@@ -25,7 +26,8 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-native test-aarch64 test-sanitizers check format movielens protos bench bench-main bench-compiler clean
+.PHONY: help setup demo test test-native test-aarch64 test-sanitizers check format movielens protos clean
+.PHONY: bench bench-main bench-compiler bench-embedding
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -72,12 +74,20 @@ protos: $(STAMP)  ## generate the gRPC code anew
 bench: $(STAMP)  ## short form of every benchmark → bench/short/
 	@$(BIN)/python tools/bench_main.py --short --out bench/short/main.json
 	@$(BIN)/python tools/bench_compiler.py --short --out bench/short/compiler.json
+	@$(BIN)/python tools/bench_embedding.py --short --out bench/short/embedding.json
 
 bench-main: $(STAMP)  ## figures of the main path → bench/main.json
 	@$(BIN)/python tools/bench_main.py --out bench/main.json
 
 bench-compiler: $(STAMP)  ## figures of the compiler's passes and tuning → bench/compiler.json
 	@$(BIN)/python tools/bench_compiler.py --out bench/compiler.json --movielens $(MOVIELENS_DIR)
+
+# pip takes torch's build for CPU alone where it finds one; any build will do.
+$(PEERS): $(STAMP)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[bench]' && touch $@
+
+bench-embedding: $(PEERS)  ## figures of the embedding engine against torch and fbgemm → bench/embedding.json
+	@$(BIN)/python tools/bench_embedding.py --out bench/embedding.json
 
 clean:  ## remove what make made, but data/
 	rm -rf $(VENV) $(ARTIFACTS) bench build

@@ -20,22 +20,17 @@ from typing import Any
 
 import jax
 import numpy as np
-
-from xlarank.host import Gatherer, Segment, aligned_empty
-from xlarank.spec import Bucket, ModelSpec, Ragged, RankRequest
+from embedding_lookups import NUM_BAGS, Shape, huge_tables, ours
 
 __all__ = ["measure"]
 
 NUM_TABLES = 8
 NUM_ROWS = 2_000_000
 DIM = 64
-NUM_CANDIDATES = 512
 IDS_A_BAG = 20
 
 _NUM_ID_SETS = 24
 """Batches of different ids, taken in turn: together they read 500 MB of rows, more than caches hold."""
-
-_BLOCK_ROWS = 1 << 16
 
 
 def measure(seconds: float, num_rows: int = NUM_ROWS) -> dict[str, Any]:
@@ -55,78 +50,30 @@ def measure(seconds: float, num_rows: int = NUM_ROWS) -> dict[str, Any]:
     # As the server runs programs: inline, without the wake-up of a pool thread. Such a thread may also let go
     # of a shared table last, while Python shuts down, and abort the process.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    shape = Shape(name="lookup", num_tables=NUM_TABLES, num_rows=num_rows, dim=DIM)
     rng = np.random.default_rng(0)
-    spec = _spec(num_rows)
-    tables = {table.name: _table(rng, num_rows) for table in spec.tables}
-    bags = rng.integers(0, num_rows, (_NUM_ID_SETS, NUM_TABLES, NUM_CANDIDATES, IDS_A_BAG))
+    bags = rng.integers(0, num_rows, (_NUM_ID_SETS, NUM_TABLES, NUM_BAGS, IDS_A_BAG))
     num_threads = len(os.sched_getaffinity(0))  # what XLA takes for its pool
-    ours, xla = _ours(spec, tables, bags, num_threads), _xla(tables, bags)
+    native = ours(shape, bags, num_threads)
+    xla = _xla([table.rows.view(np.float32) for table in huge_tables(shape)], bags)
     for index in range(_NUM_ID_SETS):
-        np.testing.assert_allclose(ours(index), xla(index), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(native(index), xla(index), rtol=1e-5, atol=1e-5)
     samples: dict[str, list[float]] = {"ours_ms": [], "xla_ms": []}
     deadline = time.perf_counter() + seconds
     turn = 0
     while time.perf_counter() < deadline:
         # Half the sets apart, so that neither finds its rows in the cache of the other.
-        samples["ours_ms"].append(_time_ms(ours, turn % _NUM_ID_SETS))
+        samples["ours_ms"].append(_time_ms(native, turn % _NUM_ID_SETS))
         samples["xla_ms"].append(_time_ms(xla, (turn + _NUM_ID_SETS // 2) % _NUM_ID_SETS))
         turn += 1
     how = (
-        f"{NUM_TABLES} tables x {num_rows} x {DIM} float32, batch {NUM_CANDIDATES}, {IDS_A_BAG} ids a bag, "
+        f"{NUM_TABLES} tables x {num_rows} x {DIM} float32, batch {NUM_BAGS}, {IDS_A_BAG} ids a bag, "
         f"uniform, sum, {num_threads} threads each"
     )
     return {"how": how, **samples}
 
 
-def _spec(num_rows: int) -> ModelSpec:
-    names = [f"f{i}" for i in range(NUM_TABLES)]
-    return ModelSpec.from_dict(
-        {
-            "name": "lookup",
-            "features": [
-                {"name": n, "kind": "id_list", "scope": "candidate", "table": n, "combiner": "sum"}
-                for n in names
-            ],
-            "tables": [{"name": n, "dim": DIM, "rows": num_rows} for n in names],
-            "tasks": [{"name": "score"}],
-        }
-    )
-
-
-def _table(rng: np.random.Generator, num_rows: int) -> np.ndarray:
-    """[R, D] float32. One random block, repeated: the values cost no time, their addresses do."""
-    table = aligned_empty((num_rows, DIM), np.float32)
-    block = rng.standard_normal((_BLOCK_ROWS, DIM), np.float32)
-    for begin in range(0, num_rows, _BLOCK_ROWS):
-        table[begin : begin + _BLOCK_ROWS] = block[: num_rows - begin]
-    return table
-
-
-def _ours(
-    spec: ModelSpec, tables: dict[str, np.ndarray], bags: np.ndarray, num_threads: int
-) -> Callable[[int], np.ndarray]:
-    gatherer = Gatherer(spec, tables, num_threads=num_threads, backend="native")
-    bucket = Bucket(NUM_CANDIDATES, 1)
-    out = {leaf.name: aligned_empty(leaf.shape(bucket), leaf.dtype) for leaf in gatherer.signature.leaves}
-    lengths = np.full(NUM_CANDIDATES, IDS_A_BAG, np.int32)
-    requests = [
-        RankRequest(
-            spec,
-            {f"f{i}": Ragged(ids.reshape(-1), lengths) for i, ids in enumerate(id_set)},
-            check=gatherer.check,
-        )
-        for id_set in bags
-    ]
-
-    def run(index: int) -> np.ndarray:
-        segment = Segment(gatherer.bind(requests[index]), 0, NUM_CANDIDATES)
-        gatherer.gather([segment], bucket, out)
-        return out["candidate"]
-
-    return run
-
-
-def _xla(tables: dict[str, np.ndarray], bags: np.ndarray) -> Callable[[int], jax.Array]:
+def _xla(tables: list[np.ndarray], bags: np.ndarray) -> Callable[[int], jax.Array]:
     @jax.jit
     def look_up(tables: list[jax.Array], ids: jax.Array) -> jax.Array:
         # In range by construction, so XLA needn't check: the fastest form that it has.
@@ -136,7 +83,7 @@ def _xla(tables: dict[str, np.ndarray], bags: np.ndarray) -> Callable[[int], jax
         ]
         return jax.numpy.concatenate(pooled, axis=1)
 
-    shared = [jax.dlpack.from_dlpack(table) for table in tables.values()]
+    shared = [jax.dlpack.from_dlpack(table) for table in tables]
     id_sets = [jax.numpy.asarray(id_set.astype(np.int32)) for id_set in bags]
     return lambda index: jax.block_until_ready(look_up(shared, id_sets[index]))
 
@@ -155,8 +102,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=NUM_ROWS, help="rows a table (%(default)s)")
     args = parser.parse_args()
     samples = measure(args.seconds, args.rows)
-    ours, xla = (statistics.median(samples[name]) for name in ("ours_ms", "xla_ms"))
-    print(f"ours {ours:.3f} ms, XLA {xla:.3f} ms, ratio {xla / ours:.2f}")
+    native, xla = (statistics.median(samples[name]) for name in ("ours_ms", "xla_ms"))
+    print(f"ours {native:.3f} ms, XLA {xla:.3f} ms, ratio {xla / native:.2f}")
     print(json.dumps(samples))
 
 

@@ -144,7 +144,10 @@ def test_a_tool_that_fails_is_named_with_its_status(tmp_path):
         run_tool(str(tool), "--short")
 
 
-@pytest.mark.parametrize("script", ["bench_main", "bench_lookup", "bench_server", "bench_load"])
+@pytest.mark.parametrize(
+    "script",
+    ["bench_main", "bench_lookup", "bench_server", "bench_load", "bench_embedding", "bench_embedding_turns"],
+)
 def test_every_benchmark_says_what_it_measures(script):
     path = Path(figures.__file__).with_name(f"{script}.py")
     done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True)
