@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from xlarank.host import Gatherer, model_inputs, native_available
+from xlarank.host import Gatherer, decode_rows, encode_rows, model_inputs, native_available
 from xlarank.host.plan import native_plan
 from xlarank.spec import (
     Bucket,
@@ -15,6 +15,7 @@ from xlarank.spec import (
     OutOfRange,
     Ragged,
     RankRequest,
+    RowFormat,
     StringColumn,
     TableSpec,
     TaskSpec,
@@ -45,6 +46,7 @@ def random_table(rng, index):
         name=f"t{index}",
         dim=int(rng.choice(DIMS)),
         rows=int(rng.integers(len(WORDS) + 2, 40)),
+        dtype=RowFormat(str(rng.choice(list(RowFormat)))),
         out_of_range=OutOfRange(str(rng.choice(["error", "zero", "clip", "hash"]))),
     )
 
@@ -125,7 +127,15 @@ def random_request(rng, spec, num_candidates):
 
 
 def random_tables(rng, spec):
-    return {t.name: rng.standard_normal((t.num_rows, t.dim)).astype(np.float32) for t in spec.tables}
+    values = {t.name: rng.standard_normal((t.num_rows, t.dim)).astype(np.float32) for t in spec.tables}
+    return {
+        t.name: values[t.name] if t.dtype == "float32" else encode_rows(values[t.name], t.dtype)
+        for t in spec.tables
+    }
+
+
+def decoded(table):
+    return table if isinstance(table, np.ndarray) else decode_rows(table)
 
 
 def random_parts(rng, spec, num_requests=4, most=9):
@@ -172,7 +182,9 @@ def test_every_instruction_set_gives_the_same_bits(isa, activations, gather):
         tables, parts = random_tables(rng, spec), random_parts(rng, spec)
         gatherer = Gatherer(spec, tables, backend="native", activations=activations)
         try:
-            gatherer._kernel = native_plan(spec, gatherer.signature, tables, 1, isa=isa)
+            gatherer._kernel = native_plan(
+                spec, gatherer.signature, gatherer._tables, gatherer.lines_ahead, 1, isa=isa
+            )
         except ValueError as error:
             pytest.skip(str(error))
         reference = Gatherer(spec, tables, backend="numpy", activations=activations)
@@ -285,7 +297,7 @@ def test_model_inputs_and_the_gather_agree(gather):
             if feature.kind == "dense":
                 np.testing.assert_array_equal(out[slot.leaf][:, slot.begin : slot.end], values)
                 continue
-            table = np.vstack([tables[feature.table or ""], np.zeros(spec.table_of(feature).dim)])
+            table = np.vstack([decoded(tables[feature.table or ""]), np.zeros(spec.table_of(feature).dim)])
             looked_up = table[values].astype(np.float32)  # -1 reads the row of zeros at the end
             if feature.kind == "id":
                 np.testing.assert_array_equal(out[slot.leaf][:, slot.begin : slot.end], looked_up)

@@ -1,9 +1,11 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from xlarank.errors import ConfigError
-from xlarank.host import aligned_empty, check_tables
-from xlarank.spec import ModelSpec
+from xlarank.host import aligned_empty, check_tables, encode_rows
+from xlarank.spec import ModelSpec, RowFormat
 
 SPEC = ModelSpec.from_dict(
     {
@@ -34,8 +36,41 @@ def test_an_alignment_that_is_no_power_of_two_is_refused(alignment):
         aligned_empty((1,), "float32", alignment)
 
 
-def test_tables_of_the_spec_pass():
-    check_tables(SPEC, {"t": np.zeros((3, 2), np.float32)})
+def spec_of(row_format):
+    table = dataclasses.replace(SPEC.tables[0], dtype=row_format)
+    return dataclasses.replace(SPEC, tables=(table,))
+
+
+@pytest.mark.parametrize("row_format", list(RowFormat))
+def test_tables_of_the_spec_pass(row_format):
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    check_tables(spec_of(row_format), {"t": encode_rows(values, row_format)})
+    if row_format == "float32":
+        check_tables(SPEC, {"t": values})
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (encode_rows(np.zeros((3, 2), np.float32), "int4"), r"of shape \[3, 2\], got int4 of shape \[3, 2\]"),
+        (encode_rows(np.zeros((2, 2), np.float32), "int8"), r"of shape \[3, 2\], got int8 of shape \[2, 2\]"),
+        (
+            np.zeros((3, 2), np.float32),
+            "rows, got an array of float32; encode_rows makes such rows of float32",
+        ),
+    ],
+)
+def test_tables_of_another_format_are_refused(table, message):
+    with pytest.raises(ConfigError, match=f"table 't': expected int8 {message}"):
+        check_tables(spec_of("int8"), {"t": table})
+
+
+@pytest.mark.parametrize("row_format", list(RowFormat))
+def test_a_damaged_row_is_named(row_format):
+    table = encode_rows(np.ones((3, 2), np.float32), row_format)
+    table.rows[1, :8] = 0xFF
+    with pytest.raises(ConfigError, match="table 't': expected finite floats, row 1 holds NaN or infinity"):
+        check_tables(spec_of(row_format), {"t": table})
 
 
 @pytest.mark.parametrize(
@@ -49,7 +84,7 @@ def test_tables_of_the_spec_pass():
             {"t": np.zeros((2, 3), np.float32).T},
             r"table 't': expected a C-contiguous array, got strides \(4, 12\)",
         ),
-        ({"t": [[0.0, 0.0]] * 3}, "table 't': expected a numpy array, got list"),
+        ({"t": [[0.0, 0.0]] * 3}, "table 't': expected a HostTable or a numpy array, got list"),
         (
             {"t": np.array([[0, 0], [1, 2], [np.nan, 0]], np.float32)},
             "table 't': .* row 2 holds NaN or infinity",

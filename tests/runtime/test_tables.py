@@ -57,11 +57,10 @@ def flip(path, position):
 def test_tables_are_those_of_the_bundle_wherever_they_are(bundle, memory):
     loaded = load(bundle, memory)
     assert loaded.memory is memory
-    assert list(loaded.arrays) == list(TABLES)
+    assert list(loaded.tables) == list(TABLES)
     for name, table in TABLES.items():
-        array = loaded.arrays[name]
-        np.testing.assert_array_equal(array, table)
-        assert array.dtype == np.float32
+        array = loaded.tables[name].rows
+        np.testing.assert_array_equal(array.view(np.float32), table)
         assert array.flags.c_contiguous
         assert array.ctypes.data % 64 == 0
         assert array.flags.writeable == (memory is TableMemory.HUGE)
@@ -141,7 +140,7 @@ def test_a_version_that_is_removed_while_it_serves_is_no_fault(bundle, caplog):
     loaded.check.join()
     assert loaded.check.fault is None
     assert "a.npy was removed: the rest of the tables stays unchecked" in caplog.text
-    np.testing.assert_array_equal(loaded.arrays["a"], TABLES["a"])
+    np.testing.assert_array_equal(loaded.tables["a"].rows.view(np.float32), TABLES["a"])
 
 
 def test_a_check_that_is_stopped_leaves_the_rest(bundle):
@@ -216,8 +215,9 @@ loaded.check.start()
 loaded.check.join()
 assert loaded.check.fault is None, loaded.check.fault
 assert loaded.check.num_checked_bytes == loaded.check.num_bytes
-rows = np.linspace(0, len(loaded.arrays["t"]) - 1, 7).astype(int)
-assert (loaded.arrays["t"][rows, 0] == rows).all()
+values = loaded.tables["t"].rows.view(np.float32)
+rows = np.linspace(0, len(values) - 1, 7).astype(int)
+assert (values[rows, 0] == rows).all()
 print(status("VmHWM") - before, status("VmRSS") - before)
 """
 

@@ -16,6 +16,7 @@ from xlarank.spec import (
     Hash,
     Log1p,
     ModelSpec,
+    RowFormat,
     Standardise,
     TableSpec,
     TaskSpec,
@@ -168,8 +169,8 @@ def test_a_lookup_feature_is_refused_with_the_value(base, fields, message):
         (TableSpec, {"name": "t", "dim": 1, "rows": float("nan")}, "in [1, 2**31); was nan"),
         (
             TableSpec,
-            {"name": "t", "dim": 1, "dtype": "int8"},
-            "table 't': dtype must be 'float32'; was 'int8'",
+            {"name": "t", "dim": 1, "dtype": "int2"},
+            "table 't': dtype must be one of ['float32', 'float16', 'bfloat16', 'int8', 'int4']; was 'int2'",
         ),
         (TableSpec, {"name": "t", "dim": 1, "out_of_range": "wrap"}, "out_of_range must be one of ['error'"),
         (TableSpec, {"name": "../t", "dim": 1}, "table: expected a name of"),
@@ -434,6 +435,7 @@ def models(draw):
         name="t",
         dim=draw(st.integers(1, 64)),
         rows=draw(st.none() | st.integers(10, 99)),
+        dtype=draw(st.sampled_from(list(RowFormat))),
         out_of_range=draw(st.sampled_from(["error", "zero", "clip", "hash"])),
     )
     return ModelSpec(

@@ -99,7 +99,8 @@ class TableTrial:
         self._bucket = Bucket(num_rows, num_rows)
         signature = Signature.of_model(spec, unused)
         self._leaves = device.BatchBuffers(signature, BucketLadder((self._bucket,))).leaves(self._bucket)
-        gatherer = Gatherer(spec, decoded.tables, unused=unused)
+        # Most rows of these tables aren't there: nothing to measure the prefetch on.
+        gatherer = Gatherer(spec, decoded.tables, unused=unused, lines_ahead=8)
         replay = device.GoldenReplay(gatherer, requests, scores, num_rows)
         self._golden = GoldenSet(spec, replay, labels, policy)
         program = plain_program(traces, signature, self._bucket)

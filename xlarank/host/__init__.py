@@ -5,17 +5,21 @@ from xlarank.host.gather import BoundRequest, Gatherer, Segment
 from xlarank.host.hashing import hash_int64, hash_strings
 from xlarank.host.memory import HugePages, TableMemory, huge_empty
 from xlarank.host.preprocessing import model_inputs, to_dense, to_rows, truncate
+from xlarank.host.row_codec import check_tables, decode_rows, encode_rows
 from xlarank.host.strings import split_bytes_tensor
-from xlarank.host.tables import aligned_empty, check_tables
+from xlarank.host.tables import HostTable, aligned_empty
 
 __all__ = [
     "BoundRequest",
     "Gatherer",
+    "HostTable",
     "HugePages",
     "Segment",
     "TableMemory",
     "aligned_empty",
     "check_tables",
+    "decode_rows",
+    "encode_rows",
     "hash_int64",
     "hash_strings",
     "huge_empty",

@@ -11,8 +11,9 @@ import numpy as np
 from xlarank.errors import BucketError, ConfigError, FeatureError
 from xlarank.host._extension import native
 from xlarank.host.plan import native_plan
+from xlarank.host.prefetch import measure_lines_ahead
 from xlarank.host.reference import gather_numpy
-from xlarank.host.tables import check_form
+from xlarank.host.tables import HostTable, host_tables
 from xlarank.spec import (
     Bucket,
     Column,
@@ -70,33 +71,38 @@ class Gatherer:
       spec: the model.
       signature: names and places of what is written.
       backend: "native" or "numpy".
+      lines_ahead: distance of the prefetch in cache lines by table; empty in NumPy.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
-        tables: Mapping[str, np.ndarray],
+        tables: Mapping[str, HostTable | np.ndarray],
         *,
         num_threads: int = 1,
         backend: str = "auto",
         unused: Collection[str] = (),
         activations: str = "float32",
+        lines_ahead: int | None = None,
     ) -> None:
-        """Prepares vocabularies and threads.
+        """Prepares vocabularies and threads, and measures how far to prefetch.
 
         Args:
           spec: the model, fitted.
-          tables: [R, D] float32 by name, C-contiguous, best 64-byte aligned; kept, not copied.
+          tables: by name, in the format of their TableSpecs; a float32 table may be a C-contiguous array
+            [R, D]. Best 64-byte aligned; kept, not copied.
           num_threads: threads that gather, the caller among them; >= 1.
           backend: "native", "numpy" (the slow reference), or "auto": native where it is built.
           unused: names of features that the program doesn't read. A request still brings them and they are
             still checked, but they are neither looked up nor written.
           activations: dtype of the matrices and sequences, "float32" or "bfloat16": preprocessed and pooled
             in float32, then rounded to the nearest, ties to even.
+          lines_ahead: cache lines to prefetch ahead in every table, 0 for none; by default measured on the
+            tables, some milliseconds for each row size.
 
         Raises:
-          ConfigError: if spec and tables disagree, `unused` or `activations` isn't as stated, or the backend
-            isn't there.
+          ConfigError: if a number is out of range, spec and tables disagree, `unused` or `activations` isn't
+            as stated, or the backend isn't there.
         """
         spec.check_fitted()
         if num_threads < 1:
@@ -107,20 +113,21 @@ class Gatherer:
             raise ConfigError(
                 "backend 'native' was asked for but the kernel isn't built; `pip install .` builds it"
             )
-        if set(tables) != set(spec.table_by_name):
-            raise ConfigError(
-                f"model {spec.name!r}: expected tables {sorted(spec.table_by_name)}, got {sorted(tables)}"
-            )
-        for table in spec.tables:
-            check_form(table.name, tables[table.name], (table.num_rows, table.dim))
+        if lines_ahead is not None and lines_ahead < 0:
+            raise ConfigError(f"lines_ahead must be >= 0; was {lines_ahead}")
         self.spec = spec
         self.signature = Signature.of_model(spec, unused, activations)
         self.backend = "numpy" if backend == "numpy" or native is None else "native"
-        self._tables = dict(tables)
+        self.lines_ahead: dict[str, int] = {}
+        self._tables = host_tables(spec, tables)
         self._token = object()
         self._kernel: Any = None
         if self.backend == "native":
-            self._kernel = native_plan(spec, self.signature, self._tables, num_threads)
+            if lines_ahead is None:
+                self.lines_ahead = measure_lines_ahead(self._tables)
+            else:
+                self.lines_ahead = dict.fromkeys(self._tables, lines_ahead)
+            self._kernel = native_plan(spec, self.signature, self._tables, self.lines_ahead, num_threads)
 
     def check(self, spec: ModelSpec, columns: Sequence[Column]) -> None:
         """A `ContentCheck` for `RankRequest`: what `check_contents` refuses, at native speed.

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 
 from xlarank.host._extension import native
+from xlarank.host.tables import HostTable
 from xlarank.host.vocabulary import index_of
-from xlarank.spec import Clip, FeatureKind, FeatureSpec, Log1p, ModelSpec, Signature, ValueType
+from xlarank.spec import Clip, FeatureKind, FeatureSpec, Log1p, ModelSpec, OutOfRange, Signature, ValueType
 
-__all__ = ["native_plan"]
+__all__ = ["native_plan", "native_table"]
 
 
 def native_plan(
     spec: ModelSpec,
     signature: Signature,
-    tables: Mapping[str, np.ndarray],
+    tables: Mapping[str, HostTable],
+    lines_ahead: Mapping[str, int],
     num_threads: int,
     *,
     isa: str = "auto",
@@ -28,7 +30,8 @@ def native_plan(
     Args:
       spec: the model, fitted.
       signature: of the model; a feature without a slot isn't gathered.
-      tables: [R, D] float32 by name, C-contiguous; kept alive by the kernel.
+      tables: by name; kept alive by the kernel.
+      lines_ahead: distance of the prefetch by table, in cache lines; 0 = none.
       num_threads: threads that gather, the caller among them.
       isa: instruction set of pooling: "avx512", "avx2", "baseline", or "auto", the best that the CPU runs.
 
@@ -49,12 +52,25 @@ def native_plan(
         fields["leaf"], fields["begin"] = (leaf_names.index(slot.leaf), slot.begin) if slot else (-1, 0)
         features.append(fields)
     return native.Kernel(
-        tables=[{"values": tables[t.name], "out_of_range": t.out_of_range.value} for t in spec.tables],
+        tables=[native_table(tables[t.name], lines_ahead[t.name], t.out_of_range) for t in spec.tables],
         features=features,
         leaves=[(leaf.scope.value, leaf.dtype, math.prod(leaf.tail)) for leaf in signature.leaves],
         num_threads=num_threads,
         isa=isa,
     )
+
+
+def native_table(
+    table: HostTable, lines_ahead: int, out_of_range: OutOfRange = OutOfRange.ERROR
+) -> dict[str, Any]:
+    """A table as the kernel takes it."""
+    return {
+        "rows": table.rows,
+        "format": table.format.value,
+        "dim": table.dim,
+        "lines_ahead": lines_ahead,
+        "out_of_range": out_of_range.value,
+    }
 
 
 def _feature(feature: FeatureSpec, *, is_gathered: bool) -> dict[str, Any]:

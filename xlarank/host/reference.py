@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from xlarank.host.preprocessing import to_dense, to_rows, truncate
+from xlarank.host.row_codec import decode_rows
+from xlarank.host.tables import HostTable
 from xlarank.spec import (
     MASK_SUFFIX,
     REQUEST_OF_ROW,
@@ -28,7 +30,7 @@ __all__ = ["gather_numpy", "pool"]
 def gather_numpy(
     spec: ModelSpec,
     signature: Signature,
-    tables: Mapping[str, np.ndarray],
+    tables: Mapping[str, HostTable],
     segments: Sequence[tuple[RankRequest, int, int]],
     out: Mapping[str, np.ndarray],
 ) -> None:
@@ -37,7 +39,7 @@ def gather_numpy(
     Args:
       spec: the model, fitted.
       signature: of the model; a feature without a slot isn't gathered.
-      tables: [R, D] float32 by name.
+      tables: by name.
       segments: (request, begin, end), at least one, none empty.
       out: one array a leaf of `signature`, of the bucket's shapes. Everything is done in float32; storing it
         in a bfloat16 array rounds to the nearest, ties to even.
@@ -90,7 +92,7 @@ def pool(vectors: np.ndarray, combiner: Combiner) -> np.ndarray:
 
 
 def _vectors(
-    spec: ModelSpec, feature: FeatureSpec, tables: Mapping[str, np.ndarray], column: Column
+    spec: ModelSpec, feature: FeatureSpec, tables: Mapping[str, HostTable], column: Column
 ) -> np.ndarray:
     """Activations [n, width] float32 of a dense, id or id_list feature."""
     if isinstance(column, Ragged):
@@ -111,7 +113,7 @@ def _vectors(
 def _sequence(
     spec: ModelSpec,
     feature: FeatureSpec,
-    tables: Mapping[str, np.ndarray],
+    tables: Mapping[str, HostTable],
     column: Ragged,
     values: np.ndarray,
     mask: np.ndarray,
@@ -123,8 +125,8 @@ def _sequence(
     values[mask] = _look_up(tables[feature.table or ""], to_rows(spec, feature, bags.values))
 
 
-def _look_up(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows [V, D] of a table; -1 reads as zeros."""
-    vectors = table[np.maximum(rows, 0)]
+def _look_up(table: HostTable, rows: np.ndarray) -> np.ndarray:
+    """Rows [V, D] float32 of a table; -1 reads as zeros."""
+    vectors = decode_rows(table.take(np.maximum(rows, 0)))
     vectors[rows < 0] = 0
     return vectors

@@ -31,6 +31,7 @@ from xlarank.spec.preprocessing import (
 )
 from xlarank.spec.profile import LatencyProfile
 from xlarank.spec.request import ContentCheck, RankRequest, check_contents
+from xlarank.spec.row_format import RowFormat
 from xlarank.spec.signature import MASK_SUFFIX, REQUEST_OF_ROW, Leaf, Signature, Slot
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "PrecisionPolicy",
     "Ragged",
     "RankRequest",
+    "RowFormat",
     "Scope",
     "Signature",
     "Slot",

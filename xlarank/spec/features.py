@@ -23,6 +23,7 @@ from xlarank.spec.preprocessing import (
     operation_from_dict,
     operation_to_dict,
 )
+from xlarank.spec.row_format import RowFormat
 
 __all__ = [
     "Combiner",
@@ -128,8 +129,8 @@ class TableSpec:
     rows: int | None = None
     """R; None until training fits it to the vocabularies and buckets that point at the table."""
 
-    dtype: str = "float32"
-    """Row format in the bundle."""
+    dtype: RowFormat = RowFormat.FLOAT32
+    """Row format in the bundle and in host memory."""
 
     out_of_range: OutOfRange = OutOfRange.ERROR
     """Policy for row numbers outside [0, rows)."""
@@ -137,12 +138,11 @@ class TableSpec:
     def __post_init__(self) -> None:
         check_name("table", self.name)
         where = f"table {self.name!r}"
+        set_enum(self, "dtype", RowFormat, where)
         set_enum(self, "out_of_range", OutOfRange, where)
         object.__setattr__(self, "dim", to_integer(where, "dim", self.dim, least=1, below=_INT32))
         if self.rows is not None:
             object.__setattr__(self, "rows", to_integer(where, "rows", self.rows, least=1, below=_INT32))
-        if self.dtype != "float32":
-            raise ConfigError(f"{where}: dtype must be 'float32'; was {self.dtype!r}")
 
     @property
     def num_rows(self) -> int:

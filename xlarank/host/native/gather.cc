@@ -9,10 +9,6 @@
 namespace xlarank {
 namespace {
 
-constexpr int64_t kLineBytes = 64;
-// Lines in flight by prefetch: in lines, so that wide rows don't overrun a core's miss buffers. Measured on
-// Zen 4: 16 rows of 64 B, 6-12 of 256 B and 3-4 of 1 KB are best, and twice that costs little.
-constexpr int64_t kLinesAhead = 32;
 // A task, in lines touched: large enough to pay for its prologue, small enough to balance the threads.
 constexpr int64_t kMinTaskLines = 512;
 constexpr int64_t kMaxTaskLines = 16384;
@@ -31,6 +27,7 @@ struct Task {
   Scope scope;
   int64_t begin;
   int64_t end;
+  int64_t lines;  // touched, about
 };
 
 // Reused by every task of a thread.
@@ -38,15 +35,16 @@ struct Scratch {
   std::vector<int32_t> rows;
   std::vector<int64_t> bounds;
   std::vector<float> floats;
+  Repeats repeats;
 };
 
 int64_t lines_of(int64_t bytes) { return bytes / kLineBytes + 1; }
 
 class Batch {
  public:
-  Batch(const Plan& plan, const IsaFunctions& isa, const std::vector<Segment>& segments, int64_t num_rows,
-        int64_t num_requests, const std::vector<uint8_t*>& leaves)
-      : plan_(plan), isa_(isa), segments_(segments), leaves_(leaves), sizes_{num_requests, num_rows} {
+  Batch(const Plan& plan, const IsaFunctions& isa, RepeatWatch& watch, const std::vector<Segment>& segments,
+        int64_t num_rows, int64_t num_requests, const std::vector<uint8_t*>& leaves)
+      : plan_(plan), isa_(isa), watch_(watch), segments_(segments), leaves_(leaves), sizes_{num_requests, num_rows} {
     starts_.reserve(segments.size() + 1);
     starts_.push_back(0);
     for (const Segment& segment : segments) starts_.push_back(starts_.back() + segment.end - segment.begin);
@@ -96,9 +94,9 @@ class Batch {
     }
   }
 
-  // Appends all tasks; returns the lines that they touch, about.
+  // Appends all tasks, the longest first; returns the lines that they touch, about.
   int64_t plan_tasks(int num_threads, std::vector<Task>& tasks) const {
-    std::vector<std::pair<Task, int64_t>> wholes;  // one a feature, and its lines
+    std::vector<Task> wholes;  // one a feature
     int64_t total = 0;
     for (const Scope scope : {Scope::kContext, Scope::kCandidate}) {
       const int64_t rows = valid_rows(scope);
@@ -109,18 +107,21 @@ class Batch {
           dense_width += feature.width;
           continue;
         }
-        wholes.push_back({Task{&feature, scope, 0, rows}, lookup_lines(feature, rows)});
+        wholes.push_back(Task{&feature, scope, 0, rows, lookup_lines(feature, rows)});
       }
-      if (dense_width) wholes.push_back({Task{nullptr, scope, 0, rows}, rows * lines_of(dense_width * 8)});
+      if (dense_width) wholes.push_back(Task{nullptr, scope, 0, rows, rows * lines_of(dense_width * 8)});
     }
-    for (const auto& whole : wholes) total += whole.second;
+    for (const Task& whole : wholes) total += whole.lines;
     const int64_t target = std::clamp(total / (num_threads * kTasksAThread), kMinTaskLines, kMaxTaskLines);
-    for (const auto& [whole, lines] : wholes) {
-      const int64_t parts = std::clamp<int64_t>((lines + target - 1) / target, 1, whole.end);
+    for (const Task& whole : wholes) {
+      const int64_t parts = std::clamp<int64_t>((whole.lines + target - 1) / target, 1, whole.end);
       for (int64_t part = 0; part < parts; ++part) {
-        tasks.push_back(Task{whole.feature, whole.scope, whole.end * part / parts, whole.end * (part + 1) / parts});
+        tasks.push_back(Task{whole.feature, whole.scope, whole.end * part / parts, whole.end * (part + 1) / parts,
+                             whole.lines / parts});
       }
     }
+    const auto longer = [](const Task& a, const Task& b) { return a.lines > b.lines; };
+    std::stable_sort(tasks.begin(), tasks.end(), longer);
     return total;
   }
 
@@ -132,9 +133,9 @@ class Batch {
                      : column.bags[static_cast<size_t>(last)] - column.bags[static_cast<size_t>(first)];
     });
     if (feature.max_length) num_ids = std::min(num_ids, rows * feature.max_length);
-    const int64_t row_bytes = plan_.tables[static_cast<size_t>(feature.table)].dim * 4;
+    const TableView& view = table_of(feature).view;
     const int64_t written = feature.kind == Kind::kSequence ? feature.max_length : 1;
-    return num_ids * lines_of(row_bytes) + rows * written * lines_of(row_bytes);
+    return num_ids * lines_of(view.row_bytes) + rows * written * lines_of(view.dim * 4);
   }
 
   void do_task(const Task& task) {
@@ -236,16 +237,42 @@ class Batch {
   void pool_bags(const Task& task, Scratch& scratch) {
     const Feature& feature = *task.feature;
     resolve_bags(task, scratch);
-    const Table& table = table_of(feature);
+    const int64_t num_bags = task.end - task.begin, num_kept = keep_first_of_equal(feature, num_bags, scratch);
+    const TableView& table = table_of(feature).view;
     const Divide divide = feature.combiner == Combiner::kSum    ? Divide::kNo
                           : feature.combiner == Combiner::kMean ? Divide::kByCount
                                                                 : Divide::kBySqrtCount;
     const auto write = [&](int64_t first, int64_t last, float* out, int64_t stride) {
       const Bags bags{scratch.rows.data(), scratch.bounds.data() + (first - task.begin), last - first,
                       static_cast<int64_t>(scratch.rows.size())};
-      isa_.pool(table.data, table.dim, bags, divide, ahead(table), out, stride);
+      isa_.pool(table, bags, divide, out, stride);
     };
-    write_floats(feature, task.begin, task.end, table.dim, scratch, write);
+    write_floats(feature, task.begin, task.begin + num_kept, table.dim, scratch, write);
+    if (num_kept < num_bags) spread(task, scratch.repeats.kept());
+  }
+
+  // Cuts the scratch down to bags that differ if looking for equal ones is worth it; returns how many are left.
+  int64_t keep_first_of_equal(const Feature& feature, int64_t num_bags, Scratch& scratch) {
+    const size_t index = static_cast<size_t>(&feature - plan_.features.data());
+    const int64_t num_ids = static_cast<int64_t>(scratch.rows.size());
+    if (!watch_.looks(index, num_ids, num_bags)) return num_bags;
+    const int64_t num_kept = scratch.repeats.compact(scratch.rows, scratch.bounds);
+    watch_.saw(index, num_ids, num_ids - static_cast<int64_t>(scratch.rows.size()));
+    return num_kept;
+  }
+
+  // The first rows of a task hold the vectors of the bags that were kept: copies them to where they belong.
+  // From the last row on, because none lies behind its place.
+  void spread(const Task& task, const std::vector<int32_t>& kept) const {
+    const Feature& feature = *task.feature;
+    const Leaf& leaf = plan_.leaves[static_cast<size_t>(feature.leaf)];
+    uint8_t* const first = leaves_[static_cast<size_t>(feature.leaf)] + feature.begin * bytes_of(leaf.dtype) +
+                           task.begin * leaf.row_bytes;
+    const size_t bytes = static_cast<size_t>(table_of(feature).view.dim * bytes_of(leaf.dtype));
+    for (int64_t row = static_cast<int64_t>(kept.size()) - 1; row >= 0; --row) {
+      const int64_t from = kept[static_cast<size_t>(row)];
+      if (from != row) std::memcpy(first + row * leaf.row_bytes, first + from * leaf.row_bytes, bytes);
+    }
   }
 
   void look_up_ids(const Task& task, Scratch& scratch) {
@@ -254,10 +281,9 @@ class Batch {
     for_each_part(feature, task.begin, task.end, [&](const Column& column, int64_t first, int64_t last, int64_t row) {
       resolve(feature, column, first, last, scratch.rows.data() + (row - task.begin));
     });
-    const Table& table = table_of(feature);
-    Reader reader(table, scratch.rows);
+    const TableView& table = table_of(feature).view;
     const auto write = [&](int64_t first, int64_t last, float* out, int64_t stride) {
-      for (int64_t row = first; row < last; ++row, out += stride) reader.copy(row - task.begin, out);
+      isa_.copy(table, scratch.rows.data(), task.end - task.begin, first - task.begin, last - task.begin, out, stride);
     };
     write_floats(feature, task.begin, task.end, table.dim, scratch, write);
   }
@@ -265,15 +291,14 @@ class Batch {
   void copy_sequences(const Task& task, Scratch& scratch) {
     const Feature& feature = *task.feature;
     resolve_bags(task, scratch);
-    const Table& table = table_of(feature);
-    const int64_t length = feature.max_length;
-    Reader reader(table, scratch.rows);
+    const TableView& table = table_of(feature).view;
+    const int64_t length = feature.max_length, num_ids = static_cast<int64_t>(scratch.rows.size());
     uint8_t* mask = leaves_[static_cast<size_t>(feature.leaf) + 1] + task.begin * length;
     const auto write = [&](int64_t first, int64_t last, float* out, int64_t stride) {
       for (int64_t row = first; row < last; ++row, out += stride, mask += length) {
         const size_t bag = static_cast<size_t>(row - task.begin);
-        const int64_t begin = scratch.bounds[bag], count = scratch.bounds[bag + 1] - begin;
-        for (int64_t i = 0; i < count; ++i) reader.copy(begin + i, out + i * table.dim);
+        const int64_t begin = scratch.bounds[bag], end = scratch.bounds[bag + 1], count = end - begin;
+        isa_.copy(table, scratch.rows.data(), num_ids, begin, end, out, table.dim);
         std::memset(out + count * table.dim, 0, static_cast<size_t>((length - count) * table.dim) * sizeof(float));
         std::memset(mask, 1, static_cast<size_t>(count));
         std::memset(mask + count, 0, static_cast<size_t>(length - count));
@@ -281,44 +306,6 @@ class Batch {
     };
     write_floats(feature, task.begin, task.end, length * table.dim, scratch, write);
   }
-
-  static int64_t ahead(const Table& table) {
-    return std::max<int64_t>(1, kLinesAhead / lines_of(table.dim * static_cast<int64_t>(sizeof(float)) - 1));
-  }
-
-  // Copies rows of a table in the order of a row array, the prefetch cursor in front.
-  class Reader {
-   public:
-    Reader(const Table& table, const std::vector<int32_t>& rows)
-        : table_(table), rows_(rows), ahead_(static_cast<size_t>(Batch::ahead(table))) {
-      for (size_t i = 0; i < ahead_; ++i) prefetch(i);
-    }
-
-    void copy(int64_t index, float* out) const {
-      const size_t at = static_cast<size_t>(index);
-      prefetch(at + ahead_);
-      const size_t bytes = static_cast<size_t>(table_.dim) * sizeof(float);
-      if (rows_[at] < 0) {
-        std::memset(out, 0, bytes);
-      } else {
-        std::memcpy(out, table_.data + static_cast<int64_t>(rows_[at]) * table_.dim, bytes);
-      }
-    }
-
-   private:
-    void prefetch(size_t at) const {
-      if (at >= rows_.size() || rows_[at] < 0) return;
-      const char* const first =
-          reinterpret_cast<const char*>(table_.data + static_cast<int64_t>(rows_[at]) * table_.dim);
-      const char* const last = first + table_.dim * static_cast<int64_t>(sizeof(float)) - 1;
-      for (const char* line = first; line <= last; line += kLineBytes) __builtin_prefetch(line);
-      __builtin_prefetch(last);
-    }
-
-    const Table& table_;
-    const std::vector<int32_t>& rows_;
-    size_t ahead_;
-  };
 
   void write_request_of_row() const {
     int32_t* const out = reinterpret_cast<int32_t*>(leaves_.back());
@@ -357,6 +344,7 @@ class Batch {
 
   const Plan& plan_;
   const IsaFunctions& isa_;
+  RepeatWatch& watch_;
   const std::vector<Segment>& segments_;
   const std::vector<uint8_t*>& leaves_;
   const int64_t sizes_[2];  // rows of the bucket by scope: Q, B
@@ -366,9 +354,10 @@ class Batch {
 
 }  // namespace
 
-int64_t gather(const Plan& plan, const IsaFunctions& isa, ThreadPool& threads, const std::vector<Segment>& segments,
-               int64_t num_rows, int64_t num_requests, const std::vector<uint8_t*>& leaves) {
-  return Batch(plan, isa, segments, num_rows, num_requests, leaves).fill(threads);
+int64_t gather(const Plan& plan, const IsaFunctions& isa, ThreadPool& threads, RepeatWatch& watch,
+               const std::vector<Segment>& segments, int64_t num_rows, int64_t num_requests,
+               const std::vector<uint8_t*>& leaves) {
+  return Batch(plan, isa, watch, segments, num_rows, num_requests, leaves).fill(threads);
 }
 
 }  // namespace xlarank

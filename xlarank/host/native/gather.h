@@ -6,6 +6,7 @@
 
 #include "plan.h"
 #include "pool.h"
+#include "repeats.h"
 #include "thread_pool.h"
 
 namespace xlarank {
@@ -19,12 +20,13 @@ struct Segment {
 
 // Writes all of the leaves: leaves[i] holds num_requests or num_rows rows (by its scope) of
 // plan.leaves[i].row_bytes. Context s and the candidates of segment s in order; then padding, which repeats
-// the last valid row. Neither threads nor the split into segments change a bit. Everything is done in float32
+// the last valid row. Neither threads nor the split into segments nor `watch` change a bit. Everything is done in float32
 // and, in a leaf of bfloat16, rounded at the end.
 //
 // Returns the first feature with an id out of range under policy error (it reads as zeros), or -1.
 // Requires at least one segment, num_requests >= segments and num_rows >= their rows.
-int64_t gather(const Plan& plan, const IsaFunctions& isa, ThreadPool& threads, const std::vector<Segment>& segments,
-               int64_t num_rows, int64_t num_requests, const std::vector<uint8_t*>& leaves);
+int64_t gather(const Plan& plan, const IsaFunctions& isa, ThreadPool& threads, RepeatWatch& watch,
+               const std::vector<Segment>& segments, int64_t num_rows, int64_t num_requests,
+               const std::vector<uint8_t*>& leaves);
 
 }  // namespace xlarank

@@ -15,6 +15,8 @@
 #include "columns.h"
 #include "gather.h"
 #include "hashing.h"
+#include "lookup.h"
+#include "parse.h"
 #include "preprocess.h"
 #include "vocabulary.h"
 
@@ -33,23 +35,6 @@ nb::object to_numpy(std::vector<T>&& values) {
   auto* const owned = new std::vector<T>(std::move(values));
   nb::capsule owner(owned, [](void* pointer) noexcept { delete static_cast<std::vector<T>*>(pointer); });
   return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(owned->data(), {owned->size()}, owner));
-}
-
-// Position of a name among an enum's, in the order of the C++ enumerators.
-template <class E>
-E parse(nb::handle value, const char* key, std::initializer_list<const char*> names) {
-  const std::string name = nb::cast<std::string>(value);
-  int position = 0;
-  for (const char* candidate : names) {
-    if (name == candidate) return static_cast<E>(position);
-    ++position;
-  }
-  throw std::invalid_argument(std::string(key) + ": the kernel doesn't know '" + name + "'");
-}
-
-template <class E>
-E parse(const nb::dict& fields, const char* key, std::initializer_list<const char*> names) {
-  return parse<E>(nb::object(fields[key]), key, names);
 }
 
 Leaf parse_leaf(const nb::tuple& fields) {
@@ -193,18 +178,14 @@ class Kernel {
       : isa_(isa_functions(isa.c_str())), threads_(num_threads) {
     if (!isa_) throw std::invalid_argument("this CPU doesn't run the kernel's '" + isa + "' form");
     for (nb::handle item : tables) {
-      const nb::dict fields = nb::cast<nb::dict>(item);
-      const Buffer& values = buffers_.emplace_back(nb::object(fields["values"]).ptr());
-      if (!values.is('f', 4, 2)) throw std::invalid_argument("expected tables of float32 [R, D]");
-      plan_.tables.push_back(
-          Table{values.data<const float>(), values.size(0), values.size(1),
-                parse<OutOfRange>(fields, "out_of_range", {"error", "zero", "clip", "hash"})});
+      plan_.tables.push_back(parse_table(nb::cast<nb::dict>(item), buffers_));
     }
     for (nb::handle item : features) {
       const nb::dict fields = nb::cast<nb::dict>(item);
       plan_.features.push_back(parse_feature(fields));
       vocabularies_.push_back(nb::borrow(fields["vocabulary"]));
     }
+    watch_ = std::make_unique<RepeatWatch>(plan_.features.size());
     for (nb::handle item : leaves) {
       plan_.leaves.push_back(parse_leaf(nb::cast<nb::tuple>(item)));
     }
@@ -274,7 +255,7 @@ class Kernel {
       leaves.push_back(leaf.data<uint8_t>());
     }
     nb::gil_scoped_release release;
-    return gather(plan_, *isa_, threads_, segments, num_rows, num_requests, leaves);
+    return gather(plan_, *isa_, threads_, *watch_, segments, num_rows, num_requests, leaves);
   }
 
  private:
@@ -291,9 +272,6 @@ class Kernel {
   void check_plan() const {
     check(!plan_.leaves.empty());
     check(plan_.leaves.back().dtype == Dtype::kInt32 && plan_.leaves.back().row_items == 1);
-    for (const Table& table : plan_.tables) {
-      check(table.num_rows >= 1 && table.num_rows < (int64_t{1} << 31) && table.dim >= 1);
-    }
     for (const Feature& feature : plan_.features) {
       check(feature.width >= 1 && feature.max_length >= 0 && feature.begin >= 0);
       check(feature.kind == Kind::kDense ||
@@ -314,7 +292,7 @@ class Kernel {
     const Leaf& leaf = plan_.leaves[static_cast<size_t>(feature.leaf)];
     check(is_float(leaf.dtype) && leaf.scope == feature.scope);
     const bool dense = feature.kind == Kind::kDense;
-    const int64_t floats = dense ? feature.width : plan_.tables[static_cast<size_t>(feature.table)].dim;
+    const int64_t floats = dense ? feature.width : plan_.tables[static_cast<size_t>(feature.table)].view.dim;
     if (!sequence) return check(feature.begin + floats <= leaf.row_items);
     const Leaf& mask = plan_.leaves[static_cast<size_t>(feature.leaf) + 1];
     check(mask.dtype == Dtype::kBool && mask.scope == feature.scope && mask.row_items == feature.max_length);
@@ -335,6 +313,7 @@ class Kernel {
   Buffers buffers_;                        // memory of the tables
   std::vector<nb::object> vocabularies_;  // keeps what the plan points at
   const IsaFunctions* isa_;
+  std::unique_ptr<RepeatWatch> watch_;
   ThreadPool threads_;
 };
 
@@ -349,6 +328,7 @@ NB_MODULE(_native, module) {
   module.def("hash_int64", &hash_ints, "values"_a, "seed"_a);
   module.def("hash_strings", &hash_texts, "blob"_a, "offsets"_a, "seed"_a);
   module.def("split_bytes_tensor", &split_bytes_tensor, "raw"_a);
+  define_lookup(module);
 
   nb::class_<IntVocabulary>(module, "IntVocabulary")
       .def(

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "pool.h"
 #include "vocabulary.h"
 
 namespace xlarank {
@@ -17,9 +18,8 @@ enum class OutOfRange { kError, kZero, kClip, kHash };
 enum class Dtype { kFloat32, kBfloat16, kBool, kInt32 };  // of outputs
 
 struct Table {
-  const float* data;  // [num_rows, dim]
-  int64_t num_rows;   // in [1, 2**31)
-  int64_t dim;
+  TableView view;
+  int64_t num_rows;  // in [1, 2**31)
   OutOfRange out_of_range;
 };
 
