@@ -50,6 +50,11 @@ class TableChoice:
     note: str = ""
     """Why a table may be in a larger format than it could; may be empty."""
 
+    @property
+    def is_smaller(self) -> bool:
+        """Whether any table isn't float32."""
+        return any(row_format is not RowFormat.FLOAT32 for row_format in self.formats.values())
+
     def __str__(self) -> str:
         """How many tables are in each format, in words."""
         counts = collections.Counter(self.formats.values())
