@@ -136,8 +136,8 @@ def test_without_labels_tables_stay_and_it_is_said_why():
     formats, note = found(lambda _: pytest.fail("tried"), unlabelled=["click"])
     assert set(formats.values()) == {F32}
     assert note == (
-        "tables stay as they are: the golden requests have no labels of both classes for click, so the AUC loss "
-        "of smaller ones can't be known; give labels, or name a table precision"
+        "tables stay as they are: the golden requests have no labels of both classes for click, so the AUC "
+        "loss of smaller ones can't be known; give labels, or name a table precision"
     )
 
 

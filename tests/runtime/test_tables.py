@@ -12,11 +12,12 @@ import pytest
 
 from xlarank.bundle import Verify, open_bundle, tables
 from xlarank.errors import BundleError, ConfigError
-from xlarank.host import TableMemory
+from xlarank.host import TableMemory, encode_rows
 from xlarank.host import memory as memory_module
 from xlarank.host.memory import AvailableMemory
 from xlarank.runtime.table_check import TableCheck
 from xlarank.runtime.tables import load_tables
+from xlarank.spec import RowFormat
 
 CHUNK = 512
 TABLES = {
@@ -66,6 +67,18 @@ def test_tables_are_those_of_the_bundle_wherever_they_are(bundle, memory):
         assert array.flags.writeable == (memory is TableMemory.HUGE)
     assert loaded.check.num_bytes == NUM_BYTES
     assert (loaded.huge_pages is None) == (memory is TableMemory.MMAP)
+
+
+@pytest.mark.parametrize("memory", TableMemory)
+@pytest.mark.parametrize("row_format", RowFormat)
+def test_every_format_lies_in_memory_as_it_was_encoded(tmp_path, memory, row_format):
+    encoded = {name: encode_rows(table, row_format) for name, table in TABLES.items()}
+    bundle = open_bundle(bundles.publish(tmp_path, encoded), verify=Verify.ALL_BUT_TABLES)
+    loaded = load(bundle, memory)
+    for name, table in loaded.tables.items():
+        assert (table.format, table.dim) == (row_format, TABLES[name].shape[1])
+        np.testing.assert_array_equal(table.rows, encoded[name].rows)
+    assert loaded.check.num_bytes == sum(table.num_bytes for table in bundle.spec.tables)
 
 
 def test_progress_ends_with_all_bytes_and_nothing_is_left_to_check(bundle):
@@ -194,7 +207,7 @@ import re, resource, sys
 import numpy as np
 from xlarank.bundle import Verify, open_bundle
 from xlarank.errors import ConfigError
-from xlarank.host import TableMemory
+from xlarank.host import TableMemory, encode_rows
 from xlarank.runtime.tables import load_tables
 
 def status(key):

@@ -27,6 +27,8 @@ Formats = Mapping[str, RowFormat]
 
 _MOST_EXACT_FIRST = (RowFormat.FLOAT16, RowFormat.BFLOAT16, RowFormat.INT8, RowFormat.INT4)
 
+_LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
+
 _MARGIN = 0.9
 """Of the budget for formats that are found: they are tried by the compiler and proven without it."""
 
@@ -80,7 +82,7 @@ def smaller_formats(table: TableSpec, largest: float) -> list[RowFormat]:
     found: list[RowFormat] = []
     least = RowFormat.FLOAT32.row_bytes(table.dim)
     for row_format in _MOST_EXACT_FIRST:
-        holds = row_format is not RowFormat.FLOAT16 or largest <= np.finfo(np.float16).max
+        holds = row_format is not RowFormat.FLOAT16 or largest <= _LARGEST_FLOAT16
         if holds and row_format.row_bytes(table.dim) < least:
             least = row_format.row_bytes(table.dim)
             found.insert(0, row_format)
