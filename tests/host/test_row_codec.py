@@ -223,5 +223,6 @@ def test_the_kernel_reads_and_writes_nothing_outside(ids, ids_a_bag, out, messag
 def test_every_line_of_the_rows_is_read(lines):
     rows = np.zeros((3, 140), np.uint8)
     rows[:, [0, 64, 128, 139]] = [[1, 2, 3, 4], [10, 20, 30, 40], [50, 60, 70, 80]]
-    table = {"rows": rows, "format": "int8", "dim": 132, "lines_ahead": lines, "out_of_range": "error"}
+    table = {"rows": rows, "format": "int8", "dim": 132, "lines_ahead": lines}
+    table |= {"out_of_range": "error", "is_updatable": False}
     assert native.read_rows(table, np.array([2, 0, 0], np.int32)) == 260 + 10 + 10

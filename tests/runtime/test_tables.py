@@ -12,11 +12,12 @@ import pytest
 
 from xlarank.bundle import Verify, open_bundle, tables
 from xlarank.errors import BundleError, ConfigError
-from xlarank.host import TableMemory
+from xlarank.host import TableMemory, encode_rows
 from xlarank.host import memory as memory_module
 from xlarank.host.memory import AvailableMemory
 from xlarank.runtime.table_check import TableCheck
 from xlarank.runtime.tables import load_tables
+from xlarank.spec import RowFormat
 
 CHUNK = 512
 TABLES = {
@@ -57,16 +58,27 @@ def flip(path, position):
 def test_tables_are_those_of_the_bundle_wherever_they_are(bundle, memory):
     loaded = load(bundle, memory)
     assert loaded.memory is memory
-    assert list(loaded.arrays) == list(TABLES)
+    assert list(loaded.tables) == list(TABLES)
     for name, table in TABLES.items():
-        array = loaded.arrays[name]
-        np.testing.assert_array_equal(array, table)
-        assert array.dtype == np.float32
+        array = loaded.tables[name].rows
+        np.testing.assert_array_equal(array.view(np.float32), table)
         assert array.flags.c_contiguous
         assert array.ctypes.data % 64 == 0
         assert array.flags.writeable == (memory is TableMemory.HUGE)
     assert loaded.check.num_bytes == NUM_BYTES
     assert (loaded.huge_pages is None) == (memory is TableMemory.MMAP)
+
+
+@pytest.mark.parametrize("memory", TableMemory)
+@pytest.mark.parametrize("row_format", RowFormat)
+def test_every_format_lies_in_memory_as_it_was_encoded(tmp_path, memory, row_format):
+    encoded = {name: encode_rows(table, row_format) for name, table in TABLES.items()}
+    bundle = open_bundle(bundles.publish(tmp_path, encoded), verify=Verify.ALL_BUT_TABLES)
+    loaded = load(bundle, memory)
+    for name, table in loaded.tables.items():
+        assert (table.format, table.dim) == (row_format, TABLES[name].shape[1])
+        np.testing.assert_array_equal(table.rows, encoded[name].rows)
+    assert loaded.check.num_bytes == sum(table.num_bytes for table in bundle.spec.tables)
 
 
 def test_progress_ends_with_all_bytes_and_nothing_is_left_to_check(bundle):
@@ -141,7 +153,7 @@ def test_a_version_that_is_removed_while_it_serves_is_no_fault(bundle, caplog):
     loaded.check.join()
     assert loaded.check.fault is None
     assert "a.npy was removed: the rest of the tables stays unchecked" in caplog.text
-    np.testing.assert_array_equal(loaded.arrays["a"], TABLES["a"])
+    np.testing.assert_array_equal(loaded.tables["a"].rows.view(np.float32), TABLES["a"])
 
 
 def test_a_check_that_is_stopped_leaves_the_rest(bundle):
@@ -195,7 +207,7 @@ import re, resource, sys
 import numpy as np
 from xlarank.bundle import Verify, open_bundle
 from xlarank.errors import ConfigError
-from xlarank.host import TableMemory
+from xlarank.host import TableMemory, encode_rows
 from xlarank.runtime.tables import load_tables
 
 def status(key):
@@ -216,8 +228,9 @@ loaded.check.start()
 loaded.check.join()
 assert loaded.check.fault is None, loaded.check.fault
 assert loaded.check.num_checked_bytes == loaded.check.num_bytes
-rows = np.linspace(0, len(loaded.arrays["t"]) - 1, 7).astype(int)
-assert (loaded.arrays["t"][rows, 0] == rows).all()
+values = loaded.tables["t"].rows.view(np.float32)
+rows = np.linspace(0, len(values) - 1, 7).astype(int)
+assert (values[rows, 0] == rows).all()
 print(status("VmHWM") - before, status("VmRSS") - before)
 """
 

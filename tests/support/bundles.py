@@ -1,59 +1,75 @@
-"""A bundle of one dense task over tables of any size, published without a compiler: for tests of loading."""
+"""A bundle over tables of any size and format, published without a compiler: for tests of loading."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from xlarank.bundle import BundleWriter, Manifest, ProgramEntry
-from xlarank.spec import Bucket, ErrorBudget, ModelSpec, RankRequest, Tolerance
+from xlarank.bundle import BundleWriter, Manifest, ProgramEntry, TableError, stored_form
+from xlarank.host import HostTable
+from xlarank.spec import (
+    Bucket,
+    ErrorBudget,
+    FeatureSpec,
+    ModelSpec,
+    RankRequest,
+    TableSpec,
+    TaskSpec,
+    Tolerance,
+)
 
-__all__ = ["publish", "spec_of"]
-
-
-def spec_of(tables: dict[str, np.ndarray]) -> ModelSpec:
-    """A candidate id by table."""
-    return ModelSpec.from_dict(
-        {
-            "name": "bare",
-            "features": [
-                {"name": f"{name}_id", "kind": "id", "scope": "candidate", "table": name} for name in tables
-            ],
-            "tables": [{"name": n, "rows": len(t), "dim": t.shape[1]} for n, t in tables.items()],
-            "tasks": [{"name": "like"}],
-        }
-    )
+__all__ = ["fill", "publish"]
 
 
-def publish(repository: Path, tables: dict[str, np.ndarray]) -> Path:
-    """Publishes them; the program is no program."""
-    spec = spec_of(tables)
+def publish(repository: Path, tables: Mapping[str, HostTable | np.ndarray]) -> Path:
+    """Publishes tables, encoded or [R, D] float32, each read by a candidate id; the program is no program."""
+    specs, arrays = {}, {}
+    for name, table in tables.items():
+        if isinstance(table, HostTable):
+            specs[name] = TableSpec(name=name, rows=table.num_rows, dim=table.dim, dtype=table.format)
+            arrays[name] = table.rows.view(stored_form(specs[name])[0])
+        else:
+            specs[name] = TableSpec(name=name, rows=len(table), dim=table.shape[1])
+            arrays[name] = table
     with BundleWriter(repository, "bare") as writer:
-        for name, table in tables.items():
-            writer.add_table(name, table)
-        writer.add_params({})
-        request = RankRequest(spec, {f"{name}_id": [0] for name in tables})
-        writer.add_golden([request], {"scores": {"like": np.full(1, 0.5, np.float32)}})
-        program = ProgramEntry(
-            bucket=Bucket(1, 1),
-            form="plain",
-            prepared=(),
-            file=writer.add_program("1x1.bin", b"none"),
-            precision="float32",  # type: ignore[arg-type]
-            max_error={"like": 0.0},
-            p99_error={"like": 0.0},
-            seconds={},
-        )
-        manifest = Manifest(
-            spec=spec,
-            programs=(program,),
-            params=(),
-            num_prepared=0,
-            tolerance=Tolerance(),
-            budget=ErrorBudget(),
-            architecture="",
-            provenance={},
-            fingerprint={},
-        )
-        return writer.publish(manifest)
+        return fill(writer, specs, arrays)
+
+
+def fill(writer: BundleWriter, tables: Mapping[str, TableSpec], arrays: Mapping[str, np.ndarray]) -> Path:
+    """Adds all that a bundle needs and publishes it."""
+    spec = ModelSpec(
+        name="bare",
+        features=tuple(FeatureSpec(name=f"{n}_id", kind="id", scope="candidate", table=n) for n in tables),  # type: ignore[arg-type]
+        tables=tuple(tables.values()),
+        tasks=(TaskSpec(name="like"),),
+    )
+    for name, array in arrays.items():
+        writer.add_table(name, array)
+    writer.add_params({})
+    request = RankRequest(spec, {f"{name}_id": [0] for name in tables})
+    writer.add_golden([request], {"scores": {"like": np.full(1, 0.5, np.float32)}})
+    program = ProgramEntry(
+        bucket=Bucket(1, 1),
+        form="plain",
+        prepared=(),
+        file=writer.add_program("1x1.bin", b"none"),
+        precision="float32",  # type: ignore[arg-type]
+        max_error={"like": 0.0},
+        p99_error={"like": 0.0},
+        seconds={},
+    )
+    manifest = Manifest(
+        spec=spec,
+        programs=(program,),
+        params=(),
+        num_prepared=0,
+        tolerance=Tolerance(),
+        budget=ErrorBudget(),
+        table_errors={"like": TableError(0.0, 0.0, None)},
+        architecture="",
+        provenance={},
+        fingerprint={},
+    )
+    return writer.publish(manifest)

@@ -116,6 +116,12 @@ class Fields:
             self._refuse(f"{key!r}: expected a finite number, got {_short(value)}")
         return float(value)
 
+    def optional_number(self, key: str) -> float | None:
+        """A finite number, or null."""
+        if key in self._values and self._values[key] is None:
+            return self._values.pop(key)
+        return self.number(key)
+
     def strings(self, key: str) -> tuple[str, ...]:
         """A list of strings."""
         values = self.take(key, list)

@@ -18,6 +18,7 @@ from xlarank.spec import (
     LatencyProfile,
     ModelSpec,
     Precision,
+    RowFormat,
     Tolerance,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "FileDigest",
     "Manifest",
     "ProgramEntry",
+    "TableError",
     "table_file",
 ]
 
@@ -111,6 +113,24 @@ class ProgramEntry:
         _check_program_file(where, self.file)
 
 
+@dataclasses.dataclass(frozen=True)
+class TableError:
+    """What the tables' formats cost one task: reference scores with them against those with float32."""
+
+    p99: float
+    """99th percentile over golden rows; >= 0."""
+
+    max: float
+    """Largest; >= 0."""
+
+    auc_loss: float | None
+    """AUC with float32 tables minus AUC with these; None without labels of both classes."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p99 <= self.max < float("inf"):
+            raise ConfigError(f"table error: expected finite 0 <= p99 <= max, got {self}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything about a bundle but its arrays and programs."""
@@ -141,7 +161,10 @@ class Manifest:
     """Largest difference from the reference that was let pass in float32."""
 
     budget: ErrorBudget
-    """What was let pass in a lower precision."""
+    """What was let pass in a lower precision, the tables' share included."""
+
+    table_errors: Mapping[str, TableError] = dataclasses.field(default_factory=dict)
+    """By task; empty where nothing is known of tables that are all float32."""
 
     refusal: str = ""
     """Why compile refused its scores; such a bundle is kept for study and never loaded."""
@@ -169,7 +192,7 @@ class Manifest:
         self.spec.check_fitted()
         for field in ("programs", "params", "unused_features"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        for field in ("provenance", "fingerprint", "files", "cache_files"):
+        for field in ("provenance", "fingerprint", "files", "cache_files", "table_errors"):
             object.__setattr__(self, field, dict(getattr(self, field)))
         if self.version < 0:
             raise ConfigError(f"{where}: version must be >= 0; was {self.version}")
@@ -233,6 +256,7 @@ class Manifest:
                 "activations": self.activations,
                 "tolerance": dataclasses.asdict(self.tolerance),
                 "budget": dataclasses.asdict(self.budget),
+                "table_errors": {t: dataclasses.asdict(error) for t, error in self.table_errors.items()},
                 "refusal": self.refusal,
                 "architecture": self.architecture,
                 "provenance": dict(self.provenance),
@@ -274,6 +298,10 @@ class Manifest:
                 activations=fields.take("activations", str),
                 tolerance=_tolerance_from_fields(fields.fields("tolerance")),
                 budget=_budget_from_fields(fields.fields("budget")),
+                table_errors={
+                    task: _table_error_from_fields(f)
+                    for task, f in fields.named_objects("table_errors").items()
+                },
                 refusal=fields.take("refusal", str),
                 architecture=fields.take("architecture", str),
                 provenance=fields.texts("provenance"),
@@ -327,6 +355,11 @@ class Manifest:
                 f"{where}: without prepare, num_prepared must be that of the params, {len(self.params)}; was "
                 f"{self.num_prepared}"
             )
+        if self.table_errors and sorted(self.table_errors) != sorted(tasks):
+            raise ConfigError(f"{where}: expected table_errors of {tasks}, got {dict(self.table_errors)}")
+        lossy = [table.name for table in self.spec.tables if table.dtype is not RowFormat.FLOAT32]
+        if lossy and not self.table_errors:
+            raise ConfigError(f"{where}: expected table_errors, as tables {lossy} aren't float32; got none")
         if unknown := sorted(set(self.unused_features) - set(self.spec.feature_by_name)):
             raise ConfigError(f"{where}: unused_features {unknown} are no features of the model")
         if self.activations not in ("float32", "bfloat16"):
@@ -390,6 +423,13 @@ def _budget_from_fields(fields: Fields) -> ErrorBudget:
     budget = ErrorBudget(fields.number("max_score_error"), fields.number("max_auc_loss"))
     fields.finish()
     return budget
+
+
+def _table_error_from_fields(fields: Fields) -> TableError:
+    auc_loss = fields.optional_number("auc_loss")
+    error = TableError(fields.number("p99"), fields.number("max"), auc_loss)
+    fields.finish()
+    return error
 
 
 def _digest_from_fields(fields: Fields) -> FileDigest:

@@ -23,7 +23,7 @@ from xlarank.bundle.manifest import (
 )
 from xlarank.bundle.repository import version_of
 from xlarank.bundle.requests import read_requests
-from xlarank.bundle.tables import TableFile
+from xlarank.bundle.tables import TableFile, stored_form
 from xlarank.errors import BundleError
 from xlarank.spec import ModelSpec, RankRequest
 
@@ -94,9 +94,7 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self._table_files = {
-            table.name: TableFile(
-                path / table_file(table.name), np.dtype(np.float32), (table.num_rows, table.dim)
-            )
+            table.name: TableFile(path / table_file(table.name), *stored_form(table))
             for table in manifest.spec.tables
         }
 
@@ -144,7 +142,7 @@ class Bundle:
         return {name: arrays[name] for name in self.manifest.params}
 
     def tables(self) -> dict[str, np.ndarray]:
-        """Tables by name: [R, D] float32, read-only, 64-byte aligned, mapped and not yet read."""
+        """Encoded rows by table name, in `stored_form`: read-only, 64-byte aligned, mapped, not yet read."""
         return {name: file.map() for name, file in self._table_files.items()}
 
     def table_files(self) -> dict[str, TableFile]:

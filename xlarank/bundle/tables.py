@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from xlarank.errors import BundleError, ConfigError
+from xlarank.spec import RowFormat, TableSpec
 
-__all__ = ["ALIGNMENT", "TableFile", "digests_file", "write_array"]
+__all__ = ["ALIGNMENT", "TableFile", "digests_file", "stored_form", "write_array"]
 
 ALIGNMENT = 64
 """Bytes: a cache line, and what XLA and the native kernel ask of host arrays."""
@@ -28,6 +29,21 @@ ALIGNMENT = 64
 _MAGIC = b"\x93NUMPY\x01\x00"
 _CHUNK_BYTES = 4 << 20
 _DIGEST_BYTES = hashlib.sha256().digest_size
+
+# NumPy has no name for bfloat16 in a file; int8 and int4 rows hold their scale and bias as bytes too.
+_STORED = {
+    RowFormat.FLOAT32: np.dtype("<f4"),
+    RowFormat.FLOAT16: np.dtype("<f2"),
+    RowFormat.BFLOAT16: np.dtype("<u2"),
+    RowFormat.INT8: np.dtype(np.uint8),
+    RowFormat.INT4: np.dtype(np.uint8),
+}
+
+
+def stored_form(table: TableSpec) -> tuple[np.dtype, tuple[int, int]]:
+    """Dtype and shape of a table's array on the disk: its encoded rows as they lie in memory."""
+    dtype = _STORED[table.dtype]
+    return dtype, (table.num_rows, table.dtype.row_bytes(table.dim) // dtype.itemsize)
 
 
 def digests_file(path: str) -> str:

@@ -35,6 +35,7 @@ from xlarank.spec import RankRequest
 __all__ = ["BundleWriter"]
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+_STORED_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float32, np.float16, np.uint16, np.uint8))
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -133,14 +134,20 @@ class BundleWriter:
         return PARAMS_FILE
 
     def add_table(self, name: str, table: np.ndarray) -> str:
-        """Writes a table [R, D] float32 as a stream; returns its path in the bundle.
+        """Writes a table as a stream; returns its path in the bundle.
+
+        Args:
+          name: of the table.
+          table: encoded rows in the `stored_form` of the manifest's spec, which `publish` compares; [R, D]
+            float32 for a float32 table.
 
         Raises:
-          ConfigError: for another rank or dtype.
+          ConfigError: for an array that is the form of no row format.
         """
-        if table.ndim != 2 or table.dtype != np.float32:
+        if table.ndim != 2 or table.dtype not in _STORED_DTYPES:
+            allowed = ", ".join(dtype.name for dtype in _STORED_DTYPES)
             raise ConfigError(
-                f"table {name!r}: expected float32 of shape [R, D], got {table.dtype} of shape "
+                f"table {name!r}: expected an array [R, n] of {allowed}, got {table.dtype} of shape "
                 f"{list(table.shape)}"
             )
         path = table_file(_checked(name))

@@ -79,26 +79,33 @@ def add_parser(subparsers: Any) -> None:
         help="of matmuls; auto: the fastest that keeps to both limits below (%(default)s)",
     )
     parser.add_argument(
+        "--table-precision",
+        choices=(_AUTO, "float32", "float16", "bfloat16", "int8", "int4"),
+        default=_AUTO,
+        help="of embedding tables; auto: by table the smallest that keeps to both limits below (%(default)s)",
+    )
+    parser.add_argument(
         "--max-score-error",
         type=_positive,
         default=2e-3,
         metavar="E",
-        help="of a lower precision: 99th percentile over golden rows of the difference in probability "
-        "(%(default)s)",
+        help="of a lower precision and smaller tables: 99th percentile over golden rows of the difference in "
+        "probability (%(default)s)",
     )
     parser.add_argument(
         "--max-auc-loss",
         type=_positive,
         default=5e-4,
         metavar="L",
-        help="of a lower precision, on labelled golden rows (%(default)s)",
+        help="of a lower precision and smaller tables, on labelled golden rows (%(default)s)",
     )
     parser.add_argument(
         "--tune-seconds",
         type=_seconds,
         default=60.0,
         metavar="S",
-        help="most time for trying forms; 0 takes the hoisted form untried (%(default)s)",
+        help="most time for trying forms, and as much for tables; 0 takes the hoisted form and tables as "
+        "they are, untried (%(default)s)",
     )
     parser.add_argument(
         "--fresh", action="store_true", help="don't take programs and forms of an earlier version"
@@ -140,7 +147,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         bucket_rows=config.bucket_rows if args.buckets in (None, _AUTO) else args.buckets,
         traffic=traffic,
         num_devices=args.devices,
-        policy=PrecisionPolicy.named(args.precision, ErrorBudget(args.max_score_error, args.max_auc_loss)),
+        policy=PrecisionPolicy.named(
+            args.precision,
+            ErrorBudget(args.max_score_error, args.max_auc_loss),
+            tables=args.table_precision,
+        ),
         tune_seconds=args.tune_seconds,
         reuse=not args.fresh,
         keep_failed=args.keep_failed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from xlarank.compiler import BuildResult
 from xlarank.compiler.autotune import Choice
 from xlarank.compiler.result import BucketResult, PassNotes
-from xlarank.spec import Bucket, Precision
+from xlarank.spec import Bucket, Precision, RowFormat
 
 __all__ = ["explain", "facts_of", "show"]
 
@@ -32,6 +33,16 @@ def facts_of(result: BuildResult) -> dict[str, Any]:
         "prepared_bytes": tuning.total_prepared_bytes,
         "dropped_buckets": [_bucket_facts(bucket) for bucket in tuning.dropped],
         "precision_note": tuning.precision_note,
+        "tables": {
+            table.name: {
+                "format": table.dtype.value,
+                "bytes": table.num_bytes,
+                "float32_bytes": table.num_rows * RowFormat.FLOAT32.row_bytes(table.dim),
+            }
+            for table in manifest.spec.tables
+        },
+        "table_errors": {task: dataclasses.asdict(e) for task, e in manifest.table_errors.items()},
+        "table_note": result.tables.note,
         "note": result.note,
         "buckets": [
             {
@@ -48,6 +59,7 @@ def facts_of(result: BuildResult) -> dict[str, Any]:
                 ],
                 "max_error": {task: error.max for task, error in found.judgement.errors.items()},
                 "p99_error": {task: error.p99 for task, error in found.judgement.errors.items()},
+                "budget_p99_error": {t: error.p99 for t, error in found.judgement.budget_errors.items()},
                 "auc_loss": dict(found.judgement.auc_loss),
                 "limit": tuning.limits.limit_of(found.cost)[0].value,
                 "flops": found.cost.flops,
@@ -86,8 +98,9 @@ def _cells(found: BucketResult, choice: Choice, tasks: list[str]) -> list[str]:
     before, after = choice.plain_seconds, choice.seconds_of(found.form)
     gain = "-" if before is None or after is None else f"{before / after:.2f}x"
     tried = ", ".join(_trial_text(trial) for trial in choice.trials if trial.form != found.form)
-    errors = [found.judgement.errors[task] for task in tasks]
     lowered = found.form.precision is not Precision.FLOAT32
+    judged = found.judgement.budget_errors if lowered else found.judgement.errors
+    errors = [judged[task] for task in tasks]
     return [
         str(found.bucket),
         found.form.label,
@@ -122,7 +135,27 @@ def _remarks(result: BuildResult) -> list[str]:
         lines.append(f"no score depends on {', '.join(manifest.unused_features)}: not looked up")
     if tuning.precision_note:
         lines.append(tuning.precision_note)
+    lines += _table_remarks(result)
     lines += _refusals(result)
+    return lines
+
+
+def _table_remarks(result: BuildResult) -> list[str]:
+    """The tables' formats, what they save and what they cost."""
+    tables, lines = result.manifest.spec.tables, []
+    if result.tables.is_smaller:
+        wide = sum(table.num_rows * RowFormat.FLOAT32.row_bytes(table.dim) for table in tables)
+        taken = sum(table.num_bytes for table in tables)
+        formats = ", ".join(f"{table.name} {table.dtype}" for table in tables)
+        lines.append(f"tables {taken / 1e6:.2f} MB, in float32 {wide / 1e6:.2f} MB: {formats}")
+        for task, error in result.tables.errors.items():
+            loss = result.tables.auc_loss.get(task)
+            auc = "" if loss is None else f", AUC loss {loss:+.1e}"
+            lines.append(
+                f"error of the tables, task {task}: {error.p99:.1e} p99, {error.max:.1e} at most{auc}"
+            )
+    if result.tables.note:
+        lines.append(result.tables.note)
     return lines
 
 

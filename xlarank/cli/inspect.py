@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -90,6 +91,7 @@ def _facts(bundle: Bundle, *, is_verified: bool) -> dict[str, Any]:
             "max_score_error": manifest.budget.max_score_error,
             "max_auc_loss": manifest.budget.max_auc_loss,
         },
+        "table_errors": {task: dataclasses.asdict(e) for task, e in manifest.table_errors.items()},
         "params": {
             "arrays": len(manifest.params),
             "values": sum(array.size for array in bundle.params().values()),
@@ -141,9 +143,9 @@ def _table_facts(spec: ModelSpec) -> list[dict[str, Any]]:
             "name": table.name,
             "rows": table.num_rows,
             "dim": table.dim,
-            "dtype": table.dtype,
+            "dtype": table.dtype.value,
             "out_of_range": table.out_of_range.value,
-            "bytes": 4 * table.num_rows * table.dim,
+            "bytes": table.num_bytes,
             "features": [feature.name for feature in spec.features if feature.table == table.name],
         }
         for table in spec.tables
@@ -192,6 +194,17 @@ def _show(facts: Mapping[str, Any], console: Console) -> None:
             for t in facts["tables"]
         ],
     )  # fmt: skip
+    if any(table["dtype"] != "float32" for table in facts["tables"]):
+        _print_table(
+            console,
+            "what the tables' types cost",
+            ("task", "p99 error", "largest error", "AUC loss"),
+            [
+                (task, f"{e['p99']:.1e}", f"{e['max']:.1e}",
+                 None if e["auc_loss"] is None else f"{e['auc_loss']:+.1e}")
+                for task, e in facts["table_errors"].items()
+            ],
+        )  # fmt: skip
     _print_table(
         console,
         "tasks",

@@ -17,6 +17,7 @@ from xlarank.bundle import Bundle, Verify, open_bundle, versions_in
 from xlarank.compiler.options import BuildOptions
 from xlarank.compiler.program import Traces
 from xlarank.compiler.result import Tuning
+from xlarank.compiler.table_formats import Formats
 from xlarank.compiler.tracing import constant_bytes, structural_text
 from xlarank.errors import BundleError
 from xlarank.spec import Bucket, LatencyProfile, ModelSpec, Signature
@@ -45,6 +46,7 @@ class Reusable:
     """Measured then, on a device of this kind."""
 
     cache_files: tuple[Path, ...]
+    table_formats: Formats
 
     def copy_cache(self, folder: Path) -> None:
         """Puts the compiled code where JAX looks for it."""
@@ -130,6 +132,7 @@ def _reusable(bundle: Bundle) -> Reusable:
         tuning=Tuning.from_dict(json.loads(bundle.text(TUNING_FILE))),
         seconds=manifest.latency[kind].seconds,
         cache_files=tuple(bundle.cache_files()),
+        table_formats={table.name: table.dtype for table in bundle.spec.tables},
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -17,12 +17,12 @@ from xlarank.compiler.golden_set import GoldenSet
 from xlarank.compiler.lower import lower_row_program
 from xlarank.compiler.prepare import Parted, PreparedArrays, part
 from xlarank.errors import VerifyError
-from xlarank.spec import Bucket, Signature
+from xlarank.spec import Bucket, ModelSpec, Signature
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
     from jaxlib._jax import Device
 
-__all__ = ["Candidate", "DeviceBench"]
+__all__ = ["Candidate", "DeviceBench", "compile_on"]
 
 _SECONDS_A_ROUND_OF_FORMS = 0.15
 """Time in turns, for each form."""
@@ -39,6 +39,37 @@ class Candidate:
     replica: device.Replica
     cache_files: tuple[str, ...]
     """Names of the files of compiled code that it left when it was compiled first."""
+
+
+def compile_on(
+    target: Device,
+    bucket: Bucket,
+    parted: Parted,
+    prepared: PreparedArrays,
+    weights: Sequence[Any],
+    spec: ModelSpec,
+    signature: Signature,
+) -> tuple[bytes, device.Replica]:
+    """Lowers and compiles one row program as it would serve.
+
+    Args:
+      target: the device.
+      bucket: of the program.
+      parted: the program.
+      prepared: knows how its arrays are made.
+      weights: of the model, best on the device.
+      spec: names the outputs.
+      signature: layout of the leaves.
+
+    Returns:
+      The exported program, and a replica that holds nothing else.
+    """
+    data = lower_row_program(parted, spec, signature)
+    with jax.default_device(target):
+        arrays = prepared.make(parted.keys, weights)
+    arrays = tuple(jax.device_put(array, target) for array in arrays)
+    program = device.BucketProgram(device.deserialize_program(data), tuple(range(len(arrays))))
+    return data, device.Replica(target, signature, {bucket: program}, arrays)
 
 
 class DeviceBench:
@@ -167,14 +198,10 @@ class DeviceBench:
         if program is None:
             return None
         parted = part(program, self._prepared)
-        data = lower_row_program(parted, self._golden.spec, self._signature)
-        with jax.default_device(self._target):
-            arrays = self._prepared.make(parted.keys, self._placed)
-        arrays = tuple(jax.device_put(array, self._target) for array in arrays)
         before = {path.name for path in self._cache.iterdir()}
-        exported = device.deserialize_program(data)
-        programs = {bucket: device.BucketProgram(exported, tuple(range(len(arrays))))}
-        replica = device.Replica(self._target, self._signature, programs, arrays)
+        data, replica = compile_on(
+            self._target, bucket, parted, self._prepared, self._placed, self._golden.spec, self._signature
+        )
         after = {path.name for path in self._cache.iterdir()}
         files = self._files.setdefault((bucket, form), tuple(sorted(after - before)))
         return Candidate(parted, data, replica, files)

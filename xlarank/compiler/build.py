@@ -17,6 +17,7 @@ from xlarank.compiler.golden import random_requests
 from xlarank.compiler.options import BuildOptions, check_arguments, checked_labels
 from xlarank.compiler.result import BuildResult
 from xlarank.compiler.split import Apply, split_function, split_module
+from xlarank.compiler.tables import float32_tables
 from xlarank.errors import ConfigError
 from xlarank.host import check_tables
 from xlarank.spec import (
@@ -42,6 +43,7 @@ def build_bundle(
     golden: Sequence[RankRequest] | None = None,
     labels: Mapping[str, np.ndarray] | None = None,
     precision: str = "auto",
+    table_precision: str = "auto",
     max_score_error: float = 2e-3,
     max_auc_loss: float = 5e-4,
     tune_seconds: float = 30.0,
@@ -63,10 +65,13 @@ def build_bundle(
       precision: "float32", "bfloat16", "float16", "int8", or "auto": the fastest that keeps to the budget of
         `xlarank.spec.ErrorBudget`; without labels of every binary task its AUC loss can't be known, and
         "auto" is float32.
-      max_score_error: of a lower precision: 99th percentile over golden rows of the difference from the
-        reference score.
-      max_auc_loss: of a lower precision, on labelled golden rows.
-      tune_seconds: most time to spend on trying forms.
+      table_precision: "float32", "float16", "bfloat16", "int8" or "int4" for all tables, or "auto": by table
+        the smallest that keeps to the budget, float32 without labels of every binary task; a table whose
+        spec states another format than float32 keeps that.
+      max_score_error: of a lower precision and smaller tables together: 99th percentile over golden rows of
+        the difference from the reference score.
+      max_auc_loss: likewise, on labelled golden rows.
+      tune_seconds: most time to spend on trying forms, and on trying formats of tables.
 
     Returns:
       The bundle's folder, ready for ``Engine.load``.
@@ -82,7 +87,9 @@ def build_bundle(
     options = BuildOptions(
         version=version,
         bucket_rows=rows,
-        policy=PrecisionPolicy.named(precision, ErrorBudget(max_score_error, max_auc_loss)),
+        policy=PrecisionPolicy.named(
+            precision, ErrorBudget(max_score_error, max_auc_loss), tables=table_precision
+        ),
         tune_seconds=tune_seconds,
     )
     return build(
@@ -119,7 +126,7 @@ def build(
     if options.keep_failed is not None and options.keep_failed.resolve() == out.resolve():
         raise ConfigError(f"keep_failed: expected another folder than {out}, which is served from")
     spec.check_fitted()
-    check_tables(spec, tables)
+    check_tables(float32_tables(spec), tables)
     given = golden if golden is not None else random_requests(spec)
     checked = checked_labels(spec, given, labels)
     requests = [request for request in given if request.num_candidates]

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from xlarank import device
-from xlarank.bundle import BundleWriter, Manifest, ProgramEntry, Verify, open_bundle
+from xlarank.bundle import BundleWriter, Manifest, ProgramEntry, TableError, Verify, open_bundle, stored_form
 from xlarank.compiler.analyze import Analysis, analyze
 from xlarank.compiler.architecture import (
     TUNING_FILE,
@@ -41,10 +41,12 @@ from xlarank.compiler.reference import check_row_counts, reference_scores
 from xlarank.compiler.report import render_report
 from xlarank.compiler.result import BucketResult, BuildResult, PassNotes, Tuning
 from xlarank.compiler.split import DenseModel
+from xlarank.compiler.table_formats import TableChoice
+from xlarank.compiler.tables import float32_tables, requests_of, settle_tables
 from xlarank.compiler.traffic import measure_rows
 from xlarank.compiler.verify import verify_bucket
 from xlarank.errors import VerifyError
-from xlarank.host import Gatherer
+from xlarank.host import Gatherer, HostTable
 from xlarank.spec import (
     Bucket,
     BucketLadder,
@@ -79,15 +81,16 @@ class Builder:
         options: BuildOptions,
         on_progress: Progress,
     ) -> None:
-        self.model, self.spec, self.tables, self.requests = model, spec, tables, requests
+        # Until the tables' formats are settled, the model is the one that was trained.
+        self.stated, self.spec, self.float32_tables = spec, float32_tables(spec), tables
+        self.model, self.requests = model, requests_of(self.spec, requests)
         self.labels, self.options, self.on_progress = labels, options, on_progress
         self.targets = device.devices(options.num_devices)
         self.kind = device.device_kind(self.targets[0])
-        self.traces = Traces(model, spec)
+        self.traces = Traces(model, self.spec)
         self.unused = self.traces.unused_features()
         self.activations = self._activations_format()
-        self.signature = Signature.of_model(spec, self.unused, self.activations)
-        self.gatherer = Gatherer(spec, tables, unused=self.unused, activations=self.activations)
+        self.signature = Signature.of_model(self.spec, self.unused, self.activations)
 
     def _activations_format(self) -> str:
         """bfloat16 where that was asked for and some matmul is in it; it halves what crosses to the
@@ -100,12 +103,15 @@ class Builder:
 
     def build(self, out: Path, writer: BundleWriter) -> BuildResult:
         """Reference, search, proof, report, publication."""
-        spec, options = self.spec, self.options
+        options = self.options
         analysis = analyze(self.traces, self.signature, self.requests)
         self.on_progress("reference scores", 0, 1)
-        self.scores = reference_scores(self.model.reference, spec, self.tables, self.requests)
+        scores = reference_scores(self.model.reference, self.spec, self.float32_tables, self.requests)
         self.architecture = architecture_of(self.traces, self.signature, options, self._labelled())
-        reusable = find_reusable(out, spec, self.architecture, options) if options.reuse else None
+        reusable = find_reusable(out, self.spec, self.architecture, options) if options.reuse else None
+        tables_failure = self._settle_tables(scores, reusable)
+        if tables_failure is not None and options.keep_failed is None:
+            raise tables_failure
         built: _Built | None = None
         failure: VerifyError | None = None
         note = ""
@@ -116,13 +122,54 @@ class Builder:
                 note = f"version {reusable.version} was not reused: with the new weights, {error}"
         if built is None:
             built, failure = self._search(out, writer)
+        failure = tables_failure or failure
         if failure is not None:
             if options.keep_failed is None:
                 raise failure
-            with BundleWriter(options.keep_failed, spec.name) as failed:
+            with BundleWriter(options.keep_failed, self.spec.name) as failed:
                 path = self._publish(failed, built, analysis, note, refusal=str(failure)).path
             raise VerifyError(f"{failure}; kept for study in {path}") from failure
         return self._publish(writer, built, analysis, note)
+
+    def _settle_tables(
+        self, scores: Mapping[str, Sequence[np.ndarray]], reusable: Reusable | None
+    ) -> VerifyError | None:
+        """Takes the tables in the formats that they will be served in; gives back why they may not be.
+
+        Args:
+          scores: reference scores with float32 tables.
+          reusable: an earlier version, whose formats are tried first.
+        """
+        self.on_progress("formats of the tables", 0, 1)
+        settled = settle_tables(
+            self.traces,
+            self.stated,
+            self.float32_tables,
+            self.requests,
+            scores,
+            self.labels,
+            self.options,
+            target=self.targets[0],
+            start=None if reusable is None else reusable.table_formats,
+            labelled=self._labelled(),
+        )
+        self.spec, self.tables = settled.spec, settled.tables
+        self.requests, self.scores = settled.requests, settled.scores
+        self.exact = {task: np.concatenate(parts) for task, parts in scores.items()}
+        self.gatherer = Gatherer(self.spec, self.tables, unused=self.unused, activations=self.activations)
+        golden = self._golden_set(1)
+        judged = golden.judge_reference()
+        formats = {table.name: table.dtype for table in self.spec.tables}
+        self.table_choice = TableChoice(formats, judged.budget_errors, judged.auc_loss, settled.note)
+        try:
+            golden.check_budget(judged, f"tables, {self.table_choice}", "another table precision")
+        except VerifyError as error:
+            return error
+        return None
+
+    def _golden_set(self, max_rows: int) -> GoldenSet:
+        replay = device.GoldenReplay(self.gatherer, self.requests, self.scores, max_rows)
+        return GoldenSet(self.spec, replay, self.labels, self.options.policy, self.exact)
 
     def _labelled(self) -> list[str]:
         """Tasks with labels of both classes: without them "auto" lowers nothing."""
@@ -132,8 +179,7 @@ class Builder:
         """Makes buffers and golden batches for the buckets of a ladder."""
         self.ladder = ladder
         self.buffers = device.BatchBuffers(self.signature, ladder)
-        replay = device.GoldenReplay(self.gatherer, self.requests, self.scores, ladder.max_rows)
-        self.golden = GoldenSet(self.spec, replay, self.labels, self.options.policy)
+        self.golden = self._golden_set(ladder.max_rows)
         random = random_requests(self.spec, seed=1)
         no_scores = {
             t.name: [np.zeros(r.num_candidates, np.float32) for r in random] for t in self.spec.tasks
@@ -301,7 +347,7 @@ class Builder:
         counts_rows = functools.partial(
             check_row_counts,
             self.traces,
-            self.tables,
+            self.float32_tables,
             self.requests[0],
             self.options.policy.tolerance,
         )
@@ -368,7 +414,10 @@ class Builder:
         spec = self.spec
         writer.add_params(dict(zip(self.model.names, self.model.params, strict=True)))
         for table in spec.tables:
-            writer.add_table(table.name, self.tables[table.name])
+            rows = self.tables[table.name]
+            if isinstance(rows, HostTable):
+                rows = rows.rows.view(stored_form(table)[0])
+            writer.add_table(table.name, rows)
         rows = {task: np.concatenate(parts) for task, parts in self.scores.items()}
         values = {"scores": rows} | ({"labels": dict(self.labels)} if self.labels else {})
         writer.add_golden(self.requests, values)
@@ -398,6 +447,10 @@ class Builder:
             activations=self.activations,
             tolerance=self.options.policy.tolerance,
             budget=self.options.policy.budget,
+            table_errors={
+                task: TableError(_finite(e.p99), _finite(e.max), self.table_choice.auc_loss.get(task))
+                for task, e in self.table_choice.errors.items()
+            },
             refusal=refusal,
             architecture=self.architecture,
             provenance=_provenance() | dict(self.options.provenance) | reused,
@@ -409,6 +462,7 @@ class Builder:
             tuning=built.tuning,
             results=built.results,
             reference_auc=self.golden.reference_auc,
+            tables=self.table_choice,
             reused=built.reused,
             note=note,
         )

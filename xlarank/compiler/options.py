@@ -47,7 +47,7 @@ class BuildOptions:
     """Numeric format, and what its scores must keep to."""
 
     tune_seconds: float = 60.0
-    """Most time to spend on trying forms; 0 tries none."""
+    """Most time to spend on trying forms, and as much again on formats of tables; 0 tries none."""
 
     reuse: bool = True
     """Whether programs and forms of an earlier version of the same architecture may be taken."""

@@ -303,7 +303,7 @@ def _errors(build: BuildResult, result: BucketResult) -> tuple[TaskError, ...]:
     return tuple(
         TaskError(
             task=task.name,
-            p99=judgement.errors[task.name].p99,
+            p99=(judgement.budget_errors if is_lowered else judgement.errors)[task.name].p99,
             max=judgement.errors[task.name].max,
             is_p99_held=is_lowered,
             allowed=budget.max_score_error if is_lowered else manifest.tolerance.of(task.kind),

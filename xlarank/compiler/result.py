@@ -17,6 +17,7 @@ from xlarank.compiler.golden_set import Judgement
 from xlarank.compiler.limits import MachineLimits
 from xlarank.compiler.passes import Expansion, Hoisted, sensitive_matmuls, siblings_of
 from xlarank.compiler.program import Program
+from xlarank.compiler.table_formats import TableChoice
 from xlarank.compiler.tracing import nested_equations, source_of
 from xlarank.device import ProgramCost
 from xlarank.spec import Bucket
@@ -185,7 +186,10 @@ class BuildResult:
     """Of the buckets of `tuning`."""
 
     reference_auc: Mapping[str, float]
-    """Of the reference scores, by labelled binary task."""
+    """Of the reference scores with float32 tables, by labelled binary task."""
+
+    tables: TableChoice
+    """The tables' formats and what they cost."""
 
     reused: int | None = None
     """The version whose programs and forms were taken."""

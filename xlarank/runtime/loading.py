@@ -155,7 +155,7 @@ class Loader:
         manifest = self._bundle.manifest
         return Gatherer(
             self._bundle.spec,
-            tables.arrays,
+            tables.tables,
             num_threads=self._host_threads,
             backend=self._backend,
             unused=manifest.unused_features,

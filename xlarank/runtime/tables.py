@@ -10,7 +10,7 @@ import numpy as np
 
 from xlarank.bundle import Bundle, TableFile
 from xlarank.errors import ConfigError
-from xlarank.host import HugePages, TableMemory, huge_empty
+from xlarank.host import HostTable, HugePages, TableMemory, huge_empty
 from xlarank.host.memory import AvailableMemory, available_memory, huge_pages_enabled, huge_pages_of
 from xlarank.runtime.table_check import TableCheck
 
@@ -31,8 +31,8 @@ TableBytes = Callable[[int, int], None]
 class LoadedTables:
     """Tables ready to be looked up in."""
 
-    arrays: Mapping[str, np.ndarray]
-    """By name; writable if in memory of their own, read-only if mapped."""
+    tables: Mapping[str, HostTable]
+    """By name; their rows are writable if in memory of their own, read-only if mapped."""
 
     memory: TableMemory
     """Where they are."""
@@ -90,10 +90,19 @@ def load_tables(
     if memory is TableMemory.MMAP or refusal:
         check = TableCheck(files.values())
         check.sample()
-        return LoadedTables(bundle.tables(), TableMemory.MMAP, None, check)
+        return LoadedTables(_tables(bundle, bundle.tables()), TableMemory.MMAP, None, check)
     arrays, pages = _read(files, num_threads, on_bytes or (lambda _done, _total: None))
     _log.info("tables of %s: %s", bundle.path, pages)
-    return LoadedTables(arrays, TableMemory.HUGE, pages, TableCheck(files.values(), is_done=True))
+    check = TableCheck(files.values(), is_done=True)
+    return LoadedTables(_tables(bundle, arrays), TableMemory.HUGE, pages, check)
+
+
+def _tables(bundle: Bundle, arrays: Mapping[str, np.ndarray]) -> dict[str, HostTable]:
+    """Arrays in the form that they are stored in, as tables; nothing is copied."""
+    return {
+        table.name: HostTable(arrays[table.name].view(np.uint8), table.dtype, table.dim)
+        for table in bundle.spec.tables
+    }
 
 
 def _refusal(bundle: Bundle, num_bytes: int, available: AvailableMemory) -> str:

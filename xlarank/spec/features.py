@@ -156,6 +156,11 @@ class TableSpec:
             raise ConfigError(f"table {self.name!r}: rows are not fitted yet; `xlarank train` fits them")
         return self.rows
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all rows, encoded. Raises ConfigError while unfitted."""
+        return self.num_rows * self.dtype.row_bytes(self.dim)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureSpec:

@@ -8,6 +8,7 @@ import enum
 from xlarank.errors import ConfigError
 from xlarank.spec.features import TaskKind
 from xlarank.spec.fields import to_number
+from xlarank.spec.row_format import RowFormat
 
 __all__ = ["ErrorBudget", "Precision", "PrecisionPolicy", "Tolerance"]
 
@@ -71,17 +72,21 @@ class ErrorBudget:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionPolicy:
-    """How matmuls may be computed and how far scores may be off. Static."""
+    """How matmuls may be computed and tables kept, and how far scores may be off. Static."""
 
     precision: Precision | None = None
     """None: the fastest that the budget allows, by bucket ("auto"). Else this one, which then must keep to
     it."""
 
+    tables: RowFormat | None = None
+    """Of all tables. None: by table the smallest that the budget allows ("auto"), or what its spec states if
+    that isn't float32."""
+
     tolerance: Tolerance = Tolerance()
     """Of float32 forms; verified at compile time and at every load."""
 
     budget: ErrorBudget = ErrorBudget()
-    """Of lower precisions; verified at compile time."""
+    """Of lower precisions and smaller tables together; verified at compile time."""
 
     def __post_init__(self) -> None:
         if self.precision is not None:
@@ -90,6 +95,14 @@ class PrecisionPolicy:
             except ValueError:
                 allowed = ["auto", *(p.value for p in Precision)]
                 raise ConfigError(f"precision: expected one of {allowed}, got {self.precision!r}") from None
+        if self.tables is not None:
+            try:
+                object.__setattr__(self, "tables", RowFormat(self.tables))
+            except ValueError:
+                allowed = ["auto", *(f.value for f in RowFormat)]
+                raise ConfigError(
+                    f"table precision: expected one of {allowed}, got {self.tables!r}"
+                ) from None
         for name, kind in (("tolerance", Tolerance), ("budget", ErrorBudget)):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(
@@ -97,11 +110,14 @@ class PrecisionPolicy:
                 )
 
     @classmethod
-    def named(cls, name: str, budget: ErrorBudget | None = None) -> PrecisionPolicy:
-        """The policy of ``--precision``: "auto" or the name of a precision.
+    def named(cls, name: str, budget: ErrorBudget | None = None, *, tables: str = "auto") -> PrecisionPolicy:
+        """The policy of ``--precision`` and ``--table-precision``: "auto" or a name each.
 
         Raises:
           ConfigError: for another name.
         """
-        precision = None if name == "auto" else name
-        return cls(precision, budget=budget or ErrorBudget())  # type: ignore[arg-type]
+        return cls(
+            None if name == "auto" else name,  # type: ignore[arg-type]
+            None if tables == "auto" else tables,  # type: ignore[arg-type]
+            budget=budget or ErrorBudget(),
+        )
