@@ -1,6 +1,10 @@
 """CPU work per request: tables, preprocessing, hashing, gather. The native kernel is in native/."""
 
 from xlarank.host._extension import native_available
+from xlarank.host.feature_file import FeatureFile, FeatureFileWriter
+from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_features
+from xlarank.host.feature_source import FeatureRows, FeatureSource, FileSource
+from xlarank.host.feature_store import FeatureStore, FeatureStoreStats, MissPolicy
 from xlarank.host.gather import BoundRequest, Gatherer, Segment
 from xlarank.host.hashing import hash_int64, hash_strings
 from xlarank.host.preprocessing import model_inputs, to_dense, to_rows, truncate
@@ -9,14 +13,25 @@ from xlarank.host.tables import aligned_empty, check_tables
 
 __all__ = [
     "BoundRequest",
+    "FeatureFile",
+    "FeatureFileWriter",
+    "FeatureRows",
+    "FeatureSchema",
+    "FeatureSource",
+    "FeatureStore",
+    "FeatureStoreStats",
+    "FileSource",
     "Gatherer",
+    "MissPolicy",
     "Segment",
     "aligned_empty",
     "check_tables",
+    "checked_columns",
     "hash_int64",
     "hash_strings",
     "model_inputs",
     "native_available",
+    "select_features",
     "split_bytes_tensor",
     "to_dense",
     "to_rows",

@@ -6,6 +6,7 @@ numpy and the standard library only.
 from xlarank.spec.buckets import DEFAULT_ROWS, Bucket, BucketLadder
 from xlarank.spec.columns import Column, Ragged, StringColumn, join_columns, take
 from xlarank.spec.features import (
+    CANDIDATE_IDS,
     Combiner,
     FeatureKind,
     FeatureSpec,
@@ -30,10 +31,11 @@ from xlarank.spec.preprocessing import (
     operation_to_dict,
 )
 from xlarank.spec.profile import LatencyProfile
-from xlarank.spec.request import ContentCheck, RankRequest, check_contents
+from xlarank.spec.request import ContentCheck, RankRequest, check_contents, default_column
 from xlarank.spec.signature import MASK_SUFFIX, REQUEST_OF_ROW, Leaf, Signature, Slot
 
 __all__ = [
+    "CANDIDATE_IDS",
     "DEFAULT_ROWS",
     "MASK_SUFFIX",
     "REQUEST_OF_ROW",
@@ -70,6 +72,7 @@ __all__ = [
     "ValueType",
     "Vocabulary",
     "check_contents",
+    "default_column",
     "join_columns",
     "operation_from_dict",
     "operation_to_dict",

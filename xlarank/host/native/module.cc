@@ -1,7 +1,6 @@
 // The Python door of the kernel: checks what memory safety needs, points, releases the GIL, calls.
 // Good messages are the Python side's work.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
@@ -13,8 +12,11 @@
 #include <vector>
 
 #include "columns.h"
+#include "features_door.h"
 #include "gather.h"
 #include "hashing.h"
+#include "numpy_arrays.h"
+#include "parsing.h"
 #include "preprocess.h"
 #include "vocabulary.h"
 
@@ -26,31 +28,6 @@ namespace {
 
 // Scans of more values than this leave the GIL to others; for less, taking it back costs more.
 constexpr int64_t kValuesWithGil = 65536;
-
-// A numpy array that owns a vector.
-template <class T>
-nb::object to_numpy(std::vector<T>&& values) {
-  auto* const owned = new std::vector<T>(std::move(values));
-  nb::capsule owner(owned, [](void* pointer) noexcept { delete static_cast<std::vector<T>*>(pointer); });
-  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(owned->data(), {owned->size()}, owner));
-}
-
-// Position of a name among an enum's, in the order of the C++ enumerators.
-template <class E>
-E parse(nb::handle value, const char* key, std::initializer_list<const char*> names) {
-  const std::string name = nb::cast<std::string>(value);
-  int position = 0;
-  for (const char* candidate : names) {
-    if (name == candidate) return static_cast<E>(position);
-    ++position;
-  }
-  throw std::invalid_argument(std::string(key) + ": the kernel doesn't know '" + name + "'");
-}
-
-template <class E>
-E parse(const nb::dict& fields, const char* key, std::initializer_list<const char*> names) {
-  return parse<E>(nb::object(fields[key]), key, names);
-}
 
 Leaf parse_leaf(const nb::tuple& fields) {
   const Scope scope = parse<Scope>(nb::object(fields[0]), "scope", {"context", "candidate"});
@@ -389,6 +366,7 @@ NB_MODULE(_native, module) {
           },
           "blob"_a, "offsets"_a);
 
+  define_features(module);
   nb::class_<BoundColumns>(module, "BoundColumns");
   nb::class_<Kernel>(module, "Kernel")
       .def(nb::init<const nb::list&, const nb::list&, const nb::list&, int, const std::string&>(), "tables"_a,
