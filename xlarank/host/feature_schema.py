@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from xlarank.errors import ConfigError, FeatureError
+from xlarank.errors import ConfigError
 from xlarank.spec import Column, FeatureSpec, ModelSpec, RankRequest
 
-__all__ = ["FeatureSchema", "check_ids", "checked_columns", "select_features"]
+__all__ = ["FeatureSchema", "checked_columns", "select_features"]
 
 _ANY_ROWS = 2**31 - 1
 """Of a table that training has yet to fit: its ids are checked when a request is made."""
@@ -107,22 +107,6 @@ def checked_columns(rows_spec: ModelSpec, ids: np.ndarray, features: Mapping[str
       FeatureError: for values that a request could not have either.
     """
     return list(RankRequest(rows_spec, features, num_candidates=len(ids)).columns)
-
-
-def check_ids(ids: Any) -> np.ndarray:
-    """Candidate ids as [N] int64, C-contiguous; not copied if they are.
-
-    Raises:
-      FeatureError: for anything but integers of one dimension that int64 holds.
-    """
-    array = ids if isinstance(ids, np.ndarray) else np.asarray(ids)
-    if array.size == 0 and not isinstance(ids, np.ndarray):
-        array = array.astype(np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or array.dtype == np.uint64:
-        raise FeatureError(
-            f"candidate_ids: expected int64 ids of shape [N], got {array.dtype} of shape {list(array.shape)}"
-        )
-    return np.ascontiguousarray(array, np.int64)
 
 
 def _text(kind: str, dtype: str, width: int) -> str:

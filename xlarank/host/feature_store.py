@@ -15,9 +15,9 @@ import numpy as np
 from xlarank.errors import ConfigError, FeatureError, XlarankError
 from xlarank.host.feature_columns import FeatureTable
 from xlarank.host.feature_file import FeatureFile
-from xlarank.host.feature_schema import FeatureSchema, check_ids, checked_columns, select_features
+from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_features
 from xlarank.host.feature_source import FeatureSource
-from xlarank.spec import Column, ModelSpec, default_column, join_columns, take
+from xlarank.spec import Column, ModelSpec, check_candidate_ids, default_column, join_columns, take
 
 __all__ = ["FeatureStore", "FeatureStoreStats", "MissPolicy"]
 
@@ -137,7 +137,7 @@ class FeatureStore:
           FeatureError: for ids that aren't there, under policies `error` and `fetch`.
           XlarankError: if the source answers what it wasn't asked, or rows that a request could not have.
         """
-        ids = check_ids(ids)
+        ids = check_candidate_ids(ids)
         wanted = [features.get(name) is None for name in self.names]
         if not any(wanted):
             return dict(features)
@@ -160,7 +160,7 @@ class FeatureStore:
         Raises:
           FeatureError: for anything that a request could not have; nothing is put in then.
         """
-        ids = check_ids(ids)
+        ids = check_candidate_ids(ids)
         columns = checked_columns(self._rows_spec, ids, features)
         with self._lock:
             self._table.put(ids, columns)
@@ -168,7 +168,7 @@ class FeatureStore:
 
     def remove(self, ids: Any) -> int:
         """Takes rows out: from then on they are misses, those of a file too. Returns how many there were."""
-        ids = check_ids(ids)
+        ids = check_candidate_ids(ids)
         with self._lock:
             removed = self._table.remove(ids)
             self._updated_at = self._clock()
@@ -209,7 +209,7 @@ class FeatureStore:
         stamps = self._table.stamps(asked)
         answer = self._source.fetch(asked)
         try:
-            ids = check_ids(answer.ids)
+            ids = check_candidate_ids(answer.ids)
             columns = checked_columns(self._rows_spec, ids, answer.features)
         except FeatureError as error:  # not the caller's fault
             raise XlarankError(f"feature source of model {self.spec.name!r}: {error}") from error
@@ -255,8 +255,8 @@ def _check_arguments(
         raise ConfigError("feature store: expected a file or a source, got both; a FileSource is made of one")
     if file is not None and memory_bytes is not None:
         raise ConfigError(
-            "feature store: memory_bytes bounds a cache, and updates over a file must stay; misses 'fetch' makes "
-            "the file the source of a cache"
+            "feature store: memory_bytes bounds a cache, and updates over a file must stay; misses 'fetch' "
+            "makes the file the source of a cache"
         )
     if file is not None and without:
         raise ConfigError("feature store: a file says itself which features it is without")

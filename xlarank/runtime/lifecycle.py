@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from xlarank import device
@@ -11,6 +11,7 @@ from xlarank.bundle import list_versions, open_bundle
 from xlarank.errors import ConfigError, ModelNotFoundError, UnavailableError
 from xlarank.host import native_available
 from xlarank.runtime.engine import Engine
+from xlarank.runtime.features import FeatureOptions, stores_by_model
 from xlarank.runtime.metrics import Metrics
 from xlarank.runtime.pool import DevicePool
 
@@ -31,6 +32,7 @@ class ModelRepository:
         use_bundle_code: bool = True,
         allow_reference_gather: bool = False,
         metrics: Metrics | None = None,
+        features: Sequence[FeatureOptions] = (),
         on_progress: Callable[[str], None] | None = None,
     ) -> ModelRepository:
         """Loads every model; when this returns all of them are ready.
@@ -39,10 +41,12 @@ class ModelRepository:
           path: ``<path>/<model>/<version>`` are the bundles.
           num_devices, host_threads, compile_cache, use_bundle_code, metrics, on_progress: see `Engine.load`.
           allow_reference_gather: serve without the native kernel, slowly.
+          features: feature files to open, each for the model that it was built for.
 
         Raises:
-          ConfigError: if the folder holds no bundle, or the native kernel isn't built.
-          BundleError: if a bundle is damaged.
+          ConfigError: if the folder holds no bundle, the native kernel isn't built, or a feature file is of
+            no model here or of other features than the model's.
+          BundleError: if a bundle or a feature file is damaged.
           VerifyError: if a bundle's golden requests get other scores here.
         """
         if not native_available() and not allow_reference_gather:
@@ -63,15 +67,16 @@ class ModelRepository:
                 f"repository {root}: expected bundles as <model>/<version>, found none; "
                 f"`xlarank compile` writes them"
             )
+        stores = stores_by_model(features, versions)
         device.configure(num_devices=num_devices, compile_cache=compile_cache)
         pool = DevicePool(len(device.devices(num_devices)))
         repository = cls(pool)
         try:
             for model, version in sorted(versions.items()):
-                name = open_bundle(root / model / str(version), verify=False).spec.name
-                if name != model:
+                spec = open_bundle(root / model / str(version), verify=False).spec
+                if spec.name != model:
                     raise ConfigError(
-                        f"repository {root}: folder {model!r} holds model {name!r}; clients ask by "
+                        f"repository {root}: folder {model!r} holds model {spec.name!r}; clients ask by "
                         f"folder and metrics count by name, so the two must be equal"
                     )
                 repository._engines[model] = Engine.load(
@@ -80,6 +85,7 @@ class ModelRepository:
                     use_bundle_code=use_bundle_code,
                     pool=pool,
                     metrics=metrics,
+                    features=stores[model](spec) if model in stores else None,
                     on_progress=on_progress,
                 )
         except BaseException:

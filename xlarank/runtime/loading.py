@@ -14,7 +14,7 @@ from xlarank import device
 from xlarank.bundle import Bundle
 from xlarank.errors import VerifyError
 from xlarank.host import Gatherer
-from xlarank.spec import BucketLadder, LatencyProfile
+from xlarank.spec import BucketLadder, LatencyProfile, ModelSpec
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
     from jaxlib._jax import Device
@@ -75,6 +75,11 @@ class Loader:
         self._backend = backend
         self._on_progress = on_progress
         self._seconds: dict[str, float] = {}
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Of the bundle."""
+        return self._bundle.spec
 
     def load(self) -> LoadedModel:
         """Maps tables, compiles, replays the golden requests on every device and bucket, times them.

@@ -31,7 +31,13 @@ from xlarank.spec.preprocessing import (
     operation_to_dict,
 )
 from xlarank.spec.profile import LatencyProfile
-from xlarank.spec.request import ContentCheck, RankRequest, check_contents, default_column
+from xlarank.spec.request import (
+    ContentCheck,
+    RankRequest,
+    check_candidate_ids,
+    check_contents,
+    default_column,
+)
 from xlarank.spec.signature import MASK_SUFFIX, REQUEST_OF_ROW, Leaf, Signature, Slot
 
 __all__ = [
@@ -71,6 +77,7 @@ __all__ = [
     "Tolerance",
     "ValueType",
     "Vocabulary",
+    "check_candidate_ids",
     "check_contents",
     "default_column",
     "join_columns",

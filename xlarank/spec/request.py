@@ -13,7 +13,7 @@ from xlarank.spec.columns import Column, Ragged, StringColumn
 from xlarank.spec.features import CANDIDATE_IDS, FeatureSpec, OutOfRange, ValueType
 from xlarank.spec.model import ModelSpec
 
-__all__ = ["ContentCheck", "RankRequest", "check_contents", "default_column"]
+__all__ = ["ContentCheck", "RankRequest", "check_candidate_ids", "check_contents", "default_column"]
 
 
 class RankRequest:
@@ -88,6 +88,22 @@ class RankRequest:
 
     def __repr__(self) -> str:
         return f"RankRequest(model={self.spec.name!r}, num_candidates={self.num_candidates})"
+
+
+def check_candidate_ids(ids: Any) -> np.ndarray:
+    """Candidate ids as [N] int64, C-contiguous; not copied if they are.
+
+    Raises:
+      FeatureError: for anything but integers of one dimension that int64 holds.
+    """
+    array = ids if isinstance(ids, np.ndarray) else np.asarray(ids)
+    if array.size == 0 and not isinstance(ids, np.ndarray):
+        array = array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or array.dtype == np.uint64:
+        raise FeatureError(
+            f"{CANDIDATE_IDS}: expected int64 ids of shape [N], got {array.dtype} of shape {list(array.shape)}"
+        )
+    return np.ascontiguousarray(array, np.int64)
 
 
 ContentCheck = Callable[[ModelSpec, Sequence[Column]], None]
