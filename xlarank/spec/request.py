@@ -101,7 +101,8 @@ def check_candidate_ids(ids: Any) -> np.ndarray:
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.dtype == np.uint64:
         raise FeatureError(
-            f"{CANDIDATE_IDS}: expected int64 ids of shape [N], got {array.dtype} of shape {list(array.shape)}"
+            f"{CANDIDATE_IDS}: expected int64 ids of shape [N], got {array.dtype} of shape "
+            f"{list(array.shape)}"
         )
     return np.ascontiguousarray(array, np.int64)
 
