@@ -78,6 +78,8 @@ class ModelCodec:
         if features is not None:
             self._listed_inputs.append(CANDIDATE_IDS_INPUT)
         self._inputs = {i.name: i for i in [*self._listed_inputs, *packed_inputs(spec)]}
+        self._plain_names = frozenset(f.name for f in spec.features if not f.is_ragged)
+        self._ragged_names = [f.name for f in spec.features if f.is_ragged]
         self._floats = {scope: float_features(spec, scope) for scope in Scope}
         self._ids = {scope: id_features(spec, scope) for scope in Scope}
         self._task_of_output = {task.output: task.name for task in spec.tasks}
@@ -196,18 +198,19 @@ class ModelCodec:
 
     def _values(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """Values by feature name."""
-        features: dict[str, Any] = {}
-        for feature in self.spec.features:
-            name, lengths_name = feature.name, feature.name + LENGTHS_SUFFIX
-            if feature.is_ragged and (name in arrays) != (lengths_name in arrays):
+        features: dict[str, Any] = {
+            name: values for name, values in arrays.items() if name in self._plain_names
+        }
+        for name in self._ragged_names:
+            lengths_name = name + LENGTHS_SUFFIX
+            if (name in arrays) != (lengths_name in arrays):
                 came, missing = (name, lengths_name) if name in arrays else (lengths_name, name)
                 raise FeatureError(
                     f"feature {name!r}: expected input {missing!r} beside input {came!r}, got none; "
                     f"it is {self._inputs[missing].expected}"
                 )
             if name in arrays:
-                values = arrays[name]
-                features[name] = Ragged(values, arrays[lengths_name]) if feature.is_ragged else values
+                features[name] = Ragged(arrays[name], arrays[lengths_name])
         for scope in Scope:
             packed = self._packed_floats(scope, arrays) | self._packed_ids(scope, arrays)
             if twice := [name for name in packed if name in features]:

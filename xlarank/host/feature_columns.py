@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import enum
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,8 +46,7 @@ class FeatureTable:
         if native is None:
             raise ConfigError("candidate features by id need the native kernel; `pip install .` builds it")
         self.schema = schema
-        self._ragged = [kind in ("id_list", "sequence") for _, kind, _, _ in schema.features]
-        self._is_text = [dtype == "string" for _, _, dtype, _ in schema.features]
+        self._order_of = functools.lru_cache(maxsize=64)(self._find_order)
         self._native: Any = native.FeatureTable(schema.native, limit, index, records)
 
     def lookup(self, ids: np.ndarray, wanted: Sequence[bool]) -> tuple[list[Column], np.ndarray]:
@@ -58,9 +59,15 @@ class FeatureTable:
         Returns:
           One column a wanted feature, of N - M rows; [M] int64 positions in `ids`, ascending.
         """
-        columns, missing = self._native.lookup(ids, list(wanted))
-        places = [place for place, is_wanted in enumerate(wanted) if is_wanted]
-        return [self._column(place, c) for place, c in zip(places, columns, strict=True)], missing
+        floats, integers, others, missing = self._native.lookup(ids, list(wanted))
+        num_rows = len(ids) - len(missing)
+        order, forms = self._order_of(tuple(wanted))
+        blocks: dict[_Place, Iterator[Any]] = {
+            _Place.FLOATS: iter(floats.reshape(order.count(_Place.FLOATS), num_rows, 1)),
+            _Place.INTEGERS: iter(integers.reshape(order.count(_Place.INTEGERS), num_rows)),
+            _Place.OTHERS: map(_column, forms, others),
+        }
+        return [next(blocks[place]) for place in order], missing
 
     def put(self, ids: np.ndarray, columns: Sequence[Column], stamps: np.ndarray | None = None) -> None:
         """Puts rows in: every lookup that begins after the return sees them, or newer ones.
@@ -91,11 +98,11 @@ class FeatureTable:
         """rows, rows_in_memory, bytes, hits, misses, evictions, version."""
         return self._native.stats()
 
-    def _column(self, place: int, values: Any) -> Column:
-        if self._ragged[place]:
-            values, lengths = values
-            return Ragged(StringColumn(*values) if self._is_text[place] else values, lengths)
-        return StringColumn(*values) if self._is_text[place] else values
+    def _find_order(self, wanted: tuple[bool, ...]) -> tuple[list[_Place], list[tuple[str, str, int]]]:
+        """Where the column of each wanted feature is; and kind, dtype and width of those by themselves."""
+        forms = [form for form, is_wanted in zip(self.schema.native, wanted, strict=True) if is_wanted]
+        order = [_place_of(*form) for form in forms]
+        return order, [f for f, place in zip(forms, order, strict=True) if place is _Place.OTHERS]
 
 
 def encode_records(
@@ -132,3 +139,32 @@ def index_records(ids: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, tupl
 
 def _native_columns(columns: Sequence[Column]) -> list[Column]:
     return [np.ascontiguousarray(c) if isinstance(c, np.ndarray) else c for c in columns]
+
+
+class _Place(enum.Enum):
+    """Where a lookup of the kernel has a feature's column."""
+
+    FLOATS = enum.auto()
+    """One row of a block: dense, of width 1."""
+
+    INTEGERS = enum.auto()
+    """One row of a block: an integer id."""
+
+    OTHERS = enum.auto()
+    """By itself."""
+
+
+def _place_of(kind: str, dtype: str, width: int) -> _Place:
+    if kind == "dense" and width == 1:
+        return _Place.FLOATS
+    return _Place.INTEGERS if kind == "id" and dtype == "int64" else _Place.OTHERS
+
+
+def _column(form: tuple[str, str, int], values: Any) -> Column:
+    kind, dtype, width = form
+    if kind in ("id_list", "sequence"):
+        values, lengths = values
+        return Ragged(StringColumn(*values) if dtype == "string" else values, lengths)
+    if dtype == "string":
+        return StringColumn(*values)
+    return values.reshape(-1, width) if kind == "dense" else values

@@ -27,7 +27,7 @@ struct FeatureStats {
 };
 
 struct FeatureLookup {
-  std::vector<ColumnData> columns;  // of the rows that were found, in their order
+  Columns columns;                  // of the rows that were found, in their order
   std::vector<int64_t> missing;     // positions of the others
 };
 

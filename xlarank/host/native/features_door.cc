@@ -28,12 +28,6 @@ nb::object to_numpy(Array<T>&& array) {
   return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(data, {array.size}, owner));
 }
 
-nb::object to_matrix(Array<float>&& array, size_t width) {
-  float* const data = array.data.release();
-  nb::capsule owner(data, [](void* pointer) noexcept { delete[] static_cast<float*>(pointer); });
-  return nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<2>>(data, {array.size / width, width}, owner));
-}
-
 // An array, (blob, offsets) of strings, or a list's (values, lengths).
 nb::object to_python(const Feature& feature, ColumnData&& column) {
   nb::object values;
@@ -42,7 +36,7 @@ nb::object to_python(const Feature& feature, ColumnData&& column) {
   } else if (feature.type == ValueType::kInt64) {
     values = to_numpy(std::move(column.integers));
   } else if (feature.kind == Kind::kDense) {
-    values = to_matrix(std::move(column.floats), static_cast<size_t>(feature.width));
+    values = to_numpy(std::move(column.floats));  // rows follow one another; the other side knows their width
   } else {
     values = to_numpy(std::move(column.floats));
   }
@@ -122,11 +116,13 @@ class Door {
       nb::gil_scoped_release release;
       found = table_->lookup(keys.data, keys.size, wanted);
     }
-    nb::list columns;
+    nb::list others;
     for (size_t i = 0; i < wanted.size(); ++i) {
-      if (wanted[i]) columns.append(to_python(layout_.features()[i], std::move(found.columns[i])));
+      if (!wanted[i] || layout_.place_of(i) != Place::kOthers) continue;
+      others.append(to_python(layout_.features()[i], std::move(found.columns.others[i])));
     }
-    return nb::make_tuple(columns, xlarank::to_numpy(std::move(found.missing)));
+    return nb::make_tuple(to_numpy(std::move(found.columns.floats)), to_numpy(std::move(found.columns.integers)),
+                          others, xlarank::to_numpy(std::move(found.missing)));
   }
 
   void put(nb::handle ids, const nb::list& columns, nb::handle stamps) {

@@ -119,82 +119,94 @@ bool RecordLayout::is_whole(const uint8_t* payload, size_t size) const {
   return at == size;
 }
 
-std::vector<RecordLayout::Totals> RecordLayout::totals_of(const std::vector<const Record*>& records) const {
-  std::vector<Totals> totals(fields_.size());
-  if (!varies_) return totals;
-  for (const Record* record : records) {
-    const uint8_t* const begin = payload(record);
-    for (size_t i = 0; i < fields_.size(); ++i) {
-      const Field& field = fields_[i];
-      if (field.ragged) totals[i].values += load<uint32_t>(begin + field.begin);
-      if (field.strings) totals[i].bytes += load<uint32_t>(begin + field.begin + (field.ragged ? 4 : 0));
-    }
-  }
-  return totals;
+Place RecordLayout::place_of(size_t feature) const {
+  if (fields_[feature].ragged || fields_[feature].strings) return Place::kOthers;
+  if (features_[feature].type == ValueType::kInt64) return Place::kIntegers;
+  const bool one = features_[feature].kind == Kind::kDense && features_[feature].width == 1;
+  return one ? Place::kFloats : Place::kOthers;
 }
 
-std::vector<ColumnData> RecordLayout::columns_of(const std::vector<const Record*>& records,
-                                                 const std::vector<bool>& wanted) const {
-  const size_t num_rows = records.size();
-  const std::vector<Totals> totals = totals_of(records);
-  std::vector<ColumnData> columns(fields_.size());
-  std::vector<size_t> value_at(fields_.size(), 0), byte_at(fields_.size(), 0);
-  for (size_t i = 0; i < fields_.size(); ++i) {
-    if (!wanted[i]) continue;
-    const Field& field = fields_[i];
-    const size_t num_values = field.ragged ? totals[i].values : num_rows;
-    if (field.ragged) columns[i].lengths.allocate(num_rows);
-    if (field.strings) {
-      columns[i].blob.allocate(totals[i].bytes);
-      columns[i].offsets.allocate(num_values + 1);
-      columns[i].offsets.data[0] = 0;
-    } else if (features_[i].type == ValueType::kInt64) {
-      columns[i].integers.allocate(num_values);
-    } else {
-      columns[i].floats.allocate(num_rows * static_cast<size_t>(features_[i].width));
-    }
+// Feature by feature: loops without branches over records that are in cache by now.
+Columns RecordLayout::columns_of(const std::vector<const Record*>& records, const std::vector<bool>& wanted) const {
+  size_t counts[3] = {};
+  for (size_t i = 0; i < fields_.size(); ++i) counts[static_cast<int>(place_of(i))] += wanted[i];
+  Columns columns;
+  columns.floats.allocate(counts[static_cast<int>(Place::kFloats)] * records.size());
+  columns.integers.allocate(counts[static_cast<int>(Place::kIntegers)] * records.size());
+  columns.others.resize(fields_.size());
+  float* floats = columns.floats.data.get();
+  int64_t* integers = columns.integers.data.get();
+  std::vector<const uint8_t*> more;  // of each record, where what varies of the next feature begins
+  if (varies_) {
+    more.reserve(records.size());
+    for (const Record* record : records) more.push_back(payload(record) + fixed_bytes_);
   }
-  // Record by record: each is read once, while its lines are in cache.
-  for (size_t row = 0; row < num_rows; ++row) {
-    const uint8_t* const begin = payload(records[row]);
-    const uint8_t* more = begin + fixed_bytes_;
-    for (size_t i = 0; i < fields_.size(); ++i) {
-      const Field& field = fields_[i];
-      const uint8_t* const fixed = begin + field.begin;
-      ColumnData& column = columns[i];
-      if (!field.ragged && !field.strings) {
-        if (!wanted[i]) continue;
-        if (features_[i].type == ValueType::kInt64) {
-          column.integers.data[row] = load<int64_t>(fixed);
-        } else if (features_[i].width == 1) {
-          column.floats.data[row] = load<float>(fixed);
-        } else {
-          const size_t width = static_cast<size_t>(features_[i].width);
-          std::memcpy(column.floats.data.get() + row * width, fixed, 4 * width);
-        }
-        continue;
-      }
-      const size_t values = field.ragged ? load<uint32_t>(fixed) : 1;
-      const size_t bytes = field.strings ? load<uint32_t>(fixed + (field.ragged ? 4 : 0)) : 8 * values;
-      const uint8_t* const sizes = more;
-      if (field.ragged && field.strings) more += 4 * values;
-      const uint8_t* const data = more;
-      more += bytes;
-      if (!wanted[i]) continue;
-      if (field.ragged) column.lengths.data[row] = static_cast<int32_t>(values);
-      if (!field.strings) {
-        if (values) std::memcpy(column.integers.data.get() + value_at[i], data, bytes);
-        value_at[i] += values;
-        continue;
-      }
-      if (bytes) std::memcpy(column.blob.data.get() + byte_at[i], data, bytes);
-      for (size_t value = 0; value < values; ++value) {
-        byte_at[i] += field.ragged ? load<uint32_t>(sizes + 4 * value) : bytes;
-        column.offsets.data[++value_at[i]] = static_cast<int64_t>(byte_at[i]);
-      }
+  for (size_t i = 0; i < fields_.size(); ++i) {
+    const Field& field = fields_[i];
+    if (field.ragged || field.strings) {
+      read_varying(field, records, wanted[i], more, columns.others[i]);
+    } else if (!wanted[i]) {
+      continue;
+    } else if (place_of(i) == Place::kFloats) {
+      for (const Record* record : records) *floats++ = load<float>(payload(record) + field.begin);
+    } else if (place_of(i) == Place::kIntegers) {
+      for (const Record* record : records) *integers++ = load<int64_t>(payload(record) + field.begin);
+    } else {
+      read_floats(i, records, columns.others[i]);
     }
   }
   return columns;
+}
+
+void RecordLayout::read_floats(size_t feature, const std::vector<const Record*>& records, ColumnData& column) const {
+  const size_t width = static_cast<size_t>(features_[feature].width);
+  column.floats.allocate(records.size() * width);
+  float* out = column.floats.data.get();
+  for (const Record* record : records) {
+    std::memcpy(out, payload(record) + fields_[feature].begin, 4 * width);
+    out += width;
+  }
+}
+
+void RecordLayout::read_varying(const Field& field, const std::vector<const Record*>& records, bool wanted,
+                                std::vector<const uint8_t*>& more, ColumnData& column) const {
+  const size_t num_rows = records.size(), bytes_at = field.begin + (field.ragged ? 4 : 0);
+  size_t num_values = field.ragged ? 0 : num_rows, num_bytes = 0;
+  for (const Record* record : records) {
+    if (field.ragged) num_values += load<uint32_t>(payload(record) + field.begin);
+    if (field.strings) num_bytes += load<uint32_t>(payload(record) + bytes_at);
+  }
+  if (wanted) {
+    if (field.ragged) column.lengths.allocate(num_rows);
+    if (field.strings) {
+      column.blob.allocate(num_bytes);
+      column.offsets.allocate(num_values + 1);
+      column.offsets.data[0] = 0;
+    } else {
+      column.integers.allocate(num_values);
+    }
+  }
+  size_t value = 0, byte = 0;
+  for (size_t row = 0; row < num_rows; ++row) {
+    const uint8_t* const fixed = payload(records[row]);
+    const size_t values = field.ragged ? load<uint32_t>(fixed + field.begin) : 1;
+    const size_t bytes = field.strings ? load<uint32_t>(fixed + bytes_at) : 8 * values;
+    const uint8_t* const sizes = more[row];
+    const uint8_t* const data = sizes + (field.ragged && field.strings ? 4 * values : 0);
+    more[row] = data + bytes;
+    if (!wanted) continue;
+    if (field.ragged) column.lengths.data[row] = static_cast<int32_t>(values);
+    if (!field.strings) {
+      for (size_t k = 0; k < values; ++k) column.integers.data[value + k] = load<int64_t>(data + 8 * k);
+      value += values;
+      continue;
+    }
+    if (bytes) std::memcpy(column.blob.data.get() + byte, data, bytes);
+    for (size_t k = 0; k < values; ++k) {
+      byte += field.ragged ? load<uint32_t>(sizes + 4 * k) : bytes;
+      column.offsets.data[++value] = static_cast<int64_t>(byte);
+    }
+  }
 }
 
 }  // namespace xlarank

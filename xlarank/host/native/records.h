@@ -44,6 +44,16 @@ struct ColumnData {
   Array<int32_t> lengths;   // [n] of a list
 };
 
+// Columns of wanted features. Those of one number a row share two blocks, in the order of features: making an
+// array for Python costs more than filling it.
+struct Columns {
+  Array<float> floats;              // [F, n] of dense features of width 1
+  Array<int64_t> integers;          // [F, n] of integer ids
+  std::vector<ColumnData> others;   // one a feature, empty where it isn't wanted or is in a block
+};
+
+enum class Place { kFloats, kIntegers, kOthers };
+
 class RecordLayout {
  public:
   // Only kind, type and width of a feature are looked at.
@@ -62,8 +72,10 @@ class RecordLayout {
   bool is_whole(const uint8_t* payload, size_t size) const;
 
   // The columns of records, one row a record, of those features that are wanted.
-  std::vector<ColumnData> columns_of(const std::vector<const Record*>& records,
-                                     const std::vector<bool>& wanted) const;
+  Columns columns_of(const std::vector<const Record*>& records, const std::vector<bool>& wanted) const;
+
+  // Where the column of a feature is.
+  Place place_of(size_t feature) const;
 
  private:
   struct Field {
@@ -71,11 +83,12 @@ class RecordLayout {
     bool strings;
     size_t begin;  // in the fixed part
   };
-  struct Totals {
-    size_t values = 0, bytes = 0;
-  };
 
-  std::vector<Totals> totals_of(const std::vector<const Record*>& records) const;
+  void read_floats(size_t feature, const std::vector<const Record*>& records, ColumnData& column) const;
+
+  // Also moves `more`, wanted or not, behind what it passes.
+  void read_varying(const Field& field, const std::vector<const Record*>& records, bool wanted,
+                    std::vector<const uint8_t*>& more, ColumnData& column) const;
 
   std::vector<Feature> features_;
   std::vector<Field> fields_;
