@@ -27,7 +27,7 @@ from typing import Any
 
 import grpc
 import numpy as np
-from bench_server import closed_loop, serving
+from bench_server import closed_loop, server_samples, serving
 from figures import Figure, Goal, command, environment, ratio_figure, report, run_tool
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.encoding import add_inputs
@@ -62,7 +62,9 @@ def measure(*, stored: int, turns: int, seconds: float, outstanding: int) -> dic
 
     Returns:
       Under each of `FORMS` requests/s by turn, neighbours in time at the same place; ``bytes``: of a request
-      by form; ``join_us``: median of a lookup of 500 ids in this process; ``how``: the method in words.
+      by form; ``cpu_ms``: the server's CPU time a request by form and turn, which others' work on the
+      machine changes less; ``join_us``: median of a lookup of 500 ids in this process; ``how``: the method
+      in words.
 
     Raises:
       RuntimeError: if the server can't be started.
@@ -81,9 +83,13 @@ def measure(*, stored: int, turns: int, seconds: float, outstanding: int) -> dic
         infer = channel.unary_unary(f"/{SERVICE_NAME}/ModelInfer")  # bytes to bytes
         _check_same_scores(infer, encoded)
         rates: dict[str, Any] = {form: [] for form in FORMS}
+        cpu_ms: dict[str, list[float]] = {form: [] for form in FORMS}
         for turn in range(turns):
             for form in FORMS if turn % 2 == 0 else reversed(FORMS):
+                before = _cpu_and_requests(ready["http"])
                 rates[form].append(closed_loop(infer, encoded[form], outstanding, seconds))
+                cpu, requests = _cpu_and_requests(ready["http"]) - before
+                cpu_ms[form].append(1e3 * cpu / requests)
         sizes = {form: round(statistics.mean(map(len, encoded[form]))) for form in FORMS}
         how = (
             f"configs/{CONFIG.name} with random weights, {stored} candidates in the store; closed loop of "
@@ -91,7 +97,8 @@ def measure(*, stored: int, turns: int, seconds: float, outstanding: int) -> dic
             f"by a client process, to `xlarank serve --features --devices 1`; bytes of a request {sizes}; "
             f"{turns} turns of {seconds:g} s each"
         )
-        return {**rates, "bytes": sizes, "join_us": _join_us(spec, ids, folder / "features"), "how": how}
+        join_us = _join_us(spec, ids, folder / "features")
+        return {**rates, "cpu_ms": cpu_ms, "bytes": sizes, "join_us": join_us, "how": how}
 
 
 def ids_only(result: dict[str, Any]) -> Figure:
@@ -106,11 +113,20 @@ def ids_only(result: dict[str, Any]) -> Figure:
         goal=Goal.AT_LEAST,
         how=f"{command()}: {result['how']}; over all features sent {best}, the faster form; {environment()}",
         beside={
+            **{f"over {form}, of CPU of the server": f"{_cpu_ratio(result, form):.3f}" for form in FORMS[1:]},
             "requests/s, median": ", ".join(f"{form} {rate:,.0f}" for form, rate in medians.items()),
+            "CPU of the server a request, median": ", ".join(
+                f"{form} {statistics.median(times):.2f} ms" for form, times in result["cpu_ms"].items()
+            ),
             "bytes a request": ", ".join(f"{form} {size:,}" for form, size in result["bytes"].items()),
             "join of 500 ids, median": f"{result['join_us']:.0f} us",
         },
     )
+
+
+def _cpu_ratio(result: dict[str, Any], form: str) -> float:
+    times = result["cpu_ms"]
+    return statistics.median(a / b for a, b in zip(times[form], times["ids"], strict=True))
 
 
 def _write_features(spec: ModelSpec, stored: int, path: Path) -> tuple[np.ndarray, dict[str, Column]]:
@@ -161,6 +177,11 @@ def _check_same_scores(infer: Any, encoded: dict[str, list[bytes]]) -> None:
         scores = [np.frombuffer(answer.raw_output_contents[0], "<f4") for answer in answers]
         for other in scores[1:]:
             np.testing.assert_array_equal(scores[0], other)
+
+
+def _cpu_and_requests(http: str) -> np.ndarray:
+    totals = {name: float(value) for name, _, value in server_samples(http)}
+    return np.array([totals["process_cpu_seconds_total"], totals["nv_inference_request_success"]])
 
 
 def _join_us(spec: ModelSpec, ids: np.ndarray, path: Path) -> float:

@@ -38,7 +38,7 @@ from xlarank.compiler import random_requests
 from xlarank.host import Gatherer, Segment
 from xlarank.spec import Bucket, ModelSpec, RankRequest
 
-__all__ = ["closed_loop", "measure", "serving"]
+__all__ = ["closed_loop", "measure", "server_samples", "serving"]
 
 NUM_CANDIDATES = 500
 BUCKET = Bucket(512, 1)
@@ -46,7 +46,7 @@ BUCKET = Bucket(512, 1)
 _NUM_REQUESTS = 16
 _WARM_SECONDS = 0.5
 
-_SAMPLE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)  # of Prometheus text: name, labels, value
+_SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)  # of Prometheus text: name, labels, value
 
 
 def measure(bundle: Path, *, turns: int, seconds: float, outstanding: int) -> dict[str, Any]:
@@ -139,9 +139,14 @@ def serving(repository: Path, cache: Path, *options: object) -> Iterator[dict[st
         process.communicate(timeout=60)
 
 
-def _server_means(http: str) -> dict[str, float]:
+def server_samples(http: str) -> list[tuple[str, str, str]]:
+    """Name, labels and value of every sample of a server's metrics."""
     with urllib.request.urlopen(f"http://{http}/metrics") as response:
-        samples = _SAMPLE.findall(response.read().decode())
+        return _SAMPLE.findall(response.read().decode())
+
+
+def _server_means(http: str) -> dict[str, float]:
+    samples = server_samples(http)
     totals = {name: float(value) for name, _, value in samples}  # one model: one sample a name, but buckets'
     buckets = {labels for name, labels, _ in samples if name == "xlarank_bucket_batches_total"}
     if not all(f'bucket="{BUCKET}"' in labels for labels in buckets):
