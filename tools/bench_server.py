@@ -38,7 +38,7 @@ from xlarank.compiler import random_requests
 from xlarank.host import Gatherer, Segment
 from xlarank.spec import Bucket, ModelSpec, RankRequest
 
-__all__ = ["measure"]
+__all__ = ["closed_loop", "measure", "server_samples", "serving"]
 
 NUM_CANDIDATES = 500
 BUCKET = Bucket(512, 1)
@@ -46,7 +46,7 @@ BUCKET = Bucket(512, 1)
 _NUM_REQUESTS = 16
 _WARM_SECONDS = 0.5
 
-_SAMPLE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)  # of Prometheus text: name, labels, value
+_SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)  # of Prometheus text: name, labels, value
 
 
 def measure(bundle: Path, *, turns: int, seconds: float, outstanding: int) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def measure(bundle: Path, *, turns: int, seconds: float, outstanding: int) -> di
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ready = stack.enter_context(_serving(bundle.parents[1], folder))
+        ready = stack.enter_context(serving(bundle.parents[1], folder))
         executable = stack.enter_context(_Worker("executable", bundle, str(folder)))
         client = stack.enter_context(_Worker("client", bundle, ready["grpc"], str(outstanding)))
         np.testing.assert_allclose(client.first, executable.first, rtol=0, atol=1e-6)
@@ -123,10 +123,10 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _serving(repository: Path, cache: Path) -> Iterator[dict[str, Any]]:
-    """The server as a user starts it; yields its ready line."""
+def serving(repository: Path, cache: Path, *options: object) -> Iterator[dict[str, Any]]:
+    """The server as a user starts it, on one device; yields its ready line."""
     words = ["serve", str(repository), "--port", "0", "--http-port", "0", "--devices", "1", "--json"]
-    command = [sys.executable, "-m", "xlarank.cli", *words, "--compile-cache", str(cache)]
+    command = [sys.executable, "-m", "xlarank.cli", *words, "--compile-cache", str(cache), *map(str, options)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -139,9 +139,14 @@ def _serving(repository: Path, cache: Path) -> Iterator[dict[str, Any]]:
         process.communicate(timeout=60)
 
 
-def _server_means(http: str) -> dict[str, float]:
+def server_samples(http: str) -> list[tuple[str, str, str]]:
+    """Name, labels and value of every sample of a server's metrics."""
     with urllib.request.urlopen(f"http://{http}/metrics") as response:
-        samples = _SAMPLE.findall(response.read().decode())
+        return _SAMPLE.findall(response.read().decode())
+
+
+def _server_means(http: str) -> dict[str, float]:
+    samples = server_samples(http)
     totals = {name: float(value) for name, _, value in samples}  # one model: one sample a name, but buckets'
     buckets = {labels for name, labels, _ in samples if name == "xlarank_bucket_batches_total"}
     if not all(f'bucket="{BUCKET}"' in labels for labels in buckets):
@@ -197,7 +202,7 @@ def _be_the_client(bundle_folder: Path, address: str, outstanding: int) -> None:
         answer = messages.ModelInferResponse.FromString(infer(encoded[0]))
         print(json.dumps(np.frombuffer(answer.raw_output_contents[0], "<f4").tolist()), flush=True)
         for line in sys.stdin:
-            print(json.dumps(_closed_loop(infer, encoded, outstanding, float(line))), flush=True)
+            print(json.dumps(closed_loop(infer, encoded, outstanding, float(line))), flush=True)
 
 
 def _encode(spec: ModelSpec, request: RankRequest) -> bytes:
@@ -206,7 +211,7 @@ def _encode(spec: ModelSpec, request: RankRequest) -> bytes:
     return message.SerializeToString()
 
 
-def _closed_loop(infer: Any, encoded: list[bytes], outstanding: int, seconds: float) -> float:
+def closed_loop(infer: Any, encoded: list[bytes], outstanding: int, seconds: float) -> float:
     """Answers a second, counted from the first answer after warming up to the last one."""
     begin = time.perf_counter() + _WARM_SECONDS
     answered: list[float] = []

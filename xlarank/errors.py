@@ -7,7 +7,7 @@
     │   └── ModelNotFoundError no such model or version
     ├── ModelError             the compiler refuses a model
     │   └── VerifyError        its compiled scores leave the tolerance
-    ├── BundleError            a bundle is damaged, truncated or of an unknown format
+    ├── BundleError            a bundle or feature file is damaged, truncated or of an unknown format
     ├── BucketError            no compiled bucket fits; a bug of ours, requests are planned before
     └── UnavailableError       the engine is loading, draining or closed
 
@@ -44,7 +44,7 @@ class VerifyError(ModelError):
 
 
 class BundleError(XlarankError):
-    """A bundle is damaged, truncated or of an unknown format version."""
+    """A bundle or feature file is damaged, truncated or of an unknown format version."""
 
 
 class BucketError(XlarankError):

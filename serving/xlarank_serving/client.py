@@ -12,6 +12,7 @@ import numpy as np
 
 from xlarank.errors import FeatureError, RequestError, UnavailableError
 from xlarank.spec import (
+    CANDIDATE_IDS,
     Column,
     Combiner,
     FeatureKind,
@@ -23,6 +24,7 @@ from xlarank.spec import (
     TableSpec,
     TaskSpec,
     ValueType,
+    check_candidate_ids,
 )
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.encoding import add_inputs
@@ -35,6 +37,9 @@ _DTYPES = {"FP32": ValueType.FLOAT32, "INT64": ValueType.INT64, "BYTES": ValueTy
 
 _TABLE = "ids"
 
+_STAND_IN = "stand_in"
+"""Candidate feature of the spec of a request that sends none; with underscores behind if a model has it."""
+
 
 class RankingClient:
     """Scores candidates on a server. Any thread; a context manager.
@@ -43,6 +48,7 @@ class RankingClient:
 
         with RankingClient("localhost:8001") as client:
             scores = client.score("feed", {"age": 31.0, "video": [5, 8, 13]})
+            scores = client.score("feed", {"age": 31.0}, candidate_ids=[5, 8, 13])  # with a feature store
     """
 
     def __init__(self, address: str, *, timeout: float | None = 60.0) -> None:
@@ -72,6 +78,7 @@ class RankingClient:
         model_name: str,
         features: Mapping[str, Any],
         *,
+        candidate_ids: Any = None,
         version: str | int = "",
         timeout: float | None = None,
         packed: bool = False,
@@ -82,6 +89,8 @@ class RankingClient:
           model_name: a model of the server.
           features: a value for each feature by name, as `RankRequest` takes them; one that the model has
             a default for may be left out or None.
+          candidate_ids: [N] integers, for a model that is served with a feature store: candidate features
+            that are left out come from there, those that are given go before.
           version: a version of it; the latest ready one by default.
           timeout: seconds; the client's by default.
           packed: sends the features of a scope in one tensor a type; saves the server time from some
@@ -98,8 +107,9 @@ class RankingClient:
         """
         key = (model_name, str(version))
         message = messages.ModelInferRequest(model_name=model_name, model_version=str(version))
-        model, request = self._request(key, features, timeout)
-        add_inputs(message, model, request, packed=packed)
+        ids = None if candidate_ids is None else check_candidate_ids(candidate_ids)
+        model, request = self._request(key, features, ids, timeout)
+        add_inputs(message, model, request, packed=packed, candidate_ids=ids)
         try:
             response = self._call("ModelInfer", message, timeout)
         except RequestError:
@@ -150,16 +160,20 @@ class RankingClient:
         self.close()
 
     def _request(
-        self, key: tuple[str, str], features: Mapping[str, Any], timeout: float | None
+        self,
+        key: tuple[str, str],
+        features: Mapping[str, Any],
+        ids: np.ndarray | None,
+        timeout: float | None,
     ) -> tuple[ModelSpec, RankRequest]:
         inputs = self._inputs.get(key)
         if inputs is not None:
             with contextlib.suppress(FeatureError):  # what is known may be of an older version
-                return inputs.spec, inputs.request(features)
+                return inputs.spec, inputs.request(features, ids)
         name, version = key
         inputs = _ModelInputs(self.metadata(name, version=version, timeout=timeout))
         self._inputs[key] = inputs
-        return inputs.spec, inputs.request(features)
+        return inputs.spec, inputs.request(features, ids)
 
     def _call(self, name: str, request: Any, timeout: float | None) -> Any:
         try:
@@ -177,31 +191,48 @@ class _ModelInputs:
         features = [
             _feature(tensor.name, tensor.datatype, shapes)
             for tensor in metadata.inputs
-            if not tensor.name.endswith(LENGTHS_SUFFIX)
+            if not tensor.name.endswith(LENGTHS_SUFFIX) and tensor.name != CANDIDATE_IDS
         ]
+        self._takes_ids = CANDIDATE_IDS in shapes
         tasks = tuple(TaskSpec(name=f"task_{i}", output=o.name) for i, o in enumerate(metadata.outputs))
         self.spec = _spec(metadata.name, features, tasks)
         self._spec_of_some = functools.lru_cache(maxsize=64)(self._build_spec_of_some)
 
-    def request(self, features: Mapping[str, Any]) -> RankRequest:
-        """The features that are given, in the form that RankRequest gives them; the server checks values."""
+    def request(self, features: Mapping[str, Any], ids: np.ndarray | None) -> RankRequest:
+        """The features that are given, in the form that RankRequest gives them; the server checks values.
+
+        Without candidate features it has one in their stead that isn't the model's.
+        """
         given = {name: value for name, value in features.items() if value is not None}
         if unknown := sorted(set(features) - set(self.spec.feature_by_name)):
             raise FeatureError(
                 f"model {self.spec.name!r} has no feature {unknown[0]!r}; "
                 f"it has {list(self.spec.feature_by_name)}"
             )
-        return RankRequest(self._spec_of_some(frozenset(given)), given, check=_accept)
+        if ids is not None and not self._takes_ids:
+            raise FeatureError(
+                f"model {self.spec.name!r}: got candidate_ids, but it is served without a feature store"
+            )
+        spec = self._spec_of_some(frozenset(given), ids is not None)
+        return RankRequest(spec, given, num_candidates=None if ids is None else len(ids), check=_accept)
 
-    def _build_spec_of_some(self, given: frozenset[str]) -> ModelSpec:
-        if not any(feature.name in given for feature in self.spec.candidate_features):
+    def _build_spec_of_some(self, given: frozenset[str], has_ids: bool) -> ModelSpec:
+        some = [feature for feature in self.spec.features if feature.name in given]
+        if all(feature.is_context for feature in some):
+            if has_ids:
+                return _spec(self.spec.name, [*some, self._stand_in()], self.spec.tasks)
             names = [feature.name for feature in self.spec.candidate_features]
             raise FeatureError(
                 f"model {self.spec.name!r}: expected at least one of the candidate features {names}, got "
                 f"none; the number of candidates is unknown"
             )
-        some = [feature for feature in self.spec.features if feature.name in given]
         return _spec(self.spec.name, some, self.spec.tasks)
+
+    def _stand_in(self) -> FeatureSpec:
+        name = _STAND_IN
+        while name in self.spec.feature_by_name:
+            name += "_"
+        return FeatureSpec(name=name, kind=FeatureKind.DENSE, scope=Scope.CANDIDATE, default=0.0)
 
 
 def _spec(name: str, features: Sequence[FeatureSpec], tasks: tuple[TaskSpec, ...]) -> ModelSpec:

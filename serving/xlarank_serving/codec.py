@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from xlarank.errors import FeatureError, RequestError
-from xlarank.host import split_bytes_tensor
-from xlarank.spec import ContentCheck, ModelSpec, Ragged, RankRequest, Scope, StringColumn
+from xlarank.host import FeatureStore, split_bytes_tensor
+from xlarank.spec import CANDIDATE_IDS, ContentCheck, ModelSpec, Ragged, RankRequest, Scope, StringColumn
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.layout import (
+    CANDIDATE_IDS_INPUT,
     LENGTHS_SUFFIX,
     WireInput,
     feature_inputs,
@@ -65,20 +66,33 @@ class ModelCodec:
       spec: the model.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, features: FeatureStore | None = None) -> None:
+        """
+        Args:
+          spec: the model.
+          features: gives the candidate features of requests that bring ids; None for none.
+        """
         self.spec = spec
-        self._feature_inputs = list(feature_inputs(spec))
-        self._inputs = {i.name: i for i in [*self._feature_inputs, *packed_inputs(spec)]}
+        self._features = features
+        self._listed_inputs = list(feature_inputs(spec))
+        if features is not None:
+            self._listed_inputs.append(CANDIDATE_IDS_INPUT)
+        self._inputs = {i.name: i for i in [*self._listed_inputs, *packed_inputs(spec)]}
+        self._plain_names = frozenset(f.name for f in spec.features if not f.is_ragged)
+        self._ragged_names = [f.name for f in spec.features if f.is_ragged]
         self._floats = {scope: float_features(spec, scope) for scope in Scope}
         self._ids = {scope: id_features(spec, scope) for scope in Scope}
         self._task_of_output = {task.output: task.name for task in spec.tasks}
 
     def metadata(self, versions: Sequence[int]) -> messages.ModelMetadataResponse:
-        """Per-feature inputs and the outputs; `versions` are those that are ready."""
+        """Per-feature inputs and the outputs; `versions` are those that are ready.
+
+        Inputs that end in `candidate_ids` say that a store is loaded, and candidate features are optional.
+        """
         response = messages.ModelMetadataResponse(
             name=self.spec.name, versions=[str(version) for version in versions], platform="xlarank"
         )
-        for wire in self._feature_inputs:
+        for wire in self._listed_inputs:
             response.inputs.add(name=wire.name, datatype=wire.datatype, shape=wire.metadata_shape)
         for output in self._task_of_output:
             response.outputs.add(name=output, datatype="FP32", shape=[-1])
@@ -113,7 +127,13 @@ class ModelCodec:
         Raises:
           FeatureError: names the feature or input, what was expected and what came.
         """
-        return RankRequest(self.spec, self._features(self._arrays(request)), check=check)
+        arrays = self._arrays(request)
+        ids, values = arrays.get(CANDIDATE_IDS), self._values(arrays)
+        if ids is None:
+            return RankRequest(self.spec, values, check=check)
+        assert self._features is not None  # else the input would be unknown
+        joined = self._features.join(ids, values)
+        return RankRequest(self.spec, joined, num_candidates=len(ids), check=check)
 
     def encode_response(
         self,
@@ -150,7 +170,7 @@ class ModelCodec:
             if wire is None:
                 raise FeatureError(
                     f"model {self.spec.name!r} has no input {tensor.name!r}; "
-                    f"it has {[i.name for i in self._feature_inputs]}"
+                    f"it has {[i.name for i in self._listed_inputs]}"
                 )
             if tensor.name in arrays:
                 raise FeatureError(f"{wire.where}: expected once, got it again as input {position}")
@@ -176,20 +196,21 @@ class ModelCodec:
             )
         return arrays
 
-    def _features(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    def _values(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """Values by feature name."""
-        features: dict[str, Any] = {}
-        for feature in self.spec.features:
-            name, lengths_name = feature.name, feature.name + LENGTHS_SUFFIX
-            if feature.is_ragged and (name in arrays) != (lengths_name in arrays):
+        features: dict[str, Any] = {
+            name: values for name, values in arrays.items() if name in self._plain_names
+        }
+        for name in self._ragged_names:
+            lengths_name = name + LENGTHS_SUFFIX
+            if (name in arrays) != (lengths_name in arrays):
                 came, missing = (name, lengths_name) if name in arrays else (lengths_name, name)
                 raise FeatureError(
                     f"feature {name!r}: expected input {missing!r} beside input {came!r}, got none; "
                     f"it is {self._inputs[missing].expected}"
                 )
             if name in arrays:
-                values = arrays[name]
-                features[name] = Ragged(values, arrays[lengths_name]) if feature.is_ragged else values
+                features[name] = Ragged(arrays[name], arrays[lengths_name])
         for scope in Scope:
             packed = self._packed_floats(scope, arrays) | self._packed_ids(scope, arrays)
             if twice := [name for name in packed if name in features]:

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from xlarank.spec import Column, FeatureSpec, ModelSpec, Ragged, RankRequest, Scope, StringColumn
+from xlarank.spec import (
+    CANDIDATE_IDS,
+    Column,
+    FeatureSpec,
+    ModelSpec,
+    Ragged,
+    RankRequest,
+    Scope,
+    StringColumn,
+)
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.layout import LENGTHS_SUFFIX, float_features, id_features
 
@@ -16,19 +25,29 @@ _DATATYPES = {np.dtype(np.float32): "FP32", np.dtype(np.int32): "INT32", np.dtyp
 
 
 def add_inputs(
-    message: messages.ModelInferRequest, model: ModelSpec, request: RankRequest, *, packed: bool = False
+    message: messages.ModelInferRequest,
+    model: ModelSpec,
+    request: RankRequest,
+    *,
+    packed: bool = False,
+    candidate_ids: np.ndarray | None = None,
 ) -> None:
     """Appends the features of a request to a message, raw.
 
     Args:
       message: gets inputs and raw_input_contents.
       model: all features of the model.
-      request: its spec holds the features to send, all of the model or some.
+      request: its spec holds the features to send, all of the model or some; what the model doesn't have
+        isn't sent.
       packed: float32 and int64 features travel together, a scope's in one tensor each, if none of them is
         left out; strings by name.
+      candidate_ids: [N] int64, for a server with a feature store; None for none.
     """
     features = request.spec.features
     columns = dict(zip([feature.name for feature in features], request.columns, strict=True))
+    columns = {name: column for name, column in columns.items() if name in model.feature_by_name}
+    if candidate_ids is not None:
+        _add(message, CANDIDATE_IDS, candidate_ids)
     if packed:
         for name, array in _packed(model, columns):
             _add(message, name, array)

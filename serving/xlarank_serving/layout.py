@@ -17,6 +17,9 @@ Packed, per scope, for models with hundreds of features:
 Both follow the order of the ModelSpec, which is the order of ModelMetadata's inputs. A packed tensor holds
 all features of its group; strings travel beside by name. The two forms may be mixed as long as no feature
 comes twice. FP64 does for FP32 and INT32 for INT64 values; they are converted.
+
+A model that is served with a feature store has one more, `candidate_ids` INT64 [N]: a request that brings it
+may leave out candidate features, which then come from the store.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ import enum
 import functools
 from collections.abc import Iterator
 
-from xlarank.spec import FeatureSpec, ModelSpec, Scope, ValueType
+from xlarank.spec import CANDIDATE_IDS, FeatureSpec, ModelSpec, Scope, ValueType
 
 __all__ = [
+    "CANDIDATE_IDS_INPUT",
     "LENGTHS_SUFFIX",
     "SERVICE_NAME",
     "Role",
@@ -65,6 +69,9 @@ class Role(enum.Enum):
     PACKED_DENSE = enum.auto()
     PACKED_VALUES = enum.auto()
     PACKED_LENGTHS = enum.auto()
+
+    CANDIDATE_IDS = enum.auto()
+    """Ids of the candidates, whose features a store has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +112,12 @@ class WireInput:
         if shape == self.forms[0]:  # a context's: half the tensors of many models
             return True
         return any(_matches(shape, form) for form in self.forms)
+
+
+CANDIDATE_IDS_INPUT = WireInput(
+    CANDIDATE_IDS, "INT64", (("N",),), Role.CANDIDATE_IDS, Scope.CANDIDATE, f"input {CANDIDATE_IDS!r}"
+)
+"""Of models that are served with a feature store: features that a request leaves out come from there."""
 
 
 def float_features(spec: ModelSpec, scope: Scope) -> tuple[FeatureSpec, ...]:

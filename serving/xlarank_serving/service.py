@@ -13,6 +13,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from xlarank.errors import RequestError, UnavailableError
+from xlarank.host import FeatureStore
 from xlarank.spec import ContentCheck, ModelSpec, RankRequest
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.codec import ModelCodec
@@ -37,6 +38,9 @@ class Engine(Protocol):
 
     @property
     def version(self) -> int: ...
+
+    @property
+    def features(self) -> FeatureStore | None: ...
 
     @property
     def check(self) -> ContentCheck: ...
@@ -183,7 +187,7 @@ class InferenceService:
     def _codec(self, engine: Engine) -> ModelCodec:
         codec = self._codecs.get(engine)
         if codec is None:
-            codec = self._codecs[engine] = ModelCodec(engine.spec)
+            codec = self._codecs[engine] = ModelCodec(engine.spec, engine.features)
         return codec
 
 

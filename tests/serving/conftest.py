@@ -61,6 +61,7 @@ class FakeEngine:
         self.requests = []
         self.held = None  # a list of (future, request) while holding
         self.error = None
+        self.features = None  # a FeatureStore, for requests by candidate id
 
     def submit(self, request):
         future = concurrent.futures.Future()

@@ -19,6 +19,7 @@ __all__ = ["add_parser", "run"]
 _EPILOG = """\
 example:
   xlarank serve /models --devices 2 --host 0.0.0.0
+  xlarank serve /models --features /data/feed.features
 
 When every model is ready it prints one line, "ready: grpc HOST:PORT http HOST:PORT models NAME/VERSION ..."
 (with --json an object with these keys), and serves until SIGTERM or SIGINT; then it takes no more requests,
@@ -65,6 +66,24 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--allow-reference-gather", action="store_true", help="serve without the native kernel, slowly"
     )
+    parser.add_argument(
+        "--features",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="candidate features by id, of `xlarank features build`; once for each model that has some",
+    )
+    parser.add_argument(
+        "--feature-misses",
+        choices=["error", "default", "fetch"],
+        default="error",
+        help="what becomes of ids that aren't there: refused, defaults, or (fetch) read from the file into a "
+        "cache in memory (%(default)s)",
+    )
+    parser.add_argument(
+        "--feature-memory", type=int, metavar="BYTES", help="most bytes of the cache of fetch (1 GiB)"
+    )
     parser.add_argument("--threads", type=int, default=64, help="requests worked on at a time (%(default)s)")
     parser.add_argument(
         "--grace", type=float, default=30.0, metavar="SECONDS", help="longest stop (%(default)s)"
@@ -82,7 +101,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from xlarank_serving.admin import AdminServer
     from xlarank_serving.server import RankingServer, ServerConfig, stop_on_signals
 
-    from xlarank.runtime import Metrics, ModelRepository
+    from xlarank.host import MissPolicy
+    from xlarank.runtime import FeatureOptions, Metrics, ModelRepository
 
     args.host = args.host.removeprefix("[").removesuffix("]")
     config = ServerConfig(
@@ -92,6 +112,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         num_threads=args.threads,
         grace_seconds=args.grace,
     )
+    misses = MissPolicy(args.feature_misses)
+    features = [
+        FeatureOptions(path=path, misses=misses, memory_bytes=args.feature_memory) for path in args.features
+    ]
     for what, port in (("grpc", args.port), ("http", args.http_port)):
         _check_free(what, args.host, port)
     if args.admin_port is not None:
@@ -107,6 +131,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             table_memory=args.table_memory,
             allow_reference_gather=args.allow_reference_gather,
             metrics=metrics,
+            features=features,
             on_progress=lambda step: print(f"loading {step}", file=sys.stderr, flush=True),
             on_table_bytes=on_table_bytes,
         )

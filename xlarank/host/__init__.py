@@ -1,6 +1,10 @@
 """CPU work per request: tables, preprocessing, hashing, gather. The native kernel is in native/."""
 
 from xlarank.host._extension import native_available
+from xlarank.host.feature_file import FeatureFile, FeatureFileWriter
+from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_features
+from xlarank.host.feature_source import FeatureRows, FeatureSource, FileSource
+from xlarank.host.feature_store import FeatureStore, FeatureStoreStats, MissPolicy
 from xlarank.host.gather import BoundRequest, Gatherer, Segment
 from xlarank.host.hashing import hash_int64, hash_strings
 from xlarank.host.memory import HugePages, TableMemory, huge_empty
@@ -11,13 +15,23 @@ from xlarank.host.tables import HostTable, aligned_empty
 
 __all__ = [
     "BoundRequest",
+    "FeatureFile",
+    "FeatureFileWriter",
+    "FeatureRows",
+    "FeatureSchema",
+    "FeatureSource",
+    "FeatureStore",
+    "FeatureStoreStats",
+    "FileSource",
     "Gatherer",
     "HostTable",
     "HugePages",
+    "MissPolicy",
     "Segment",
     "TableMemory",
     "aligned_empty",
     "check_tables",
+    "checked_columns",
     "decode_rows",
     "encode_rows",
     "hash_int64",
@@ -25,6 +39,7 @@ __all__ = [
     "huge_empty",
     "model_inputs",
     "native_available",
+    "select_features",
     "split_bytes_tensor",
     "to_dense",
     "to_rows",

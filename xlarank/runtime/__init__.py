@@ -2,6 +2,7 @@
 
 from xlarank.runtime.batcher import Batch, Batcher, Part
 from xlarank.runtime.engine import Engine
+from xlarank.runtime.features import FeatureOptions
 from xlarank.runtime.lifecycle import ModelRepository
 from xlarank.runtime.loading import LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics
@@ -12,6 +13,7 @@ __all__ = [
     "Batcher",
     "DevicePool",
     "Engine",
+    "FeatureOptions",
     "LoadReport",
     "Metrics",
     "ModelMetrics",

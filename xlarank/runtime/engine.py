@@ -16,14 +16,14 @@ import numpy as np
 from xlarank import device
 from xlarank.bundle import Verify, open_bundle, resolve_bundle
 from xlarank.errors import ConfigError, RequestError, UnavailableError
-from xlarank.host import BoundRequest, Gatherer, Segment, TableMemory
+from xlarank.host import BoundRequest, FeatureStore, Gatherer, Segment, TableMemory
 from xlarank.runtime.batcher import Batch, Batcher, Part
 from xlarank.runtime.loading import Loader, LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pool import DevicePool, Job
 from xlarank.runtime.table_versions import TableVersion, TableVersions
 from xlarank.runtime.tables import TableBytes
-from xlarank.spec import BucketLadder, Column, LatencyProfile, ModelSpec, RankRequest
+from xlarank.spec import BucketLadder, Column, LatencyProfile, ModelSpec, RankRequest, check_candidate_ids
 
 __all__ = ["Engine"]
 
@@ -72,6 +72,7 @@ class Engine:
       profile: measured seconds a bucket, of the slowest device.
       load_report: what loading did and how long each step took.
       metrics: counters of this model and version.
+      features: gives the candidate features of requests that name candidates by id; None without a store.
     """
 
     @classmethod
@@ -87,6 +88,7 @@ class Engine:
         backend: str = "auto",
         pool: DevicePool | None = None,
         metrics: Metrics | None = None,
+        features: FeatureStore | None = None,
         on_progress: Callable[[str], None] | None = None,
         on_table_bytes: TableBytes | None = None,
     ) -> Engine:
@@ -107,13 +109,14 @@ class Engine:
           backend: of the gather: "native", "numpy" or "auto".
           pool: device threads to share with other engines; its own by default.
           metrics: registry to count in; its own by default.
+          features: candidate features by id, made for this model's spec; it may outlive the engine.
           on_progress: told each step in words.
           on_table_bytes: told the bytes of tables read so far, and of how many.
 
         Raises:
           BundleError: if the bundle is damaged, truncated or of an unknown format.
           VerifyError: if its golden requests get other scores here.
-          ConfigError: for devices, memory or options that can't be had.
+          ConfigError: for devices, memory or options that can't be had, or a store made for another spec.
         """
         if table_memory is not None:
             table_memory = TableMemory.named(table_memory)
@@ -133,10 +136,17 @@ class Engine:
             on_progress=on_progress,
             on_table_bytes=on_table_bytes,
         )
-        return cls(loader, pool, metrics or Metrics())
+        return cls(loader, pool, metrics or Metrics(), features)
 
-    def __init__(self, loader: Loader, pool: DevicePool | None, metrics: Metrics) -> None:
+    def __init__(
+        self, loader: Loader, pool: DevicePool | None, metrics: Metrics, features: FeatureStore | None
+    ) -> None:
         """Use `load`."""
+        if features is not None and features.spec != loader.spec:
+            raise ConfigError(
+                f"model {loader.spec.name!r}: expected a feature store made for its spec, got one made for "
+                f"another spec, of model {features.spec.name!r}"
+            )
         loaded = loader.load()
         self._num_open = 0  # guarded by _idle: requests accepted and not yet answered
         self._is_open = True  # guarded by _idle; moves one way
@@ -147,7 +157,10 @@ class Engine:
         self.profile: LatencyProfile = loaded.profile
         self.load_report: LoadReport = loaded.report
         self.metrics: ModelMetrics = metrics.model(
-            self.spec.name, self.version, pending=lambda: self._num_open
+            self.spec.name,
+            self.version,
+            pending=lambda: self._num_open,
+            features=None if features is None else features.stats,
         )
         self._table_check = loaded.table_check
         huge_pages = loaded.report.huge_pages
@@ -158,6 +171,7 @@ class Engine:
         )
         self._table_versions = TableVersions(table.name for table in self.spec.tables if table.updatable)
         self.metrics.set_table_versions(self._table_versions.now)
+        self.features = features
         self._compiles = device.CompileCounter()
         self._gatherer: Gatherer = loaded.gatherer
         self._replicas = loaded.replicas
@@ -186,9 +200,33 @@ class Engine:
         """The `ContentCheck` to make requests with: as strict as the default one, at native speed."""
         self._gatherer.check(spec, columns)
 
-    def request(self, features: Mapping[str, object]) -> RankRequest:
-        """Makes a request for this model; see `RankRequest`."""
-        return RankRequest(self.spec, features, check=self._gatherer.check)
+    def request(self, features: Mapping[str, object], *, candidate_ids: object = None) -> RankRequest:
+        """Makes a request for this model; see `RankRequest`.
+
+        Args:
+          features: values by name.
+          candidate_ids: [N] int64; candidate features that `features` lacks then come from the feature store.
+
+        Raises:
+          FeatureError: for values that a request can't have, or ids that the store doesn't have.
+          ConfigError: for ids without a store.
+        """
+        if candidate_ids is None:
+            return RankRequest(self.spec, features, check=self._gatherer.check)
+        ids = check_candidate_ids(candidate_ids)
+        joined = self._store().join(ids, features)
+        return RankRequest(self.spec, joined, num_candidates=len(ids), check=self._gatherer.check)
+
+    def update_features(self, ids: object, features: Mapping[str, object]) -> None:
+        """Puts rows into the feature store: every request made after this returns sees them.
+
+        See `FeatureStore.update`. ConfigError without a store.
+        """
+        self._store().update(ids, features)
+
+    def remove_features(self, ids: object) -> int:
+        """Takes rows out of the feature store; returns how many there were. See `FeatureStore.remove`."""
+        return self._store().remove(ids)
 
     def submit(self, request: RankRequest) -> Future[dict[str, np.ndarray]]:
         """Queues a request.
@@ -280,6 +318,13 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _store(self) -> FeatureStore:
+        if self.features is None:
+            raise ConfigError(
+                f"model {self.spec.name!r} was loaded without a feature store; give Engine.load one"
+            )
+        return self.features
 
     def next_job(self, device_index: int) -> Job | None:
         """For the pool, under its lock; see `Workload`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from xlarank import device
@@ -11,6 +11,7 @@ from xlarank.bundle import Verify, list_versions, open_bundle
 from xlarank.errors import ConfigError, ModelNotFoundError, UnavailableError
 from xlarank.host import TableMemory, native_available
 from xlarank.runtime.engine import Engine
+from xlarank.runtime.features import FeatureOptions, stores_by_model
 from xlarank.runtime.metrics import Metrics
 from xlarank.runtime.pool import DevicePool
 from xlarank.runtime.tables import TableBytes
@@ -33,6 +34,7 @@ class ModelRepository:
         table_memory: TableMemory | str | None = None,
         allow_reference_gather: bool = False,
         metrics: Metrics | None = None,
+        features: Sequence[FeatureOptions] = (),
         on_progress: Callable[[str], None] | None = None,
         on_table_bytes: TableBytes | None = None,
     ) -> ModelRepository:
@@ -43,11 +45,12 @@ class ModelRepository:
           num_devices, host_threads, compile_cache, use_bundle_code, table_memory, metrics, on_progress,
             on_table_bytes: see `Engine.load`.
           allow_reference_gather: serve without the native kernel, slowly.
+          features: feature files to open, each for the model that it was built for.
 
         Raises:
-          ConfigError: if the folder holds no bundle, the native kernel isn't built, or memory doesn't
-            suffice.
-          BundleError: if a bundle is damaged.
+          ConfigError: if the folder holds no bundle, the native kernel isn't built, memory doesn't suffice, or
+            a feature file is of no model here or of other features than the model's.
+          BundleError: if a bundle or a feature file is damaged.
           VerifyError: if a bundle's golden requests get other scores here.
         """
         if not native_available() and not allow_reference_gather:
@@ -68,15 +71,16 @@ class ModelRepository:
                 f"repository {root}: expected bundles as <model>/<version>, found none; "
                 f"`xlarank compile` writes them"
             )
+        stores = stores_by_model(features, versions)
         device.configure(num_devices=num_devices, compile_cache=compile_cache)
         pool = DevicePool(len(device.devices(num_devices)))
         repository = cls(pool)
         try:
             for model, version in sorted(versions.items()):
-                name = open_bundle(root / model / str(version), verify=Verify.SIZES).spec.name
-                if name != model:
+                spec = open_bundle(root / model / str(version), verify=Verify.SIZES).spec
+                if spec.name != model:
                     raise ConfigError(
-                        f"repository {root}: folder {model!r} holds model {name!r}; clients ask by "
+                        f"repository {root}: folder {model!r} holds model {spec.name!r}; clients ask by "
                         f"folder and metrics count by name, so the two must be equal"
                     )
                 repository._engines[model] = Engine.load(
@@ -86,6 +90,7 @@ class ModelRepository:
                     table_memory=table_memory,
                     pool=pool,
                     metrics=metrics,
+                    features=stores[model](spec) if model in stores else None,
                     on_progress=on_progress,
                     on_table_bytes=on_table_bytes,
                 )

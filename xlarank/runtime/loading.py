@@ -16,7 +16,7 @@ from xlarank.errors import VerifyError
 from xlarank.host import Gatherer, HugePages, TableMemory
 from xlarank.runtime.table_check import TableCheck
 from xlarank.runtime.tables import LoadedTables, TableBytes, load_tables
-from xlarank.spec import BucketLadder, LatencyProfile
+from xlarank.spec import BucketLadder, LatencyProfile, ModelSpec
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
     from jaxlib._jax import Device
@@ -90,6 +90,11 @@ class Loader:
         self._on_progress = on_progress
         self._on_table_bytes = on_table_bytes
         self._seconds: dict[str, float] = {}
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Of the bundle."""
+        return self._bundle.spec
 
     def load(self) -> LoadedModel:
         """Reads or maps tables, compiles, replays the golden requests on every device and bucket, times them.

@@ -28,11 +28,22 @@
     xlarank_table_updated_rows_total        rows that they wrote, by `table`
     xlarank_table_age_seconds               since the last of them, or since the load, by `table`
     xlarank_table_huge_page_bytes           bytes of them that lay in huge pages when they were loaded
+
+Of models that are served with a feature store, see `FeatureStoreStats`:
+
+    xlarank_feature_store_rows              candidates that a lookup finds
+    xlarank_feature_store_bytes             memory of what was put in; a file's pages are not counted
+    xlarank_feature_store_hits_total        candidates looked up and found
+    xlarank_feature_store_misses_total      candidates looked up and not found
+    xlarank_feature_store_evictions_total   rows that made room for others, or didn't fit
+    xlarank_feature_store_version           updates so far
+    xlarank_feature_store_age_seconds       time since the newest update
 """
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 import re
 import threading
@@ -45,6 +56,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from xlarank.errors import ConfigError
+from xlarank.host import FeatureStoreStats
 from xlarank.runtime.table_versions import TableVersion
 from xlarank.spec import Bucket
 from xlarank.spec.ladder import CANDIDATES_METRIC
@@ -94,6 +106,10 @@ _GAUGES = {
     "xlarank_table_huge_page_bytes",
     "xlarank_table_version",
     "xlarank_table_age_seconds",
+    "xlarank_feature_store_rows",
+    "xlarank_feature_store_bytes",
+    "xlarank_feature_store_version",
+    "xlarank_feature_store_age_seconds",
 }
 
 _OF_TABLES = {
@@ -102,6 +118,16 @@ _OF_TABLES = {
     "xlarank_table_age_seconds": "age_seconds",
 }
 """Series by table: fields of `TableVersion`."""
+
+_STORE_HELP = {
+    "xlarank_feature_store_rows": "Candidates that a lookup in the feature store finds",
+    "xlarank_feature_store_bytes": "Bytes of memory of rows put into the feature store",
+    "xlarank_feature_store_hits_total": "Candidates looked up in the feature store and found",
+    "xlarank_feature_store_misses_total": "Candidates looked up in the feature store and not found",
+    "xlarank_feature_store_evictions_total": "Rows that left the feature store for others, or didn't fit",
+    "xlarank_feature_store_version": "Updates of the feature store so far",
+    "xlarank_feature_store_age_seconds": "Seconds since the newest update of the feature store",
+}
 
 # prometheus_client writes counters' headers with the suffix _total, which Triton's names don't have.
 _TRITON_HEADER = re.compile(r"^(# (?:HELP|TYPE) nv_inference_\w+)_total ", re.MULTILINE)
@@ -115,15 +141,24 @@ class ModelMetrics:
     known too.
     """
 
-    def __init__(self, model: str, version: int, *, pending: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self,
+        model: str,
+        version: int,
+        *,
+        pending: Callable[[], int] = lambda: 0,
+        features: Callable[[], FeatureStoreStats] | None = None,
+    ) -> None:
         """
         Args:
           model: its name.
           version: its version.
           pending: requests submitted and not yet answered; asked at each scrape.
+          features: what its feature store holds and did, asked likewise; None without one.
         """
         self.labels = {"model": model, "version": str(version)}
         self._pending = pending
+        self._features = features
         self._lock = threading.Lock()
         # All below guarded by _lock.
         self._values = dict.fromkeys(_HELP, 0.0)  # by metric name
@@ -249,6 +284,11 @@ class ModelMetrics:
                     yield name, {**self.labels, "bucket": str(bucket)}, count
             else:
                 yield name, self.labels, values[name]
+        if self._features is not None:
+            fields = dataclasses.asdict(self._features())
+            for name in _STORE_HELP:
+                field = name.removeprefix("xlarank_feature_store_").removesuffix("_total")
+                yield name, self.labels, fields[field]
 
     def histograms(self) -> Iterator[tuple[str, list[tuple[str, int]], float]]:
         """Metric name, cumulative counts by upper bound, and sum of what is counted, of one moment."""
@@ -276,9 +316,16 @@ class Metrics(Collector):
         self._models: dict[tuple[str, int], ModelMetrics] = {}  # guarded by _lock
         registry.register(self)
 
-    def model(self, name: str, version: int, *, pending: Callable[[], int] = lambda: 0) -> ModelMetrics:
+    def model(
+        self,
+        name: str,
+        version: int,
+        *,
+        pending: Callable[[], int] = lambda: 0,
+        features: Callable[[], FeatureStoreStats] | None = None,
+    ) -> ModelMetrics:
         """New metrics of a model version; they replace those of an earlier load of the same version."""
-        metrics = ModelMetrics(name, version, pending=pending)
+        metrics = ModelMetrics(name, version, pending=pending, features=features)
         with self._lock:
             self._models[name, version] = metrics
         return metrics
@@ -298,11 +345,12 @@ class Metrics(Collector):
         with self._lock:
             models = list(self._models.values())
         families = {
-            name: Metric(name.removesuffix("_total"), text, _type_of(name)) for name, text in _HELP.items()
+            name: Metric(name.removesuffix("_total"), text, _type_of(name))
+            for name, text in (_HELP | _STORE_HELP).items()
         }
         for name, labels, value in itertools.chain.from_iterable(model.samples() for model in models):
             families[name].add_sample(name, labels, value)
-        yield from families.values()
+        yield from (family for name, family in families.items() if name in _HELP or family.samples)
         for stage in _STAGES:
             help_text = _HELP[f"nv_inference_{stage}_duration_us"].removesuffix(", summed over requests")
             yield self._histogram(f"nv_inference_{stage}_duration_histogram_us", help_text, models)

@@ -6,6 +6,7 @@ numpy and the standard library only.
 from xlarank.spec.buckets import DEFAULT_ROWS, Bucket, BucketLadder
 from xlarank.spec.columns import Column, Ragged, StringColumn, join_columns, take
 from xlarank.spec.features import (
+    CANDIDATE_IDS,
     Combiner,
     FeatureKind,
     FeatureSpec,
@@ -30,11 +31,18 @@ from xlarank.spec.preprocessing import (
     operation_to_dict,
 )
 from xlarank.spec.profile import LatencyProfile
-from xlarank.spec.request import ContentCheck, RankRequest, check_contents
+from xlarank.spec.request import (
+    ContentCheck,
+    RankRequest,
+    check_candidate_ids,
+    check_contents,
+    default_column,
+)
 from xlarank.spec.row_format import RowFormat
 from xlarank.spec.signature import MASK_SUFFIX, REQUEST_OF_ROW, Leaf, Signature, Slot
 
 __all__ = [
+    "CANDIDATE_IDS",
     "DEFAULT_ROWS",
     "MASK_SUFFIX",
     "REQUEST_OF_ROW",
@@ -71,7 +79,9 @@ __all__ = [
     "Tolerance",
     "ValueType",
     "Vocabulary",
+    "check_candidate_ids",
     "check_contents",
+    "default_column",
     "join_columns",
     "operation_from_dict",
     "operation_to_dict",

@@ -26,6 +26,7 @@ from xlarank.spec.preprocessing import (
 from xlarank.spec.row_format import RowFormat
 
 __all__ = [
+    "CANDIDATE_IDS",
     "Combiner",
     "FeatureKind",
     "FeatureSpec",
@@ -39,8 +40,11 @@ __all__ = [
 
 _OUTPUT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,127}")
 
-# `context.lengths` is packed, not the lengths of a feature; the last is an input of the device program.
-_RESERVED_NAMES = ("context", "candidate", "request_of_row")
+CANDIDATE_IDS = "candidate_ids"
+"""The input that names the candidates of a request, whose features a store then gives; never a feature."""
+
+# `context.lengths` is packed, not the lengths of a feature; `request_of_row` is an input of the program.
+_RESERVED_NAMES = ("context", "candidate", "request_of_row", CANDIDATE_IDS)
 
 _INT32 = 2**31
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from xlarank.errors import FeatureError
 from xlarank.spec.columns import Column, Ragged, StringColumn
-from xlarank.spec.features import FeatureSpec, OutOfRange, ValueType
+from xlarank.spec.features import CANDIDATE_IDS, FeatureSpec, OutOfRange, ValueType
 from xlarank.spec.model import ModelSpec
 
-__all__ = ["ContentCheck", "RankRequest", "check_contents"]
+__all__ = ["ContentCheck", "RankRequest", "check_candidate_ids", "check_contents", "default_column"]
 
 
 class RankRequest:
@@ -36,6 +36,7 @@ class RankRequest:
         spec: ModelSpec,
         features: Mapping[str, Any],
         *,
+        num_candidates: int | None = None,
         check: ContentCheck | None = None,
     ) -> None:
         """Checks and holds a request.
@@ -46,6 +47,7 @@ class RankRequest:
             feature takes floats [n] or [n, K_f]; an id takes ints [n], strings [n] or a StringColumn; a
             list or sequence takes a Ragged or a list of n lists. n is 1 for scope context (a bare number
             or string will do) and N for scope candidate. Arrays of the right dtype are not copied.
+          num_candidates: N where candidate ids say it; by default the candidate features do.
           check: looks at the values of columns whose form is right; `check_contents` by default. The
             server passes the native one, which accepts and refuses the same.
 
@@ -66,10 +68,10 @@ class RankRequest:
             for feature in spec.features
         ]
         self.spec = spec
-        self.num_candidates = _num_candidates(spec, columns)
+        self.num_candidates = _num_candidates(spec, columns, num_candidates)
         self.columns: tuple[Column, ...] = tuple(
             [
-                _default_column(feature, 1 if feature.is_context else self.num_candidates)
+                default_column(feature, 1 if feature.is_context else self.num_candidates)
                 if column is None
                 else column
                 for feature, column in zip(spec.features, columns, strict=True)
@@ -86,6 +88,23 @@ class RankRequest:
 
     def __repr__(self) -> str:
         return f"RankRequest(model={self.spec.name!r}, num_candidates={self.num_candidates})"
+
+
+def check_candidate_ids(ids: Any) -> np.ndarray:
+    """Candidate ids as [N] int64, C-contiguous; not copied if they are.
+
+    Raises:
+      FeatureError: for anything but integers of one dimension that int64 holds.
+    """
+    array = ids if isinstance(ids, np.ndarray) else np.asarray(ids)
+    if array.size == 0 and not isinstance(ids, np.ndarray):
+        array = array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or array.dtype == np.uint64:
+        raise FeatureError(
+            f"{CANDIDATE_IDS}: expected int64 ids of shape [N], got {array.dtype} of shape "
+            f"{list(array.shape)}"
+        )
+    return np.ascontiguousarray(array, np.int64)
 
 
 ContentCheck = Callable[[ModelSpec, Sequence[Column]], None]
@@ -255,8 +274,9 @@ def _as_array(feature: FeatureSpec, value: Any, shape: str) -> np.ndarray:
         return np.ascontiguousarray(array, dtype=dtype) if array.ndim else array.astype(dtype)
 
 
-def _num_candidates(spec: ModelSpec, columns: Sequence[Column | None]) -> int:
-    num_candidates, first = None, ""
+def _num_candidates(spec: ModelSpec, columns: Sequence[Column | None], num_candidates: int | None) -> int:
+    """N, after every column was seen to have it; None when only the columns say it."""
+    first = CANDIDATE_IDS
     for feature, column in zip(spec.features, columns, strict=True):
         if column is None:
             if feature.default is None:
@@ -273,11 +293,10 @@ def _num_candidates(spec: ModelSpec, columns: Sequence[Column | None]) -> int:
                     f"so it is sent once a request"
                 )
         elif num_candidates is None:
-            num_candidates, first = rows, feature.name
+            num_candidates, first = rows, f"feature {feature.name!r}"
         elif rows != num_candidates:
             raise FeatureError(
-                f"feature {feature.name!r}: expected {num_candidates} rows, as feature {first!r} has, "
-                f"got {rows}"
+                f"feature {feature.name!r}: expected {num_candidates} rows, as {first} has, got {rows}"
             )
     if num_candidates is None:
         names = [feature.name for feature in spec.candidate_features]
@@ -288,8 +307,8 @@ def _num_candidates(spec: ModelSpec, columns: Sequence[Column | None]) -> int:
     return num_candidates
 
 
-def _default_column(feature: FeatureSpec, num_rows: int) -> Column:
-    """The column of a feature that was left out."""
+def default_column(feature: FeatureSpec, num_rows: int) -> Column:
+    """The column of a feature that was left out: its default in every row; it has one."""
     default: Any = feature.default
     if feature.is_ragged:
         lengths = np.full(num_rows, len(default), np.int32)

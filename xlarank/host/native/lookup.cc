@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "ceiling.h"
-#include "parse.h"
+#include "parsing.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -1,7 +1,6 @@
 // The Python door of the kernel: checks what memory safety needs, points, releases the GIL, calls.
 // Good messages are the Python side's work.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
@@ -14,10 +13,12 @@
 #include <vector>
 
 #include "columns.h"
+#include "features_door.h"
 #include "gather.h"
 #include "hashing.h"
 #include "lookup.h"
-#include "parse.h"
+#include "numpy_arrays.h"
+#include "parsing.h"
 #include "preprocess.h"
 #include "stamps.h"
 #include "vocabulary.h"
@@ -30,14 +31,6 @@ namespace {
 
 // Scans of more values than this leave the GIL to others; for less, taking it back costs more.
 constexpr int64_t kValuesWithGil = 65536;
-
-// A numpy array that owns a vector.
-template <class T>
-nb::object to_numpy(std::vector<T>&& values) {
-  auto* const owned = new std::vector<T>(std::move(values));
-  nb::capsule owner(owned, [](void* pointer) noexcept { delete static_cast<std::vector<T>*>(pointer); });
-  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(owned->data(), {owned->size()}, owner));
-}
 
 Leaf parse_leaf(const nb::tuple& fields) {
   const Scope scope = parse<Scope>(nb::object(fields[0]), "scope", {"context", "candidate"});
@@ -405,6 +398,7 @@ NB_MODULE(_native, module) {
           },
           "blob"_a, "offsets"_a);
 
+  define_features(module);
   nb::class_<BoundColumns>(module, "BoundColumns");
   nb::class_<Kernel>(module, "Kernel")
       .def(nb::init<const nb::list&, const nb::list&, const nb::list&, int, const std::string&>(), "tables"_a,

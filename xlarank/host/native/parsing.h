@@ -1,4 +1,4 @@
-// Values of Python dicts as the kernel's enums.
+// Names that Python states to the kernel, as enums.
 #pragma once
 
 #include <nanobind/nanobind.h>

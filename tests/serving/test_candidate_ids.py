@@ -1,0 +1,353 @@
+"""Requests by candidate id: over the wire with a real feature store, and by an engine of a real bundle."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import grpc
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tritonclient.grpc as triton
+from flax import nnx
+from xlarank_serving.client import RankingClient
+
+from xlarank.compiler import build_bundle
+from xlarank.errors import ConfigError, FeatureError, RequestError
+from xlarank.host import FeatureFile, FeatureStore, FileSource
+from xlarank.runtime import Engine, FeatureOptions, Metrics
+from xlarank.spec import FeatureSpec, ModelSpec, TableSpec, TaskKind, TaskSpec
+
+SPEC = ModelSpec(
+    name="linear",
+    features=(
+        FeatureSpec(name="age", kind="dense", scope="context"),
+        FeatureSpec(name="likes", kind="dense", scope="candidate", width=2, default=0.5),
+        FeatureSpec(
+            name="topics", kind="id_list", scope="candidate", table="topics", combiner="sum", default=(1,)
+        ),
+        FeatureSpec(name="place", kind="dense", scope="candidate", default=0.0),
+    ),
+    tables=(TableSpec(name="topics", rows=10, dim=3),),
+    tasks=(TaskSpec(name="value", kind=TaskKind.REGRESSION),),
+)
+
+CONFIG = """
+name = "linear"
+model = "none:build"
+features = [
+  { name = "age", kind = "dense", scope = "context" },
+  { name = "likes", kind = "dense", scope = "candidate", width = 2, default = 0.5 },
+  { name = "topics", kind = "id_list", scope = "candidate", table = "t", combiner = "sum", default = [1] },
+  { name = "place", kind = "dense", scope = "candidate", default = 0.0 },
+]
+tables = [{ name = "t", dim = 3 }]
+tasks = [{ name = "value", kind = "regression" }]
+"""
+
+NUM_STORED = 400
+
+
+class Linear(nnx.Module):
+    """value = age * 2 + likes[0] - likes[1] + sum of the topics' vectors + place."""
+
+    def __init__(self):
+        self.scale = nnx.Param(np.float32([2.0]))
+
+    def __call__(self, features):
+        value = features["age"][:, 0] * self.scale[...][0] + features["place"][:, 0]
+        return {"value": value + features["likes"] @ np.float32([1.0, -1.0]) + features["topics"].sum(axis=1)}
+
+
+def candidate(number):
+    """Likes and topics of the candidate with id 1000 + number."""
+    return [float(number % 7), float(number % 5)], [number % 10] * (number % 4)
+
+
+def value_of(likes, topics):
+    # Row t of the table sums to 9t + 3.
+    return 6.0 + likes[0] - likes[1] + sum(9 * t + 3 for t in topics)
+
+
+def expected(ids):
+    return [value_of(*candidate(int(i) - 1000)) for i in ids]
+
+
+IDS = np.random.default_rng(0).permutation(NUM_STORED)[:37].astype(np.int64) + 1000
+
+
+def run_command(*words):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "xlarank.cli", *map(str, words)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A bundle, and the feature file that `xlarank features build` makes of Parquet."""
+    folder = tmp_path_factory.mktemp("ids")
+    table = np.arange(30, dtype=np.float32).reshape(10, 3)
+    build_bundle(Linear(), SPEC, {"topics": table}, out=folder / "models", buckets=[16, 64])
+    likes, topics = zip(*(candidate(i) for i in range(NUM_STORED)), strict=True)
+    data = {"item_id": np.arange(NUM_STORED) + 1000, "likes": list(likes), "topics": list(topics)}
+    pq.write_table(pa.table(data), folder / "items.parquet", row_group_size=128)
+    (folder / "config.toml").write_text(CONFIG)
+    words = ["--config", folder / "config.toml", "--parquet", folder / "items.parquet", "--without", "place"]
+    process = run_command(
+        "features", "build", *words, "--id-column", "item_id", "--out", folder / "features", "--json"
+    )
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    built = json.loads(out.splitlines()[-1])
+    assert (built["rows"], built["features"], built["model"]) == (NUM_STORED, ["likes", "topics"], "linear")
+    return folder
+
+
+@contextlib.contextmanager
+def serving(folder, *options):
+    """A server process and its ready line."""
+    words = ["serve", folder / "models", "--json", "--port", "0", "--http-port", "0"]
+    words += ["--compile-cache", folder / "cache", "--features", folder / "features", *options]
+    with run_command(*words) as process:
+        try:
+            line = process.stdout.readline()
+            assert line, process.communicate(timeout=60)[1]
+            yield json.loads(line)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=60)
+            assert process.returncode == 0, err
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def running(folder):
+    with serving(folder) as ready:
+        yield ready
+
+
+def metrics_of(ready):
+    with urllib.request.urlopen(f"http://{ready['http']}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    prefix, labels = "xlarank_feature_store_", '{model="linear",version="1"} '
+    found = [line.removeprefix(prefix).split(labels) for line in lines if line.startswith(prefix)]
+    return {name: float(value) for name, value in found}
+
+
+def close(scores, values):
+    np.testing.assert_allclose(scores, values, rtol=1e-5, atol=1e-4)
+
+
+def test_ids_alone_get_the_scores_of_all_features(running):
+    likes, topics = zip(*(candidate(int(i) - 1000) for i in IDS), strict=True)
+    with RankingClient(running["grpc"]) as client:
+        by_id = client.score("linear", {"age": 3.0}, candidate_ids=IDS)["value"]
+        in_full = client.score("linear", {"age": 3.0, "likes": np.float32(likes), "topics": list(topics)})
+        np.testing.assert_array_equal(by_id, in_full["value"])
+        close(by_id, expected(IDS))
+        close(client.score("linear", {"age": 3.0}, candidate_ids=[])["value"], [])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_features_that_are_sent_go_before_the_store_s(running, packed):
+    likes, place = np.float32([[9, 2], [1, 1], [0, 5]]), np.float32([1, 2, 3])
+    with RankingClient(running["grpc"]) as client:
+        scores = client.score(
+            "linear",
+            {"age": 3.0, "likes": likes, "place": place},
+            candidate_ids=[1003, 1007, 1003],
+            packed=packed,
+        )
+    topics = [candidate(i)[1] for i in (3, 7, 3)]
+    values = [value_of(*pair) + p for *pair, p in zip(likes, topics, place, strict=True)]
+    close(scores["value"], values)
+
+
+def triton_input(name, values, datatype):
+    tensor = triton.InferInput(name, values.shape, datatype)
+    tensor.set_data_from_numpy(values)
+    return tensor
+
+
+def test_tritonclient_sends_ids(running):
+    with triton.InferenceServerClient(running["grpc"]) as client:
+        inputs = [triton_input("age", np.float32([3]), "FP32"), triton_input("candidate_ids", IDS, "INT64")]
+        close(client.infer("linear", inputs).as_numpy("value"), expected(IDS))
+        narrow = [inputs[0], triton_input("candidate_ids", IDS.astype(np.int32), "INT32")]
+        close(client.infer("linear", narrow).as_numpy("value"), expected(IDS))
+        metadata = client.get_model_metadata("linear", as_json=True)
+        assert metadata["inputs"][-1] == {"name": "candidate_ids", "datatype": "INT64", "shape": ["-1"]}
+        bad = [inputs[0], triton_input("candidate_ids", np.array([1003, 5, 6]), "INT64")]
+        with pytest.raises(
+            triton.InferenceServerException, match=r"2 of 3 that aren't there: \[5, 6\]"
+        ) as info:
+            client.infer("linear", bad)
+        assert info.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_what_is_wrong_with_ids_is_said(running):
+    with RankingClient(running["grpc"]) as client:
+        with pytest.raises(
+            RequestError, match="feature 'place': expected 2 rows, as candidate_ids has, got 3"
+        ):
+            # The client checks too; by hand it would be the server.
+            client.score("linear", {"age": 3.0, "place": [1.0, 2.0, 3.0]}, candidate_ids=[1003, 1004])
+        with pytest.raises(
+            FeatureError, match=r"candidate_ids: expected int64 ids of shape \[N\], got float64"
+        ):
+            client.score("linear", {"age": 3.0}, candidate_ids=[1.5])
+    with triton.InferenceServerClient(running["grpc"]) as client:
+        for tensors, message in [
+            (
+                {"age": np.float32([3]), "candidate_ids": np.array([[1003]])},
+                r"INT64 or INT32 of shape \[N\], got",
+            ),
+            ({"candidate_ids": np.array([1003])}, "feature 'age' is missing"),
+            (
+                {"age": np.float32([3]), "candidate_ids": np.array([1003]), "place": np.float32([1, 2])},
+                "feature 'place': expected 1 rows, as candidate_ids has, got 2",
+            ),
+        ]:
+            inputs = [
+                triton_input(name, array, "FP32" if array.dtype == np.float32 else "INT64")
+                for name, array in tensors.items()
+            ]
+            with pytest.raises(triton.InferenceServerException, match=message):
+                client.infer("linear", inputs)
+
+
+def test_a_store_is_in_the_metrics(running):
+    before = metrics_of(running)
+    with RankingClient(running["grpc"]) as client:
+        client.score("linear", {"age": 3.0}, candidate_ids=[1001, 1002])
+        with pytest.raises(RequestError):
+            client.score("linear", {"age": 3.0}, candidate_ids=[1001, 1])
+    after = metrics_of(running)
+    assert after.keys() == {
+        "rows",
+        "bytes",
+        "hits_total",
+        "misses_total",
+        "evictions_total",
+        "version",
+        "age_seconds",
+    }
+    assert after["rows"] == NUM_STORED
+    assert after["hits_total"] - before["hits_total"] == 3
+    assert after["misses_total"] - before["misses_total"] == 1
+    assert after["version"] == 0
+
+
+def test_policy_default_over_the_wire(folder):
+    with serving(folder, "--feature-misses", "default") as ready, RankingClient(ready["grpc"]) as client:
+        scores = client.score("linear", {"age": 3.0}, candidate_ids=[5, 1003])["value"]
+    close(scores, [value_of([0.5, 0.5], [1]), *expected([1003])])
+
+
+def test_policy_fetch_over_the_wire(folder):
+    options = ("--feature-misses", "fetch", "--feature-memory", "65536")
+    with serving(folder, *options) as ready, RankingClient(ready["grpc"]) as client:
+        for _ in range(2):
+            close(client.score("linear", {"age": 3.0}, candidate_ids=IDS)["value"], expected(IDS))
+        with pytest.raises(RequestError, match="the feature store or its source"):
+            client.score("linear", {"age": 3.0}, candidate_ids=[5])
+        stats = metrics_of(ready)
+    assert (stats["hits_total"], stats["misses_total"]) == (len(IDS), len(IDS) + 1)
+    assert stats["rows"] == len(IDS)
+    assert 0 < stats["bytes"] <= 65536
+
+
+def test_a_server_without_a_store_refuses_ids(shared):
+    with pytest.raises(FeatureError, match="got candidate_ids, but it is served without a feature store"):
+        shared.client.score("feed", {"age": 3.0}, candidate_ids=[1])
+
+
+def test_over_the_wire_too(shared, wire):
+    details = shared.refusal(wire.raw(candidate_ids=np.array([1])), grpc.StatusCode.INVALID_ARGUMENT)
+    assert details.startswith("model 'feed' has no input 'candidate_ids'; it has ['age'")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--feature-memory", "100000"],
+            "memory_bytes bounds the cache of misses 'fetch'; misses is 'error'",
+        ),
+        (["--feature-misses", "fetch", "--feature-memory", "1"], "memory_bytes must be >= 65536; was 1"),
+    ],
+)
+def test_serve_says_what_is_wrong_with_its_options(folder, options, message):
+    words = ["serve", folder / "models", "--port", "0", "--http-port", "0", "--features", folder / "features"]
+    process = run_command(*words, *options)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert message in err.splitlines()[-1]
+
+
+def test_a_file_of_a_model_that_isn_t_served_is_refused(folder):
+    from xlarank.runtime.features import stores_by_model
+
+    options = FeatureOptions(path=folder / "features")
+    with pytest.raises(ConfigError, match=r"was built for model 'linear'; served are \['feed'\]"):
+        stores_by_model([options], ["feed"])
+    with pytest.raises(ConfigError, match="model 'linear' has a feature file already"):
+        stores_by_model([options, options], ["linear"])
+
+
+def bundle(folder):
+    return folder / "models" / "linear" / "1"
+
+
+def test_an_engine_sees_an_update_in_every_request_made_after_it(folder):
+    file = FeatureFile.open(folder / "features")
+    metrics = Metrics()
+    with Engine.load(
+        bundle(folder), num_devices=1, features=FeatureStore(SPEC, file=file), metrics=metrics
+    ) as engine:
+
+        def score(*ids):
+            return engine.score(engine.request({"age": 3.0}, candidate_ids=ids))["value"]
+
+        close(score(1003, 1004), expected([1003, 1004]))
+        before = engine.request({"age": 3.0}, candidate_ids=[1003])
+        engine.update_features([1003, 7], {"likes": [[4, 1], [2, 0]], "topics": [[2], []]})
+        close(score(7, 1004, 1003), [value_of([2, 0], []), *expected([1004]), value_of([4, 1], [2])])
+        close(engine.score(before)["value"], expected([1003]))  # as it was when it was made
+        assert engine.remove_features([1004, 5]) == 1
+        with pytest.raises(FeatureError, match=r"1 of 2 that aren't there: \[1004\]"):
+            engine.request({"age": 3.0}, candidate_ids=[1003, 1004])
+        assert b'xlarank_feature_store_version{model="linear",version="1"} 2.0' in metrics.text()
+
+
+def test_an_engine_without_a_store_says_so(folder):
+    metrics = Metrics()
+    with Engine.load(bundle(folder), num_devices=1, metrics=metrics) as engine:
+        for call in (
+            lambda: engine.request({"age": 3.0}, candidate_ids=[1]),
+            lambda: engine.update_features([1], {}),
+            lambda: engine.remove_features([1]),
+        ):
+            with pytest.raises(ConfigError, match="model 'linear' was loaded without a feature store"):
+                call()
+        assert b"xlarank_feature_store" not in metrics.text()
+
+
+def test_a_store_made_for_another_spec_is_refused(folder):
+    other = ModelSpec.from_dict(SPEC.to_dict() | {"name": "other"})
+    source = FileSource(FeatureFile.open(folder / "features"))
+    store = FeatureStore(other, source=source, without=["place"], misses="fetch", memory_bytes=2**20)
+    with pytest.raises(
+        ConfigError, match="model 'linear': expected a feature store made for its spec, got one"
+    ):
+        Engine.load(bundle(folder), num_devices=1, features=store)

@@ -1,0 +1,170 @@
+"""What the kernel's feature table takes and gives, as columns: `FeatureTable`."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from xlarank.errors import ConfigError, FeatureError
+from xlarank.host._extension import native
+from xlarank.host.feature_schema import FeatureSchema
+from xlarank.spec import Column, Ragged, StringColumn
+
+__all__ = ["FeatureTable", "encode_records", "index_records"]
+
+
+class FeatureTable:
+    """The kernel's store of records by id. Any thread; lookups take no lock and leave the GIL to others.
+
+    Attributes:
+      schema: what a record holds.
+    """
+
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        *,
+        limit: int = 0,
+        index: np.ndarray | None = None,
+        records: np.ndarray | None = None,
+    ) -> None:
+        """
+        Args:
+          schema: of the records.
+          limit: bytes of memory that records put in may take; 0 for no limit.
+          index: [bytes] uint8 of a file's index, mapped; kept, not copied. None for no file.
+          records: [bytes] uint8 that it points into.
+
+        Raises:
+          ConfigError: if the kernel isn't built.
+          ValueError: if the file isn't one that every lookup stays inside of.
+        """
+        if native is None:
+            raise ConfigError("candidate features by id need the native kernel; `pip install .` builds it")
+        self.schema = schema
+        self._order_of = functools.lru_cache(maxsize=64)(self._find_order)
+        self._native: Any = native.FeatureTable(schema.native, limit, index, records)
+
+    def lookup(self, ids: np.ndarray, wanted: Sequence[bool]) -> tuple[list[Column], np.ndarray]:
+        """Columns of the rows that there are, in the order of ids, and the positions of the others.
+
+        Args:
+          ids: [N] int64.
+          wanted: one a feature: whether its column is asked for.
+
+        Returns:
+          One column a wanted feature, of N - M rows; [M] int64 positions in `ids`, ascending.
+        """
+        floats, integers, others, missing = self._native.lookup(ids, list(wanted))
+        num_rows = len(ids) - len(missing)
+        order, forms = self._order_of(tuple(wanted))
+        blocks: dict[_Place, Iterator[Any]] = {
+            _Place.FLOATS: iter(floats.reshape(order.count(_Place.FLOATS), num_rows, 1)),
+            _Place.INTEGERS: iter(integers.reshape(order.count(_Place.INTEGERS), num_rows)),
+            _Place.OTHERS: map(_column, forms, others),
+        }
+        return [next(blocks[place]) for place in order], missing
+
+    def put(self, ids: np.ndarray, columns: Sequence[Column], stamps: np.ndarray | None = None) -> None:
+        """Puts rows in: every lookup that begins after the return sees them, or newer ones.
+
+        Args:
+          ids: [n] int64; of an id that comes twice the last row stays.
+          columns: one a feature, n rows each, in the form of spec/columns.py.
+          stamps: of `stamps`, before the rows were read from elsewhere: then those that are there by now, or
+            were written to since, are left as they are.
+
+        Raises:
+          FeatureError: for a row of more than 2 GiB; none is put in then.
+        """
+        try:
+            self._native.put(ids, _native_columns(columns), stamps)
+        except (ValueError, RuntimeError) as error:  # std::length_error arrives as the one or the other
+            raise FeatureError(f"feature store: {error}") from error
+
+    def remove(self, ids: np.ndarray) -> int:
+        """Takes rows out; returns how many there were."""
+        return self._native.remove(ids)
+
+    def stamps(self, ids: np.ndarray) -> np.ndarray:
+        """[n] uint64 to hand to `put` with rows that are read after this."""
+        return self._native.stamps(ids)
+
+    def stats(self) -> dict[str, int]:
+        """rows, rows_in_memory, bytes, hits, misses, evictions, version."""
+        return self._native.stats()
+
+    def _find_order(self, wanted: tuple[bool, ...]) -> tuple[list[_Place], list[tuple[str, str, int]]]:
+        """Where the column of each wanted feature is; and kind, dtype and width of those by themselves."""
+        forms = [form for form, is_wanted in zip(self.schema.native, wanted, strict=True) if is_wanted]
+        order = [_place_of(*form) for form in forms]
+        return order, [f for f, place in zip(forms, order, strict=True) if place is _Place.OTHERS]
+
+
+def encode_records(
+    schema: FeatureSchema, ids: np.ndarray, columns: Sequence[Column]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Records as a file holds them.
+
+    Args:
+      schema: of the columns.
+      ids: [n] int64.
+      columns: one a feature, n rows each.
+
+    Returns:
+      [bytes] uint8 and [n] int64, where each record begins.
+    """
+    assert native is not None
+    return native.encode_records(schema.native, ids, _native_columns(columns))
+
+
+def index_records(ids: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """The index of records by id.
+
+    Args:
+      ids: [n] int64.
+      places: [n] int64, where the record of each begins.
+
+    Returns:
+      [bytes] uint8 and None; or nothing and the two rows of an id that comes twice.
+    """
+    assert native is not None
+    index, first, second = native.index_records(ids, places)
+    return index, None if first < 0 else (first, second)
+
+
+def _native_columns(columns: Sequence[Column]) -> list[Column]:
+    return [np.ascontiguousarray(c) if isinstance(c, np.ndarray) else c for c in columns]
+
+
+class _Place(enum.Enum):
+    """Where a lookup of the kernel has a feature's column."""
+
+    FLOATS = enum.auto()
+    """One row of a block: dense, of width 1."""
+
+    INTEGERS = enum.auto()
+    """One row of a block: an integer id."""
+
+    OTHERS = enum.auto()
+    """By itself."""
+
+
+def _place_of(kind: str, dtype: str, width: int) -> _Place:
+    if kind == "dense" and width == 1:
+        return _Place.FLOATS
+    return _Place.INTEGERS if kind == "id" and dtype == "int64" else _Place.OTHERS
+
+
+def _column(form: tuple[str, str, int], values: Any) -> Column:
+    kind, dtype, width = form
+    if kind in ("id_list", "sequence"):
+        values, lengths = values
+        return Ragged(StringColumn(*values) if dtype == "string" else values, lengths)
+    if dtype == "string":
+        return StringColumn(*values)
+    return values.reshape(-1, width) if kind == "dense" else values

@@ -1,0 +1,246 @@
+"""Candidate features on disk: `FeatureFile` maps what `FeatureFileWriter` wrote.
+
+A folder of three files:
+
+    features.json   format version, model, schema and its fingerprint, number of rows, size and sha256 of the
+                    two others, and last a digest of all that
+    index.bin       open addressing by XXH64 of the id, seed 0: id int64, 1 + place of its record uint64, or 0
+    records.bin     one record an id: id int64, size uint32, 4 bytes unused, its features (native/records.h)
+
+The last two are mapped and never parsed. The folder is written beside and renamed: a reader sees all of it or
+none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from xlarank.errors import BundleError, ConfigError
+from xlarank.host.feature_columns import FeatureTable, encode_records, index_records
+from xlarank.host.feature_schema import FeatureSchema
+from xlarank.spec import Column
+
+__all__ = ["FeatureFile", "FeatureFileWriter"]
+
+_FORMAT_VERSION = 1
+_MANIFEST, _INDEX, _RECORDS = "features.json", "index.bin", "records.bin"
+_HASH_CHUNK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureFile:
+    """A file of candidate features, mapped. Immutable; any thread."""
+
+    path: Path
+    """Its folder."""
+
+    model: str
+    """Name of the model that it was built for."""
+
+    schema: FeatureSchema
+    """What a record holds."""
+
+    num_rows: int
+    """Ids in it."""
+
+    index: np.ndarray
+    """[bytes] uint8, mapped."""
+
+    records: np.ndarray
+    """[bytes] uint8, mapped."""
+
+    @classmethod
+    def open(cls, path: Path | str) -> FeatureFile:
+        """Maps a file and reads it once, to check it whole.
+
+        Raises:
+          BundleError: if it is missing, cut short, damaged or of another format version.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path)
+        index, records = (_map(path / name, manifest["files"][name]) for name in (_INDEX, _RECORDS))
+        file = cls(path, manifest["model"], _schema(manifest), manifest["rows"], index, records)
+        found = file.table().stats()["rows"]
+        if found != file.num_rows:
+            raise BundleError(f"{path / _INDEX}: damaged: expected {file.num_rows} rows, got {found}")
+        return file
+
+    def table(self) -> FeatureTable:
+        """A table over it; what is put into one is not seen by another.
+
+        Raises:
+          BundleError: if a record or the index leads outside of the file.
+        """
+        try:
+            return FeatureTable(self.schema, index=self.index, records=self.records)
+        except ValueError as error:
+            raise BundleError(f"{self.path}: damaged: {error}") from error
+
+
+class FeatureFileWriter:
+    """Writes a file chunk by chunk; what is in memory is 16 bytes a row. A context manager.
+
+    with FeatureFileWriter(path, schema, model="feed") as writer:
+        writer.add(ids, columns)
+    """
+
+    def __init__(self, path: Path | str, schema: FeatureSchema, *, model: str) -> None:
+        """
+        Args:
+          path: folder to make.
+          schema: of the columns.
+          model: name of the model that they are for.
+
+        Raises:
+          ConfigError: if something is there, or the folder above isn't.
+        """
+        self.path = Path(path)
+        if self.path.exists():
+            raise ConfigError(f"{self.path}: expected a new folder to write to, found something there")
+        if not self.path.absolute().parent.is_dir():
+            raise ConfigError(f"{self.path}: expected its parent to be a folder, found none")
+        self._schema = schema
+        self._model = model
+        self._beside = self.path.absolute().with_name(f".{self.path.name}.tmp-{os.getpid()}")
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
+        self._ids: list[np.ndarray] = []
+        self._places: list[np.ndarray] = []
+        self._records: IO[bytes] | None = None
+
+    def __enter__(self) -> FeatureFileWriter:
+        shutil.rmtree(self._beside, ignore_errors=True)
+        self._beside.mkdir()
+        self._records = open(self._beside / _RECORDS, "wb")
+        return self
+
+    def add(self, ids: np.ndarray, columns: Sequence[Column]) -> None:
+        """Writes rows.
+
+        Args:
+          ids: [n] int64.
+          columns: one a feature of the schema, n rows each, in the form of spec/columns.py.
+        """
+        assert self._records is not None, "used outside of its with"
+        data, places = encode_records(self._schema, ids, columns)
+        self._records.write(data.data)
+        self._digest.update(data.data)
+        self._ids.append(ids.copy())
+        self._places.append(places + self._num_bytes)
+        self._num_bytes += len(data)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows written so far."""
+        return sum(map(len, self._ids))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._records is not None
+        try:
+            self._records.flush()
+            os.fsync(self._records.fileno())
+            self._records.close()
+            if kind is None:
+                self._finish()
+        finally:
+            self._records.close()
+            shutil.rmtree(self._beside, ignore_errors=True)
+
+    def _finish(self) -> None:
+        ids = np.concatenate([np.zeros(0, np.int64), *self._ids])
+        index, twice = index_records(ids, np.concatenate([np.zeros(0, np.int64), *self._places]))
+        if twice is not None:
+            raise ConfigError(
+                f"{self.path}: expected every id once, got id {ids[twice[0]]} in rows {twice[0]} and "
+                f"{twice[1]} of the data"
+            )
+        _write(self._beside / _INDEX, index.data)
+        files = {
+            _INDEX: {"bytes": len(index), "sha256": hashlib.sha256(index.data).hexdigest()},
+            _RECORDS: {"bytes": self._num_bytes, "sha256": self._digest.hexdigest()},
+        }
+        document = {
+            "format_version": _FORMAT_VERSION,
+            "model": self._model,
+            "features": self._schema.features,
+            "fingerprint": self._schema.fingerprint,
+            "rows": len(ids),
+            "files": files,
+        }
+        text = json.dumps({**document, "digest": _digest_of(document)}, indent=1) + "\n"
+        _write(self._beside / _MANIFEST, text.encode())
+        os.rename(self._beside, self.path)
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _digest_of(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / _MANIFEST
+    try:
+        document = json.loads(file.read_bytes())
+    except OSError as error:
+        raise BundleError(
+            f"{file}: can't be read: {error.strerror}; `xlarank features build` writes feature files"
+        ) from error
+    except ValueError as error:
+        raise BundleError(f"{file}: not a whole JSON document: {error}") from error
+    if not isinstance(document, dict) or document.get("format_version") != _FORMAT_VERSION:
+        found = document.get("format_version") if isinstance(document, dict) else None
+        raise BundleError(
+            f"{file}: expected format version {_FORMAT_VERSION}, got {found!r}; build the feature file again"
+        )
+    # With the right digest it is as it was written, key by key.
+    digest = document.pop("digest", None)
+    if digest != _digest_of(document):
+        raise BundleError(f"{file}: damaged or edited: its digest doesn't match its content")
+    return document
+
+
+def _schema(manifest: Mapping[str, Any]) -> FeatureSchema:
+    return FeatureSchema(
+        tuple((name, kind, dtype, width) for name, kind, dtype, width in manifest["features"])
+    )
+
+
+def _map(path: Path, expected: Mapping[str, Any]) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes != expected["bytes"]:
+                kind = "truncated" if num_bytes < expected["bytes"] else "too long"
+                raise BundleError(f"{path}: {kind}: expected {expected['bytes']} bytes, got {num_bytes}")
+            if num_bytes == 0:  # nothing can't be mapped
+                data: Any = b""
+            else:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise BundleError(f"{path}: can't be read: {error.strerror or error}") from error
+    array = np.frombuffer(data, np.uint8)
+    digest = hashlib.sha256()
+    for begin in range(0, num_bytes, _HASH_CHUNK):
+        digest.update(array[begin : begin + _HASH_CHUNK].data)
+    if digest.hexdigest() != expected["sha256"]:
+        raise BundleError(f"{path}: damaged: its sha256 isn't that of features.json")
+    return array

@@ -1,0 +1,266 @@
+"""Candidate features by id, joined to requests as they are admitted: `FeatureStore`."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import reprlib
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xlarank.errors import ConfigError, FeatureError, XlarankError
+from xlarank.host.feature_columns import FeatureTable
+from xlarank.host.feature_file import FeatureFile
+from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_features
+from xlarank.host.feature_source import FeatureSource
+from xlarank.spec import Column, ModelSpec, check_candidate_ids, default_column, join_columns, take
+
+__all__ = ["FeatureStore", "FeatureStoreStats", "MissPolicy"]
+
+_MIN_MEMORY_BYTES = 2**16
+
+
+class MissPolicy(enum.StrEnum):
+    """What becomes of a candidate that the store doesn't have."""
+
+    ERROR = "error"
+    """The request is refused; the message names the ids."""
+
+    DEFAULT = "default"
+    """Its features are their defaults; every stored feature must have one."""
+
+    FETCH = "fetch"
+    """The source is asked and the answer kept; the request is refused if the source hasn't got it either."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureStoreStats:
+    """What a store holds and did, of one moment."""
+
+    rows: int
+    """Candidates that a lookup finds, in memory or in the file."""
+
+    bytes: int
+    """Memory of what was put in; the file's pages are not counted."""
+
+    hits: int
+    """Candidates looked up and found."""
+
+    misses: int
+    """Candidates looked up and not found, whatever became of them."""
+
+    evictions: int
+    """Rows that made room for others, or didn't fit."""
+
+    version: int
+    """Updates so far."""
+
+    age_seconds: float
+    """Time since the newest update; since the start without one."""
+
+
+class FeatureStore:
+    """Raw candidate features by int64 id. Any thread may call any method.
+
+    A store is one of three: over a file, mapped, with updates in memory in front of it; a cache of bounded
+    memory in front of a source; or in memory alone. A lookup takes no lock and sees each candidate as one
+    update left it, never half of one; an update is seen by every `join` that begins after it returns.
+
+    What is put in is checked as a request's features are, so that a bad row is refused where it comes from; a
+    joined request is checked again, against its own model.
+
+    Attributes:
+      spec: the model that requests are for.
+      names: of the stored features; a request brings those that aren't.
+      misses: what becomes of a candidate that isn't there.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        file: FeatureFile | None = None,
+        source: FeatureSource | None = None,
+        without: Collection[str] = (),
+        misses: MissPolicy | str = MissPolicy.ERROR,
+        memory_bytes: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+          spec: the model.
+          file: rows to begin with.
+          source: asked for what isn't there, under policy `fetch`.
+          without: names of candidate features that requests bring; a file says it itself.
+          misses: error, default or fetch.
+          memory_bytes: most bytes of rows and their index in memory, for stores without a file; the row that
+            was looked up least lately makes room (SIEVE).
+          clock: seconds, monotonic.
+
+        Raises:
+          ConfigError: for arguments that don't go together, a file of other features than the model's, or
+            policy `default` with a feature that has none.
+        """
+        try:
+            self.misses = MissPolicy(misses)
+        except ValueError:
+            allowed = [policy.value for policy in MissPolicy]
+            raise ConfigError(f"feature store: misses must be one of {allowed}; was {misses!r}") from None
+        _check_arguments(self.misses, file, source, without, memory_bytes)
+        self.spec = spec
+        schema = file.schema if file is not None else FeatureSchema.of(select_features(spec, without))
+        self._rows_spec = schema.rows_spec(spec)
+        self.names = schema.names
+        if self.misses is MissPolicy.DEFAULT:
+            self._check_defaults()
+        self._source = source
+        self._table = file.table() if file is not None else FeatureTable(schema, limit=memory_bytes or 0)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._updated_at = clock()  # guarded by _lock
+
+    def join(self, ids: Any, features: Mapping[str, Any]) -> dict[str, Any]:
+        """Adds the stored features of candidates to those that a request brings.
+
+        Args:
+          ids: [N] int64; an id may come twice. They are looked up if a stored feature isn't brought.
+          features: by name; a stored one that is brought, and isn't None, stays as it is.
+
+        Returns:
+          Values by name to make a `RankRequest` of, with `num_candidates` N.
+
+        Raises:
+          FeatureError: for ids that aren't there, under policies `error` and `fetch`.
+          XlarankError: if the source answers what it wasn't asked, or rows that a request could not have.
+        """
+        ids = check_candidate_ids(ids)
+        wanted = [features.get(name) is None for name in self.names]
+        if not any(wanted):
+            return dict(features)
+        columns, missing = self._table.lookup(ids, wanted)
+        if len(missing):
+            columns = self._completed(ids, wanted, columns, missing)
+        names = [name for name, is_wanted in zip(self.names, wanted, strict=True) if is_wanted]
+        return {**features, **dict(zip(names, columns, strict=True))}
+
+    def update(self, ids: Any, features: Mapping[str, Any]) -> None:
+        """Puts whole rows in, over those of the same ids; every `join` after this returns sees them.
+
+        A store with a source keeps no row for good: update the source first, then the store.
+
+        Args:
+          ids: [n] int64; of an id that comes twice the last row stays.
+          features: a value for each stored feature by name, n rows, as `RankRequest` takes them; one with a
+            default may be left out, and gets it.
+
+        Raises:
+          FeatureError: for anything that a request could not have; nothing is put in then.
+        """
+        ids = check_candidate_ids(ids)
+        columns = checked_columns(self._rows_spec, ids, features)
+        with self._lock:
+            self._table.put(ids, columns)
+            self._updated_at = self._clock()
+
+    def remove(self, ids: Any) -> int:
+        """Takes rows out: from then on they are misses, those of a file too. Returns how many there were."""
+        ids = check_candidate_ids(ids)
+        with self._lock:
+            removed = self._table.remove(ids)
+            self._updated_at = self._clock()
+        return removed
+
+    def stats(self) -> FeatureStoreStats:
+        """What it holds and did."""
+        fields = self._table.stats()
+        del fields["rows_in_memory"]
+        with self._lock:
+            age_seconds = self._clock() - self._updated_at
+        return FeatureStoreStats(**fields, age_seconds=age_seconds)
+
+    def _completed(
+        self, ids: np.ndarray, wanted: Sequence[bool], found: list[Column], missing: np.ndarray
+    ) -> list[Column]:
+        """Columns of all N rows: those found, and by the policy those missing."""
+        if self.misses is MissPolicy.ERROR:
+            raise self._not_found(ids[missing], len(ids))
+        order = np.empty(len(ids), np.int64)  # row of the joined columns that is row i
+        is_found = np.ones(len(ids), bool)
+        is_found[missing] = False
+        num_found = len(ids) - len(missing)
+        order[is_found] = np.arange(num_found)
+        if self.misses is MissPolicy.DEFAULT:
+            order[missing] = num_found
+            rest = [default_column(feature, 1) for feature in self._rows_spec.features]
+        else:
+            rest, rows = self._fetched(ids[missing], len(ids))
+            order[missing] = num_found + rows
+        rest = [column for column, is_wanted in zip(rest, wanted, strict=True) if is_wanted]
+        return [take(join_columns(pair), order) for pair in zip(found, rest, strict=True)]
+
+    def _fetched(self, missing: np.ndarray, num_ids: int) -> tuple[list[Column], np.ndarray]:
+        """Columns of the source's rows, and for each missing id its row of them."""
+        assert self._source is not None
+        asked = np.unique(missing)
+        stamps = self._table.stamps(asked)
+        answer = self._source.fetch(asked)
+        try:
+            ids = check_candidate_ids(answer.ids)
+            columns = checked_columns(self._rows_spec, ids, answer.features)
+        except FeatureError as error:  # not the caller's fault
+            raise XlarankError(f"feature source of model {self.spec.name!r}: {error}") from error
+        by_id = np.argsort(ids)
+        if not np.isin(ids, asked).all() or (np.diff(ids[by_id]) == 0).any():
+            raise XlarankError(
+                f"feature source of model {self.spec.name!r}: expected distinct ids of the {len(asked)} "
+                f"asked for, got {reprlib.repr(ids.tolist())}"
+            )
+        self._table.put(ids, columns, stamps[np.searchsorted(asked, ids)])
+        rows = np.minimum(np.searchsorted(ids, missing, sorter=by_id), max(0, len(ids) - 1))
+        absent = ids[by_id[rows]] != missing if len(ids) else np.ones(len(missing), bool)
+        if absent.any():
+            raise self._not_found(missing[absent], num_ids)
+        return columns, by_id[rows]
+
+    def _not_found(self, missing: np.ndarray, num_ids: int) -> FeatureError:
+        where = "the feature store or its source" if self._source is not None else "the feature store"
+        return FeatureError(
+            f"candidate_ids: expected ids of {where} of model {self.spec.name!r}, got {len(missing)} of "
+            f"{num_ids} that aren't there: {reprlib.repr(missing.tolist())}"
+        )
+
+    def _check_defaults(self) -> None:
+        lacking = [feature.name for feature in self._rows_spec.features if feature.default is None]
+        if lacking:
+            raise ConfigError(
+                f"feature store of model {self.spec.name!r}: misses 'default' needs a default of every "
+                f"stored feature; {lacking} have none"
+            )
+
+
+def _check_arguments(
+    misses: MissPolicy,
+    file: FeatureFile | None,
+    source: FeatureSource | None,
+    without: Collection[str],
+    memory_bytes: int | None,
+) -> None:
+    if (misses is MissPolicy.FETCH) != (source is not None):
+        raise ConfigError("feature store: expected a source with misses 'fetch' and with no other policy")
+    if file is not None and source is not None:
+        raise ConfigError("feature store: expected a file or a source, got both; a FileSource is made of one")
+    if file is not None and memory_bytes is not None:
+        raise ConfigError(
+            "feature store: memory_bytes bounds a cache, and updates over a file must stay; misses 'fetch' "
+            "makes the file the source of a cache"
+        )
+    if file is not None and without:
+        raise ConfigError("feature store: a file says itself which features it is without")
+    if source is not None and memory_bytes is None:
+        raise ConfigError("feature store: a source needs memory_bytes, the most that the cache may take")
+    if memory_bytes is not None and memory_bytes < _MIN_MEMORY_BYTES:
+        raise ConfigError(f"feature store: memory_bytes must be >= {_MIN_MEMORY_BYTES}; was {memory_bytes}")
