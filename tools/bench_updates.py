@@ -19,7 +19,18 @@ from figures import Figure, Goal, command, environment, ratio_figure, report
 from rich.console import Console
 
 from xlarank.host import Gatherer, Segment, aligned_empty, huge_empty
-from xlarank.spec import Bucket, FeatureSpec, ModelSpec, Ragged, RankRequest, TableSpec, TaskSpec
+from xlarank.spec import (
+    Bucket,
+    Combiner,
+    FeatureKind,
+    FeatureSpec,
+    ModelSpec,
+    Ragged,
+    RankRequest,
+    Scope,
+    TableSpec,
+    TaskSpec,
+)
 
 DIM, IDS_A_BAG, BAGS = 64, 20, 512
 ROWS_A_SECOND = 100_000
@@ -52,9 +63,17 @@ class Lookups:
         rng = np.random.default_rng(0)
         spec = ModelSpec(
             name="updates",
-            features=[FeatureSpec(name="bag", kind="id_list", scope="candidate", table="t", combiner="sum")],
-            tables=[TableSpec(name="t", dim=DIM, rows=size.rows, updatable=True)],
-            tasks=[TaskSpec(name="click")],
+            features=(
+                FeatureSpec(
+                    name="bag",
+                    kind=FeatureKind.ID_LIST,
+                    scope=Scope.CANDIDATE,
+                    table="t",
+                    combiner=Combiner.SUM,
+                ),
+            ),
+            tables=(TableSpec(name="t", dim=DIM, rows=size.rows, updatable=True),),
+            tasks=(TaskSpec(name="click"),),
         )
         table = huge_empty(4 * size.rows * DIM).view(np.float32).reshape(size.rows, DIM)
         table[...] = rng.standard_normal(DIM, np.float32)

@@ -48,8 +48,8 @@ class ModelRepository:
           features: feature files to open, each for the model that it was built for.
 
         Raises:
-          ConfigError: if the folder holds no bundle, the native kernel isn't built, memory doesn't suffice, or
-            a feature file is of no model here or of other features than the model's.
+          ConfigError: if the folder holds no bundle, the native kernel isn't built, memory doesn't suffice,
+            or a feature file is of no model here or of other features than the model's.
           BundleError: if a bundle or a feature file is damaged.
           VerifyError: if a bundle's golden requests get other scores here.
         """

@@ -37,8 +37,7 @@ class TableVersions:
         self._lock = threading.Lock()
         now = clock()
         # Guarded by _lock: updates, rows and the time of the last, by table.
-        start: tuple[int, int, float] = (0, 0, now)
-        self._states = dict.fromkeys(tables, start)
+        self._states: dict[str, tuple[int, int, float]] = dict.fromkeys(tables, (0, 0, now))
 
     def advance(self, table: str, num_rows: int) -> int:
         """Counts an update that is complete; returns the table's new version."""
