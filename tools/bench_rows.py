@@ -1,7 +1,8 @@
 """Pooled lookup by row format, pooling and threads, and beside each what the memory gives.
 
-8 tables of 2M x 64, a batch of 512 candidates, uniform ids. The ceiling reads the same rows at random, without
-decoding or adding, with the prefetch that is best for it. All take turns, on ids that no cache still holds.
+8 tables of 2M x 64, a batch of 512 candidates, uniform ids. The ceiling reads the same rows at random with
+the prefetch that is best for it, and decodes and adds nothing. All take turns, on ids that no cache still
+holds. One thread is measured in its CPU time, which other programs disturb least; more in wall time.
 
     python tools/bench_rows.py --formats float32 int8 --pooling 1 20 --threads 1 2
 
@@ -69,7 +70,8 @@ def measure(
                 works[f"noprefetch {name}"] = _gather(ours, bags, pooling, num_threads, 0)
                 for lines in _CEILING_LINES:
                     works[f"ceiling{lines} {name}"] = _read(ours, bags, num_threads, lines)
-            medians |= _take_turns(works, rounds)
+            clock = time.thread_time if num_threads == 1 else time.perf_counter
+            medians |= _take_turns(works, rounds, clock)
     return _best_ceilings(medians)
 
 
@@ -129,15 +131,17 @@ def _read(
     return lambda index: list(threads.map(functools.partial(read, index), range(num_threads)))
 
 
-def _take_turns(works: Mapping[str, Callable[[int], object]], rounds: int) -> dict[str, float]:
+def _take_turns(
+    works: Mapping[str, Callable[[int], object]], rounds: int, clock: Callable[[], float]
+) -> dict[str, float]:
     samples: dict[str, list[float]] = {name: [] for name in works}
     turn = 0
     for _ in range(rounds):
         for name, work in works.items():
             turn += 1
-            begin = time.perf_counter()
+            begin = clock()
             work(turn % _NUM_ID_SETS)
-            samples[name].append(1e3 * (time.perf_counter() - begin))
+            samples[name].append(1e3 * (clock() - begin))
     return {name: statistics.median(taken) for name, taken in samples.items()}
 
 

@@ -46,7 +46,7 @@ case $how in
     # The runtime comes first by LD_PRELOAD, because Python isn't built for it; leaks of Python's own don't count.
     # An editable install would be found before the folder. The test that dies of SIGSEGV can't here.
     LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" \
-      ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$PWD/$out/site" "$python" -c '
+      ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$PWD/$out/site" "$python" -P -c '
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "_editable_" not in type(finder).__module__]
 import pytest
