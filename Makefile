@@ -24,10 +24,10 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format movielens protos bench bench-main bench-compiler clean
+.PHONY: help setup demo test test-native test-aarch64 test-sanitizers check format movielens protos bench bench-main bench-compiler clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 setup: $(STAMP)  ## .venv with xlarank, its kernel and the development tools
 
@@ -43,6 +43,15 @@ demo: $(STAMP)  ## train, compile, serve and ask a model of a made-up video feed
 
 test: $(STAMP)  ## the test suite
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-native:  ## C++ tests of the kernel
+	@tools/test_native.sh plain
+
+test-aarch64:  ## C++ tests of the kernel, cross-compiled and run under qemu
+	@tools/test_native.sh aarch64
+
+test-sanitizers: $(STAMP)  ## C++ tests and tests/host with AddressSanitizer and UBSan
+	@PYTHON_OF_VENV=$(BIN)/python tools/test_native.sh sanitizers
 
 check: $(STAMP)  ## formatting, lint, types, layering, tests
 	@$(BIN)/ruff format --check .

@@ -329,3 +329,43 @@ def test_concurrent_callers_get_their_own_batches(num_threads, gather):
                 executor.map(lambda p: gather(gatherer, p, bucket), batches), expected, strict=True
             ):
                 assert_equal(ours, theirs)
+
+
+@needs_native
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_equal_bags_of_a_batch_change_nothing(num_threads, activations, gather):
+    bag = {"kind": "id_list", "table": "t", "combiner": "sqrtn", "max_length": 15}
+    spec = ModelSpec.from_dict(
+        {
+            "name": "m",
+            "features": [
+                {"name": "user", "scope": "context", **bag},
+                {"name": "tags", "scope": "candidate", **bag},
+                {"name": "item", "scope": "candidate", "kind": "id", "table": "t"},
+            ],
+            "tables": [{"name": "t", "dim": 37, "rows": 1000, "dtype": "int8", "out_of_range": "zero"}],
+            "tasks": [{"name": "like"}],
+        }
+    )
+    rng = np.random.default_rng(1)
+    tables = random_tables(rng, spec)
+    gatherers = [
+        Gatherer(spec, tables, backend=backend, num_threads=num_threads, activations=activations)
+        for backend in ("native", "numpy")
+    ]
+    bags = [rng.integers(-1, 1000, size=size) for size in (12, 15, 15, 30, 0, 11)]
+    # In the first batches two bags in three are repeats, in the last ones none: looking for them stops.
+    for repeats in (True, True, False, False):
+        parts = []
+        for _ in range(4):
+            count = 150
+            if repeats:
+                tags = [bags[i] for i in rng.integers(len(bags), size=count)]
+            else:
+                tags = [rng.integers(-1, 1000, size=20) for _ in range(count)]
+            user = [bags[0] if repeats else tags[0]]
+            request = RankRequest(spec, {"user": user, "tags": tags, "item": rng.integers(1000, size=count)})
+            parts.append((request, 0, count))
+        ours, theirs = (gather(gatherer, parts, Bucket(640, 5)) for gatherer in gatherers)
+        assert_equal(ours, theirs)

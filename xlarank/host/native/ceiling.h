@@ -7,8 +7,8 @@
 
 namespace xlarank {
 
-// Reads every byte of the rows named, `table.ahead` rows prefetched, and does nothing with them but to fold
-// them into the number returned.
+// Touches every line of the rows named, prefetching `table.ahead` rows in front, and does no more than to add up
+// one byte of each: those at multiples of 64 from the row's first, and the row's last.
 uint64_t read_rows(const TableView& table, const int32_t* rows, int64_t num_rows);
 
 }  // namespace xlarank
