@@ -110,7 +110,7 @@ def chain(tmp_path_factory):
         train=shell.result("train", "feed.toml", *data, "--out", "checkpoint"),
         compile=shell.result(
             *("compile", "feed.toml", "--checkpoint", "checkpoint", "--out", "models", "--devices", "2"),
-            *("--precision", "float32", "--tune-seconds", "5", "--explain"),
+            *("--precision", "float32", "--table-precision", "float32", "--tune-seconds", "5", "--explain"),
         ),
         inspect=shell.result("inspect", "models/feed"),
         score=shell.result("score", "models/feed/1", *data, "--out", "scores.parquet", "--devices", "2"),

@@ -284,7 +284,8 @@ def test_a_lower_precision_is_held_by_its_99th_percentile_and_told_in_the_lead(t
     bucket = tuned.results[0].bucket
     judgement = dataclasses.replace(
         tuned.results[0].judgement,
-        errors={"click": ScoreError(1.5e-3, 0.25), "spend": ScoreError(1e-4, 1e-3)},
+        errors={"click": ScoreError(1.0e-3, 0.25), "spend": ScoreError(1e-4, 1e-3)},
+        budget_errors={"click": ScoreError(1.5e-3, 0.25), "spend": ScoreError(1e-4, 1e-3)},
         auc_loss={"click": 3e-4},
     )
     lowered = [(Form(precision=Precision.INT8), 1e-3, ""), (PLAIN, 2e-3, "")]
