@@ -15,7 +15,8 @@ constexpr size_t kBlock = 16;
 constexpr size_t kLine = 64;
 constexpr size_t kMaxPrefetched = 8 * kLine;
 
-constexpr size_t kCollectEvery = 256;  // rows of one update
+constexpr size_t kCollectEvery = 32;  // rows of one update
+constexpr size_t kSpare = 8;          // this part of a limit is for what isn't freed yet
 constexpr size_t kStripes = 4096;
 constexpr size_t kMinSlots = 1024;
 constexpr size_t kMallocBytes = 16;  // what an allocation costs beside its bytes
@@ -81,6 +82,7 @@ struct FeatureTable::Slots {
 FeatureTable::FeatureTable(const RecordLayout& layout, size_t limit, FeatureFile file)
     : layout_(layout),
       limit_(limit),
+      most_(limit - limit / kSpare),
       file_(file),
       rows_(static_cast<int64_t>(file.num_rows())),
       written_(kStripes, 0) {
@@ -162,7 +164,7 @@ void FeatureTable::put(const int64_t* ids, size_t num_ids, const std::vector<Col
     Node* old = slots_.load()->find(id, hash, at);
     if (stamps && (old || written_[stripe_of(hash)] != load<uint64_t>(stamps + i))) continue;
     if (!stamps) written_[stripe_of(hash)] = version_;
-    if (limit_ && slot_bytes_ + Node::bytes_of(sizes[i]) > limit_) {
+    if (limit_ && slot_bytes_ + Node::bytes_of(sizes[i]) > most_) {
       if (old) unlink(at);
       ++evictions_;
       continue;
@@ -278,7 +280,8 @@ void FeatureTable::make_room(size_t bytes) {
     return rebuild(wanted);
   }
   while (2 * (live_ + 1) > capacity) evict();
-  while (oldest_ && slot_bytes_ + node_bytes_ + bytes > limit_) evict();
+  while (oldest_ && slot_bytes_ + node_bytes_ + bytes > most_) evict();
+  // Readers are waited for once in as many rows as fill the spare part, not once a row.
   if (used_bytes() + bytes > limit_) grace_.drain();
   if (4 * (used_ + 1) > 3 * capacity) rebuild(capacity);
 }

@@ -69,6 +69,7 @@ class FeatureTable {
 
   const RecordLayout layout_;
   const size_t limit_;
+  const size_t most_;  // of the limit, for what is linked
   const FeatureFile file_;
   std::atomic<Slots*> slots_;  // readers load it; changed under write_
   std::atomic<int64_t> hits_{0}, misses_{0};
