@@ -18,6 +18,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import bench_features
+import bench_updates
 from embedding_lookups import NUM_BAGS, NUM_THREADS, SHAPES, available
 from embedding_plot import draw
 from figures import Figure, Goal, command, environment, ratio_figure, report, run_tool
@@ -207,7 +209,11 @@ def main() -> None:
     missing = [name for name, figure in found.items() if figure is None]
     if missing:
         console.print(f"not measured: {', '.join(missing)}")
-    report([figure for figure in found.values() if figure is not None], args.out, console=console)
+    figures = [figure for figure in found.values() if figure is not None]
+    figures.append(bench_updates.update_p99(bench_updates.SHORT if args.short else bench_updates.FULL))
+    if not args.short:
+        figures.append(bench_features.ids_only(run_tool("bench_features.py")))
+    report(figures, args.out, console=console)
     if args.out is not None:
         plot = args.out.with_suffix(".png")
         draw(cells, plot)
