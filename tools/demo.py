@@ -147,11 +147,13 @@ def ask(address: str, bundle: Path, checkpoint: Path, test: Any) -> None:
             f"{auc(labels, test.truth[task]):.4f}",
         )
     console.print(table)
-    golden = open_bundle(bundle).manifest.programs
-    worst = max(max(entry.max_error.values()) for entry in golden)
+    manifest = open_bundle(bundle).manifest
+    worst = max(max(entry.max_error.values()) for entry in manifest.programs)
+    tables = max(error.max for error in manifest.table_errors.values())
     p50, p99 = np.percentile(milliseconds, (50, 99))
     console.print(
-        f"largest difference from the Flax reference: {difference:.1e} (at compile time {worst:.1e})"
+        f"largest difference from the Flax reference: {difference:.1e} (at compile time {worst:.1e} of the "
+        f"programs, {tables:.1e} of the tables)"
     )
     console.print(
         f"latency at {test.num_rows // test.num_requests} candidates, measured by the client: "
