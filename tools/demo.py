@@ -63,7 +63,7 @@ def main() -> None:
     console.rule("3. compile for every bucket, and prove the scores")
     compiled = xlarank(
         *("compile", CONFIG, "--checkpoint", checkpoint, "--out", models, "--devices", args.devices),
-        *("--tune-seconds", TUNE_SECONDS),
+        *("--table-precision", "float32", "--tune-seconds", TUNE_SECONDS),
     )
     console.rule("4. serve, and ask over gRPC")
     with serving(models, args.devices) as ready:

@@ -138,7 +138,7 @@ def folder(tmp_path_factory):
     paths = ("--checkpoint", folder / "checkpoint", "--out", folder / "models")
     run("train", folder / "shops.toml", "--data", folder, "--out", folder / "checkpoint")
     for _ in range(2):
-        run("compile", folder / "shops.toml", *paths)
+        run("compile", folder / "shops.toml", *paths, "--table-precision", "float32")
     return folder
 
 
