@@ -1,6 +1,7 @@
 """What `build_bundle` takes, what it leaves out, what it refuses and with which words."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +209,59 @@ def test_what_can_t_be_served_is_refused_with_operation_line_and_remedy(tmp_path
     )
 
 
+class Jitted(nnx.Module):
+    """Transformed by Flax, which writes every variable back as it was; a norm with running averages."""
+
+    def __init__(self, *, rngs):
+        self.hidden = nnx.Linear(7, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.out = nnx.Linear(16, 1, rngs=rngs)
+
+    @nnx.jit
+    def __call__(self, features):
+        x = jnp.concatenate([features["user"], features["item"]], axis=1)
+        x = nnx.remat(lambda norm, x: norm(x))(self.norm, self.hidden(x))
+        return {"like": self.out(nnx.relu(x))[:, 0]}
+
+
+class Scanned(nnx.Module):
+    """Layers under a scan that hold a dropout: their random state is dead code inside of a loop."""
+
+    def __init__(self, *, rngs):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap
+        def blocks(rngs):
+            return Block(rngs=rngs)
+
+        self.blocks = blocks(rngs)
+
+    def __call__(self, features):
+        x = jnp.concatenate([features["user"], features["item"]], axis=1)
+        x = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+        return {"like": x.sum(axis=1)}
+
+
+class Block(nnx.Module):
+    def __init__(self, *, rngs):
+        self.linear = nnx.Linear(7, 7, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(jnp.tanh(self.linear(x)))
+
+
+@pytest.mark.parametrize("module", [Jitted, Scanned])
+def test_modules_that_flax_transforms_score_as_their_author_calls_them(tmp_path, module):
+    model = module(rngs=nnx.Rngs(0, dropout=1))
+    path = build_bundle(model, SPEC, {}, out=tmp_path, buckets=(4,), tune_seconds=0)
+    with Engine.load(path) as engine:
+        (request,) = random_requests(SPEC, 1, num_candidates=3, seed=5)
+        repeated = [np.repeat(c, 3, axis=0) if len(c) == 1 else c for c in request.columns]
+        features = dict(zip(("user", "item", "age"), map(jnp.asarray, repeated), strict=True))
+        expected = jax.nn.sigmoid(model(features)["like"])
+        np.testing.assert_allclose(engine.score(request)["like"], expected, atol=1e-5)
+
+
 class Halves(nnx.Module):
     """Computes in bfloat16 of its own accord."""
 
@@ -309,6 +363,29 @@ def test_bfloat16_asked_for_crosses_to_the_device_in_bfloat16(tmp_path):
         for request in requests[:3]:
             scores = engine.score(request)["like"]
             np.testing.assert_allclose(scores, by_hand(make_params(), request), atol=0.05)
+
+
+def crosses_fields(params, features):
+    """The dot interaction of DLRM: XLA's CPU backend can't run the next matmul in bfloat16."""
+    fields = jnp.concatenate([features["user"], features["item"], features["user"]], axis=1)[:, :10]
+    fields = fields.reshape(-1, 5, 2)
+    i, j = np.tril_indices(5, -1)
+    crossed = (fields @ fields.swapaxes(1, 2))[:, i, j]  # [B, 10]
+    hidden = jax.nn.relu(crossed @ params["layers"][0][:1].repeat(10, axis=0))
+    return {"like": (hidden @ params["out"]["kernel"])[:, 0]}
+
+
+def test_a_precision_that_the_device_can_t_run_is_left_out_and_told(tmp_path):
+    result = build(
+        crosses_fields, SPEC, {}, out=tmp_path, params=make_params(),
+        options=options_of(Precision.BFLOAT16, error=0.05, auc=0.05),
+    )  # fmt: skip
+    if Precision.FLOAT32 in [entry.precision for entry in result.manifest.programs]:
+        told = r"lowered forms can't run on this device, the first .*bfloat16"
+        assert re.search(told, result.tuning.precision_note)
+    with Engine.load(result.path) as engine:
+        (request,) = random_requests(SPEC, 1, num_candidates=3, seed=5)
+        assert np.isfinite(engine.score(request)["like"]).all()
 
 
 def test_scores_that_leave_the_budget_are_refused_by_task_bucket_form_and_error(tmp_path):

@@ -95,8 +95,8 @@ def test_a_named_format_that_leaves_the_budget_is_refused(tmp_path):
     tight = options(INT4, ErrorBudget(1e-5, 0.5))
     message = (
         r"task 'click', tables, 2 of 2 in int4, 99th percentile over all golden rows: scores differ from the "
-        r"reference by [\d.e-]+, expected 1e-05 or less; raise max_score_error, or ask for another table "
-        r"precision"
+        r"reference by [\d.e-]+, expected 1e-05 or less; raise max_score_error \(--max-score-error\), or ask "
+        r"for another table precision"
     )
     with pytest.raises(VerifyError, match=message):
         built(tmp_path / "models", options=tight)

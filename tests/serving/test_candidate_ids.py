@@ -348,6 +348,6 @@ def test_a_store_made_for_another_spec_is_refused(folder):
     source = FileSource(FeatureFile.open(folder / "features"))
     store = FeatureStore(other, source=source, without=["place"], misses="fetch", memory_bytes=2**20)
     with pytest.raises(
-        ConfigError, match="model 'linear': expected a feature store made for its spec, got one"
+        ConfigError, match="model 'linear': expected a feature store made for its features, got one"
     ):
         Engine.load(bundle(folder), num_devices=1, features=store)

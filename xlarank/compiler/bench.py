@@ -17,7 +17,7 @@ from xlarank.compiler.golden_set import GoldenSet
 from xlarank.compiler.lower import lower_row_program
 from xlarank.compiler.prepare import Parted, PreparedArrays, part
 from xlarank.errors import VerifyError
-from xlarank.spec import Bucket, ModelSpec, Signature
+from xlarank.spec import Bucket, ModelSpec, Precision, Signature
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
     from jaxlib._jax import Device
@@ -108,6 +108,8 @@ class DeviceBench:
         self._candidates: dict[tuple[Bucket, Form], Candidate | None] = {}
         self._files: dict[tuple[Bucket, Form], tuple[str, ...]] = {}  # once a form was compiled, it hits
         self._decided: dict[Bucket, Form] = {}
+        self.failures: dict[tuple[Bucket, Form], str] = {}
+        """Lowered forms that XLA can't compile or run here, and what it said."""
         with jax.default_device(target):
             self._placed = tuple(jax.device_put(weight, target) for weight in weights)
 
@@ -199,9 +201,20 @@ class DeviceBench:
             return None
         parted = part(program, self._prepared)
         before = {path.name for path in self._cache.iterdir()}
-        data, replica = compile_on(
-            self._target, bucket, parted, self._prepared, self._placed, self._golden.spec, self._signature
-        )
+        try:
+            data, replica = compile_on(
+                self._target, bucket, parted, self._prepared, self._placed, self._golden.spec, self._signature
+            )
+            if form.precision is not Precision.FLOAT32:
+                # XLA's CPU backend compiles some matmuls of bfloat16 that it refuses when they run.
+                leaves = self._buffers.leaves(bucket)
+                self._golden.replay.fill(leaves, bucket, bucket.rows)
+                replica.run(bucket, leaves)
+        except jax.errors.JaxRuntimeError as error:
+            if form.precision is Precision.FLOAT32:
+                raise
+            self.failures[bucket, form] = " ".join(str(error).split())
+            return None
         after = {path.name for path in self._cache.iterdir()}
         files = self._files.setdefault((bucket, form), tuple(sorted(after - before)))
         return Candidate(parted, data, replica, files)

@@ -61,6 +61,9 @@ __all__ = ["Builder", "Progress"]
 
 _PREPARE_FILE = "prepare.stablehlo"
 
+_SMALL_ROWS = 8
+"""Row count that a profile must reach down to for a ladder to be planned by it."""
+
 _MIN_GAIN = 1.1
 """How much faster a device's bare matmul must be in a lower precision to be worth a try."""
 
@@ -192,7 +195,8 @@ class Builder:
         if traffic is None:
             return BucketLadder.of_rows(self.options.bucket_rows)
         profile = latest_profile(out, self.spec, self.kind)
-        if profile is None:
+        # One that doesn't reach down to small batches would keep every later ladder from having them.
+        if profile is None or min(bucket.rows for bucket in profile.seconds) > _SMALL_ROWS:
             profile = measure_rows(
                 self.traces, self.gatherer, self.requests, lambda text: self.on_progress(text, 0, 1)
             )
@@ -257,7 +261,7 @@ class Builder:
             total_prepared_bytes=prepared.num_bytes(keys),
             param_bytes=sum(param.nbytes for param in self.model.params),
             seconds=self.options.tune_seconds,
-            precision_note=note,
+            precision_note="; ".join(filter(None, (note, _failure_note(bench)))),
         )
         return self._prove(prepare, programs, len(keys), tuning)
 
@@ -482,6 +486,17 @@ class _Built:
     tuning: Tuning
     results: tuple[BucketResult, ...]
     reused: int | None = None
+
+
+def _failure_note(bench: DeviceBench) -> str:
+    """Which lowered forms can't run here, with XLA's words for the first."""
+    if not bench.failures:
+        return ""
+    (bucket, form), reason = next(iter(bench.failures.items()))
+    return (
+        f"{len(bench.failures)} lowered forms can't run on this device, the first {form.label!r} in bucket "
+        f"{bucket}: {reason}"
+    )
 
 
 def _finite(error: float) -> float:

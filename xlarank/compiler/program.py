@@ -105,7 +105,7 @@ def _trace_model(model: DenseModel, spec: ModelSpec, num_rows: int) -> ModelTrac
         scopes.append(feature.scope)
 
     failures: list[ModelError] = []
-    outputs: list[str] = []
+    written: list[str] = []
 
     def apply(params, random_state, *activations):
         try:
@@ -115,9 +115,7 @@ def _trace_model(model: DenseModel, spec: ModelSpec, num_rows: int) -> ModelTrac
                 error.args = (f"{error.args[0]} (the features are {', '.join(avals)})",)
             raise
         failures.clear()
-        outputs[:] = [f"variable {name!r}" for name in changed]
-        if changed:
-            return list(changed.values())
+        written[:] = changed
         try:
             scores = scores_of(spec, logits, num_rows)
         except ModelError as error:
@@ -127,21 +125,44 @@ def _trace_model(model: DenseModel, spec: ModelSpec, num_rows: int) -> ModelTrac
                 return []
             answer = logits if isinstance(logits, Mapping) else {}
             return [array for array in answer.values() if isinstance(array, jax.Array)]
-        return [scores[task.name] for task in spec.tasks]
+        return [*(scores[task.name] for task in spec.tasks), *changed.values()]
 
     weights = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in model.params)
     closed = flatten(trace(spec.name, apply, (weights, model.random_state, *avals.values())))
-    if outputs:
-        raise ModelError(
-            f"model {spec.name!r} writes to its {outputs[0]} when it scores: {_origin(closed, num_rows)}; a "
-            f"served program keeps no state between requests: update statistics in training alone (for batch "
-            f"norm use_running_average=True, which `module.eval()` sets unless the call says otherwise)"
-        )
     if failures:
         origin = _origin(closed, num_rows) or model.source
         raise ModelError(f"{failures[0]}{f'; it comes from {origin}' if origin else ''}")
-    closed = _without_random_state(spec.name, closed, len(weights), len(model.random_state))
+    closed = _without_written_state(spec, closed, model.names, written)
+    closed = _without_random_state(spec.name, closed, len(weights), len(model.random_state), model.source)
     return ModelTrace(num_rows, closed, len(weights), tuple(avals), tuple(scopes))
+
+
+def _without_written_state(
+    spec: ModelSpec, closed: ClosedJaxpr, names: Sequence[str], written: Sequence[str]
+) -> ClosedJaxpr:
+    """Drops the outputs that are variables; raises ModelError when one is anything but what it was.
+
+    Flax's transformations (`nnx.jit`, `nnx.remat`) write every variable back, as it was.
+
+    Args:
+      spec: of the model.
+      closed: scores by task, then the variables that were written.
+      names: of the weights, the first inputs.
+      written: names of those variables.
+    """
+    num_scores = len(spec.tasks)
+    before = dict(zip(names, closed.jaxpr.invars, strict=False))
+    for name, after in zip(written, closed.jaxpr.outvars[num_scores:], strict=True):
+        if before.get(name) is not after:
+            made_by = [e for e in closed.jaxpr.eqns if after in e.outvars]
+            where = f"{made_by[0].primitive.name} at {source_of(made_by[0])}" if made_by else "its call"
+            raise ModelError(
+                f"model {spec.name!r} writes to its variable {name!r} when it scores: {where}; a "
+                f"served program keeps no state between requests: update statistics in training alone (for "
+                f"batch norm use_running_average=True, which `module.eval()` sets unless the call says "
+                f"otherwise)"
+            )
+    return retrace(lambda *inputs: run_equations(closed, inputs)[:num_scores], closed.in_avals)
 
 
 def _origin(closed: ClosedJaxpr, num_rows: int) -> str:
@@ -155,7 +176,7 @@ def _origin(closed: ClosedJaxpr, num_rows: int) -> str:
     return ""
 
 
-def _without_random_state(name: str, closed: ClosedJaxpr, begin: int, count: int) -> ClosedJaxpr:
+def _without_random_state(name: str, closed: ClosedJaxpr, begin: int, count: int, source: str) -> ClosedJaxpr:
     """Drops the inputs that hold random state; raises ModelError when a score depends on one."""
     inputs = closed.jaxpr.invars
     state = set(inputs[begin : begin + count])
@@ -163,8 +184,8 @@ def _without_random_state(name: str, closed: ClosedJaxpr, begin: int, count: int
         if any(isinstance(atom, core.Var) and atom in state for atom in equation.invars):
             raise ModelError(
                 f"model {name!r} draws random numbers when it scores: {equation.primitive.name} at "
-                f"{source_of(equation)}; switch it off in evaluation mode (deterministic=True), a score must "
-                f"be the same each time"
+                f"{source_of(equation) or source}; switch it off in evaluation mode "
+                f"(deterministic=True), a score must be the same each time"
             )
     avals = closed.in_avals[:begin] + closed.in_avals[begin + count :]
     unread = [None] * count

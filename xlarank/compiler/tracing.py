@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src import source_info_util  # no public name for an equation's source line
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from xlarank.errors import ModelError, XlarankError
 
@@ -184,17 +185,13 @@ def _are_float32(operands: Sequence[Any]) -> bool:
 
 
 def without_dead_code(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """The program without equations and constants that no output needs; its inputs stay."""
-    jaxpr = closed.jaxpr
-    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, core.Literal)}
-    kept: list[core.JaxprEqn] = []
-    for equation in reversed(jaxpr.eqns):
-        if equation.effects or any(v in needed for v in equation.outvars):
-            kept.append(equation)
-            needed |= {atom for atom in equation.invars if not isinstance(atom, core.Literal)}
+    """The program without equations and constants that no output needs, in loops and branches too; its inputs
+    stay."""
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    needed = {atom for equation in jaxpr.eqns for atom in equation.invars if isinstance(atom, core.Var)}
+    needed |= {atom for atom in jaxpr.outvars if isinstance(atom, core.Var)}
     consts = [(v, c) for v, c in zip(jaxpr.constvars, closed.consts, strict=True) if v in needed]
-    live = jaxpr.replace(eqns=kept[::-1], constvars=[v for v, _ in consts])
-    return ClosedJaxpr(live, [c for _, c in consts])
+    return ClosedJaxpr(jaxpr.replace(constvars=[v for v, _ in consts]), [c for _, c in consts])
 
 
 def structural_text(value: Any) -> str:

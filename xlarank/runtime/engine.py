@@ -142,10 +142,14 @@ class Engine:
         self, loader: Loader, pool: DevicePool | None, metrics: Metrics, features: FeatureStore | None
     ) -> None:
         """Use `load`."""
-        if features is not None and features.spec != loader.spec:
+        # The formats of its tables are the bundle's own affair.
+        if features is not None and (features.spec.name, features.spec.features) != (
+            loader.spec.name,
+            loader.spec.features,
+        ):
             raise ConfigError(
-                f"model {loader.spec.name!r}: expected a feature store made for its spec, got one made for "
-                f"another spec, of model {features.spec.name!r}"
+                f"model {loader.spec.name!r}: expected a feature store made for its features, got one "
+                f"made for others, of model {features.spec.name!r}"
             )
         loaded = loader.load()
         self._num_open = 0  # guarded by _idle: requests accepted and not yet answered

@@ -93,19 +93,20 @@ def _lowered(equation: core.JaxprEqn, operands: Sequence[Any], precision: Precis
 
 
 def _in_order(operands: Sequence[Any], numbers: _Numbers) -> tuple[Sequence[Any], _Numbers]:
-    """A batched matmul's operands as [batch, free, contracted] and [batch, contracted, free].
+    """A matmul's operands as [batch, free, contracted] and [batch, contracted, free].
 
     XLA's CPU backend takes some other orders of bfloat16 at compile time and refuses them when it runs.
     """
     contracted, batched = numbers
-    if not batched[0]:
-        return operands, numbers
     free = _free_axes(operands, numbers)
     orders = (*batched[0], *free[0], *contracted[0]), (*batched[1], *contracted[1], *free[1])
     num_batched, num_contracted = len(batched[0]), len(contracted[0])
     begins = num_batched + len(free[0]), num_batched
     axes = [tuple(range(begin, begin + num_contracted)) for begin in begins]
-    moved = [jax.lax.transpose(x, order) for x, order in zip(operands, orders, strict=True)]
+    moved = [
+        x if order == tuple(range(x.ndim)) else jax.lax.transpose(x, order)
+        for x, order in zip(operands, orders, strict=True)
+    ]
     both = tuple(range(num_batched))
     return moved, ((axes[0], axes[1]), (both, both))
 
