@@ -45,7 +45,7 @@ from xlarank.compiler.table_formats import TableChoice
 from xlarank.compiler.tables import float32_tables, requests_of, settle_tables
 from xlarank.compiler.traffic import measure_rows
 from xlarank.compiler.verify import verify_bucket
-from xlarank.errors import VerifyError
+from xlarank.errors import ModelError, VerifyError
 from xlarank.host import Gatherer, HostTable
 from xlarank.spec import (
     Bucket,
@@ -242,6 +242,7 @@ class Builder:
             clock=time.monotonic,
             on_progress=self.on_progress,
         )
+        self._check_named(choices, bench)
         choices = self._worthwhile(choices, bench, limits)
         bench.forget_losers({choice.bucket: choice.form for choice in choices})
         found = [bench.candidate(choice.bucket, choice.form) for choice in choices]
@@ -264,6 +265,17 @@ class Builder:
             precision_note="; ".join(filter(None, (note, _failure_note(bench)))),
         )
         return self._prove(prepare, programs, len(keys), tuning)
+
+    def _check_named(self, choices: Sequence[Choice], bench: DeviceBench) -> None:
+        """Refuses a build whose precision was named and can't run here: float32 would not be what was asked
+        for."""
+        failed = {bucket for bucket, _ in bench.failures}
+        for choice in choices:
+            if self.options.policy.precision not in (None, choice.form.precision) and choice.bucket in failed:
+                raise ModelError(
+                    f"model {self.spec.name!r}: {_failure_note(bench)}; ask for another precision than "
+                    f"{self.options.policy.precision}"
+                )
 
     @staticmethod
     def _notes(forms: FormMaker, choice: Choice) -> PassNotes:
