@@ -1,14 +1,19 @@
 """Tables in every format from a build to the engine, against the model by hand."""
 
 import dataclasses
+import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import shop
 from flax import nnx
+from rich.console import Console
 
 from xlarank import device
 from xlarank.bundle import open_bundle, stored_form
+from xlarank.cli import inspect
+from xlarank.cli.compile_output import facts_of, show
 from xlarank.compiler import BuildOptions, build, random_requests, reference_scores
 from xlarank.compiler.program import Traces
 from xlarank.compiler.split import split_module
@@ -206,3 +211,28 @@ def test_a_lower_precision_is_held_to_the_budget_with_the_tables_share_in_it(tmp
     built(tmp_path, options=options(F32, budget, **policy))
     with pytest.raises(VerifyError, match=r"form '.*int8', 99th percentile over all golden rows"):
         built(tmp_path, options=options(INT4, budget, **policy))
+
+
+def test_formats_and_what_they_cost_are_told_by_compile_inspect_and_the_report(tmp_path, capsys):
+    result = built(tmp_path, options=options(INT8))
+    error = result.tables.errors["click"]
+    told = f"{error.p99:.1e} p99, {error.max:.1e} at most, AUC loss {result.tables.auc_loss['click']:+.1e}"
+    output = Console(file=io.StringIO(), width=200)
+    show(result, output)
+    text = output.file.getvalue()
+    assert "tables 0.00 MB, in float32 0.00 MB: items int8, tags int8" in text
+    assert f"error of the tables, task click: {told}" in text
+    # A row of D = 8 or 5 takes 8 bytes for scale and bias and 8 for values.
+    facts = facts_of(result)
+    assert facts["tables"]["items"] == {"format": "int8", "bytes": 50 * 16, "float32_bytes": 50 * 32}
+    assert facts["table_errors"]["click"]["p99"] == error.p99
+    inspected = inspect.run(SimpleNamespace(bundle=str(result.path), no_verify=False))
+    assert [(table["dtype"], table["bytes"]) for table in inspected["tables"]] == [
+        ("int8", 800),
+        ("int8", 320),
+    ]
+    assert inspected["table_errors"] == facts["table_errors"]
+    assert "what the tables' types cost" in capsys.readouterr().out
+    page = open_bundle(result.path).text("report.html")
+    assert "2 of 2 in int8" in page
+    assert f"{error.p99:.1e}" in page
