@@ -73,7 +73,11 @@ def compile_on(
 
 
 class DeviceBench:
-    """The `Bench` of a real device."""
+    """The `Bench` of a real device.
+
+    Attributes:
+      failures: what XLA said of lowered forms that it can't compile or run here.
+    """
 
     def __init__(
         self,
@@ -109,7 +113,6 @@ class DeviceBench:
         self._files: dict[tuple[Bucket, Form], tuple[str, ...]] = {}  # once a form was compiled, it hits
         self._decided: dict[Bucket, Form] = {}
         self.failures: dict[tuple[Bucket, Form], str] = {}
-        """Lowered forms that XLA can't compile or run here, and what it said."""
         with jax.default_device(target):
             self._placed = tuple(jax.device_put(weight, target) for weight in weights)
 

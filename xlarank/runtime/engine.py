@@ -116,7 +116,7 @@ class Engine:
         Raises:
           BundleError: if the bundle is damaged, truncated or of an unknown format.
           VerifyError: if its golden requests get other scores here.
-          ConfigError: for devices, memory or options that can't be had, or a store made for another spec.
+          ConfigError: for devices, memory or options that can't be had, or a store made for other features.
         """
         if table_memory is not None:
             table_memory = TableMemory.named(table_memory)
@@ -295,8 +295,9 @@ class Engine:
           RequestError: names what is wrong; nothing is written then.
           UnavailableError: if the engine is closed.
         """
-        if not self._is_open:
-            raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed")
+        with self._idle:
+            if not self._is_open:
+                raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed")
         self._gatherer.update_rows(table, rows, values)
         return self._table_versions.advance(table, len(rows))
 
