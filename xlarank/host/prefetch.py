@@ -24,7 +24,7 @@ _MIN_ROUNDS = 4
 _MIN_BYTES = 1 << 25
 """A smaller table lives in the caches, where the distance decides nothing."""
 
-_MIN_GAIN = 0.03
+_MIN_GAIN = 0.1
 """The default stays unless another distance is faster by this share: less is noise, and decides nothing."""
 
 _IDS_A_BAG = 16

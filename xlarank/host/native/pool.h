@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace xlarank {
+#include "lines.h"
 
-constexpr int64_t kLineBytes = 64;
+namespace xlarank {
 
 // How a row of a table is encoded; xlarank/host/row_codec.py says the same in NumPy. int8 and int4 rows begin
 // with scale and bias, float32 each, and hold unsigned q, value = q * scale + bias, rounded twice.

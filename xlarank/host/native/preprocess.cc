@@ -122,9 +122,17 @@ bool resolve_rows(const Feature& feature, const Table& table, const Column& colu
   const int64_t count = end - begin;
   const int64_t* const integers = column.integers + (column.integers ? begin : 0);
   switch (feature.rows_from) {
-    case RowsFrom::kId:
+    case RowsFrom::kId: {
+      bool all_in_range = true;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = load<int64_t>(integers + i);
+        rows[i] = static_cast<int32_t>(row);
+        all_in_range &= in_range(row, table.num_rows);
+      }
+      if (all_in_range) return true;
       for (int64_t i = 0; i < count; ++i) rows[i] = place(table, load<int64_t>(integers + i), valid);
       return valid;
+    }
     case RowsFrom::kHash: {
       const uint64_t num_rows = static_cast<uint64_t>(table.num_rows);
       for (int64_t i = 0; i < count; ++i) {
