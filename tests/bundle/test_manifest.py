@@ -32,19 +32,19 @@ def test_a_manifest_reads_back_equal_and_renders_the_same(published):
     read = Manifest.from_json(text.encode())
     assert read == published
     assert read.to_json() == text
-    assert json.loads(text)["format_version"] == FORMAT_VERSION == 3
+    assert json.loads(text)["format_version"] == FORMAT_VERSION == 4
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 999, "3", None, True, 3.0])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 999, "4", None, True, 4.0])
 def test_an_unknown_format_version_is_refused_before_anything_else(published, version):
     data = json.dumps({"format_version": version, "spec": "of another time"}).encode()
     with pytest.raises(
-        BundleError, match=rf"m\.json: format version {version!r}; this xlarank reads version 3"
+        BundleError, match=rf"m\.json: format version {version!r}; this xlarank reads version 4"
     ):
         Manifest.from_json(data, file="m.json")
     document = json.loads(published.to_json())
     del document["format_version"]
-    with pytest.raises(BundleError, match="format version None; this xlarank reads version 3"):
+    with pytest.raises(BundleError, match="format version None; this xlarank reads version 4"):
         Manifest.from_json(render(document).encode())
 
 
@@ -57,8 +57,8 @@ def test_an_unknown_format_version_is_refused_before_anything_else(published, ve
         (b"[" * 100_000, "no JSON document"),
         (b'{"format_version": NaN}', "NaN is no JSON number"),
         (b'{"format_version": ' + b"1" * 5000 + b"}", "no JSON document"),
-        (b'{"format_version": 3, "digest": "x", "a": 1e999}', "damaged or edited: Out of range"),
-        (b'{"format_version": 3}', "damaged or edited: its digest says None"),
+        (b'{"format_version": 4, "digest": "x", "a": 1e999}', "damaged or edited: Out of range"),
+        (b'{"format_version": 4}', "damaged or edited: its digest says None"),
     ],
 )
 def test_what_is_no_manifest_is_refused(data, message):

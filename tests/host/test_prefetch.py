@@ -9,7 +9,7 @@ from xlarank.host.prefetch import DEFAULT_LINES, fastest, measure_lines_ahead
 from xlarank.spec import Bucket, ModelSpec, Ragged, RankRequest
 
 needs_native = pytest.mark.skipif(not native_available(), reason="the native kernel isn't built")
-DISTANCES = (0, 8, DEFAULT_LINES, 64)
+DISTANCES = (0, 8, DEFAULT_LINES, 128)
 
 
 class Machine:
@@ -34,23 +34,23 @@ def choose(machine, budget_s):
 
 
 def test_the_fastest_distance_is_chosen_within_the_budget():
-    machine = Machine({0: 4.0, 8: 1.0, DEFAULT_LINES: 2.0, 64: 3.0})
+    machine = Machine({0: 4.0, 8: 1.0, DEFAULT_LINES: 2.0, 128: 3.0})
     assert choose(machine, 95.0) == 8
     assert machine.calls == list(DISTANCES) * 10  # a round takes 10 s; the tenth passes the budget
 
 
 def test_one_slow_sample_decides_nothing():
-    machine = Machine({0: 4.0, 8: lambda call: 50.0 if call == 2 else 1.0, DEFAULT_LINES: 2.0, 64: 3.0})
+    machine = Machine({0: 4.0, 8: lambda call: 50.0 if call == 2 else 1.0, DEFAULT_LINES: 2.0, 128: 3.0})
     assert choose(machine, 140.0) == 8
 
 
 def test_a_gain_that_is_noise_leaves_the_default():
-    machine = Machine({0: 4.0, 8: 1.98, DEFAULT_LINES: 2.0, 64: 3.0})
+    machine = Machine({0: 4.0, 8: 1.98, DEFAULT_LINES: 2.0, 128: 3.0})
     assert choose(machine, 100.0) == DEFAULT_LINES
 
 
 def test_a_budget_of_too_few_rounds_leaves_the_default():
-    machine = Machine({0: 4.0, 8: 1.0, DEFAULT_LINES: 2.0, 64: 3.0})
+    machine = Machine({0: 4.0, 8: 1.0, DEFAULT_LINES: 2.0, 128: 3.0})
     assert choose(machine, 30.0) == DEFAULT_LINES
     assert len(machine.calls) == 12
 

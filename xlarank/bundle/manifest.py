@@ -17,13 +17,17 @@ from xlarank.spec import (
     ErrorBudget,
     LatencyProfile,
     ModelSpec,
+    Placement,
     Precision,
     RowFormat,
+    TablePlacement,
     Tolerance,
 )
+from xlarank.spec.placement import check_placements
 
 __all__ = [
     "CACHE_FOLDER",
+    "DEVICE_ROWS_FILE",
     "GOLDEN_FILE",
     "MANIFEST_FILE",
     "PARAMS_FILE",
@@ -37,6 +41,7 @@ __all__ = [
 
 MANIFEST_FILE = "manifest.json"
 PARAMS_FILE = "params.safetensors"
+DEVICE_ROWS_FILE = "device_rows.safetensors"
 GOLDEN_FILE = "golden.safetensors"
 PROGRAMS_FOLDER = "programs"
 CACHE_FOLDER = "cache"
@@ -151,6 +156,13 @@ class Manifest:
     num_prepared: int
     """How many arrays `prepare` makes, or params there are without it."""
 
+    placements: tuple[TablePlacement, ...] = ()
+    """Of the tables that devices hold rows of, in the order in which `prepare` takes them after the
+    params."""
+
+    placed_at: tuple[int, ...] = ()
+    """Places of those tables' arrays among the prepared: what a row update writes."""
+
     unused_features: tuple[str, ...] = ()
     """Features that no score depends on: checked in requests, not looked up."""
 
@@ -190,7 +202,7 @@ class Manifest:
     def __post_init__(self) -> None:
         where = f"manifest of {self.spec.name!r}"
         self.spec.check_fitted()
-        for field in ("programs", "params", "unused_features"):
+        for field in ("programs", "params", "placements", "placed_at", "unused_features"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in ("provenance", "fingerprint", "files", "cache_files", "table_errors"):
             object.__setattr__(self, field, dict(getattr(self, field)))
@@ -203,6 +215,14 @@ class Manifest:
                 if not isinstance(key, str) or not isinstance(value, str):
                     raise ConfigError(f"{where}: {field}: expected strings, got {key!r}: {value!r}")
         self._check_programs(where)
+        check_placements(self.spec, self.unused_features, self.placements)
+        if len(self.placed_at) != len(self.placements) or not all(
+            0 <= place < self.num_prepared for place in self.placed_at
+        ):
+            raise ConfigError(
+                f"{where}: expected placed_at to hold a place in [0, {self.num_prepared}) for each of "
+                f"{len(self.placements)} tables on devices, got {list(self.placed_at)}"
+            )
         for path in self.files:
             _check_path(where, path, in_cache=False)
         for path in self.cache_files:
@@ -226,7 +246,13 @@ class Manifest:
         arrays = [table_file(table.name) for table in self.spec.tables]
         tables = [path for array in arrays for path in (array, digests_file(array))]
         programs = [program.file for program in self.programs]
-        return tuple(dict.fromkeys([PARAMS_FILE, GOLDEN_FILE, *tables, *prepares, *programs]))
+        rows = [DEVICE_ROWS_FILE] if self.split_tables else []
+        return tuple(dict.fromkeys([PARAMS_FILE, GOLDEN_FILE, *rows, *tables, *prepares, *programs]))
+
+    @functools.cached_property
+    def split_tables(self) -> tuple[str, ...]:
+        """Tables of which devices hold some rows: device_rows.safetensors has their numbers."""
+        return tuple(p.table for p in self.placements if p.kind(self.spec) is Placement.SPLIT)
 
     def error_limits(self, program: ProgramEntry) -> dict[str, float]:
         """By task: the largest error that golden rows may show when the bundle is loaded.
@@ -252,6 +278,8 @@ class Manifest:
                 "params": list(self.params),
                 "prepare": self.prepare,
                 "num_prepared": self.num_prepared,
+                "placements": [dataclasses.asdict(placement) for placement in self.placements],
+                "placed_at": list(self.placed_at),
                 "unused_features": list(self.unused_features),
                 "activations": self.activations,
                 "tolerance": dataclasses.asdict(self.tolerance),
@@ -294,6 +322,8 @@ class Manifest:
                 params=fields.strings("params"),
                 prepare=fields.take_optional("prepare", str),
                 num_prepared=fields.take("num_prepared", int),
+                placements=tuple(_placement_from_fields(entry) for entry in fields.objects("placements")),
+                placed_at=fields.integers("placed_at"),
                 unused_features=fields.strings("unused_features"),
                 activations=fields.take("activations", str),
                 tolerance=_tolerance_from_fields(fields.fields("tolerance")),
@@ -411,6 +441,16 @@ def _program_from_fields(fields: Fields) -> ProgramEntry:
     )
     fields.finish()
     return program
+
+
+def _placement_from_fields(fields: Fields) -> TablePlacement:
+    placement = TablePlacement(
+        fields.take("table", str),
+        fields.take("num_rows", int),
+        {name: int(count) for name, count in fields.numbers("capacities").items()},
+    )
+    fields.finish()
+    return placement
 
 
 def _tolerance_from_fields(fields: Fields) -> Tolerance:

@@ -14,6 +14,7 @@ import numpy as np
 from xlarank.bundle.arrays import read_arrays
 from xlarank.bundle.digests import check_file, check_files
 from xlarank.bundle.manifest import (
+    DEVICE_ROWS_FILE,
     GOLDEN_FILE,
     MANIFEST_FILE,
     PARAMS_FILE,
@@ -140,6 +141,18 @@ class Bundle:
                 f"{path}: expected the params that the manifest names; these differ: {differing}"
             )
         return {name: arrays[name] for name in self.manifest.params}
+
+    def device_rows(self) -> dict[str, np.ndarray]:
+        """Which rows of split tables devices hold: by table, [K] int32 numbers.
+
+        Raises:
+          BundleError: if the file is damaged or contradicts the manifest.
+        """
+        path, split = self.path / DEVICE_ROWS_FILE, self.manifest.split_tables
+        numbers = read_arrays(path)[0] if split else {}
+        if set(numbers) != set(split):
+            raise BundleError(f"{path}: expected rows of the tables {sorted(split)}, got {sorted(numbers)}")
+        return numbers
 
     def tables(self) -> dict[str, np.ndarray]:
         """Encoded rows by table name, in `stored_form`: read-only, 64-byte aligned, mapped, not yet read."""

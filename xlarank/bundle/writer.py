@@ -16,6 +16,7 @@ from xlarank.bundle.arrays import write_arrays
 from xlarank.bundle.digests import digest_of
 from xlarank.bundle.manifest import (
     CACHE_FOLDER,
+    DEVICE_ROWS_FILE,
     GOLDEN_FILE,
     MANIFEST_FILE,
     PARAMS_FILE,
@@ -154,6 +155,17 @@ class BundleWriter:
         self._digests[path], digests = write_array(self._new_file(path), table)
         self._add_bytes(digests_file(path), digests)
         return path
+
+    def add_device_rows(self, numbers: Mapping[str, np.ndarray]) -> str:
+        """Writes which rows of split tables devices hold; returns the path in the bundle.
+
+        Args:
+          numbers: by table, [K] int32 row numbers, ascending.
+        """
+        target = self._new_file(DEVICE_ROWS_FILE)
+        write_arrays(target, numbers, {"format": "xlarank.device_rows", "format_version": "1"})
+        self._digests[DEVICE_ROWS_FILE] = digest_of(target).sha256
+        return DEVICE_ROWS_FILE
 
     def add_golden(
         self, requests: Sequence[RankRequest], values: Mapping[str, Mapping[str, np.ndarray]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import math
 from pathlib import Path
@@ -85,6 +86,25 @@ def add_parser(subparsers: Any) -> None:
         help="of embedding tables; auto: by table the smallest that keeps to both limits below (%(default)s)",
     )
     parser.add_argument(
+        "--table-placement",
+        choices=(_AUTO, "host", "device", "split"),
+        default=_AUTO,
+        help="of embedding tables; device: all rows; split: the rows that are read most; auto: on "
+        "accelerators what fits, on CPUs host (%(default)s)",
+    )
+    parser.add_argument(
+        "--device-table-bytes",
+        type=int,
+        metavar="BYTES",
+        help="most bytes of table rows on a device (half of its memory)",
+    )
+    parser.add_argument(
+        "--placement-trace",
+        type=Path,
+        metavar="DATA",
+        help="requests that say which rows are read most, as --golden takes them (the golden requests)",
+    )
+    parser.add_argument(
         "--max-score-error",
         type=_positive,
         default=2e-3,
@@ -129,10 +149,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from xlarank import device
     from xlarank.cli.compile_output import explain, facts_of, show
     from xlarank.cli.console import output_console, progress_console
-    from xlarank.compiler import BuildOptions, build
+    from xlarank.compiler import BuildOptions, PlacementPolicy, build
     from xlarank.spec import ErrorBudget, PrecisionPolicy
     from xlarank.spec.config import load_config
-    from xlarank.training.checkpoint import restore
+    from xlarank.training.checkpoint import VALIDATION_FILE, restore
 
     gc.freeze()  # the collector needn't walk what the imports made: a twentieth of a refresh
     device.configure(num_devices=args.devices)
@@ -141,7 +161,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     console = progress_console()
     with console.status("reading the checkpoint"):
         module, spec, tables = restore(config, args.checkpoint)
-        requests, labels = _golden(args, config, spec)
+        requests, labels = _golden(args.golden or args.checkpoint / VALIDATION_FILE, config, spec)
+        placement = PlacementPolicy.named(args.table_placement, args.device_table_bytes)
+        if args.placement_trace is not None:
+            trace = _golden(args.placement_trace, config, spec)[0]
+            placement = dataclasses.replace(placement, trace=trace)
     options = BuildOptions(
         version=args.version,
         bucket_rows=config.bucket_rows if args.buckets in (None, _AUTO) else args.buckets,
@@ -152,6 +176,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             ErrorBudget(args.max_score_error, args.max_auc_loss),
             tables=args.table_precision,
         ),
+        placement=placement,
         tune_seconds=args.tune_seconds,
         reuse=not args.fresh,
         keep_failed=args.keep_failed,
@@ -203,17 +228,16 @@ def _traffic(args: argparse.Namespace, config: ModelConfig) -> Any:
 
 
 def _golden(
-    args: argparse.Namespace, config: ModelConfig, spec: ModelSpec
+    data: Path, config: ModelConfig, spec: ModelSpec
 ) -> tuple[list[RankRequest], dict[str, np.ndarray]]:
-    """Requests to prove with, and their labels as far as there are any."""
+    """Requests of a file or a data folder, and their labels as far as there are any."""
     from xlarank.bundle import read_requests
-    from xlarank.training.checkpoint import VALIDATION_FILE
     from xlarank.training.readers import read_data
 
-    if args.golden is not None and args.golden.is_dir():
-        sample = read_data(config, args.golden).validation.sample(_NUM_GOLDEN)
+    if data.is_dir():
+        sample = read_data(config, data).validation.sample(_NUM_GOLDEN)
         return list(sample.requests(spec)), sample.labels_of(spec)
-    requests, values = read_requests(args.golden or args.checkpoint / VALIDATION_FILE, spec)
+    requests, values = read_requests(data, spec)
     return requests, values.get("labels", {})
 
 

@@ -21,6 +21,7 @@ __all__ = ["explain", "facts_of", "show"]
 def facts_of(result: BuildResult) -> dict[str, Any]:
     """The result as JSON values."""
     manifest, tuning = result.manifest, result.tuning
+    held = {placement.table: placement.num_rows for placement in manifest.placements}
     return {
         "path": str(result.path),
         "model": manifest.spec.name,
@@ -37,6 +38,7 @@ def facts_of(result: BuildResult) -> dict[str, Any]:
             table.name: {
                 "format": table.dtype.value,
                 "bytes": table.num_bytes,
+                "device_rows": held.get(table.name, 0),
                 "float32_bytes": table.num_rows * RowFormat.FLOAT32.row_bytes(table.dim),
             }
             for table in manifest.spec.tables
@@ -156,6 +158,13 @@ def _table_remarks(result: BuildResult) -> list[str]:
             )
     if result.tables.note:
         lines.append(result.tables.note)
+    for placement in result.manifest.placements:
+        table = result.manifest.spec.table_by_name[placement.table]
+        ids = ", ".join(f"{name} {count}" for name, count in placement.capacities.items())
+        lines.append(
+            f"table {table.name}: {placement.num_rows:,} of {table.num_rows:,} rows on each device; ids that it "
+            f"looks up a bag at most: {ids}"
+        )
     return lines
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xlarank.bundle import FORMAT_VERSION, Bundle, Verify, open_bundle, resolve_bundle
+from xlarank.bundle import FORMAT_VERSION, Bundle, Manifest, Verify, open_bundle, resolve_bundle
 from xlarank.cli.console import output_console
 from xlarank.spec import FeatureSpec, ModelSpec, Vocabulary, operation_to_dict
 
@@ -64,7 +64,7 @@ def _facts(bundle: Bundle, *, is_verified: bool) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "verified": is_verified,
         "features": [_feature_facts(feature) for feature in spec.features],
-        "tables": _table_facts(spec),
+        "tables": _table_facts(manifest),
         "tasks": [{"name": t.name, "kind": t.kind.value, "output": t.output} for t in spec.tasks],
         "buckets": [
             {
@@ -137,7 +137,8 @@ def _operation_text(operation: Any) -> str:
     return f"{name} {' '.join(texts)}".strip()
 
 
-def _table_facts(spec: ModelSpec) -> list[dict[str, Any]]:
+def _table_facts(manifest: Manifest) -> list[dict[str, Any]]:
+    spec, placements = manifest.spec, {placement.table: placement for placement in manifest.placements}
     return [
         {
             "name": table.name,
@@ -146,6 +147,8 @@ def _table_facts(spec: ModelSpec) -> list[dict[str, Any]]:
             "dtype": table.dtype.value,
             "out_of_range": table.out_of_range.value,
             "bytes": table.num_bytes,
+            "device_rows": placements[table.name].num_rows if table.name in placements else 0,
+            "device_capacities": dict(placements[table.name].capacities) if table.name in placements else {},
             "features": [feature.name for feature in spec.features if feature.table == table.name],
         }
         for table in spec.tables
@@ -187,10 +190,10 @@ def _show(facts: Mapping[str, Any], console: Console) -> None:
     _print_table(
         console,
         "tables",
-        ("table", "rows", "dim", "type", "out of range", "size", "features"),
+        ("table", "rows", "on devices", "dim", "type", "out of range", "size", "features"),
         [
-            (t["name"], f"{t['rows']:,}", t["dim"], t["dtype"], t["out_of_range"], _size_text(t["bytes"]),
-             ", ".join(t["features"]))
+            (t["name"], f"{t['rows']:,}", f"{t['device_rows']:,}", t["dim"], t["dtype"], t["out_of_range"],
+             _size_text(t["bytes"]), ", ".join(t["features"]))
             for t in facts["tables"]
         ],
     )  # fmt: skip

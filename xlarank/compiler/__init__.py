@@ -4,6 +4,7 @@ from xlarank.compiler.analyze import Analysis, analyze
 from xlarank.compiler.build import build, build_bundle
 from xlarank.compiler.golden import random_requests
 from xlarank.compiler.options import BuildOptions, Traffic
+from xlarank.compiler.placement import PlacementPolicy
 from xlarank.compiler.reference import reference_scores
 from xlarank.compiler.result import BuildResult
 
@@ -11,6 +12,7 @@ __all__ = [
     "Analysis",
     "BuildOptions",
     "BuildResult",
+    "PlacementPolicy",
     "Traffic",
     "analyze",
     "build",

@@ -20,6 +20,7 @@ from xlarank.compiler.result import Tuning
 from xlarank.compiler.table_formats import Formats
 from xlarank.compiler.tracing import constant_bytes, structural_text
 from xlarank.errors import BundleError
+from xlarank.host import DeviceRows
 from xlarank.spec import Bucket, LatencyProfile, ModelSpec, Signature
 
 __all__ = ["TUNING_FILE", "Reusable", "architecture_of", "find_reusable", "latest_profile"]
@@ -47,6 +48,9 @@ class Reusable:
 
     cache_files: tuple[Path, ...]
     table_formats: Formats
+    device_rows: tuple[DeviceRows, ...]
+    placed_at: tuple[int, ...]
+    """See `Manifest.placed_at`."""
 
     def copy_cache(self, folder: Path) -> None:
         """Puts the compiled code where JAX looks for it."""
@@ -80,6 +84,7 @@ def architecture_of(
         "tasks": [(task.name, task.kind.value) for task in traces.spec.tasks],
         "ladder": repr(traffic) if traffic is not None else sorted(set(options.bucket_rows)),
         "policy": repr(options.policy),
+        "placement": repr(options.placement),
         "fingerprint": device.fingerprint(),
         "source": _own_source(),
     }
@@ -133,6 +138,8 @@ def _reusable(bundle: Bundle) -> Reusable:
         seconds=manifest.latency[kind].seconds,
         cache_files=tuple(bundle.cache_files()),
         table_formats={table.name: table.dtype for table in bundle.spec.tables},
+        device_rows=DeviceRows.of_bundle(manifest.placements, bundle.device_rows()),
+        placed_at=manifest.placed_at,
     )
 
 

@@ -15,6 +15,7 @@ from xlarank.bundle import BundleWriter
 from xlarank.compiler.builder import Builder, Progress
 from xlarank.compiler.golden import random_requests
 from xlarank.compiler.options import BuildOptions, check_arguments, checked_labels
+from xlarank.compiler.placement import PlacementPolicy
 from xlarank.compiler.result import BuildResult
 from xlarank.compiler.split import Apply, split_function, split_module
 from xlarank.compiler.tables import float32_tables
@@ -44,6 +45,7 @@ def build_bundle(
     labels: Mapping[str, np.ndarray] | None = None,
     precision: str = "auto",
     table_precision: str = "auto",
+    table_placement: str = "auto",
     max_score_error: float = 2e-3,
     max_auc_loss: float = 5e-4,
     tune_seconds: float = 30.0,
@@ -68,6 +70,8 @@ def build_bundle(
       table_precision: "float32", "float16", "bfloat16", "int8" or "int4" for all tables, or "auto": by table
         the smallest that keeps to the budget, float32 without labels of every binary task; a table whose
         spec states another format than float32 keeps that.
+      table_placement: "host", "device" (all rows of all tables), "split" (the rows that the golden requests
+        read most), or "auto": on accelerators what fits, on CPUs "host". The host keeps every row.
       max_score_error: of a lower precision and smaller tables together: 99th percentile over golden rows of
         the difference from the reference score.
       max_auc_loss: likewise, on labelled golden rows.
@@ -90,6 +94,7 @@ def build_bundle(
         policy=PrecisionPolicy.named(
             precision, ErrorBudget(max_score_error, max_auc_loss), tables=table_precision
         ),
+        placement=PlacementPolicy.named(table_placement),
         tune_seconds=tune_seconds,
     )
     return build(

@@ -35,7 +35,8 @@ from xlarank.compiler.golden_set import GoldenSet, Judgement
 from xlarank.compiler.limits import MachineLimits, measure_limits
 from xlarank.compiler.lower import lower_prepare
 from xlarank.compiler.options import BuildOptions
-from xlarank.compiler.prepare import PreparedArrays
+from xlarank.compiler.placement import plan_placement
+from xlarank.compiler.prepare import PreparedArrays, weight_key
 from xlarank.compiler.program import Traces, plain_program
 from xlarank.compiler.reference import check_row_counts, reference_scores
 from xlarank.compiler.report import render_report
@@ -46,7 +47,7 @@ from xlarank.compiler.tables import float32_tables, requests_of, settle_tables
 from xlarank.compiler.traffic import measure_rows
 from xlarank.compiler.verify import verify_bucket
 from xlarank.errors import ModelError, VerifyError
-from xlarank.host import Gatherer, HostTable
+from xlarank.host import DeviceRows, Gatherer, HostTable
 from xlarank.spec import (
     Bucket,
     BucketLadder,
@@ -93,6 +94,7 @@ class Builder:
         self.traces = Traces(model, self.spec)
         self.unused = self.traces.unused_features()
         self.activations = self._activations_format()
+        # Until the tables are placed, all on the host.
         self.signature = Signature.of_model(self.spec, self.unused, self.activations)
 
     def _activations_format(self) -> str:
@@ -118,6 +120,9 @@ class Builder:
         built: _Built | None = None
         failure: VerifyError | None = None
         note = ""
+        if reusable is not None and reusable.device_rows != tuple(self.gatherer.device_rows.values()):
+            note = f"version {reusable.version} was not reused: it has other formats of tables on devices"
+            reusable = None
         if reusable is not None:
             try:
                 built = self._reuse(reusable, writer)
@@ -159,7 +164,15 @@ class Builder:
         self.spec, self.tables = settled.spec, settled.tables
         self.requests, self.scores = settled.requests, settled.scores
         self.exact = {task: np.concatenate(parts) for task, parts in scores.items()}
-        self.gatherer = Gatherer(self.spec, self.tables, unused=self.unused, activations=self.activations)
+        self.gatherer = Gatherer(
+            self.spec,
+            self.tables,
+            unused=self.unused,
+            activations=self.activations,
+            device_rows=self._placed(reusable),
+        )
+        self.signature = self.gatherer.signature
+        self.weights = (*self.model.params, *self.gatherer.device_arrays())
         golden = self._golden_set(1)
         judged = golden.judge_reference()
         formats = {table.name: table.dtype for table in self.spec.tables}
@@ -169,6 +182,18 @@ class Builder:
         except VerifyError as error:
             return error
         return None
+
+    def _placed(self, reusable: Reusable | None) -> Sequence[DeviceRows]:
+        """Rows of the tables that devices hold: an earlier version's, whose programs take so many."""
+        if reusable is not None and reusable.table_formats == {t.name: t.dtype for t in self.spec.tables}:
+            return reusable.device_rows
+        return plan_placement(
+            self.spec,
+            self.unused,
+            self.requests,
+            self.options.placement,
+            device_memory=device.device_memory(self.targets[0]),
+        )
 
     def _golden_set(self, max_rows: int) -> GoldenSet:
         replay = device.GoldenReplay(self.gatherer, self.requests, self.scores, max_rows)
@@ -223,7 +248,7 @@ class Builder:
         )
         bench = DeviceBench(
             forms,
-            self.model.params,
+            self.weights,
             prepared,
             self.golden,
             self.signature,
@@ -264,7 +289,9 @@ class Builder:
             seconds=self.options.tune_seconds,
             precision_note="; ".join(filter(None, (note, _failure_note(bench)))),
         )
-        return self._prove(prepare, programs, len(keys), tuning)
+        first_table = len(self.model.params)
+        placed_at = [keys.index(weight_key(i)) for i in range(first_table, len(self.weights))]
+        return self._prove(prepare, programs, len(keys), placed_at, tuning)
 
     def _check_named(self, choices: Sequence[Choice], bench: DeviceBench) -> None:
         """Refuses a build whose precision was named and can't run here: float32 would not be what was asked
@@ -292,7 +319,12 @@ class Builder:
         reusable.copy_cache(writer.cache_dir)
         with device.compile_cache_at(writer.cache_dir):
             built, failure = self._prove(
-                reusable.prepare, reusable.programs, reusable.num_prepared, reusable.tuning, reusable.seconds
+                reusable.prepare,
+                reusable.programs,
+                reusable.num_prepared,
+                reusable.placed_at,
+                reusable.tuning,
+                reusable.seconds,
             )
         if failure is not None:
             raise failure
@@ -303,6 +335,7 @@ class Builder:
         prepare: bytes,
         programs: Mapping[Bucket, tuple[bytes, tuple[int, ...]]],
         num_prepared: int,
+        placed_at: Sequence[int],
         tuning: Tuning,
         known_seconds: Mapping[Bucket, float] | None = None,
     ) -> tuple[_Built, VerifyError | None]:
@@ -315,7 +348,7 @@ class Builder:
         exported = device.deserialize_program(prepare)
         replicas = []
         for target in self.targets:
-            arrays = device.prepare_weights(target, exported, self.model.params)
+            arrays = device.prepare_weights(target, exported, self.weights)
             replicas.append(device.Replica(target, self.signature, loaded, arrays))
         failure: VerifyError | None = None
         judgements: dict[Bucket, Judgement] = {}
@@ -328,7 +361,7 @@ class Builder:
                     bucket,
                     replicas[0],
                     lambda bucket=bucket: plain_program(self.traces, self.signature, bucket),
-                    self.model.params,
+                    self.weights,
                     self.golden,
                     self.probes,
                     self.buffers,
@@ -351,7 +384,7 @@ class Builder:
             )
             for bucket, form in tuning.forms.items()
         ]
-        return _Built(prepare, programs, num_prepared, tuning, tuple(results)), failure
+        return _Built(prepare, programs, num_prepared, tuple(placed_at), tuning, tuple(results)), failure
 
     def _check_model(self, bench: DeviceBench) -> None:
         """Refuses a model whose rows touch or are counted, before any pass may hide it."""
@@ -373,7 +406,7 @@ class Builder:
                 bucket,
                 replica,
                 lambda: plain_program(self.traces, self.signature, bucket),
-                self.model.params,
+                self.weights,
                 self.golden,
                 self.probes,
                 self.buffers,
@@ -434,6 +467,9 @@ class Builder:
             if isinstance(rows, HostTable):
                 rows = rows.rows.view(stored_form(table)[0])
             writer.add_table(table.name, rows)
+        held = {name: rows.numbers for name, rows in self.gatherer.device_rows.items()}
+        if split := {name: numbers for name, numbers in held.items() if numbers is not None}:
+            writer.add_device_rows(split)
         rows = {task: np.concatenate(parts) for task, parts in self.scores.items()}
         values = {"scores": rows} | ({"labels": dict(self.labels)} if self.labels else {})
         writer.add_golden(self.requests, values)
@@ -455,6 +491,8 @@ class Builder:
         reused = {} if built.reused is None else {"reused_version": str(built.reused)}
         manifest = Manifest(
             spec=spec,
+            placements=tuple(rows.placement for rows in self.gatherer.device_rows.values()),
+            placed_at=built.placed_at,
             programs=tuple(entries),
             params=self.model.names,
             prepare=writer.add_program(_PREPARE_FILE, built.prepare),
@@ -495,6 +533,9 @@ class _Built:
     prepare: bytes
     programs: Mapping[Bucket, tuple[bytes, tuple[int, ...]]]
     num_prepared: int
+    placed_at: tuple[int, ...]
+    """Of the tables on devices: places of their arrays among the prepared."""
+
     tuning: Tuning
     results: tuple[BucketResult, ...]
     reused: int | None = None

@@ -79,7 +79,8 @@ class Poison:
         """The leaves with it; arrays that it touches are copies."""
         poisoned = dict(leaves)
         for leaf in signature.leaves:
-            if leaf.scope is self.scope and leaf.name != REQUEST_OF_ROW:
+            # Places of rows on the device stay in range.
+            if leaf.scope is self.scope and leaf.dtype != "int32":
                 array = np.array(leaves[leaf.name])
                 array[self.index] = self.mask if leaf.dtype == "bool" else self.value
                 poisoned[leaf.name] = array

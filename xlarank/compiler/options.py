@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from xlarank.compiler.placement import PlacementPolicy
 from xlarank.errors import ConfigError
 from xlarank.spec import DEFAULT_ROWS, BucketLadder, ModelSpec, PrecisionPolicy, RankRequest
 from xlarank.spec.ladder import SizeHistogram
@@ -46,6 +47,9 @@ class BuildOptions:
     policy: PrecisionPolicy = dataclasses.field(default_factory=PrecisionPolicy)
     """Numeric format, and what its scores must keep to."""
 
+    placement: PlacementPolicy = dataclasses.field(default_factory=PlacementPolicy)
+    """What of the tables devices hold."""
+
     tune_seconds: float = 60.0
     """Most time to spend on trying forms, and as much again on formats of tables; 0 tries none."""
 
@@ -61,6 +65,8 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.policy, PrecisionPolicy):
             raise ConfigError(f"policy: expected a PrecisionPolicy, got {self.policy!r}")
+        if not isinstance(self.placement, PlacementPolicy):
+            raise ConfigError(f"placement: expected a PlacementPolicy, got {self.placement!r}")
         if isinstance(self.tune_seconds, bool) or not isinstance(self.tune_seconds, (int, float)):
             raise ConfigError(f"tune_seconds must be a number >= 0; was {self.tune_seconds!r}")
         if self.traffic is None:

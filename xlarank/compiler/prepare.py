@@ -14,7 +14,7 @@ from jax.extend import core
 from xlarank.compiler.program import Program, read
 from xlarank.compiler.tracing import ClosedJaxpr, constant_bytes, evaluate, retrace, structural_text
 
-__all__ = ["Parted", "PreparedArrays", "part"]
+__all__ = ["Parted", "PreparedArrays", "part", "weight_key"]
 
 _MAX_CONSTANT_BYTES = 1 << 14
 """Larger constants are prepared arrays: inside a program every bucket would hold a copy."""
@@ -45,7 +45,7 @@ class PreparedArrays:
         self._weight_avals = tuple(weight_avals)
         self._nodes: dict[str, tuple[core.JaxprEqn, tuple[Any, ...], int]] = {}  # equation, operands, output
         self._consts: dict[str, Any] = {}
-        self._avals: dict[str, Any] = {_weight_key(i): aval for i, aval in enumerate(weight_avals)}
+        self._avals: dict[str, Any] = {weight_key(i): aval for i, aval in enumerate(weight_avals)}
         self._made: dict[str, jax.Array] = {}
 
     def num_bytes(self, keys: Sequence[str]) -> int:
@@ -107,7 +107,8 @@ class PreparedArrays:
         return key
 
 
-def _weight_key(index: int) -> str:
+def weight_key(index: int) -> str:
+    """Key of a weight as it is."""
     return f"w{index}"
 
 
@@ -126,7 +127,7 @@ def part(program: Program, prepared: PreparedArrays) -> Parted:
       prepared: learns the expressions.
     """
     jaxpr = program.closed.jaxpr
-    keys = {var: _weight_key(i) for i, var in enumerate(jaxpr.invars[: program.num_weights])}
+    keys = {var: weight_key(i) for i, var in enumerate(jaxpr.invars[: program.num_weights])}
     consts = dict(zip(jaxpr.constvars, program.closed.consts, strict=True))
     keys |= {var: prepared.add_constant(const) for var, const in consts.items()}
     small = {var: const for var, const in consts.items() if len(constant_bytes(const)) <= _MAX_CONSTANT_BYTES}

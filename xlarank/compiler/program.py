@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from xlarank.compiler.device_lookup import look_up
 from xlarank.compiler.split import DenseModel, scores_of
 from xlarank.compiler.tracing import ClosedJaxpr, evaluate, flatten, retrace, source_of, trace
 from xlarank.errors import ModelError
@@ -196,8 +197,9 @@ def _without_random_state(name: str, closed: ClosedJaxpr, begin: int, count: int
 class Program:
     """A row program of one bucket as flat equations, weights among its inputs.
 
-    Inputs: weights, leaves of the context, leaves of the candidates, request_of_row [B]. Outputs: scores [B]
-    by task. Passes take one and give one; `xlarank.compiler.prepare` parts it into prepare and program.
+    Inputs: weights, among them last the rows of tables on the device, leaves of the context, leaves of the
+    candidates, request_of_row [B]. Outputs: scores [B] by task. Passes take one and give one;
+    `xlarank.compiler.prepare` parts it into prepare and program.
     """
 
     closed: ClosedJaxpr
@@ -254,34 +256,47 @@ def make_program(
       run: from the inputs to the scores by task.
     """
     num_weights, context = traced.num_weights, signature.context_leaves
-    leaves = (*context, *signature.candidate_leaves)
+    leaves, first_leaf = (*context, *signature.candidate_leaves), num_weights + len(signature.device_tables)
 
     def flat(*inputs: Any) -> list[Any]:
-        arrays = dict(zip((leaf.name for leaf in leaves), inputs[num_weights:-1], strict=True))
-        activations = dict(_activations(spec, signature, arrays))
-        return run(ProgramInputs(inputs[:num_weights], activations, inputs[-1]))
+        weights, tables, given = inputs[:num_weights], inputs[num_weights:first_leaf], inputs[first_leaf:]
+        arrays = dict(zip((leaf.name for leaf in leaves), given[:-1], strict=True))
+        activations = dict(_activations(spec, signature, arrays, tables))
+        return run(ProgramInputs(weights, activations, given[-1]))
 
     avals: list[Any] = list(traced.closed.in_avals[:num_weights])
+    avals += [jax.ShapeDtypeStruct(table.shape, jnp.dtype(table.dtype)) for table in signature.device_tables]
     avals += [jax.ShapeDtypeStruct(leaf.shape(bucket), jnp.dtype(leaf.dtype)) for leaf in leaves]
     avals.append(jax.ShapeDtypeStruct((bucket.rows,), np.dtype(np.int32)))
-    return Program(retrace(flat, avals), num_weights, len(context), bucket)
+    return Program(retrace(flat, avals), first_leaf, len(context), bucket)
 
 
 def _activations(
-    spec: ModelSpec, signature: Signature, leaves: Mapping[str, Any]
+    spec: ModelSpec, signature: Signature, leaves: Mapping[str, Any], tables: Sequence[Any]
 ) -> Iterator[tuple[str, Any]]:
-    """What the model reads, cut out of the leaves; zeros [1, ...] stand in for what nobody reads."""
+    """What the model reads, cut out of the leaves; zeros [1, ...] stand in for what nobody reads.
+
+    The device's share of what is looked up is added to the host's.
+    """
     for feature in spec.features:
         slot = signature.slots.get(feature.name)
         if slot is None:
             continue
+        leaf = leaves[slot.leaf]
         if feature.kind is FeatureKind.SEQUENCE:
-            yield feature.name, leaves[slot.leaf].astype(jnp.float32)
             yield feature.name + MASK_SUFFIX, leaves[slot.leaf + MASK_SUFFIX]
         else:
-            leaf = leaves[slot.leaf]
-            cut = jax.lax.slice_in_dim(leaf, slot.begin, slot.end, axis=1)
-            yield feature.name, cut.astype(jnp.float32)
+            leaf = jax.lax.slice_in_dim(leaf, slot.begin, slot.end, axis=1)
+        activation = leaf.astype(jnp.float32)
+        lookup = signature.lookups.get(feature.name)
+        if lookup is not None:
+            held = look_up(tables[lookup.table], leaves[lookup.places], signature.device_tables[lookup.table])
+            if feature.kind is not FeatureKind.SEQUENCE:
+                held = held.sum(axis=1)
+            if lookup.divisor is not None:
+                held = held / leaves[lookup.divisor]
+            activation = activation + held
+        yield feature.name, activation
 
 
 def expand(value: Any, request_of_row: Any, bucket: Bucket, axis: int = 0) -> Any:

@@ -56,9 +56,10 @@ def verify_bucket(
         batches.fill(leaves, bucket, bucket.rows)
         check_rows_independent(spec, signature, bucket, replica, plain, weights, leaves)
     # All rows alike: one that differs decides every `any`, `all` and comparison over the batch.
+    divisors = {lookup.divisor for lookup in signature.lookups.values()}
     for leaf in signature.leaves:
         if leaf.name != REQUEST_OF_ROW:
-            leaves[leaf.name][:] = leaf.dtype == "bool"
+            leaves[leaf.name][:] = leaf.dtype == "bool" or leaf.name in divisors
     check_rows_independent(spec, signature, bucket, replica, plain, weights, leaves)
     what = f"bucket {bucket} (rows x requests), form {form!r}"
     judgement = golden.judge(replica, bucket, leaves)

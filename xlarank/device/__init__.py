@@ -11,6 +11,7 @@ from xlarank.device.platform import (
     configure,
     default_compile_cache,
     device_kind,
+    device_memory,
     devices,
     fingerprint,
     half_precision,
@@ -25,6 +26,7 @@ from xlarank.device.replica import (
     deserialize_program,
     prepare_weights,
 )
+from xlarank.device.table_writer import TableWriter
 from xlarank.device.timing import measure_profile, time_in_turns
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "ProgramCost",
     "Replica",
     "ScoreError",
+    "TableWriter",
     "check_errors",
     "compile_cache_at",
     "compiler_options",
@@ -44,6 +47,7 @@ __all__ = [
     "default_compile_cache",
     "deserialize_program",
     "device_kind",
+    "device_memory",
     "devices",
     "fingerprint",
     "half_precision",

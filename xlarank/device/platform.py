@@ -31,6 +31,7 @@ __all__ = [
     "configure",
     "default_compile_cache",
     "device_kind",
+    "device_memory",
     "devices",
     "fingerprint",
     "half_precision",
@@ -82,6 +83,12 @@ def devices(num_devices: int | None = None) -> list[Device]:
 def device_kind(device: Device) -> str:
     """JAX's name of the device's make, such as ``cpu`` or ``NVIDIA H100 80GB HBM3``."""
     return device.device_kind
+
+
+def device_memory(device: Device) -> int | None:
+    """Bytes that a device says that it has for arrays; None where it says nothing, as CPUs."""
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit")
 
 
 def half_precision(device: Device) -> Precision:

@@ -132,6 +132,8 @@ class Replica:
           prepared: arrays of `prepare_weights` on the device.
         """
         self.device = device
+        self._prepared = tuple(prepared)
+        self._takes = {bucket: program.takes for bucket, program in programs.items()}
         context = tuple(leaf.name for leaf in signature.context_leaves)
         candidate = tuple(leaf.name for leaf in signature.candidate_leaves)
         self.executables = {
@@ -143,6 +145,27 @@ class Replica:
                 candidate,
             )
             for bucket, program in programs.items()
+        }
+
+    @property
+    def prepared(self) -> tuple[jax.Array, ...]:
+        """The prepared arrays."""
+        return self._prepared
+
+    def replace(self, place: int, array: jax.Array) -> None:
+        """Takes another array for one of the prepared: batches that start after this see it, those that run
+        keep what they have. One thread at a time.
+
+        Args:
+          place: among the prepared.
+          array: of the same shape and dtype, on this device.
+        """
+        self._prepared = (*self._prepared[:place], array, *self._prepared[place + 1 :])
+        self.executables = {
+            bucket: dataclasses.replace(
+                executable, prepared=tuple(self._prepared[p] for p in self._takes[bucket])
+            )
+            for bucket, executable in self.executables.items()
         }
 
     def run(self, bucket: Bucket, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

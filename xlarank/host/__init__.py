@@ -1,6 +1,7 @@
 """CPU work per request: tables, preprocessing, hashing, gather. The native kernel is in native/."""
 
 from xlarank.host._extension import native_available
+from xlarank.host.device_rows import DeviceRows
 from xlarank.host.feature_file import FeatureFile, FeatureFileWriter
 from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_features
 from xlarank.host.feature_source import FeatureRows, FeatureSource, FileSource
@@ -15,6 +16,7 @@ from xlarank.host.tables import HostTable, aligned_empty
 
 __all__ = [
     "BoundRequest",
+    "DeviceRows",
     "FeatureFile",
     "FeatureFileWriter",
     "FeatureRows",

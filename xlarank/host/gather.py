@@ -11,6 +11,7 @@ import numpy as np
 
 from xlarank.errors import BucketError, ConfigError, FeatureError, RequestError
 from xlarank.host._extension import native
+from xlarank.host.device_rows import DeviceRows
 from xlarank.host.plan import native_plan
 from xlarank.host.prefetch import measure_lines_ahead
 from xlarank.host.reference import gather_numpy
@@ -74,6 +75,7 @@ class Gatherer:
       signature: names and places of what is written.
       backend: "native" or "numpy".
       lines_ahead: distance of the prefetch in cache lines by table; empty in NumPy.
+      device_rows: by table, of those that devices hold rows of.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Gatherer:
         unused: Collection[str] = (),
         activations: str = "float32",
         lines_ahead: int | None = None,
+        device_rows: Sequence[DeviceRows] = (),
     ) -> None:
         """Prepares vocabularies and threads, and measures how far to prefetch.
 
@@ -101,10 +104,12 @@ class Gatherer:
             in float32, then rounded to the nearest, ties to even.
           lines_ahead: cache lines to prefetch ahead in every table, 0 for none; by default measured on the
             tables, some milliseconds for each row size.
+          device_rows: rows that devices look up, a table each: their places are written, and the vectors hold
+            the share of the other rows.
 
         Raises:
           ConfigError: if a number is out of range, spec and tables disagree, an updatable table is
-            read-only, `unused` or `activations` isn't as stated, or the backend isn't there.
+            read-only, `unused`, `activations` or `device_rows` isn't as stated, or the backend isn't there.
         """
         spec.check_fitted()
         if num_threads < 1:
@@ -118,7 +123,11 @@ class Gatherer:
         if lines_ahead is not None and lines_ahead < 0:
             raise ConfigError(f"lines_ahead must be >= 0; was {lines_ahead}")
         self.spec = spec
-        self.signature = Signature.of_model(spec, unused, activations)
+        placements = [rows.placement for rows in device_rows]
+        self.signature = Signature.of_model(spec, unused, activations, placements)
+        for rows in device_rows:
+            rows.check(spec)
+        self.device_rows = {rows.placement.table: rows for rows in device_rows}
         self.backend = "numpy" if backend == "numpy" or native is None else "native"
         self.lines_ahead: dict[str, int] = {}
         self._tables = host_tables(spec, tables)
@@ -130,7 +139,14 @@ class Gatherer:
                 self.lines_ahead = measure_lines_ahead(self._tables)
             else:
                 self.lines_ahead = dict.fromkeys(self._tables, lines_ahead)
-            self._kernel = native_plan(spec, self.signature, self._tables, self.lines_ahead, num_threads)
+            self._kernel = native_plan(
+                spec,
+                self.signature,
+                self._tables,
+                self.lines_ahead,
+                num_threads,
+                device_rows=self.device_rows,
+            )
 
     def update_rows(self, table: str, rows: np.ndarray, values: np.ndarray) -> None:
         """Writes rows of an updatable table while others gather.
@@ -164,6 +180,30 @@ class Gatherer:
         with self._updates:
             for number, row in zip(numbers, encoded.rows, strict=True):
                 self._tables[table].rows[number] = row
+
+    def device_arrays(self) -> tuple[np.ndarray, ...]:
+        """The rows that devices hold, as they are now: an array a `Signature.device_tables`, see
+        `DeviceTable`."""
+        return tuple(
+            self.device_rows[table.name].array(self._tables[table.name])
+            for table in self.signature.device_tables
+        )
+
+    def device_update(self, table: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What devices hold of some rows, as the host has them now.
+
+        Args:
+          table: one of `device_rows`.
+          rows: [n] row numbers.
+
+        Returns:
+          Places on the device [m] int32, and the rows [m, ...] as `device_arrays` has them.
+        """
+        held = self.device_rows[table]
+        places = held.places_of(rows)
+        is_held = places >= 0
+        dtype = next(t.dtype for t in self.signature.device_tables if t.name == table)
+        return places[is_held], self._tables[table].rows[rows[is_held]].view(np.dtype(dtype))
 
     def check(self, spec: ModelSpec, columns: Sequence[Column]) -> None:
         """A `ContentCheck` for `RankRequest`: what `check_contents` refuses, at native speed.
@@ -221,7 +261,7 @@ class Gatherer:
         if self._kernel is None:
             parts = [(s.request.request, s.begin, s.end) for s in segments]
             with self._updates:
-                gather_numpy(self.spec, self.signature, self._tables, parts, out)
+                gather_numpy(self.spec, self.signature, self._tables, parts, out, self.device_rows)
             return
         bad = self._kernel.gather(
             [(s.request.handle, s.begin, s.end) for s in segments],

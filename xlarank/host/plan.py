@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from xlarank.host._extension import native
+from xlarank.host.device_rows import DeviceRows
 from xlarank.host.tables import HostTable
 from xlarank.host.vocabulary import index_of
 from xlarank.spec import Clip, FeatureKind, FeatureSpec, Log1p, ModelSpec, OutOfRange, Signature, ValueType
@@ -23,6 +25,7 @@ def native_plan(
     lines_ahead: Mapping[str, int],
     num_threads: int,
     *,
+    device_rows: Mapping[str, DeviceRows] = MappingProxyType({}),
     isa: str = "auto",
 ) -> Any:
     """Prepares the kernel for a model.
@@ -33,6 +36,7 @@ def native_plan(
       tables: by name; kept alive by the kernel.
       lines_ahead: distance of the prefetch by table, in cache lines; 0 = none.
       num_threads: threads that gather, the caller among them.
+      device_rows: of the signature's device tables, by name.
       isa: instruction set of pooling: "avx512", "avx2", "baseline", or "auto", the best that the CPU runs.
 
     Returns:
@@ -50,10 +54,14 @@ def native_plan(
         fields = _feature(feature, is_gathered=slot is not None)
         fields["table"] = table_names.index(feature.table) if feature.table is not None else -1
         fields["leaf"], fields["begin"] = (leaf_names.index(slot.leaf), slot.begin) if slot else (-1, 0)
+        lookup = signature.lookups.get(feature.name)
+        fields["places_leaf"] = leaf_names.index(lookup.places) if lookup else -1
+        fields["divisor_leaf"] = leaf_names.index(lookup.divisor) if lookup and lookup.divisor else -1
         features.append(fields)
     return native.Kernel(
         tables=[
             native_table(tables[t.name], lines_ahead[t.name], t.out_of_range, is_updatable=t.updatable)
+            | _on_device(device_rows.get(t.name), t.num_rows)
             for t in spec.tables
         ],
         features=features,
@@ -79,6 +87,12 @@ def native_table(
         "out_of_range": out_of_range.value,
         "is_updatable": is_updatable,
     }
+
+
+def _on_device(rows: DeviceRows | None, num_rows: int) -> dict[str, Any]:
+    if rows is None:
+        return {"num_device_rows": 0, "device_places": None}
+    return {"num_device_rows": rows.placement.num_rows, "device_places": rows.places(num_rows)}
 
 
 def _feature(feature: FeatureSpec, *, is_gathered: bool) -> dict[str, Any]:

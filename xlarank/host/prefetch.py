@@ -15,10 +15,10 @@ from xlarank.spec import RowFormat
 
 __all__ = ["DEFAULT_LINES", "fastest", "measure_lines_ahead"]
 
-DEFAULT_LINES = 32
+DEFAULT_LINES = 64
 """Distance in cache lines where none is measured; never far from the best on machines seen so far."""
 
-_DISTANCES = (0, 4, 8, 16, 32, 64)
+_DISTANCES = (0, 8, 16, 32, 64, 128)
 _BUDGET_S = 0.006
 _MIN_ROUNDS = 4
 _MIN_BYTES = 1 << 25

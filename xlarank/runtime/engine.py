@@ -179,6 +179,8 @@ class Engine:
         self._compiles = device.CompileCounter()
         self._gatherer: Gatherer = loaded.gatherer
         self._replicas = loaded.replicas
+        self._device_writer = loaded.device_writer
+        self._updates = threading.Lock()
         self._rings = [
             device.BufferRing(self._gatherer.signature, self.ladder, _BUFFERS_A_DEVICE)
             for _ in self._replicas
@@ -298,7 +300,10 @@ class Engine:
         with self._idle:
             if not self._is_open:
                 raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed")
-        self._gatherer.update_rows(table, rows, values)
+        with self._updates:  # what devices hold must not fall behind the host's for two at once
+            self._gatherer.update_rows(table, rows, values)
+            if table in self._gatherer.device_rows:
+                self._device_writer.write(table, *self._gatherer.device_update(table, np.asarray(rows)))
         return self._table_versions.advance(table, len(rows))
 
     @property

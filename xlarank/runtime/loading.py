@@ -13,7 +13,7 @@ import numpy as np
 from xlarank import device
 from xlarank.bundle import Bundle
 from xlarank.errors import VerifyError
-from xlarank.host import Gatherer, HugePages, TableMemory
+from xlarank.host import DeviceRows, Gatherer, HugePages, TableMemory
 from xlarank.runtime.table_check import TableCheck
 from xlarank.runtime.tables import LoadedTables, TableBytes, load_tables
 from xlarank.spec import BucketLadder, LatencyProfile, ModelSpec
@@ -33,8 +33,8 @@ class LoadReport:
     """What loading did."""
 
     seconds: dict[str, float]
-    """By step: tables, compile (deserialise, place weights, compile or find in the cache), replay,
-    profile."""
+    """By step: tables, compile (deserialise, place weights, compile or find in the cache), row updates (the
+    programs that write them on devices), replay, profile."""
 
     fingerprint_differences: dict[str, tuple[str, str]]
     """What differs here from where the bundle was compiled: {key: (there, here)}; then programs/ was
@@ -61,6 +61,7 @@ class LoadedModel:
 
     ladder: BucketLadder
     replicas: Sequence[device.Replica]
+    device_writer: device.TableWriter
     profile: LatencyProfile
     report: LoadReport
 
@@ -111,6 +112,7 @@ class Loader:
         tables = self._timed("tables", self._tables)
         gatherer = self._gatherer(tables)
         replicas = self._timed("compile", self._replicas, gatherer, not differences)
+        writer = self._timed("row updates", self._device_writer, gatherer, replicas)
         golden, buffers = self._golden(gatherer), device.BatchBuffers(gatherer.signature, manifest.ladder)
         errors = self._timed("replay", self._replay, replicas, golden, buffers)
         profile = self._timed("profile", self._profile, replicas, golden, buffers)
@@ -120,6 +122,7 @@ class Loader:
             table_check=tables.check,
             ladder=manifest.ladder,
             replicas=replicas,
+            device_writer=writer,
             profile=profile,
             report=LoadReport(self._seconds, differences, errors, tables.memory, tables.huge_pages),
         )
@@ -157,7 +160,7 @@ class Loader:
         )
 
     def _gatherer(self, tables: LoadedTables) -> Gatherer:
-        manifest = self._bundle.manifest
+        manifest, numbers = self._bundle.manifest, self._bundle.device_rows()
         return Gatherer(
             self._bundle.spec,
             tables.tables,
@@ -165,6 +168,7 @@ class Loader:
             backend=self._backend,
             unused=manifest.unused_features,
             activations=manifest.activations,
+            device_rows=DeviceRows.of_bundle(manifest.placements, numbers),
         )
 
     def _replicas(self, gatherer: Gatherer, is_same_place: bool) -> list[device.Replica]:
@@ -178,11 +182,18 @@ class Loader:
         }
         data = self._bundle.prepare()
         prepare = None if data is None else device.deserialize_program(data)
-        params = list(self._bundle.params().values())
+        weights = [*self._bundle.params().values(), *gatherer.device_arrays()]
         return [
-            device.Replica(d, gatherer.signature, programs, device.prepare_weights(d, prepare, params))
+            device.Replica(d, gatherer.signature, programs, device.prepare_weights(d, prepare, weights))
             for d in self._devices
         ]
+
+    def _device_writer(self, gatherer: Gatherer, replicas: Sequence[device.Replica]) -> device.TableWriter:
+        """For row updates of the tables that devices hold rows of."""
+        spec = self._bundle.spec
+        places = zip(gatherer.signature.device_tables, self._bundle.manifest.placed_at, strict=True)
+        updatable = {t.name: place for t, place in places if spec.table_by_name[t.name].updatable}
+        return device.TableWriter(replicas, updatable)
 
     def _golden(self, gatherer: Gatherer) -> device.GoldenReplay:
         requests, values = self._bundle.golden()

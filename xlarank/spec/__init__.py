@@ -18,6 +18,7 @@ from xlarank.spec.features import (
     ValueType,
 )
 from xlarank.spec.model import ModelSpec, rows_needed
+from xlarank.spec.placement import Placement, TablePlacement
 from xlarank.spec.precision import ErrorBudget, Precision, PrecisionPolicy, Tolerance
 from xlarank.spec.preprocessing import (
     Bucketise,
@@ -39,7 +40,15 @@ from xlarank.spec.request import (
     default_column,
 )
 from xlarank.spec.row_format import RowFormat
-from xlarank.spec.signature import MASK_SUFFIX, REQUEST_OF_ROW, Leaf, Signature, Slot
+from xlarank.spec.signature import (
+    MASK_SUFFIX,
+    REQUEST_OF_ROW,
+    DeviceLookup,
+    DeviceTable,
+    Leaf,
+    Signature,
+    Slot,
+)
 
 __all__ = [
     "CANDIDATE_IDS",
@@ -53,6 +62,8 @@ __all__ = [
     "Column",
     "Combiner",
     "ContentCheck",
+    "DeviceLookup",
+    "DeviceTable",
     "ErrorBudget",
     "FeatureKind",
     "FeatureSpec",
@@ -63,6 +74,7 @@ __all__ = [
     "ModelSpec",
     "Operation",
     "OutOfRange",
+    "Placement",
     "Precision",
     "PrecisionPolicy",
     "Ragged",
@@ -73,6 +85,7 @@ __all__ = [
     "Slot",
     "Standardise",
     "StringColumn",
+    "TablePlacement",
     "TableSpec",
     "TaskKind",
     "TaskSpec",

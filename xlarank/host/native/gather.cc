@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 #include "preprocess.h"
@@ -234,9 +235,46 @@ class Batch {
     });
   }
 
+  // The first ids of bag `bag` whose rows the device holds become places there, as many as the leaf takes; the host
+  // reads zeros for them.
+  void send_to_device(const Feature& feature, int64_t bag, int32_t* rows, int64_t num_rows) const {
+    const Table& table = table_of(feature);
+    const Leaf& leaf = plan_.leaves[static_cast<size_t>(feature.places_leaf)];
+    int32_t* const out = reinterpret_cast<int32_t*>(leaves_[static_cast<size_t>(feature.places_leaf)] +
+                                                    bag * leaf.row_bytes);
+    int64_t sent = 0;
+    for (int64_t i = 0; i < num_rows && sent < leaf.row_items; ++i) {
+      if (rows[i] < 0) continue;
+      const int32_t place = table.device_places ? table.device_places[rows[i]] : rows[i];
+      if (place < 0) continue;
+      // A sequence keeps its order: its places stand where its vectors do.
+      if (feature.kind == Kind::kSequence) {
+        while (sent < i) out[sent++] = static_cast<int32_t>(table.num_device_rows);
+      }
+      out[sent++] = place;
+      rows[i] = -1;
+    }
+    std::fill(out + sent, out + leaf.row_items, static_cast<int32_t>(table.num_device_rows));
+  }
+
+  void send_bags_to_device(const Task& task, Scratch& scratch) const {
+    const Feature& feature = *task.feature;
+    if (feature.places_leaf < 0) return;
+    for (int64_t bag = task.begin; bag < task.end; ++bag) {
+      const size_t at = static_cast<size_t>(bag - task.begin);
+      const int64_t begin = scratch.bounds[at], count = scratch.bounds[at + 1] - begin;
+      send_to_device(feature, bag, scratch.rows.data() + begin, count);
+      if (feature.divisor_leaf < 0) continue;
+      float* const divisors = reinterpret_cast<float*>(leaves_[static_cast<size_t>(feature.divisor_leaf)]);
+      const float ids = static_cast<float>(std::max<int64_t>(count, 1));
+      divisors[bag] = feature.combiner == Combiner::kMean ? ids : std::sqrt(ids);
+    }
+  }
+
   void pool_bags(const Task& task, Scratch& scratch) {
     const Feature& feature = *task.feature;
     resolve_bags(task, scratch);
+    send_bags_to_device(task, scratch);
     const int64_t num_bags = task.end - task.begin, num_kept = keep_first_of_equal(feature, num_bags, scratch);
     const TableView& table = table_of(feature).view;
     const Divide divide = feature.combiner == Combiner::kSum    ? Divide::kNo
@@ -281,6 +319,11 @@ class Batch {
     for_each_part(feature, task.begin, task.end, [&](const Column& column, int64_t first, int64_t last, int64_t row) {
       resolve(feature, column, first, last, scratch.rows.data() + (row - task.begin));
     });
+    if (feature.places_leaf >= 0) {
+      for (int64_t row = task.begin; row < task.end; ++row) {
+        send_to_device(feature, row, scratch.rows.data() + (row - task.begin), 1);
+      }
+    }
     const TableView& table = table_of(feature).view;
     const auto write = [&](int64_t first, int64_t last, float* out, int64_t stride) {
       isa_.copy(table, scratch.rows.data(), task.end - task.begin, first - task.begin, last - task.begin, out, stride);
@@ -291,6 +334,7 @@ class Batch {
   void copy_sequences(const Task& task, Scratch& scratch) {
     const Feature& feature = *task.feature;
     resolve_bags(task, scratch);
+    send_bags_to_device(task, scratch);
     const TableView& table = table_of(feature).view;
     const int64_t length = feature.max_length, num_ids = static_cast<int64_t>(scratch.rows.size());
     uint8_t* mask = leaves_[static_cast<size_t>(feature.leaf) + 1] + task.begin * length;

@@ -128,6 +128,8 @@ DenseOperation parse_operation(const nb::tuple& fields) {
 Feature parse_feature(const nb::dict& fields) {
   Feature feature;
   feature.kind = parse<Kind>(fields, "kind", {"dense", "id", "id_list", "sequence"});
+  feature.places_leaf = nb::cast<int64_t>(fields["places_leaf"]);
+  feature.divisor_leaf = nb::cast<int64_t>(fields["divisor_leaf"]);
   feature.scope = parse<Scope>(fields, "scope", {"context", "candidate"});
   feature.type = parse<ValueType>(fields, "dtype", {"float32", "int64", "string"});
   feature.rows_from = parse<RowsFrom>(fields, "rows_from", {"id", "hash", "vocabulary", "bucketise"});
@@ -179,6 +181,7 @@ class Kernel {
         stamps_.back() = std::make_unique<uint32_t[]>(kNumStamps);  // zeros
         table.view.stamps = stamps_.back().get();
       }
+      read_device_places(nb::cast<nb::dict>(item), table);
       plan_.tables.push_back(table);
     }
     for (nb::handle item : features) {
@@ -295,6 +298,17 @@ class Kernel {
     if (!holds) throw std::invalid_argument("kernel: the plan contradicts itself");
   }
 
+  void read_device_places(const nb::dict& fields, Table& table) {
+    table.num_device_rows = nb::cast<int64_t>(fields["num_device_rows"]);
+    check(table.num_device_rows >= 0 && table.num_device_rows <= table.num_rows);
+    const nb::object places(fields["device_places"]);
+    if (places.is_none()) return check(table.num_device_rows == 0 || table.num_device_rows == table.num_rows);
+    const Buffer& read = buffers_.emplace_back(places.ptr());
+    check(read.is('i', 4, 1) && read.size(0) == table.num_rows);
+    table.device_places = read.data<const int32_t>();
+    for (int64_t row = 0; row < table.num_rows; ++row) check(table.device_places[row] < table.num_device_rows);
+  }
+
   // Places of features lie inside their leaves and tables exist: gather relies on it.
   void check_plan() const {
     check(!plan_.leaves.empty());
@@ -320,10 +334,25 @@ class Kernel {
     check(is_float(leaf.dtype) && leaf.scope == feature.scope);
     const bool dense = feature.kind == Kind::kDense;
     const int64_t floats = dense ? feature.width : plan_.tables[static_cast<size_t>(feature.table)].view.dim;
+    if (!dense) check_device_leaves(feature);
     if (!sequence) return check(feature.begin + floats <= leaf.row_items);
     const Leaf& mask = plan_.leaves[static_cast<size_t>(feature.leaf) + 1];
     check(mask.dtype == Dtype::kBool && mask.scope == feature.scope && mask.row_items == feature.max_length);
     check(feature.max_length >= 1 && feature.begin == 0 && feature.max_length * floats == leaf.row_items);
+  }
+
+  void check_device_leaves(const Feature& feature) const {
+    const auto check_leaf = [&](int64_t index, Dtype dtype) -> int64_t {
+      check(index >= 0 && index < static_cast<int64_t>(plan_.leaves.size()));
+      const Leaf& leaf = plan_.leaves[static_cast<size_t>(index)];
+      check(leaf.dtype == dtype && leaf.scope == feature.scope);
+      return leaf.row_items;
+    };
+    if (feature.places_leaf == -1) return check(feature.divisor_leaf == -1);
+    check(plan_.tables[static_cast<size_t>(feature.table)].num_device_rows > 0);
+    const int64_t capacity = check_leaf(feature.places_leaf, Dtype::kInt32);
+    if (feature.kind == Kind::kSequence) check(capacity == feature.max_length);
+    if (feature.divisor_leaf != -1) check(check_leaf(feature.divisor_leaf, Dtype::kFloat32) == 1);
   }
 
   bool accepts_all(const std::vector<Column>& columns) const {

@@ -22,6 +22,8 @@ struct Table {
   int64_t num_rows;  // in [1, 2**31)
   OutOfRange out_of_range;
   bool is_updatable = false;
+  int64_t num_device_rows = 0;             // K; place K on the device reads as zeros
+  const int32_t* device_places = nullptr;  // [num_rows], -1: on the host alone; null: a row's place is its number
 };
 
 struct DenseOperation {
@@ -50,6 +52,8 @@ struct Feature {
   std::vector<float> boundaries;
   int64_t leaf = 0;   // index of the output; -1: the model ignores the feature, and nothing is gathered
   int64_t begin = 0;  // first column in it; a sequence owns its leaf, its mask is leaf + 1
+  int64_t places_leaf = -1;   // output of the places of rows that the device looks up; -1: it looks up none
+  int64_t divisor_leaf = -1;  // output of what it divides their sum by; -1: nothing
 };
 
 struct Leaf {

@@ -1,0 +1,258 @@
+"""Rows of tables on devices: what is chosen, what programs look up there, and that scores don't change."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from foreign import mlp, mlp_params, random_params
+
+from xlarank.compiler import BuildOptions, PlacementPolicy, build, random_requests
+from xlarank.compiler.device_lookup import look_up
+from xlarank.compiler.placement import plan_placement
+from xlarank.errors import BundleError, ConfigError
+from xlarank.host import DeviceRows, decode_rows, encode_rows
+from xlarank.runtime import Engine
+from xlarank.spec import (
+    DeviceTable,
+    ErrorBudget,
+    ModelSpec,
+    Placement,
+    PrecisionPolicy,
+    Ragged,
+    RankRequest,
+    RowFormat,
+    TablePlacement,
+)
+
+SPLIT_BYTES = 6_000
+"""Some of the rows of SPEC that random requests read, not all."""
+
+
+def spec_of(item_format="float32"):
+    return ModelSpec.from_dict(
+        {
+            "name": "placed",
+            "features": [
+                {"name": "user", "kind": "id", "scope": "context", "table": "users"},
+                {"name": "past", "kind": "sequence", "scope": "context", "table": "items", "max_length": 5},
+                {"name": "age", "kind": "dense", "scope": "context", "width": 3},
+                {"name": "item", "kind": "id", "scope": "candidate", "table": "items"},
+                {
+                    "name": "tags",
+                    "kind": "id_list",
+                    "scope": "candidate",
+                    "table": "tags",
+                    "combiner": "mean",
+                },
+                {
+                    "name": "near",
+                    "kind": "id_list",
+                    "scope": "candidate",
+                    "table": "items",
+                    "combiner": "sqrtn",
+                },
+                {"name": "sums", "kind": "id_list", "scope": "candidate", "table": "tags", "combiner": "sum"},
+                {"name": "idle", "kind": "id", "scope": "candidate", "table": "tags"},
+            ],
+            "tables": [
+                {"name": "users", "dim": 8, "rows": 50, "updatable": True},
+                {"name": "items", "dim": 9, "rows": 100, "dtype": item_format, "updatable": True},
+                {"name": "tags", "dim": 4, "rows": 40, "out_of_range": "zero"},
+            ],
+            "tasks": [{"name": "click"}],
+        }
+    )
+
+
+SPEC = spec_of()
+TABLES = {
+    t.name: 0.3 * np.random.default_rng(0).standard_normal((t.num_rows, t.dim), np.float32)
+    for t in SPEC.tables
+}
+PARAMS = random_params(**mlp_params("top", 8 + 9 + 3 + 9 + 4 + 9 + 4, 16, 1))
+
+
+def apply(params, features):
+    mask = features["past.mask"][..., None].astype(np.float32)
+    past = (features["past"] * mask).sum(1) / jax.numpy.maximum(mask.sum(1), 1)
+    read = [features["user"], past, *(features[n] for n in ("age", "item", "tags", "near", "sums"))]
+    return {"click": mlp(params, "top", jax.numpy.concatenate(read, axis=1))[:, 0]}
+
+
+def options_of(kind, **changes):
+    num_bytes = SPLIT_BYTES if kind == "split" else None
+    return BuildOptions(
+        bucket_rows=(8, 32),
+        tune_seconds=0,
+        policy=PrecisionPolicy(budget=ErrorBudget(max_score_error=0.1, max_auc_loss=0.1)),
+        placement=PlacementPolicy.named(kind, num_bytes),
+        **changes,
+    )
+
+
+def compile_placed(out, kind, spec=SPEC, **changes):
+    golden = random_requests(spec)
+    return build(
+        apply, spec, TABLES, out=out, options=options_of(kind, **changes), params=PARAMS, golden=golden
+    )
+
+
+def requests_for(engine, count=6):
+    return [
+        RankRequest(engine.spec, dict(zip((f.name for f in SPEC.features), r.columns, strict=True)))
+        for r in random_requests(SPEC, seed=5)[:count]
+    ]
+
+
+@pytest.mark.parametrize("kind", ["device", "split"])
+@pytest.mark.parametrize("item_format", list(RowFormat))
+def test_scores_are_the_same_wherever_rows_are(kind, item_format, tmp_path):
+    spec = spec_of(item_format.value)
+    placed = compile_placed(tmp_path / kind, kind, spec)
+    alone = compile_placed(tmp_path / "host", "host", spec)
+    kinds = {p.table: p.kind(spec) for p in placed.manifest.placements}
+    assert set(kinds) == {"users", "items", "tags"}
+    assert (Placement.SPLIT in kinds.values()) == (kind == "split")
+    assert alone.manifest.placements == ()
+    with Engine.load(placed.path) as ours, Engine.load(alone.path) as theirs:
+        for request, other in zip(requests_for(ours), requests_for(theirs), strict=True):
+            np.testing.assert_allclose(
+                ours.score(request)["click"], theirs.score(other)["click"], rtol=0, atol=1e-6
+            )
+        assert ours.num_request_path_compiles == 0
+
+
+@pytest.mark.parametrize("item_format", [RowFormat.FLOAT32, RowFormat.INT8])
+@pytest.mark.parametrize("kind", ["device", "split"])
+def test_row_updates_reach_what_devices_hold(kind, item_format, tmp_path):
+    spec = spec_of(item_format.value)
+    paths = [compile_placed(tmp_path / name, name, spec).path for name in (kind, "host")]
+    with Engine.load(paths[0]) as ours, Engine.load(paths[1]) as theirs:
+        before = [ours.score(request)["click"] for request in requests_for(ours)]
+        rng = np.random.default_rng(1)
+        rows = rng.integers(0, 100, 3000)  # more than one step of the device's program, many twice
+        values = rng.standard_normal((3000, 9), np.float32)
+        for engine in (ours, theirs):
+            engine.update_rows("items", rows, values)
+            engine.update_rows("users", np.array([7]), np.ones((1, 8), np.float32))
+            engine.update_rows("users", np.array([], np.int64), np.ones((0, 8), np.float32))
+        after = [ours.score(request)["click"] for request in requests_for(ours)]
+        expected = [theirs.score(request)["click"] for request in requests_for(theirs)]
+        for ours_now, theirs_now in zip(after, expected, strict=True):
+            np.testing.assert_allclose(ours_now, theirs_now, rtol=0, atol=1e-6)
+        assert max(np.abs(a - b).max(initial=0) for a, b in zip(before, after, strict=True)) > 1e-3
+        assert ours.num_request_path_compiles == 0
+
+
+def test_an_updated_row_is_what_a_new_bundle_would_score(tmp_path):
+    changed = {name: table.copy() for name, table in TABLES.items()}
+    changed["items"][:] = 0.5
+    path = compile_placed(tmp_path / "a", "split").path
+    expected = build(apply, SPEC, changed, out=tmp_path / "b", options=options_of("host"), params=PARAMS).path
+    with Engine.load(path) as ours, Engine.load(expected) as theirs:
+        ours.update_rows("items", np.arange(100), changed["items"])
+        for request, other in zip(requests_for(ours), requests_for(theirs), strict=True):
+            np.testing.assert_allclose(
+                ours.score(request)["click"], theirs.score(other)["click"], rtol=0, atol=1e-6
+            )
+
+
+def test_a_refresh_keeps_the_placement(tmp_path):
+    first = compile_placed(tmp_path, "split")
+    again = compile_placed(tmp_path, "split")
+    assert again.reused == first.manifest.version
+    assert again.manifest.placements == first.manifest.placements
+    other = compile_placed(tmp_path, "device")
+    assert other.reused is None
+
+
+def test_a_bundle_without_its_device_rows_is_refused(tmp_path):
+    path = compile_placed(tmp_path, "split").path
+    (path / "device_rows.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(BundleError, match=r"device_rows\.safetensors"):
+        Engine.load(path)
+
+
+@pytest.mark.parametrize("row_format", list(RowFormat))
+@pytest.mark.parametrize("dim", [1, 3, 8])
+def test_the_program_decodes_rows_as_the_host_does(row_format, dim):
+    values = np.random.default_rng(dim).standard_normal((20, dim), np.float32)
+    table = encode_rows(values, row_format)
+    held = DeviceRows(TablePlacement("t", 20, {}))
+    places = np.array([[0, 19, 20], [3, 3, 7]], np.int32)
+    found = look_up(jax.numpy.asarray(held.array(table)), places, DeviceTable("t", 20, dim, row_format))
+    decoded = np.vstack([decode_rows(table), np.zeros((1, dim), np.float32)])
+    np.testing.assert_allclose(np.asarray(found), decoded[places], rtol=1e-6)
+
+
+def requests_reading(bags):
+    """One request a bag of tags; every other feature reads row 0."""
+    features = {
+        "user": np.zeros(1, np.int64),
+        "past": Ragged(np.zeros(0, np.int64), np.zeros(1, np.int32)),
+        "age": np.zeros((1, 3), np.float32),
+        "item": np.zeros(1, np.int64),
+        "near": Ragged(np.zeros(0, np.int64), np.zeros(1, np.int32)),
+        "sums": Ragged(np.zeros(0, np.int64), np.zeros(1, np.int32)),
+        "idle": np.full(1, -1),
+    }
+    tags = [Ragged(np.array(bag, np.int64), np.array([len(bag)], np.int32)) for bag in bags]
+    return [RankRequest(SPEC, features | {"tags": bag}) for bag in tags]
+
+
+def plan(bags, policy, device_memory=None):
+    requests = requests_reading(bags)
+    found = plan_placement(SPEC, ("idle",), requests, policy, device_memory=device_memory)
+    return {rows.placement.table: rows for rows in found}
+
+
+def test_the_rows_read_most_are_split_off():
+    bags = [[3, 3, 5], [3, 5], [3, 9], [3]]
+    policy = PlacementPolicy(kind=Placement.SPLIT, device_bytes=0)
+    assert plan(bags, policy) == {}
+    # Row 3 of tags is read five times, for 16 bytes; row 0 of users four times, for 32, row 5 of tags twice; row 0
+    # of items four times, for 36. And each table has a row of zeros.
+    policy = dataclasses.replace(policy, device_bytes=(32 + 36 + 16) + 16 + 32 + 16)
+    held = plan(bags, policy)
+    assert {name: rows.numbers.tolist() for name, rows in held.items()} == {"users": [0], "tags": [3, 5]}
+    assert held["tags"].placement.capacities == {"tags": 3, "sums": 1}
+
+
+def test_on_an_accelerator_all_rows_are_placed_if_they_fit():
+    sizes = {"users": 51 * 32, "items": 101 * 36, "tags": 41 * 16}
+    policy = PlacementPolicy()
+    held = plan([[1]], policy, device_memory=2 * sum(sizes.values()))
+    assert all(rows.numbers is None for rows in held.values())
+    assert set(held) == set(sizes)
+    held = plan([[1]], policy, device_memory=2 * sum(sizes.values()) - 2)
+    assert held["tags"].numbers.tolist() == [1]
+    assert plan([[1]], policy, device_memory=None) == {}
+
+
+def test_a_trace_says_what_is_hot():
+    policy = PlacementPolicy(kind=Placement.SPLIT, trace=requests_reading([[30, 31]]))
+    assert plan([[1]], policy)["tags"].numbers.tolist() == [30, 31]
+
+
+def test_tables_that_do_not_fit_are_refused_with_the_figures():
+    policy = PlacementPolicy(kind=Placement.DEVICE, device_bytes=1000)
+    with pytest.raises(ConfigError, match="tables take 5924 bytes on a device, of which 1000 are allowed"):
+        plan([[1]], policy)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: PlacementPolicy.named("gpu"),
+            "must be one of auto, host, device, split; was 'gpu'",
+        ),
+        (lambda: PlacementPolicy(device_bytes=-1), "device_bytes must be >= 0; was -1"),
+        (lambda: PlacementPolicy(kind="host "), "expected a Placement or None"),
+        (lambda: BuildOptions(placement="host"), "placement: expected a PlacementPolicy, got 'host'"),
+    ],
+)
+def test_what_is_no_policy_is_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
