@@ -1,15 +1,18 @@
 """Rows of tables on devices: what is chosen, what programs look up there, and that scores don't change."""
 
 import dataclasses
+import functools
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from foreign import mlp, mlp_params, random_params
 
-from xlarank.compiler import BuildOptions, PlacementPolicy, build, random_requests
+from xlarank.compiler import BuildOptions, PlacementPolicy, build, random_requests, reference_scores
 from xlarank.compiler.device_lookup import look_up
 from xlarank.compiler.placement import plan_placement
+from xlarank.compiler.split import split_function
 from xlarank.errors import BundleError, ConfigError
 from xlarank.host import DeviceRows, decode_rows, encode_rows
 from xlarank.runtime import Engine
@@ -83,7 +86,7 @@ def apply(params, features):
 def options_of(kind, **changes):
     num_bytes = SPLIT_BYTES if kind == "split" else None
     return BuildOptions(
-        bucket_rows=(8, 32),
+        bucket_rows=(8,),
         tune_seconds=0,
         policy=PrecisionPolicy(budget=ErrorBudget(max_score_error=0.1, max_auc_loss=0.1)),
         placement=PlacementPolicy.named(kind, num_bytes),
@@ -105,29 +108,38 @@ def requests_for(engine, count=6):
     ]
 
 
-@pytest.mark.parametrize("kind", ["device", "split"])
-@pytest.mark.parametrize("item_format", list(RowFormat))
-def test_scores_are_the_same_wherever_rows_are(kind, item_format, tmp_path):
-    spec = spec_of(item_format.value)
-    placed = compile_placed(tmp_path / kind, kind, spec)
-    alone = compile_placed(tmp_path / "host", "host", spec)
-    kinds = {p.table: p.kind(spec) for p in placed.manifest.placements}
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory):
+    """(placement, format of items) → what compile makes of it, each once."""
+
+    @functools.cache
+    def compiled(kind, item_format="float32"):
+        return compile_placed(tmp_path_factory.mktemp(kind), kind, spec_of(item_format))
+
+    return compiled
+
+
+WAYS = [("device", "float32"), ("split", "float32"), ("split", "int8"), ("device", "int4")]
+
+
+@pytest.mark.parametrize(("kind", "item_format"), WAYS)
+def test_scores_are_the_same_wherever_rows_are(kind, item_format, placed):
+    ours, theirs = placed(kind, item_format), placed("host", item_format)
+    kinds = {p.table: p.kind(SPEC) for p in ours.manifest.placements}
     assert set(kinds) == {"users", "items", "tags"}
     assert (Placement.SPLIT in kinds.values()) == (kind == "split")
-    assert alone.manifest.placements == ()
-    with Engine.load(placed.path) as ours, Engine.load(alone.path) as theirs:
-        for request, other in zip(requests_for(ours), requests_for(theirs), strict=True):
+    assert theirs.manifest.placements == ()
+    with Engine.load(ours.path) as engine, Engine.load(theirs.path) as other:
+        for request, same in zip(requests_for(engine), requests_for(other), strict=True):
             np.testing.assert_allclose(
-                ours.score(request)["click"], theirs.score(other)["click"], rtol=0, atol=1e-6
+                engine.score(request)["click"], other.score(same)["click"], rtol=0, atol=1e-6
             )
-        assert ours.num_request_path_compiles == 0
+        assert engine.num_request_path_compiles == 0
 
 
-@pytest.mark.parametrize("item_format", [RowFormat.FLOAT32, RowFormat.INT8])
-@pytest.mark.parametrize("kind", ["device", "split"])
-def test_row_updates_reach_what_devices_hold(kind, item_format, tmp_path):
-    spec = spec_of(item_format.value)
-    paths = [compile_placed(tmp_path / name, name, spec).path for name in (kind, "host")]
+@pytest.mark.parametrize(("kind", "item_format"), WAYS[:3])
+def test_row_updates_reach_what_devices_hold(kind, item_format, placed):
+    paths = [placed(name, item_format).path for name in (kind, "host")]
     with Engine.load(paths[0]) as ours, Engine.load(paths[1]) as theirs:
         before = [ours.score(request)["click"] for request in requests_for(ours)]
         rng = np.random.default_rng(1)
@@ -145,30 +157,27 @@ def test_row_updates_reach_what_devices_hold(kind, item_format, tmp_path):
         assert ours.num_request_path_compiles == 0
 
 
-def test_an_updated_row_is_what_a_new_bundle_would_score(tmp_path):
-    changed = {name: table.copy() for name, table in TABLES.items()}
-    changed["items"][:] = 0.5
-    path = compile_placed(tmp_path / "a", "split").path
-    expected = build(apply, SPEC, changed, out=tmp_path / "b", options=options_of("host"), params=PARAMS).path
-    with Engine.load(path) as ours, Engine.load(expected) as theirs:
-        ours.update_rows("items", np.arange(100), changed["items"])
-        for request, other in zip(requests_for(ours), requests_for(theirs), strict=True):
-            np.testing.assert_allclose(
-                ours.score(request)["click"], theirs.score(other)["click"], rtol=0, atol=1e-6
-            )
+def test_an_updated_row_is_what_the_reference_scores_with_it(placed):
+    changed = TABLES | {"items": np.full((100, 9), 0.5, np.float32)}
+    with Engine.load(placed("split").path) as engine:
+        engine.update_rows("items", np.arange(100), changed["items"])
+        requests = requests_for(engine)
+        expected = reference_scores(split_function(apply, PARAMS).reference, SPEC, changed, requests)["click"]
+        for request, scores in zip(requests, expected, strict=True):
+            np.testing.assert_allclose(engine.score(request)["click"], scores, rtol=0, atol=1e-5)
 
 
-def test_a_refresh_keeps_the_placement(tmp_path):
-    first = compile_placed(tmp_path, "split")
-    again = compile_placed(tmp_path, "split")
+def test_a_refresh_keeps_the_placement(placed):
+    first = placed("split")
+    again = compile_placed(first.path.parents[1], "split")
     assert again.reused == first.manifest.version
     assert again.manifest.placements == first.manifest.placements
-    other = compile_placed(tmp_path, "device")
-    assert other.reused is None
+    assert compile_placed(first.path.parents[1], "host").reused is None
 
 
-def test_a_bundle_without_its_device_rows_is_refused(tmp_path):
-    path = compile_placed(tmp_path, "split").path
+def test_a_bundle_without_its_device_rows_is_refused(placed, tmp_path):
+    path = tmp_path / "placed" / "1"
+    shutil.copytree(placed("split").path, path)
     (path / "device_rows.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(BundleError, match=r"device_rows\.safetensors"):
         Engine.load(path)
@@ -211,8 +220,8 @@ def test_the_rows_read_most_are_split_off():
     bags = [[3, 3, 5], [3, 5], [3, 9], [3]]
     policy = PlacementPolicy(kind=Placement.SPLIT, device_bytes=0)
     assert plan(bags, policy) == {}
-    # Row 3 of tags is read five times, for 16 bytes; row 0 of users four times, for 32, row 5 of tags twice; row 0
-    # of items four times, for 36. And each table has a row of zeros.
+    # Row 3 of tags is read five times, for 16 bytes; row 0 of users four times, for 32, row 5 of tags twice;
+    # row 0 of items four times, for 36. And each table has a row of zeros.
     policy = dataclasses.replace(policy, device_bytes=(32 + 36 + 16) + 16 + 32 + 16)
     held = plan(bags, policy)
     assert {name: rows.numbers.tolist() for name, rows in held.items()} == {"users": [0], "tags": [3, 5]}

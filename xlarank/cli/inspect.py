@@ -13,7 +13,7 @@ from rich.text import Text
 
 from xlarank.bundle import FORMAT_VERSION, Bundle, Manifest, Verify, open_bundle, resolve_bundle
 from xlarank.cli.console import output_console
-from xlarank.spec import FeatureSpec, ModelSpec, Vocabulary, operation_to_dict
+from xlarank.spec import FeatureSpec, Vocabulary, operation_to_dict
 
 __all__ = ["add_parser", "run"]
 
