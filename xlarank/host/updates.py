@@ -7,7 +7,7 @@ import numpy as np
 from xlarank.errors import ConfigError, RequestError
 from xlarank.host.row_codec import encode_rows
 from xlarank.host.tables import HostTable, check_finite
-from xlarank.spec import TableSpec
+from xlarank.spec import RowFormat, TableSpec
 
 __all__ = ["encode_update"]
 
@@ -51,6 +51,8 @@ def encode_update(table: TableSpec, rows: np.ndarray, values: np.ndarray) -> Hos
         values = np.ascontiguousarray(values, np.float32)
     try:
         check_finite(f"{where}, new rows", values)
+        if table.dtype is RowFormat.FLOAT32:  # nothing to encode, while lookups wait for the GIL
+            return HostTable.of_floats(values)
         return encode_rows(values, table.dtype)
     except ConfigError as error:  # here it is the caller's fault
         raise RequestError(str(error)) from None
