@@ -133,10 +133,12 @@ int main() {
     uint64_t seed = 1;
     for (const RowFormat format : kFormats) {
       for (const int64_t dim : kDims) {
-        const PlainTable table(format, kRows, dim, ++seed);
-        for (const int64_t ahead : kAheads) {
-          test_pool(isa, *functions, table, ahead, ++seed);
-          test_copy(isa, *functions, table, ahead);
+        for (const int64_t begin : {0, 16}) {  // rows of known size begin on a line, or are of any size
+          const PlainTable table(format, kRows, dim, ++seed, begin);
+          for (const int64_t ahead : kAheads) {
+            test_pool(isa, *functions, table, ahead, ++seed);
+            test_copy(isa, *functions, table, ahead);
+          }
         }
       }
     }

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "expect.h"
@@ -22,22 +24,35 @@ inline float half_value(uint16_t bits) {
   return bits & 0x8000 ? -size : size;
 }
 
-// Encoded bytes of exactly the size they need (a read past them is a fault under AddressSanitizer) and values.
+// Zeros that begin on a cache line.
+inline std::shared_ptr<uint8_t> bytes_on_a_line(int64_t count) {
+  const std::align_val_t line{static_cast<size_t>(kLineBytes)};
+  void* const memory = ::operator new(static_cast<size_t>(count), line);
+  std::memset(memory, 0, static_cast<size_t>(count));
+  return {static_cast<uint8_t*>(memory), [line](uint8_t* owned) { ::operator delete(owned, line); }};
+}
+
+// Encoded bytes that end where their memory does (a read past them is a fault under AddressSanitizer) and values.
 struct PlainTable {
   RowFormat format;
   int64_t num_rows;
   int64_t dim;
-  std::vector<uint8_t> bytes;
+  int64_t begin;  // of the first row behind a cache line
+  std::shared_ptr<uint8_t> memory;
   std::vector<float> values;  // [num_rows, dim], decoded
 
-  PlainTable(RowFormat of_format, int64_t rows, int64_t of_dim, uint64_t seed)
-      : format(of_format), num_rows(rows), dim(of_dim), bytes(static_cast<size_t>(rows * row_bytes())) {
+  PlainTable(RowFormat of_format, int64_t rows, int64_t of_dim, uint64_t seed, int64_t begins_at = 0)
+      : format(of_format), num_rows(rows), dim(of_dim), begin(begins_at),
+        memory(bytes_on_a_line(begins_at + rows * row_bytes())) {
     Random random(seed);
-    for (int64_t row = 0; row < rows; ++row) fill(random, bytes.data() + row * row_bytes());
+    for (int64_t row = 0; row < rows; ++row) fill(random, bytes() + row * row_bytes());
   }
 
+  uint8_t* bytes() const { return memory.get() + begin; }
   int64_t row_bytes() const { return encoded_bytes(format, dim); }
-  TableView view(int64_t ahead = 3) const { return TableView{bytes.data(), format, row_bytes(), dim, ahead}; }
+  TableView view(int64_t ahead = 3) const {
+    return TableView{bytes(), format, row_bytes(), dim, ahead};
+  }
   const float* row(int64_t index) const { return values.data() + index * dim; }
 
  private:
