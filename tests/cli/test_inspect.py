@@ -106,6 +106,8 @@ def test_the_json_holds_what_the_bundle_holds(bundle_path):
         "dtype": "float32",
         "out_of_range": "zero",
         "bytes": 32_000,
+        "device_rows": 0,
+        "device_capacities": {},
         "features": ["topics"],
     }
     assert facts["buckets"][1] == {

@@ -125,6 +125,9 @@ def sales():
     return "\n".join(lines) + "\n"
 
 
+WIDE = ("--precision", "float32", "--table-precision", "float32")  # what is computed by hand is
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shops")
@@ -138,7 +141,7 @@ def folder(tmp_path_factory):
     paths = ("--checkpoint", folder / "checkpoint", "--out", folder / "models")
     run("train", folder / "shops.toml", "--data", folder, "--out", folder / "checkpoint")
     for _ in range(2):
-        run("compile", folder / "shops.toml", *paths, "--table-precision", "float32")
+        run("compile", folder / "shops.toml", *paths, *WIDE)
     return folder
 
 

@@ -2,13 +2,18 @@
 
 import dataclasses
 import functools
+import io
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from foreign import mlp, mlp_params, random_params
+from rich.console import Console
 
+from xlarank.cli import inspect
+from xlarank.cli.compile_output import facts_of, show
 from xlarank.compiler import BuildOptions, PlacementPolicy, build, random_requests, reference_scores
 from xlarank.compiler.device_lookup import look_up
 from xlarank.compiler.placement import plan_placement
@@ -165,6 +170,20 @@ def test_an_updated_row_is_what_the_reference_scores_with_it(placed):
         expected = reference_scores(split_function(apply, PARAMS).reference, SPEC, changed, requests)["click"]
         for request, scores in zip(requests, expected, strict=True):
             np.testing.assert_allclose(engine.score(request)["click"], scores, rtol=0, atol=1e-5)
+
+
+def test_the_placement_is_told_by_compile_and_inspect(placed):
+    result = placed("split")
+    users = result.manifest.placements[0]
+    console = Console(record=True, width=300, file=io.StringIO())
+    show(result, console)
+    assert (
+        f"table users: {users.num_rows} of 50 rows on each device; ids that it looks up a bag at most: user 1"
+    ) in console.export_text()
+    assert facts_of(result)["tables"]["users"]["device_rows"] == users.num_rows
+    inspected = inspect.run(SimpleNamespace(bundle=str(result.path), no_verify=False, json=True))
+    table = inspected["tables"][0]
+    assert (table["device_rows"], table["device_capacities"]) == (users.num_rows, {"user": 1})
 
 
 def test_a_refresh_keeps_the_placement(placed):

@@ -224,7 +224,12 @@ def test_formats_and_what_they_cost_are_told_by_compile_inspect_and_the_report(t
     assert f"error of the tables, task click: {told}" in text
     # A row of D = 8 or 5 takes 8 bytes for scale and bias and 8 for values.
     facts = facts_of(result)
-    assert facts["tables"]["items"] == {"format": "int8", "bytes": 50 * 16, "float32_bytes": 50 * 32}
+    assert facts["tables"]["items"] == {
+        "format": "int8",
+        "bytes": 50 * 16,
+        "float32_bytes": 50 * 32,
+        "device_rows": 0,
+    }
     assert facts["table_errors"]["click"]["p99"] == error.p99
     inspected = inspect.run(SimpleNamespace(bundle=str(result.path), no_verify=False))
     assert [(table["dtype"], table["bytes"]) for table in inspected["tables"]] == [

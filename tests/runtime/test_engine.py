@@ -214,7 +214,7 @@ def test_every_device_serves(repository):
 
 def test_loading_reports_its_steps_and_the_golden_error(engine):
     report = engine.load_report
-    assert set(report.seconds) == {"tables", "compile", "replay", "profile"}
+    assert set(report.seconds) == {"tables", "compile", "row updates", "replay", "profile"}
     assert report.fingerprint_differences == {}
     assert max(report.max_error.values()) <= 1e-5
     assert set(engine.profile.seconds) == set(engine.ladder.buckets)
