@@ -15,6 +15,8 @@ from xlarank.host import decode_rows, native_available
 from xlarank.host.traces import Hotness
 from xlarank.spec import RowFormat
 
+pytestmark = pytest.mark.once
+
 SMALL = Shape(name="small", num_tables=3, num_rows=1_000, dim=12)
 OURS = [name for name in LOOKUPS if name.startswith("ours")]
 CEILINGS = [name for name in LOOKUPS if name.startswith("ceiling")]
