@@ -1,9 +1,10 @@
-"""The process that tests run in: two CPU devices, a compilation cache of its own, repeatable properties."""
+"""The process that tests run in: two CPU devices, one compilation cache a run, repeatable properties."""
 
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Before JAX is imported, by whatever test module comes first, and for the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,10 +25,18 @@ hypothesis.settings.register_profile("xlarank", deadline=None, database=None, de
 
 def pytest_configure(config: pytest.Config) -> None:
     """Runs before test modules are imported: some make arrays, which starts JAX's backend."""
-    config.stash[_CACHE] = Path(tempfile.mkdtemp(prefix="xlarank-tests-"))
+    given: str | None = getattr(config, "workerinput", {}).get("compile_cache")
+    config.stash[_CACHE] = Path(given or tempfile.mkdtemp(prefix="xlarank-tests-"))
     device.configure(num_devices=2, compile_cache=config.stash[_CACHE])
     hypothesis.settings.load_profile("xlarank")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Processes that share the tests share what is compiled: most models are made in both."""
+    node.workerinput["compile_cache"] = str(node.config.stash[_CACHE])
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(config.stash[_CACHE], ignore_errors=True)
+    if not hasattr(config, "workerinput"):  # whoever made it removes it, when the others have ended
+        shutil.rmtree(config.stash[_CACHE], ignore_errors=True)

@@ -50,7 +50,7 @@ def small_config():
     for old, new in SMALLER.items():
         assert old in text, f"configs/feed.toml has no {old!r} any more"
         text = text.replace(old, new)
-    return text + "\n[buckets]\nrows = [8, 64]\n"
+    return text + "\n[buckets]\nrows = [8, 32]\n"
 
 
 class Shell:
@@ -110,7 +110,7 @@ def chain(tmp_path_factory):
         train=shell.result("train", "feed.toml", *data, "--out", "checkpoint"),
         compile=shell.result(
             *("compile", "feed.toml", "--checkpoint", "checkpoint", "--out", "models", "--devices", "2"),
-            *("--precision", "float32", "--table-precision", "float32", "--tune-seconds", "5", "--explain"),
+            *("--precision", "float32", "--table-precision", "float32", "--tune-seconds", "2", "--explain"),
         ),
         inspect=shell.result("inspect", "models/feed"),
         score=shell.result("score", "models/feed/1", *data, "--out", "scores.parquet", "--devices", "2"),
@@ -160,7 +160,7 @@ def test_every_bucket_is_compiled_timed_and_proven(chain):
     assert chain.compile["path"] == "models/feed/1"
     buckets = {(b["rows"], b["requests"]) for b in chain.compile["buckets"]}
     dropped = {(b["rows"], b["requests"]) for b in chain.compile["dropped_buckets"]}
-    assert buckets | dropped == {(8, 1), (8, 8), (64, 1), (64, 2), (64, 64)}
+    assert buckets | dropped == {(8, 1), (8, 8), (32, 1), (32, 32)}
     assert not buckets & dropped
     for bucket in chain.compile["buckets"]:
         assert bucket["seconds"]["cpu"] > 0
@@ -343,13 +343,14 @@ def compiled_here(chain, capsys, monkeypatch, *words):
     return status, " ".join(out.split()), err
 
 
+@pytest.mark.once
 def test_compile_tells_a_person_what_was_tried_chosen_and_explained(chain, capsys, monkeypatch, tmp_path):
     (tmp_path / "sizes.txt").write_text("30\n30\n14\n")
     words = (
         "--out",
         tmp_path / "models",
         "--devices",
-        "2",
+        "1",
         "--explain",
         "--tune-seconds",
         "0",
@@ -394,6 +395,7 @@ def test_compile_tells_a_person_what_was_tried_chosen_and_explained(chain, capsy
     assert set(values["labels"]) == {"finish", "share"}
 
 
+@pytest.mark.once
 def test_the_same_checkpoint_again_says_what_it_reused(chain, capsys, monkeypatch, tmp_path):
     words = ("--out", tmp_path, "--devices", "2", "--tune-seconds", "0", "--buckets", "8")
     assert compiled_here(chain, capsys, monkeypatch, *words)[0] == 0
@@ -402,6 +404,7 @@ def test_the_same_checkpoint_again_says_what_it_reused(chain, capsys, monkeypatc
     assert "same architecture as version 1: its programs, forms, times and compiled code were reused" in out
 
 
+@pytest.mark.once
 def test_a_precision_whose_scores_leave_the_limit_is_kept_for_study_alone(
     chain, capsys, monkeypatch, tmp_path
 ):
@@ -409,7 +412,7 @@ def test_a_precision_whose_scores_leave_the_limit_is_kept_for_study_alone(
         "--out",
         tmp_path / "models",
         "--devices",
-        "2",
+        "1",
         "--buckets",
         "8",
         "--precision",

@@ -1,7 +1,7 @@
 """Figures of the optimizing compiler: what each pass buys, what tuning misses, what a refresh costs.
 
     python tools/bench_compiler.py --out bench/compiler.json    about ten minutes on two idle cores
-    python tools/bench_compiler.py --short                      about two minutes: fewer sizes and rounds
+    python tools/bench_compiler.py --short                      about a minute: fewer sizes and rounds
 
 Forms are timed in turns in one process; a figure is the median of ratios of neighbours in time.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -40,6 +41,9 @@ class Sizes:
     rounds: int
     """Runs of each form."""
 
+    tune_seconds: float
+    """To find the form of a bucket, at most; the search ends long before 600."""
+
     regret_rows: tuple[int, ...]
     """Row counts of `moe_regret`."""
 
@@ -53,6 +57,7 @@ class Sizes:
 FULL = Sizes(
     note="",
     rounds=31,
+    tune_seconds=600,
     regret_rows=(1, 8, 64, 512, 1024),
     dlrm_rows=(8, 32, 128, 512, 1024),
     refreshes=3,
@@ -60,16 +65,34 @@ FULL = Sizes(
 
 SHORT = Sizes(
     note="short form, fewer sizes and rounds than the target is meant for; ",
-    rounds=9,
-    regret_rows=(8, 512),
+    rounds=5,
+    tune_seconds=10,
+    regret_rows=(8,),
     dlrm_rows=(128,),
     refreshes=0,
 )
 
 
-def hoist(sizes: Sizes, figure: str, bucket: str, target: float) -> Figure:
-    """The chosen form in float32 against the fastest that doesn't hoist."""
-    found = run_tool("bench_forms.py", "mmoe", bucket, "--rounds", sizes.rounds)[bucket]
+HOIST_BUCKETS = ("512x1", "512x16")
+
+
+def mmoe_forms(sizes: Sizes) -> dict[str, Any]:
+    """Forms of the MMoE in float32, by bucket: for `hoist` and `moe_regret`, in one process."""
+    buckets = dict.fromkeys([*HOIST_BUCKETS, *(f"{rows}x1" for rows in sizes.regret_rows)])
+    return _forms(sizes, "mmoe", *buckets, "--rounds", sizes.rounds)
+
+
+def hoist(sizes: Sizes, forms: dict[str, Any], figure: str, bucket: str, target: float) -> Figure:
+    """The chosen form in float32 against the fastest that doesn't hoist.
+
+    Args:
+      sizes: how much was measured.
+      forms: of `mmoe_forms`.
+      figure: its id.
+      bucket: of `HOIST_BUCKETS`.
+      target: or more.
+    """
+    found = forms[bucket]
     seconds = found["seconds"]
     unhoisted = [label for label, hoisted in found["hoisted"].items() if not hoisted]
     fastest = min(unhoisted, key=lambda label: statistics.median(seconds[label]))
@@ -93,7 +116,7 @@ def dlrm_worst(sizes: Sizes) -> Figure:
     """The chosen form against the plain one in the bucket where it does worst."""
     rows = ",".join(map(str, sizes.dlrm_rows))
     words = ["dlrm", "--ladder", rows, "--rounds", 2 * sizes.rounds, "--plain-only"]
-    found = run_tool("bench_forms.py", *words)
+    found = _forms(sizes, *words)
     figures = {}
     for bucket, result in found.items():
         seconds = result["seconds"]
@@ -115,10 +138,14 @@ def dlrm_worst(sizes: Sizes) -> Figure:
     return dataclasses.replace(worst, beside=beside)
 
 
-def moe_regret(sizes: Sizes) -> Figure:
-    """The chosen form against the best of all, in the row count where it does worst."""
+def moe_regret(sizes: Sizes, found: dict[str, Any]) -> Figure:
+    """The chosen form against the best of all, in the row count where it does worst.
+
+    Args:
+      sizes: how much was measured.
+      found: of `mmoe_forms`.
+    """
     buckets = [f"{rows}x1" for rows in sizes.regret_rows]
-    found = run_tool("bench_forms.py", "mmoe", *buckets, "--rounds", sizes.rounds)
     figures, beside = [], {}
     for bucket in buckets:
         seconds, chosen = found[bucket]["seconds"], found[bucket]["chosen"]
@@ -145,7 +172,7 @@ def moe_regret(sizes: Sizes) -> Figure:
 def int8_512(sizes: Sizes, movielens: Path | None) -> Figure:
     """Lower precisions within 0.01 of score error against the form chosen in float32."""
     words = ["mmoe", "512x1", "--rounds", sizes.rounds, "--max-score-error", "0.01"]
-    found = run_tool("bench_forms.py", *words)["512x1"]
+    found = _forms(sizes, *words)["512x1"]
     seconds = found["seconds"]
     wide = [label for label, precision in found["precision"].items() if precision == "float32"]
     fastest = min(wide, key=lambda label: statistics.median(seconds[label]))
@@ -175,7 +202,7 @@ def int8_512(sizes: Sizes, movielens: Path | None) -> Figure:
 
 def attention_512x100(sizes: Sizes) -> Figure:
     """Target attention over one request's history, without its batch axis."""
-    found = run_tool("bench_forms.py", "attention", "512x1", "--rounds", sizes.rounds)["512x1"]
+    found = _forms(sizes, "attention", "512x1", "--rounds", sizes.rounds)["512x1"]
     seconds = found["seconds"]
     return ratio_figure(
         "attention_512x100",
@@ -277,6 +304,10 @@ def _run(*words: object, cache: Path | None = None) -> str:
     return done.stdout
 
 
+def _forms(sizes: Sizes, *words: object) -> dict[str, Any]:
+    return run_tool("bench_forms.py", *words, "--tune-seconds", sizes.tune_seconds)
+
+
 def _medians(seconds: dict[str, list[float]]) -> str:
     medians = {label: statistics.median(values) * 1e3 for label, values in seconds.items()}
     return ", ".join(f"{label} {ms:.2f}" for label, ms in sorted(medians.items(), key=lambda item: item[1]))
@@ -306,11 +337,12 @@ def main() -> None:
     if load > MAX_LOAD:
         console.print(f"The machine is busy (load average {load:.1f}): these figures are not final.")
     movielens = args.movielens if args.movielens and (args.movielens / "u.data").is_file() else None
+    mmoe = functools.cache(lambda: mmoe_forms(sizes))
     steps: dict[str, Any] = {
-        "hoist_1x512": lambda: hoist(sizes, "hoist_1x512", "512x1", 1.65),
-        "hoist_16x32": lambda: hoist(sizes, "hoist_16x32", "512x16", 1.55),
+        "hoist_1x512": lambda: hoist(sizes, mmoe(), "hoist_1x512", HOIST_BUCKETS[0], 1.65),
+        "hoist_16x32": lambda: hoist(sizes, mmoe(), "hoist_16x32", HOIST_BUCKETS[1], 1.55),
         "dlrm_worst": lambda: dlrm_worst(sizes),
-        "moe_regret": lambda: moe_regret(sizes),
+        "moe_regret": lambda: moe_regret(sizes, mmoe()),
         "int8_512": lambda: int8_512(sizes, movielens),
         "attention_512x100": lambda: attention_512x100(sizes),
     }

@@ -1,7 +1,7 @@
 """Figures of the embedding engine: pooled lookups against torch, fbgemm and what the memory allows.
 
     python tools/bench_embedding.py --out bench/embedding.json    about ten minutes on two idle cores, 10 GB
-    python tools/bench_embedding.py --short                       half a minute: small tables, ours alone
+    python tools/bench_embedding.py --short                       15 seconds: small tables, ours alone
 
 Each figure's value is of uniformly random ids on the first shape of tables, far above the caches; every other
 cell, by shape, pooling and hotness, stands below the table and in the plot beside the JSON file. Figures
@@ -114,7 +114,7 @@ SHORT = Sizes(
     note="short form, smaller tables and fewer turns than the target is meant for; ",
     shapes=("8x250Kx64",),
     runs=(Run(lookups=("ours", "ours_int8", "ours_neither", "ceiling"), poolings=(20,), presets=_RANDOM),),
-    seconds=3,
+    seconds=1.5,
 )
 
 

@@ -55,8 +55,6 @@ from xlarank.spec import (
 
 __all__ = ["MODELS", "measure"]
 
-_TUNE_SECONDS = 600.0  # a bucket; the search ends long before
-
 
 def mmoe() -> tuple[nnx.Module, ModelSpec]:
     """Width 1024, 62% context."""
@@ -142,7 +140,13 @@ MODELS: dict[str, Callable[[], tuple[nnx.Module, ModelSpec]]] = {
 
 
 def measure(
-    name: str, buckets: Sequence[Bucket], *, rounds: int, max_score_error: float | None, every_form: bool
+    name: str,
+    buckets: Sequence[Bucket],
+    *,
+    rounds: int,
+    tune_seconds: float,
+    max_score_error: float | None,
+    every_form: bool,
 ) -> dict[str, Any]:
     """Tunes each bucket alone, as `xlarank compile` would with time to spare, then times forms in turns.
 
@@ -150,6 +154,7 @@ def measure(
       name: of `MODELS`.
       buckets: sizes.
       rounds: runs of each form.
+      tune_seconds: to find the form of a bucket, at most.
       max_score_error: None for float32 alone; else the budget of lower precisions, with labels drawn from the
         reference scores.
       every_form: whether to time all float32 forms beside the chosen one, or the plain one alone.
@@ -195,7 +200,7 @@ def measure(
                 bench,
                 precisions=precisions,
                 is_precision_named=False,
-                seconds=_TUNE_SECONDS,
+                seconds=tune_seconds,
                 clock=time.monotonic,
             )
             found[str(bucket)] = _timed(bench, choice, golden, buffers, rounds, every_form)
@@ -245,6 +250,9 @@ def main() -> None:
     parser.add_argument("buckets", nargs="*", help="such as 512x1: rows and requests")
     parser.add_argument("--ladder", help="row counts, each with buckets of 1, B/32 and B requests")
     parser.add_argument("--rounds", type=int, default=15, help="runs of each form (%(default)s)")
+    parser.add_argument(
+        "--tune-seconds", type=float, default=600, help="to find the form of a bucket, at most (%(default)s)"
+    )
     parser.add_argument("--max-score-error", type=float, help="try lower precisions within this budget")
     parser.add_argument(
         "--plain-only", action="store_true", help="time the plain form alone beside the chosen"
@@ -258,6 +266,7 @@ def main() -> None:
         args.model,
         buckets,
         rounds=args.rounds,
+        tune_seconds=args.tune_seconds,
         max_score_error=args.max_score_error,
         every_form=not args.plain_only,
     )

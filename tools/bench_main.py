@@ -1,7 +1,7 @@
 """Figures of the main path: lookup, server and load, each against the obvious yardstick.
 
     python tools/bench_main.py --out bench/main.json      about five minutes on two idle cores
-    python tools/bench_main.py --short                    about one minute: smaller sizes, fewer repeats
+    python tools/bench_main.py --short                    about half a minute: smaller sizes, fewer repeats
 
 Every yardstick is measured in the same run, in turns with what it is held against. A machine that does other
 work too is no place for final figures; the spread shows it.
@@ -73,12 +73,12 @@ FULL = Sizes(
 
 SHORT = Sizes(
     note="short form, smaller sizes and fewer repeats than the target is meant for; ",
-    lookup_rows=500_000,
-    lookup_seconds=3,
-    server_turns=3,
-    server_seconds=1.5,
+    lookup_rows=250_000,
+    lookup_seconds=1.5,
+    server_turns=2,
+    server_seconds=1,
     load_buckets=SERVER_BUCKETS,
-    load_rounds=2,
+    load_rounds=1,
 )
 
 

@@ -1,7 +1,7 @@
 """p99 of lookups while rows are written, over the same without: `update_p99`.
 
     python tools/bench_updates.py --out bench/updates.json    about a minute
-    python tools/bench_updates.py --short                     about ten seconds
+    python tools/bench_updates.py --short                     about five seconds
 
 One thread gathers batches, another writes rows at a steady rate; spells with and without writing take turns.
 """
@@ -53,7 +53,7 @@ class Size:
 
 
 FULL = Size("", 2_000_000, 15, 1.5)
-SHORT = Size("short form; ", 200_000, 5, 0.5)
+SHORT = Size("short form; ", 200_000, 3, 0.5)
 
 
 class Lookups:

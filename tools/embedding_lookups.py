@@ -1,7 +1,7 @@
 """Pooled lookups that the embedding benchmark lets take turns: ours, those of others, and their like.
 
-Each is a function of `LOOKUPS`: from a shape and the ids [S, T, B, P] int64 of S batches, P ids a bag, to a
-call that looks one batch up in every table, pools by sum in float32 and uses `NUM_THREADS` threads. torch and
+Each is a function of `LOOKUPS`: from a shape, the ids [S, T, B, P] int64 of S batches, P ids a bag, and a
+number of threads to a call that looks one batch up in every table and pools by sum in float32. torch and
 fbgemm are imported by those that measure them.
 """
 
@@ -102,63 +102,69 @@ def available(name: str) -> bool:
 
 def ours(shape: Shape, ids: np.ndarray, num_threads: int = NUM_THREADS) -> Lookup:
     """`Gatherer.bind` and `Gatherer.gather` on tables in huge pages, as they are served."""
-    return _gather(shape, huge_tables(shape), ids, num_threads=num_threads)
+    return _gather(shape, huge_tables(shape), ids, num_threads)
 
 
-def ours_int8(shape: Shape, ids: np.ndarray) -> Lookup:
+def ours_int8(shape: Shape, ids: np.ndarray, num_threads: int = NUM_THREADS) -> Lookup:
     """`ours` with int8 rows."""
-    return _gather(shape, huge_tables(shape, RowFormat.INT8), ids)
+    return _gather(shape, huge_tables(shape, RowFormat.INT8), ids, num_threads)
 
 
-def ours_neither(shape: Shape, ids: np.ndarray) -> Lookup:
+def ours_int4(shape: Shape, ids: np.ndarray, num_threads: int = NUM_THREADS) -> Lookup:
+    """`ours` with int4 rows."""
+    return _gather(shape, huge_tables(shape, RowFormat.INT4), ids, num_threads)
+
+
+def ours_neither(shape: Shape, ids: np.ndarray, num_threads: int = NUM_THREADS) -> Lookup:
     """`ours` without prefetch, on tables in small pages."""
-    return _gather(shape, _small_page_tables(shape), ids, lines_ahead=0)
+    return _gather(shape, _small_page_tables(shape), ids, num_threads, lines_ahead=0)
 
 
-def ours_small_pages(shape: Shape, ids: np.ndarray) -> Lookup:
+def ours_small_pages(shape: Shape, ids: np.ndarray, num_threads: int = NUM_THREADS) -> Lookup:
     """`ours` on tables in small pages."""
-    return _gather(shape, _small_page_tables(shape), ids)
+    return _gather(shape, _small_page_tables(shape), ids, num_threads)
 
 
-def torch_bag(shape: Shape, ids: np.ndarray) -> Lookup:
+def torch_bag(shape: Shape, ids: np.ndarray, num_threads: int = NUM_THREADS) -> Lookup:
     """`torch.nn.functional.embedding_bag`, a call a table, on tables in small pages, as torch allocates them.
 
     The vectors of the tables aren't joined, which ours are.
     """
-    return _torch(_small_page_tables(shape), ids)
+    return _torch(_small_page_tables(shape), ids, num_threads)
 
 
-def torch_huge_pages(shape: Shape, ids: np.ndarray) -> Lookup:
+def torch_huge_pages(shape: Shape, ids: np.ndarray, num_threads: int = NUM_THREADS) -> Lookup:
     """`torch_bag` on the very memory of `ours`."""
-    return _torch(huge_tables(shape), ids)
+    return _torch(huge_tables(shape), ids, num_threads)
 
 
-def fbgemm(shape: Shape, ids: np.ndarray) -> Lookup:
+def fbgemm(shape: Shape, ids: np.ndarray, num_threads: int = NUM_THREADS) -> Lookup:
     """fbgemm's table-batched inference op in float32: all tables in one call, int32 ids, no bounds check."""
-    return _fbgemm(_fbgemm_operator(shape, "FP32"), ids)
+    return _fbgemm(_fbgemm_operator(shape, "FP32"), ids, num_threads)
 
 
-def fbgemm_int8(shape: Shape, ids: np.ndarray) -> Lookup:
+def fbgemm_int8(shape: Shape, ids: np.ndarray, num_threads: int = NUM_THREADS) -> Lookup:
     """`fbgemm` with rows of 8 bits, scale and bias in float16 before each; it gives float32 too."""
-    return _fbgemm(_fbgemm_operator(shape, "INT8"), ids)
+    return _fbgemm(_fbgemm_operator(shape, "INT8"), ids, num_threads)
 
 
-def ceiling(shape: Shape, ids: np.ndarray) -> Lookup:
-    """Reads the rows of `ours` and pools nothing: each thread half of the ids, the best prefetch distance."""
-    return _read(huge_tables(shape), ids)
+def ceiling(shape: Shape, ids: np.ndarray, num_threads: int = NUM_THREADS) -> Lookup:
+    """Reads the rows of `ours` and pools nothing: threads share the ids, at the best prefetch distance."""
+    return _read(huge_tables(shape), ids, num_threads)
 
 
-def ceiling_int8(shape: Shape, ids: np.ndarray) -> Lookup:
+def ceiling_int8(shape: Shape, ids: np.ndarray, num_threads: int = NUM_THREADS) -> Lookup:
     """`ceiling` of int8 rows."""
-    return _read(huge_tables(shape, RowFormat.INT8), ids)
+    return _read(huge_tables(shape, RowFormat.INT8), ids, num_threads)
 
 
-LOOKUPS: dict[str, Callable[[Shape, np.ndarray], Lookup]] = {
+LOOKUPS: dict[str, Callable[[Shape, np.ndarray, int], Lookup]] = {
     "ceiling": ceiling,
     "ceiling_int8": ceiling_int8,
     "fbgemm": fbgemm,
     "fbgemm_int8": fbgemm_int8,
     "ours": ours,
+    "ours_int4": ours_int4,
     "ours_int8": ours_int8,
     "ours_neither": ours_neither,
     "ours_small_pages": ours_small_pages,
@@ -229,8 +235,8 @@ def _gather(
     shape: Shape,
     tables: Sequence[HostTable],
     ids: np.ndarray,
+    num_threads: int,
     *,
-    num_threads: int = NUM_THREADS,
     lines_ahead: int | None = None,
 ) -> Lookup:
     spec = _spec(shape, tables[0].format)
@@ -260,7 +266,7 @@ def _gather(
     return look_up
 
 
-def _read(tables: list[HostTable], ids: np.ndarray) -> Lookup:
+def _read(tables: list[HostTable], ids: np.ndarray, num_threads: int) -> Lookup:
     assert native is not None
     read_rows = native.read_rows
     forms = {lines: [native_table(table, lines) for table in tables] for lines in _LINES_AHEAD}
@@ -269,7 +275,7 @@ def _read(tables: list[HostTable], ids: np.ndarray) -> Lookup:
         [(at, part.copy()) for at, of in enumerate(batch) for part in np.array_split(of, _PARTS)]
         for batch in ids.reshape(len(ids), len(tables), -1).astype(np.int32)
     ]
-    helpers = ThreadPoolExecutor(NUM_THREADS - 1)
+    helpers = ThreadPoolExecutor(max(1, num_threads - 1))
 
     def read(left: Iterator[tuple[int, np.ndarray]], lines: int) -> None:
         for at, rows in left:
@@ -277,7 +283,7 @@ def _read(tables: list[HostTable], ids: np.ndarray) -> Lookup:
 
     def look_up(index: int, lines: int) -> None:
         left = iter(parts[index])  # each part goes to one of the threads
-        waiting = [helpers.submit(read, left, lines) for _ in range(NUM_THREADS - 1)]
+        waiting = [helpers.submit(read, left, lines) for _ in range(num_threads - 1)]
         read(left, lines)
         for helper in waiting:
             if not helper.cancel():
@@ -288,9 +294,9 @@ def _read(tables: list[HostTable], ids: np.ndarray) -> Lookup:
     return lambda index: look_up(index, best)
 
 
-def _torch(tables: list[HostTable], ids: np.ndarray) -> Lookup:
+def _torch(tables: list[HostTable], ids: np.ndarray, num_threads: int) -> Lookup:
     torch: Any = importlib.import_module("torch")
-    torch.set_num_threads(NUM_THREADS)
+    torch.set_num_threads(num_threads)
     weights = [torch.from_numpy(table.rows.view(np.float32)) for table in tables]
     batches = torch.from_numpy(ids.reshape(*ids.shape[:2], -1))
     offsets = torch.arange(0, (NUM_BAGS + 1) * ids.shape[3], ids.shape[3])
@@ -306,9 +312,9 @@ def _torch(tables: list[HostTable], ids: np.ndarray) -> Lookup:
     return look_up
 
 
-def _fbgemm(operator: Any, ids: np.ndarray) -> Lookup:
+def _fbgemm(operator: Any, ids: np.ndarray, num_threads: int) -> Lookup:
     torch: Any = importlib.import_module("torch")
-    torch.set_num_threads(NUM_THREADS)
+    torch.set_num_threads(num_threads)
     batches = torch.from_numpy(ids.reshape(len(ids), -1).astype(np.int32))
     offsets = torch.arange(0, ids[0].size + 1, ids.shape[3], dtype=torch.int32)
 

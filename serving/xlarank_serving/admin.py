@@ -10,6 +10,7 @@ import numpy as np
 
 from xlarank.errors import ConfigError, RequestError
 from xlarank_serving._proto import admin_pb2 as messages
+from xlarank_serving.parsing import parsing
 from xlarank_serving.status import answering, error_of
 
 __all__ = ["AdminClient", "AdminServer"]
@@ -60,8 +61,7 @@ class AdminServer:
             ],
         )
         handler = grpc.unary_unary_rpc_method_handler(
-            answering(self.update_rows),
-            request_deserializer=messages.UpdateRowsRequest.FromString,
+            answering(parsing(messages.UpdateRowsRequest, self.update_rows)),
             response_serializer=messages.UpdateRowsResponse.SerializeToString,
         )
         self._server.add_generic_rpc_handlers(

@@ -10,14 +10,14 @@ from typing import Any, Protocol
 
 import grpc
 import numpy as np
-from google.protobuf.message import DecodeError
 
-from xlarank.errors import RequestError, UnavailableError
+from xlarank.errors import UnavailableError
 from xlarank.host import FeatureStore
 from xlarank.spec import ContentCheck, ModelSpec, RankRequest
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.codec import ModelCodec
 from xlarank_serving.layout import SERVICE_NAME
+from xlarank_serving.parsing import parsing
 from xlarank_serving.status import answering, failure_reason
 from xlarank_serving.threads import ServerThreads, on_threads
 
@@ -113,8 +113,7 @@ class InferenceService:
         }
         return {
             name: grpc.unary_unary_rpc_method_handler(
-                # Without a deserializer of gRPC's: it would answer a malformed message INTERNAL.
-                on_threads(answering(_parsing(f"{name}Request", method)), pool),
+                on_threads(answering(parsing(getattr(messages, f"{name}Request"), method)), pool),
                 response_serializer=getattr(messages, f"{name}Response").SerializeToString,
             )
             for name, (method, pool) in methods.items()
@@ -189,21 +188,6 @@ class InferenceService:
         if codec is None:
             codec = self._codecs[engine] = ModelCodec(engine.spec, engine.features)
         return codec
-
-
-def _parsing(message: str, method: Callable[[Any, Any], Any]) -> Callable[[bytes, Any], Any]:
-    parse = getattr(messages, message).FromString
-
-    def parse_and_call(data: bytes, context: grpc.ServicerContext) -> Any:
-        try:
-            request = parse(data)
-        except DecodeError as error:
-            raise RequestError(
-                f"expected a {message}, got {len(data)} bytes that aren't one: {error}"
-            ) from None
-        return method(request, context)
-
-    return parse_and_call
 
 
 class _Gate(grpc.GenericRpcHandler):

@@ -350,6 +350,7 @@ def test_help_has_an_example_that_parses(capsys):
     assert (args.command, args.num_buckets, str(args.sizes)) == ("plan", 4, "page.txt")
 
 
+@pytest.mark.once
 def test_from_traffic_to_a_plan_for_the_bundle_that_served_it(run, tmp_path):
     tables = shop.make_tables()
     path = xlarank.build_bundle(

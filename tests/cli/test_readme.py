@@ -17,6 +17,8 @@ from xlarank.training.feed import FeedSize, read, write_feed
 README = Path(__file__).parents[2] / "README.md"
 MAX_PYTHON_LINES = 30
 
+pytestmark = pytest.mark.once
+
 
 def blocks(heading, language):
     """Code under a heading, by language."""

@@ -291,7 +291,7 @@ def test_models_of_their_own_precision_or_with_fixed_keys_score_as_their_author_
     params = make_params()
     is_module = isinstance(model, nnx.Module)
     arguments = {} if is_module else {"params": params}
-    path = build_bundle(model, SPEC, {}, out=tmp_path, buckets=(4, 16), tune_seconds=1.0, **arguments)
+    path = build_bundle(model, SPEC, {}, out=tmp_path, buckets=(16,), tune_seconds=1.0, **arguments)
     with Engine.load(path) as engine:
         for request in random_requests(SPEC, 3, num_candidates=9, seed=5):
             repeated = [np.repeat(c, 9, axis=0) if len(c) == 1 else c for c in request.columns]

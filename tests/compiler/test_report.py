@@ -24,6 +24,8 @@ from xlarank.compiler.report_facts import Facts
 from xlarank.device import ScoreError
 from xlarank.spec import Bucket, FeatureSpec, ModelSpec, Precision, TaskSpec
 
+pytestmark = pytest.mark.once
+
 GOLDEN = random_requests(shop.SPEC, 6, num_candidates=20, seed=1)
 TRIED = [
     (Form(fusion=Fusion.WIDE), 0.01, ""),

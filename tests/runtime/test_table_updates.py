@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import grpc
 import numpy as np
 import pytest
 import shop
@@ -149,6 +150,15 @@ def test_the_administrative_port_updates_rows_and_names_what_is_wrong(repository
         pytest.raises(UnavailableError),
     ):
         admin.update_rows("shop", "items", [1], values[:1])
+
+
+def test_a_malformed_message_to_the_administrative_port_is_the_clients_fault():
+    with AdminServer(OneModel(None), 0) as server, grpc.insecure_channel(server.address) as channel:
+        call = channel.unary_unary("/xlarank.admin.v1.Admin/UpdateRows")  # sends bytes as they are
+        with pytest.raises(grpc.RpcError) as caught:
+            call(b"\x0a\x7fshort", timeout=10.0)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "expected a UpdateRowsRequest, got 7 bytes that aren't one: " in caught.value.details()
 
 
 def test_a_port_in_use_is_refused(repository):

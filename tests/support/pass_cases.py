@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import foreign_odd  # noqa: F401  registers its models
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import shop
 from flax import nnx
 
@@ -39,6 +41,7 @@ __all__ = [
     "plain_of",
     "run_all",
     "shape_of",
+    "swept",
 ]
 
 _ROOT = Path(__file__).parents[2]
@@ -47,8 +50,29 @@ ZOO = ("feed", "movielens", "dlrm", "dcn_v2")
 FOREIGN = tuple(foreign.MODELS)
 MODELS = (*FOREIGN, "shop", *ZOO)
 
+_SAMPLE = {"feed", "history_transformer", "indices", "linen_wide", "loops", "ple", "programs_in_programs"}
+
+
+def swept(names: Sequence[str]) -> list[Any]:
+    """Parameters of a sweep that CI repeats on a sample on the oldest interpreter, whose JAX is older too.
+
+    All models are hoisted on every interpreter, which reads every equation of theirs.
+    """
+    return [name if name in _SAMPLE else pytest.param(name, marks=pytest.mark.once) for name in names]
+
+
 HALF_PRECISION = frozenset({"experts_of_their_own"})
 """Models that compute in bfloat16: compiled, XLA keeps more digits than op by op."""
+
+
+@contextlib.contextmanager
+def quickly_compiled() -> Iterator[None]:
+    """What runs op by op, weights' random numbers and reference scores, is compiled as fast as XLA can."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +144,7 @@ class Case:
             leaves.append(np.concatenate([arrays[f.name] for f in features], axis=1))
         return tuple(leaves)
 
+    @quickly_compiled()
     def answers(self, batches: Sequence[Batch]) -> list[list[np.ndarray]]:
         """Scores by batch and task: the author's model, called op by op on all rows at once."""
         repeated = [batch.repeated() for batch in batches]
@@ -143,6 +168,7 @@ class Case:
 
 
 @functools.cache
+@quickly_compiled()
 def case_of(name: str) -> Case:
     """A model by its name in `MODELS`."""
     if name in foreign.MODELS:

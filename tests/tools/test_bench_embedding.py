@@ -15,6 +15,8 @@ from xlarank.host import decode_rows, native_available
 from xlarank.host.traces import Hotness
 from xlarank.spec import RowFormat
 
+pytestmark = pytest.mark.once
+
 SMALL = Shape(name="small", num_tables=3, num_rows=1_000, dim=12)
 OURS = [name for name in LOOKUPS if name.startswith("ours")]
 CEILINGS = [name for name in LOOKUPS if name.startswith("ceiling")]
@@ -35,7 +37,7 @@ def small_ids(pooling=4):
 @pytest.mark.parametrize("name", OURS)
 def test_our_lookups_are_the_sums_of_the_rows(name):
     ids = small_ids()
-    row_format = RowFormat.INT8 if "int8" in name else RowFormat.FLOAT32
+    row_format = next((f for f in RowFormat if f.value in name), RowFormat.FLOAT32)
     tables = [decode_rows(table) for table in embedding_lookups.huge_tables(SMALL, row_format)]
     look_up = LOOKUPS[name](SMALL, ids)
     for number, batch in enumerate(ids):
@@ -44,26 +46,29 @@ def test_our_lookups_are_the_sums_of_the_rows(name):
 
 
 @needs_native
+@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("name", CEILINGS)
-def test_a_ceiling_reads_each_id_once(name, monkeypatch):
+def test_a_ceiling_reads_each_id_once(name, num_threads, monkeypatch):
     monkeypatch.setattr(embedding_lookups, "_CEILING_S", 0.01)
     read = []
     monkeypatch.setattr(
         embedding_lookups, "native", type("Native", (), {"read_rows": lambda _, ids: read.append(ids)})
     )
-    look_up = LOOKUPS[name](SMALL, small_ids())
+    look_up = LOOKUPS[name](SMALL, small_ids(), num_threads)
     read.clear()
     look_up(1)
     assert sorted(np.concatenate(read).tolist()) == sorted(small_ids()[1].reshape(-1).tolist())
 
 
 @needs_native
-def test_cells_have_as_many_samples_of_each_lookup(monkeypatch):
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_cells_have_as_many_samples_of_each_lookup(num_threads, monkeypatch):
     monkeypatch.setattr(bench_embedding_turns, "_BURST_S", 0.0)
     monkeypatch.setattr(embedding_lookups, "_CEILING_S", 0.01)
     monkeypatch.setattr(bench_embedding_turns, "_BYTES_OF_BATCHES", 1)
     names = [*OURS, "ceiling"]
-    found = bench_embedding_turns.measure(SMALL, names, [1, 2], [Hotness.ONE_ITEM, Hotness.RANDOM], 0.0)
+    presets = [Hotness.ONE_ITEM, Hotness.RANDOM]
+    found = bench_embedding_turns.measure(SMALL, names, [1, 2], presets, 0.0, num_threads)
     assert [(c["pooling"], c["hotness"], c["num_rows"]) for c in found] == [
         (pooling, hotness, 3 * NUM_BAGS * pooling)
         for hotness, pooling in itertools.product(["one_item", "random"], [1, 2])
@@ -77,7 +82,7 @@ def test_cells_have_as_many_samples_of_each_lookup(monkeypatch):
 def test_a_lookup_of_other_vectors_stops_the_benchmark(monkeypatch):
     monkeypatch.setattr(bench_embedding_turns, "_BYTES_OF_BATCHES", 1)
     wrong = np.zeros((NUM_BAGS, SMALL.num_tables * SMALL.dim), np.float32)
-    monkeypatch.setitem(LOOKUPS, "wrong", lambda shape, ids: lambda index: wrong)
+    monkeypatch.setitem(LOOKUPS, "wrong", lambda shape, ids, num_threads: lambda index: wrong)
     with pytest.raises(AssertionError, match="wrong"):
         bench_embedding_turns.measure(SMALL, ["ours", "wrong"], [1], [Hotness.RANDOM], 0.0)
 

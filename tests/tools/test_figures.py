@@ -11,6 +11,8 @@ import pytest
 from figures import Figure, Goal, ratio_figure, report, run_tool
 from rich.console import Console
 
+pytestmark = pytest.mark.once
+
 
 def make(**changes):
     fields = {

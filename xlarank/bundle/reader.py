@@ -22,6 +22,7 @@ from xlarank.bundle.manifest import (
     ProgramEntry,
     table_file,
 )
+from xlarank.bundle.manifest_json import manifest_from_json
 from xlarank.bundle.repository import version_of
 from xlarank.bundle.requests import read_requests
 from xlarank.bundle.tables import TableFile, stored_form
@@ -72,7 +73,7 @@ def open_bundle(
         raise BundleError(f"{file}: missing: no bundle, or a damaged one") from None
     except OSError as error:
         raise BundleError(f"{file}: can't be read: {error.strerror}") from error
-    manifest = Manifest.from_json(data, file=str(file))
+    manifest = manifest_from_json(data, file=str(file))
     if num_threads is None:
         num_threads = min(4, os.cpu_count() or 1)
     unread = {

@@ -25,6 +25,7 @@ from xlarank.bundle.manifest import (
     Manifest,
     table_file,
 )
+from xlarank.bundle.manifest_json import manifest_from_json, manifest_to_json
 from xlarank.bundle.reader import Bundle
 from xlarank.bundle.repository import versions_in
 from xlarank.bundle.requests import write_requests
@@ -255,8 +256,8 @@ class BundleWriter:
 
     def _write_manifest(self, manifest: Manifest) -> None:
         path = self.staging / MANIFEST_FILE
-        path.write_text(manifest.to_json())
-        if Manifest.from_json(path.read_bytes(), file=str(path)) != manifest:
+        path.write_text(manifest_to_json(manifest))
+        if manifest_from_json(path.read_bytes(), file=str(path)) != manifest:
             raise BundleError(f"{path}: reads back different from what was written")
         sync_path(path)
         sync_path(self.staging)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from foreign import mlp, mlp_params, random_params, two_tasks
 from jax import lax
-from pass_cases import MODELS, case_from, case_of, hoisted_of, operations, plain_of, run_all, shape_of
+from pass_cases import MODELS, case_from, case_of, hoisted_of, operations, plain_of, run_all, shape_of, swept
 
 from xlarank.compiler.passes import Fusion, fuse_experts, siblings_of
 from xlarank.compiler.passes.siblings import without_repeats
@@ -28,7 +28,7 @@ def check(case, forms, plain=None):
         np.testing.assert_allclose(score, expected, rtol=2e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", swept(MODELS))
 def test_every_form_scores_as_the_plain_program(name):
     case = case_of(name)
     bases = [program for program in (plain_of(case), hoisted_of(case).program) if program is not None]

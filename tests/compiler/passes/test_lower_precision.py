@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from foreign import mlp, mlp_params, random_params, spec_of, two_tasks
-from pass_cases import MODELS, Case, case_of, run_all
+from pass_cases import MODELS, Case, case_of, run_all, swept
 
 from xlarank.compiler.passes import Fusion, fuse_experts, hoist_context, lower_precision
 from xlarank.compiler.passes.sensitivity import sensitive_matmuls
@@ -113,7 +113,7 @@ def test_int8_of_zeros_and_of_numbers_too_small_to_divide_by():
         run_equations(lowered.closed, [weight, x])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", swept(MODELS))
 def test_every_model_stays_within_the_tolerance(name):
     case = case_of(name)
     batch = case.batch(8, 2)

@@ -7,7 +7,7 @@ import pytest
 from foreign import random_params, two_tasks
 from jax import lax
 from jax.extend import core
-from pass_cases import MODELS, ZOO, case_from, case_of, compiled, hoisted_of, plain_of
+from pass_cases import MODELS, ZOO, case_from, case_of, compiled, hoisted_of, plain_of, swept
 
 from xlarank.compiler.passes import Fusion, fuse_experts, lower_precision
 from xlarank.compiler.prepare import PreparedArrays, part
@@ -44,7 +44,7 @@ def fed_by_weights(parted):
     return found
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", swept(MODELS))
 def test_no_row_program_computes_what_depends_on_weights_alone(name):
     for form, program in forms_of(case_of(name)).items():
         parted = part(program, PreparedArrays(program.weight_avals))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.extend import core
-from pass_cases import FOREIGN, HALF_PRECISION, case_of, compiled
+from pass_cases import FOREIGN, HALF_PRECISION, case_of, compiled, swept
 
 from xlarank.compiler.passes.rows import (
     SAME,
@@ -84,7 +84,7 @@ def all_values(programs, inputs):
     return compiled(lambda *inputs: [run(p, i) for p, i in zip(programs, inputs, strict=True)], *inputs)
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", swept(FOREIGN))
 def test_what_is_claimed_of_a_value_holds(name):
     """All features are taken for context: then every operation of the model is followed."""
     case = case_of(name)

@@ -3,8 +3,8 @@
 //
 // A stamp is odd while a row of its share is being written and goes up by two with every write. Whoever reads
 // rows adds up their stamps before and after: stamps never fall, so equal sums mean that no row changed in
-// between. Readers write nothing and wait only for a copy of one row. The built-ins stand for std::atomic,
-// whose inline functions the instruction sets' files may not use.
+// between. Readers write nothing and wait only for a copy of one row, giving their core away if the writer has
+// none. The built-ins stand for std::atomic, whose inline functions the instruction sets' files may not use.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,10 @@ inline __attribute__((always_inline)) uint32_t stamp_of(int32_t row) {
   return static_cast<uint32_t>(row) * 2654435761u >> (32 - kStampBits);
 }
 
+// The stamp once no row of its share is being written: after some looks the core goes to whoever may need it to
+// finish. In a file of its own, because the library's functions are none of an instruction set's.
+uint32_t wait_until_written(const uint32_t* stamp);
+
 // Sum of the stamps of rows, once none of them is being written. Rows below 0 have none.
 inline __attribute__((always_inline)) uint64_t stamps_before(const uint32_t* stamps, const int32_t* rows,
                                                              int64_t num_rows) {
@@ -27,7 +31,7 @@ inline __attribute__((always_inline)) uint64_t stamps_before(const uint32_t* sta
     if (rows[i] < 0) continue;
     const uint32_t* const at = stamps + stamp_of(rows[i]);
     uint32_t stamp = __atomic_load_n(at, __ATOMIC_ACQUIRE);
-    while (stamp & 1) stamp = __atomic_load_n(at, __ATOMIC_ACQUIRE);
+    if (stamp & 1) stamp = wait_until_written(at);
     sum += stamp;
   }
   return sum;
