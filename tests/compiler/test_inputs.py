@@ -11,7 +11,7 @@ from flax import nnx
 
 from xlarank import device
 from xlarank.bundle import open_bundle
-from xlarank.compiler import BuildOptions, build, build_bundle, random_requests
+from xlarank.compiler import BuildOptions, build, build_bundle, random_requests, reference_scores
 from xlarank.errors import ConfigError, ModelError, VerifyError
 from xlarank.runtime import Engine
 from xlarank.spec import (
@@ -207,6 +207,48 @@ def test_what_can_t_be_served_is_refused_with_operation_line_and_remedy(tmp_path
     refuse(
         tmp_path, model, ModelError, message, params=None if isinstance(model, nnx.Module) else make_params()
     )
+
+
+def test_loops_over_rows_score_as_without_and_are_not_run_step_by_step():
+    params, steps = make_params(), []
+
+    def a_row(row):
+        steps.append(row)
+        return apply(params, {name: value[None] for name, value in row.items()})["like"][0]
+
+    requests = random_requests(SPEC, 4, num_candidates=100, seed=4)
+    told = []
+    mapped = reference_scores(
+        lambda features: {"like": jax.lax.map(a_row, features)},
+        SPEC,
+        {},
+        requests,
+        on_progress=lambda *numbers: told.append(numbers),
+    )
+    plain = reference_scores(lambda features: apply(params, features), SPEC, {}, requests)
+    for loop, whole in zip(mapped["like"], plain["like"], strict=True):
+        np.testing.assert_allclose(loop, whole, atol=1e-6)
+    assert len(steps) < 5, "the body is traced, not called for each of the 400 rows"
+    assert told == [(0, 4)], "all four fit one call"
+
+
+def test_a_loop_whose_body_is_jitted_takes_one_while_and_one_scan():
+    def loops(features):
+        x = features["item"]
+        x = jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jax.nn.silu(s[1])), (0, x))[1]
+        total, _ = jax.lax.scan(jax.jit(lambda total, column: (total + column, None)), x[:, 0] * 0, x.T)
+        return {"like": total}
+
+    def written_out(features):
+        return {"like": jax.nn.silu(jax.nn.silu(jax.nn.silu(features["item"]))).sum(axis=1)}
+
+    requests = random_requests(SPEC, 3, num_candidates=700, seed=4)
+    told = []
+    looped = reference_scores(loops, SPEC, {}, requests, on_progress=lambda *numbers: told.append(numbers))
+    expected = reference_scores(written_out, SPEC, {}, requests)
+    for a, b in zip(looped["like"], expected["like"], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert told == [(0, 3), (1, 3), (2, 3)]
 
 
 class Jitted(nnx.Module):

@@ -69,7 +69,7 @@ _MIN_GAIN = 1.1
 """How much faster a device's bare matmul must be in a lower precision to be worth a try."""
 
 Progress = Callable[[str, int, int], None]
-"""Told what is done, and how many buckets of how many are."""
+"""Told what is done, and how many of how many are: buckets, requests for the reference scores."""
 
 
 class Builder:
@@ -110,8 +110,13 @@ class Builder:
         """Reference, search, proof, report, publication."""
         options = self.options
         analysis = analyze(self.traces, self.signature, self.requests)
-        self.on_progress("reference scores", 0, 1)
-        scores = reference_scores(self.model.reference, self.spec, self.float32_tables, self.requests)
+        scores = reference_scores(
+            self.model.reference,
+            self.spec,
+            self.float32_tables,
+            self.requests,
+            on_progress=functools.partial(self.on_progress, "reference scores"),
+        )
         self.architecture = architecture_of(self.traces, self.signature, options, self._labelled())
         reusable = find_reusable(out, self.spec, self.architecture, options) if options.reuse else None
         tables_failure = self._settle_tables(scores, reusable)
