@@ -140,6 +140,35 @@ def turns_rows(params, features):
     return {"like": apply(params, features)["like"][::-1]}
 
 
+def numbers_rows(params, features):
+    own = features["item"][jnp.arange(features["item"].shape[0]), 1]  # picks each row's own value: harmless
+    return {"like": apply(params, features)["like"] + own + jnp.arange(features["item"].shape[0])}
+
+
+def weighs_rows(params, features):
+    weights = np.linspace(0, 1, features["item"].shape[0], dtype=np.float32)
+    return {"like": apply(params, features)["like"] * weights}
+
+
+def draws_rows(params, features):
+    noise = jax.random.normal(jax.random.key(0), (features["item"].shape[0], 2))
+    return {"like": apply(params, features)["like"] + noise[:, 0]}
+
+
+def sums_up_places(params, features):
+    def step(place, row):
+        return place + 1, row.sum() * place
+
+    return {"like": jax.lax.scan(step, jnp.float32(1), features["item"])[1]}
+
+
+def tells_a_dear_batch(params, features):
+    """What no poison shows: a poisoned row alone doesn't meet the condition."""
+    x = features["item"]
+    is_dear = ((x > 0.2) & (x < 0.9)).sum() >= x.size // 8
+    return {"like": jnp.where(is_dear, 1.0, 0.5) * x.sum(axis=1)}
+
+
 def means_contexts(params, features):
     mean = features["user"].mean(axis=0).sum()
     return {"like": apply(params, features)["like"] + mean}
@@ -162,6 +191,13 @@ def prints_in_a_loop(params, features):
     return {"like": total}
 
 
+def place_message(operation, function):
+    return (
+        rf"model 'pair', task 'like': a row's score depends on the row's place in the batch: {operation} at "
+        rf".*test_inputs\.py:\d+ \({function}\) gives rows that are alike other values; .*: use no arange"
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -169,6 +205,15 @@ def prints_in_a_loop(params, features):
         (
             turns_rows,
             r"a row's score depends on other rows.*rev at .*test_inputs\.py:\d+ .*, which moves rows",
+        ),
+        (numbers_rows, place_message("iota", "numbers_rows")),
+        (weighs_rows, place_message("mul", "weighs_rows")),
+        (live_dropout, place_message("random_bits", "live_dropout")),
+        (draws_rows, place_message("random_bits", "draws_rows")),
+        (sums_up_places, place_message("scan", "sums_up_places")),
+        (
+            tells_a_dear_batch,
+            r"other rows of the batch: reduce_sum at .*test_inputs\.py:\d+ \(tells_a_dear_batch\) is",
         ),
         (means_contexts, r"context \d.* What crosses rows: reduce_sum .* at .*test_inputs\.py:\d+"),
         (

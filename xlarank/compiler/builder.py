@@ -41,12 +41,13 @@ from xlarank.compiler.program import Traces, plain_program
 from xlarank.compiler.reference import check_row_counts, reference_scores
 from xlarank.compiler.report import render_report
 from xlarank.compiler.result import BucketResult, BuildResult, PassNotes, Tuning
+from xlarank.compiler.row_places import explain_rows
 from xlarank.compiler.split import DenseModel
 from xlarank.compiler.table_formats import TableChoice
 from xlarank.compiler.tables import float32_tables, requests_of, settle_tables
 from xlarank.compiler.traffic import measure_rows
 from xlarank.compiler.verify import verify_bucket
-from xlarank.errors import ModelError, VerifyError
+from xlarank.errors import ModelError, VerifyError, XlarankError
 from xlarank.host import DeviceRows, Gatherer, HostTable
 from xlarank.spec import (
     Bucket,
@@ -418,10 +419,21 @@ class Builder:
                 form=str(PLAIN),
                 precision=Precision(self.activations),
             )
-        except VerifyError:
+        except VerifyError as error:
+            self._raise_row_fault(error)
             counts_rows()  # the reason, if it is one
             raise
-        counts_rows()
+        try:
+            counts_rows()
+        except ModelError as error:
+            self._raise_row_fault(error)  # with the operation, where it shows at one row count
+            raise
+
+    def _raise_row_fault(self, error: XlarankError) -> None:
+        """Raises ModelError in place of an error that a row's place, or its neighbours, explain."""
+        fault = explain_rows(self.traces, self.float32_tables, self.requests)
+        if fault is not None:
+            raise ModelError(f"model {self.spec.name!r}, {fault}") from error
 
     def _precisions(self, limits: MachineLimits) -> tuple[list[Precision], str]:
         """Lower precisions that may be chosen, and what to say of it."""

@@ -32,7 +32,7 @@ from xlarank.spec import (
     take,
 )
 
-__all__ = ["check_row_counts", "reference_scores"]
+__all__ = ["arguments_of", "check_row_counts", "reference_scores"]
 
 _Model = Callable[[dict[str, jax.Array]], Any]
 
@@ -225,18 +225,34 @@ def _scores_at(
     traces: Traces, tables: Mapping[str, np.ndarray], request: RankRequest, num_rows: int
 ) -> list[np.ndarray]:
     """Scores [num_rows] by task of a request's first candidates, the last repeated, compiled at that size."""
-    spec, traced = traces.spec, traces.at(num_rows)
     rows = np.minimum(np.arange(num_rows), request.num_candidates - 1)
+    run = functools.partial(run_equations, traces.at(num_rows).closed)
+    compiled = jax.jit(run, compiler_options=compiler_options(jax.default_backend()))
+    return [np.asarray(scores) for scores in compiled(arguments_of(traces, tables, request, rows))]
+
+
+def arguments_of(
+    traces: Traces, tables: Mapping[str, np.ndarray], request: RankRequest, rows: np.ndarray
+) -> list[Any]:
+    """What a model's trace at ``len(rows)`` rows reads.
+
+    Args:
+      traces: of the model.
+      tables: float32 [R, D] by name.
+      request: a golden one.
+      rows: int64 numbers of its candidates, in any order.
+
+    Returns:
+      Weights, then activations [len(rows), ...].
+    """
+    spec = traces.spec
     columns = [
         take(column, np.zeros_like(rows) if feature.scope is Scope.CONTEXT else rows)
         for feature, column in zip(spec.features, request.columns, strict=True)
     ]
     inputs = {name: jnp.asarray(value) for name, value in model_inputs(spec, columns).items()}
     activations = EmbeddingCollection(spec, tables=tables)(inputs)
-    arrays = [*traces.model.params, *(activations[name] for name in traced.activations)]
-    run = functools.partial(run_equations, traced.closed)
-    compiled = jax.jit(run, compiler_options=compiler_options(jax.default_backend()))
-    return [np.asarray(scores) for scores in compiled(arrays)]
+    return [*traces.model.params, *(activations[name] for name in traces.at(len(rows)).activations)]
 
 
 def _groups(requests: Sequence[RankRequest]) -> Iterator[tuple[int, list[RankRequest]]]:
