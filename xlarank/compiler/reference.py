@@ -13,9 +13,17 @@ import numpy as np
 from flax import nnx
 from jax.extend import core
 
-from xlarank.compiler.program import Traces, run_equations
+from xlarank.compiler.program import Traces, read, run_equations
 from xlarank.compiler.split import scores_of
-from xlarank.compiler.tracing import ClosedJaxpr, authors_code, inner_jaxpr, nested_equations
+from xlarank.compiler.tracing import (
+    ClosedJaxpr,
+    authors_code,
+    evaluate,
+    flatten,
+    inner_jaxpr,
+    nested_equations,
+    source_of,
+)
 from xlarank.device import compiler_options
 from xlarank.errors import ModelError
 from xlarank.host import model_inputs
@@ -89,7 +97,7 @@ def reference_scores(
                 by_task = scores_of(spec, logits, len(next(iter(activations.values()))))
             for task, values in by_task.items():
                 parts = np.split(np.array(values)[: ends[-1]], ends[:-1])
-                _check_finite(spec, task, first, parts)
+                _check_finite(spec, task, first, parts, functools.partial(apply.first_overflow, activations))
                 scores[task] += parts
     return scores
 
@@ -130,12 +138,38 @@ class _Reference:
         closed, structure = self._at(activations)
         return jax.tree.unflatten(structure, _evaluate(closed, jax.tree.leaves(activations), self._loops))
 
+    def first_overflow(self, activations: dict[str, jax.Array]) -> str:
+        """The first operation that makes of finite values others, with its line, as the end of a message."""
+        flat = flatten(self._at(activations)[0])
+        values = dict(zip(flat.jaxpr.invars, jax.tree.leaves(activations), strict=True))
+        values.update(zip(flat.jaxpr.constvars, flat.consts, strict=True))
+        for equation in flat.jaxpr.eqns:
+            operands = read(values, equation.invars)
+            results = evaluate(equation, operands)
+            if all(map(_is_finite, operands)) and not all(map(_is_finite, results)):
+                dtype = results[0].dtype
+                largest = (
+                    f", which ends at {jnp.finfo(dtype).max}: use float32" if dtype != np.float32 else ""
+                )
+                return (
+                    f"; the first operation that makes anything else of finite values is "
+                    f"{equation.primitive.name} at {source_of(equation)}, in {dtype}{largest}"
+                )
+            values.update(zip(equation.outvars, results, strict=True))
+        return ""
+
     def _at(self, activations: dict[str, jax.Array]) -> tuple[ClosedJaxpr, Any]:
         num_rows = len(next(iter(activations.values())))
         if num_rows not in self._traced:
             closed, answer = jax.make_jaxpr(_pure(self._model), return_shape=True)(activations)
             self._traced[num_rows] = closed, jax.tree.structure(answer)
         return self._traced[num_rows]
+
+
+def _is_finite(value: Any) -> bool:
+    if not jnp.issubdtype(jax.dtypes.result_type(value), jnp.floating):
+        return True
+    return bool(jnp.isfinite(value).all())
 
 
 def _pure(model: _Model) -> _Model:
@@ -274,10 +308,12 @@ def _repeated(feature: FeatureSpec, request: RankRequest, position: int) -> Colu
     return column
 
 
-def _check_finite(spec: ModelSpec, task: str, first: int, parts: Sequence[np.ndarray]) -> None:
+def _check_finite(
+    spec: ModelSpec, task: str, first: int, parts: Sequence[np.ndarray], origin: Callable[[], str]
+) -> None:
     for number, array in enumerate(parts, start=first):
         if not np.isfinite(array).all():
             raise ModelError(
                 f"model {spec.name!r}, task {task!r}: the reference score of golden request {number} "
-                f"is {array[~np.isfinite(array)][0]}; expected finite scores"
+                f"is {array[~np.isfinite(array)][0]}; expected finite scores{origin()}"
             )
