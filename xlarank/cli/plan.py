@@ -15,6 +15,7 @@ from xlarank.cli.console import output_console
 from xlarank.errors import ConfigError
 from xlarank.spec import DEFAULT_ROWS, LatencyProfile
 from xlarank.spec.ladder import (
+    SMALL_ROWS,
     LadderEstimate,
     SizeHistogram,
     estimate_ladder,
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "version": manifest.version,
         "device_kind": kind,
         "measured_rows": measured,
+        "share_below_measured": _share_below(measured[0], histogram),
         "sizes": _size_facts(args.sizes, histogram),
         "max_rows": max_rows,
         "planned": _estimate_facts(plan.chosen),
@@ -118,6 +120,11 @@ def _profile_of(manifest: Manifest, path: str, kind: str | None) -> tuple[str, L
         raise ConfigError(f"{path}: expected --device-kind of {kinds}, got {kind!r}")
     chosen = kinds[0] if kind is None else kind
     return chosen, manifest.latency[chosen]
+
+
+def _share_below(rows: int, histogram: SizeHistogram) -> float:
+    """Requests of fewer candidates, of all."""
+    return sum(count for size, count in histogram.counts.items() if size < rows) / histogram.num_requests
 
 
 def _size_facts(file: Path, histogram: SizeHistogram) -> dict[str, Any]:
@@ -172,6 +179,14 @@ def _show(facts: Mapping[str, Any], console: Console) -> None:
         f"{ladder['padding_share']:6.1%} padding  {','.join(map(str, ladder['rows']))}"
         for name, ladder in ladders.items()
     ]
+    share = facts["share_below_measured"]
+    if measured[0] > SMALL_ROWS and share:
+        further = ",".join(map(str, (SMALL_ROWS, *measured)))
+        lines.append(
+            f"Warning: {share:.1%} of the requests have fewer than {measured[0]} candidates, the fewest rows "
+            f"that were measured: smaller row counts count as no faster, so none is planned for them. "
+            f"Compile with --buckets {further} first, or with --buckets auto."
+        )
     last = planned["rows"][-1]
     if sizes["largest"] > last:
         lines.append(f"Requests of more than {last} candidates are split.")

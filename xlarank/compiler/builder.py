@@ -57,14 +57,11 @@ from xlarank.spec import (
     RankRequest,
     Signature,
 )
-from xlarank.spec.ladder import plan_ladder, seconds_by_rows
+from xlarank.spec.ladder import SMALL_ROWS, plan_ladder, seconds_by_rows
 
 __all__ = ["Builder", "Progress"]
 
 _PREPARE_FILE = "prepare.stablehlo"
-
-_SMALL_ROWS = 8
-"""Row count that a profile must reach down to for a ladder to be planned by it."""
 
 _MIN_GAIN = 1.1
 """How much faster a device's bare matmul must be in a lower precision to be worth a try."""
@@ -95,6 +92,7 @@ class Builder:
         self.traces = Traces(model, self.spec)
         self.unused = self.traces.unused_features()
         self.activations = self._activations_format()
+        self.plan_note = ""
         # Until the tables are placed, all on the host.
         self.signature = Signature.of_model(self.spec, self.unused, self.activations)
 
@@ -136,6 +134,7 @@ class Builder:
                 note = f"version {reusable.version} was not reused: with the new weights, {error}"
         if built is None:
             built, failure = self._search(out, writer)
+        note = "; ".join(filter(None, (note, self.plan_note)))
         failure = tables_failure or failure
         if failure is not None:
             if options.keep_failed is None:
@@ -225,12 +224,20 @@ class Builder:
         traffic = self.options.traffic
         if traffic is None:
             return BucketLadder.of_rows(self.options.bucket_rows)
-        profile = latest_profile(out, self.spec, self.kind)
+        params = dict(zip(self.model.names, self.model.params, strict=True))
+        known = latest_profile(out, self.spec, self.kind, self.architecture, params)
         # One that doesn't reach down to small batches would keep every later ladder from having them.
-        if profile is None or min(bucket.rows for bucket in profile.seconds) > _SMALL_ROWS:
+        if known is None or min(bucket.rows for bucket in known.profile.seconds) > SMALL_ROWS:
             profile = measure_rows(
                 self.traces, self.gatherer, self.requests, lambda text: self.on_progress(text, 0, 1)
             )
+        else:
+            profile = known.profile
+            if not known.is_same_architecture:
+                self.plan_note = (
+                    f"the buckets were planned by the times of version {known.version}, whose weights have "
+                    f"the same shapes and whose operations may be others"
+                )
         plan = plan_ladder(
             traffic.sizes,
             seconds_by_rows(profile),
