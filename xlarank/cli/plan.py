@@ -22,6 +22,7 @@ from xlarank.spec.ladder import (
     plan_ladder,
     seconds_by_rows,
 )
+from xlarank.spec.wording import counted
 
 __all__ = ["add_parser", "run"]
 
@@ -158,8 +159,9 @@ def _estimate_facts(estimate: LadderEstimate) -> dict[str, Any]:
 def _show(facts: Mapping[str, Any], console: Console) -> None:
     sizes, planned, measured = facts["sizes"], facts["planned"], facts["measured_rows"]
     heading = (
-        f"{facts['model']} version {facts['version']} on {facts['device_kind']}: {sizes['requests']:,} "
-        f"requests of {sizes['mean']:,.1f} candidates on average, {sizes['largest']:,} at most"
+        f"{facts['model']} version {facts['version']} on {facts['device_kind']}: "
+        f"{counted(sizes['requests'], 'request')} of {sizes['mean']:,.1f} "
+        f"candidates on average, {sizes['largest']:,} at most"
     )
     console.print(heading, style="bold", soft_wrap=True, highlight=False, markup=False)
     table = Table()

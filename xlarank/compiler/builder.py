@@ -58,6 +58,7 @@ from xlarank.spec import (
     Signature,
 )
 from xlarank.spec.ladder import SMALL_ROWS, plan_ladder, seconds_by_rows
+from xlarank.spec.wording import counted
 
 __all__ = ["Builder", "Progress"]
 
@@ -571,8 +572,8 @@ def _failure_note(bench: DeviceBench) -> str:
         return ""
     (bucket, form), reason = next(iter(bench.failures.items()))
     return (
-        f"{len(bench.failures)} lowered forms can't run on this device, the first {form.label!r} in bucket "
-        f"{bucket}: {reason}"
+        f"{counted(len(bench.failures), 'lowered form')} can't run on this device, the first {form.label!r} "
+        f"in bucket {bucket}: {reason}"
     )
 
 

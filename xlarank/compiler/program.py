@@ -16,6 +16,7 @@ from xlarank.compiler.split import DenseModel, refused_logit, scores_of
 from xlarank.compiler.tracing import ClosedJaxpr, evaluate, flatten, retrace, source_of, trace
 from xlarank.errors import ModelError
 from xlarank.spec import MASK_SUFFIX, Bucket, FeatureKind, ModelSpec, Scope, Signature
+from xlarank.spec.wording import counted
 
 __all__ = [
     "ModelTrace",
@@ -84,10 +85,11 @@ class Traces:
             except ModelError as error:
                 if not self._at:
                     raise
+                now, before = counted(num_rows, "row"), counted(min(self._at), "row")
                 raise ModelError(
-                    f"{error}; this was with {num_rows} rows, and with {min(self._at)} rows it was traced "
-                    f"before: a call may leave nothing for the next one (no array in a list, a global or an "
-                    f"attribute), and take no other way by the number of rows"
+                    f"{error}; this was with {now}, and with {before} it was traced before: a call may leave "
+                    f"nothing for the next one (no array in a list, a global or an attribute), and take no "
+                    f"other way by the number of rows"
                 ) from error
         return self._at[num_rows]
 

@@ -14,6 +14,7 @@ from flax import nnx
 
 from xlarank.errors import ConfigError, ModelError
 from xlarank.spec import ModelSpec, TaskKind
+from xlarank.spec.wording import counted
 
 __all__ = ["Apply", "DenseModel", "refused_logit", "scores_of", "split_function", "split_module"]
 
@@ -66,7 +67,10 @@ def split_module(module: nnx.Module) -> DenseModel:
     rng_leaves, rng_structure = jax.tree.flatten(rng_state)
     names = tuple(".".join(str(_key(k)) for k in path) for path, _ in nnx.to_flat_state(state))
     if len(names) != len(leaves):
-        raise ModelError(f"{type(module).__name__} holds {len(leaves)} arrays in {len(names)} variables")
+        raise ModelError(
+            f"{type(module).__name__} holds {counted(len(leaves), 'array')} in "
+            f"{counted(len(names), 'variable')}"
+        )
 
     def apply(
         params: tuple[jax.Array, ...], random_state: tuple[jax.Array, ...], features: Mapping[str, jax.Array]
