@@ -23,10 +23,9 @@ SPEC = ModelSpec.from_dict(
         "tasks": [{"name": "like"}],
     }
 )
-BUCKETS = (Bucket(8, 1), Bucket(8, 8), Bucket(128, 1), Bucket(128, 128))
 
 
-def write_bundle(folder, seconds):
+def write_bundle(folder, seconds, rows=(8, 128)):
     """A bundle whose buckets took so many seconds by device kind, as far as its manifest says."""
     request = RankRequest(SPEC, {"price": np.ones(2, np.float32)})
     with BundleWriter(folder, "feed", 7) as writer:
@@ -41,7 +40,7 @@ def write_bundle(folder, seconds):
                 p99_error={"like": 0.0},
                 seconds=seconds(bucket),
             )
-            for bucket in BUCKETS
+            for bucket in (Bucket(b, q) for b in rows for q in (1, b))
         )
         writer.add_params({"w": np.zeros(1, np.float32)})
         writer.add_golden([request], {"scores": {"like": np.zeros(2, np.float32)}})
@@ -372,3 +371,20 @@ def test_from_traffic_to_a_plan_for_the_bundle_that_served_it(run, tmp_path):
     mean = (1 + 24 + 24 + 64 + 128) / 5  # by upper edges
     assert facts["sizes"] == {"file": "page.txt", "requests": 5, "mean": mean, "largest": 128}
     assert facts["planned"]["rows"][-1] == 128
+
+
+def test_sizes_below_the_fewest_measured_rows_are_warned_of(run, tmp_path):
+    path = write_bundle(tmp_path / "large", lambda bucket: {"cpu": 0.001}, rows=(32, 128))
+    some, none = sizes_file(tmp_path, "3\n31\n32\n100\n"), sizes_file(tmp_path, "32\n100\n", "none.txt")
+    _, out, _ = run(path, "--sizes", some)
+    assert (
+        "Warning: 50.0% of the requests have fewer than 32 candidates, the fewest rows that were measured"
+        in out
+    )
+    assert "Compile with --buckets 8,32,128 first, or with --buckets auto." in out
+    assert planned(run, path, "--sizes", some)["share_below_measured"] == 0.5
+    assert "Warning" not in run(path, "--sizes", none)[1]
+
+
+def test_a_bundle_measured_at_8_rows_is_planned_by_without_a_warning(run, bundle_path, tmp_path):
+    assert "Warning" not in run(bundle_path, "--sizes", sizes_file(tmp_path, "1\n3\n"))[1]

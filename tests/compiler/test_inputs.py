@@ -11,7 +11,7 @@ from flax import nnx
 
 from xlarank import device
 from xlarank.bundle import open_bundle
-from xlarank.compiler import BuildOptions, build, build_bundle, random_requests
+from xlarank.compiler import BuildOptions, build, build_bundle, random_requests, reference_scores
 from xlarank.errors import ConfigError, ModelError, VerifyError
 from xlarank.runtime import Engine
 from xlarank.spec import (
@@ -140,6 +140,35 @@ def turns_rows(params, features):
     return {"like": apply(params, features)["like"][::-1]}
 
 
+def numbers_rows(params, features):
+    own = features["item"][jnp.arange(features["item"].shape[0]), 1]  # picks each row's own value: harmless
+    return {"like": apply(params, features)["like"] + own + jnp.arange(features["item"].shape[0])}
+
+
+def weighs_rows(params, features):
+    weights = np.linspace(0, 1, features["item"].shape[0], dtype=np.float32)
+    return {"like": apply(params, features)["like"] * weights}
+
+
+def draws_rows(params, features):
+    noise = jax.random.normal(jax.random.key(0), (features["item"].shape[0], 2))
+    return {"like": apply(params, features)["like"] + noise[:, 0]}
+
+
+def sums_up_places(params, features):
+    def step(place, row):
+        return place + 1, row.sum() * place
+
+    return {"like": jax.lax.scan(step, jnp.float32(1), features["item"])[1]}
+
+
+def tells_a_dear_batch(params, features):
+    """What no poison shows: a poisoned row alone doesn't meet the condition."""
+    x = features["item"]
+    is_dear = ((x > 0.2) & (x < 0.9)).sum() >= x.size // 8
+    return {"like": jnp.where(is_dear, 1.0, 0.5) * x.sum(axis=1)}
+
+
 def means_contexts(params, features):
     mean = features["user"].mean(axis=0).sum()
     return {"like": apply(params, features)["like"] + mean}
@@ -162,6 +191,13 @@ def prints_in_a_loop(params, features):
     return {"like": total}
 
 
+def place_message(operation, function):
+    return (
+        rf"model 'pair', task 'like': a row's score depends on the row's place in the batch: {operation} at "
+        rf".*test_inputs\.py:\d+ \({function}\) gives rows that are alike other values; .*: use no arange"
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -169,6 +205,15 @@ def prints_in_a_loop(params, features):
         (
             turns_rows,
             r"a row's score depends on other rows.*rev at .*test_inputs\.py:\d+ .*, which moves rows",
+        ),
+        (numbers_rows, place_message("iota", "numbers_rows")),
+        (weighs_rows, place_message("mul", "weighs_rows")),
+        (live_dropout, place_message("random_bits", "live_dropout")),
+        (draws_rows, place_message("random_bits", "draws_rows")),
+        (sums_up_places, place_message("scan", "sums_up_places")),
+        (
+            tells_a_dear_batch,
+            r"other rows of the batch: reduce_sum at .*test_inputs\.py:\d+ \(tells_a_dear_batch\) is",
         ),
         (means_contexts, r"context \d.* What crosses rows: reduce_sum .* at .*test_inputs\.py:\d+"),
         (
@@ -207,6 +252,48 @@ def test_what_can_t_be_served_is_refused_with_operation_line_and_remedy(tmp_path
     refuse(
         tmp_path, model, ModelError, message, params=None if isinstance(model, nnx.Module) else make_params()
     )
+
+
+def test_loops_over_rows_score_as_without_and_are_not_run_step_by_step():
+    params, steps = make_params(), []
+
+    def a_row(row):
+        steps.append(row)
+        return apply(params, {name: value[None] for name, value in row.items()})["like"][0]
+
+    requests = random_requests(SPEC, 4, num_candidates=100, seed=4)
+    told = []
+    mapped = reference_scores(
+        lambda features: {"like": jax.lax.map(a_row, features)},
+        SPEC,
+        {},
+        requests,
+        on_progress=lambda *numbers: told.append(numbers),
+    )
+    plain = reference_scores(lambda features: apply(params, features), SPEC, {}, requests)
+    for loop, whole in zip(mapped["like"], plain["like"], strict=True):
+        np.testing.assert_allclose(loop, whole, atol=1e-6)
+    assert len(steps) < 5, "the body is traced, not called for each of the 400 rows"
+    assert told == [(0, 4)], "all four fit one call"
+
+
+def test_a_loop_whose_body_is_jitted_takes_one_while_and_one_scan():
+    def loops(features):
+        x = features["item"]
+        x = jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jax.nn.silu(s[1])), (0, x))[1]
+        total, _ = jax.lax.scan(jax.jit(lambda total, column: (total + column, None)), x[:, 0] * 0, x.T)
+        return {"like": total}
+
+    def written_out(features):
+        return {"like": jax.nn.silu(jax.nn.silu(jax.nn.silu(features["item"]))).sum(axis=1)}
+
+    requests = random_requests(SPEC, 3, num_candidates=700, seed=4)
+    told = []
+    looped = reference_scores(loops, SPEC, {}, requests, on_progress=lambda *numbers: told.append(numbers))
+    expected = reference_scores(written_out, SPEC, {}, requests)
+    for a, b in zip(looped["like"], expected["like"], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert told == [(0, 3), (1, 3), (2, 3)]
 
 
 class Jitted(nnx.Module):

@@ -12,9 +12,12 @@ from flax import nnx
 from xlarank import device
 from xlarank.bundle import open_bundle
 from xlarank.compiler import BuildOptions, build, random_requests
+from xlarank.compiler.architecture import KnownTimes, latest_profile
+from xlarank.compiler.options import Traffic
 from xlarank.errors import VerifyError
 from xlarank.runtime import Engine
 from xlarank.spec import ErrorBudget, Precision, PrecisionPolicy
+from xlarank.spec.ladder import SizeHistogram
 
 OPTIONS = BuildOptions(bucket_rows=(4, 16), tune_seconds=0.0, num_devices=1)
 
@@ -52,6 +55,28 @@ def test_new_weights_of_the_same_architecture_take_its_programs_forms_and_code(r
         for request in random_requests(shop.SPEC, 3, num_candidates=29, seed=4):
             for task, expected in shop.numpy_scores(model, request, tables).items():
                 np.testing.assert_allclose(engine.score(request)[task], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_ladder_is_planned_by_times_of_the_same_weights_and_says_of_which_version(tmp_path):
+    options = dataclasses.replace(OPTIONS, bucket_rows=(8, 16), reuse=False)
+    first = built(tmp_path, options=options)
+    params = open_bundle(first.path).params()
+    kind = device.device_kind(device.devices()[0])
+    known = latest_profile(tmp_path, shop.SPEC, kind, first.manifest.architecture, params)
+    assert known == KnownTimes(1, first.manifest.latency[kind], True)
+    assert latest_profile(tmp_path, shop.SPEC, kind, "another", params) == dataclasses.replace(
+        known, is_same_architecture=False
+    )
+    wider = params | {"out.bias": np.zeros(3, np.float32)}
+    assert latest_profile(tmp_path, shop.SPEC, kind, "another", wider) is None
+    traffic = Traffic(SizeHistogram({3: 1, 12: 1}), num_buckets=2)
+    planned = built(
+        tmp_path, module=Steeper(rngs=nnx.Rngs(0)), options=dataclasses.replace(options, traffic=traffic)
+    )
+    assert planned.note == (
+        "the buckets were planned by the times of version 1, whose weights have the same shapes and whose "
+        "operations may be others"
+    )
 
 
 class Wider(shop.Shop):

@@ -196,6 +196,14 @@ def test_a_bucket_that_saves_a_little_time_is_chosen():
     assert plan.rows == (8, 16)
 
 
+def test_of_ladders_as_fast_as_each_other_the_one_of_less_padding_is_chosen():
+    seconds = {8: 1.0, 16: 2.0, 32: 3.0, 64: 3.0}  # 8 and 64 take 1 + 3 + 3, 16 and 64 take 2 + 2 + 3
+    plan = plan_ladder(
+        SizeHistogram({8: 1, 16: 1, 64: 1}), seconds.__getitem__, num_buckets=2, candidates=[8, 16, 64]
+    )
+    assert plan.rows == (16, 64)
+
+
 def test_a_candidate_that_no_request_needs_is_not_chosen():
     plan = plan_ladder(SizeHistogram({10: 5}), per_row, num_buckets=4, candidates=[64, 8, 16, 32])
     assert plan.rows == (16,)

@@ -14,6 +14,7 @@ from xlarank.compiler import BuildResult
 from xlarank.compiler.autotune import Choice
 from xlarank.compiler.result import BucketResult, PassNotes
 from xlarank.spec import Bucket, Precision, RowFormat
+from xlarank.spec.wording import counted
 
 __all__ = ["explain", "facts_of", "show"]
 
@@ -176,7 +177,7 @@ def _refusals(result: BuildResult) -> list[str]:
             if trial.refusal:
                 refused[trial.form.precision.value].append((choice.bucket, trial.refusal))
     return [
-        f"{precision} was refused in {len({bucket for bucket, _ in found})} buckets: {found[0][1]}"
+        f"{precision} was refused in {counted(len({bucket for bucket, _ in found}), 'bucket')}: {found[0][1]}"
         for precision, found in refused.items()
     ]
 
@@ -208,7 +209,7 @@ def _explain_group(buckets: list[Bucket], notes: PassNotes, shown: Bucket, conso
     else:
         if notes.hoist_reason:
             say(f"hoist_context: {notes.hoist_reason}")
-        say(f"hoist_context: {len(notes.hoisted)} operations can run once a request:")
+        say(f"hoist_context: {counted(len(notes.hoisted), 'operation')} can run once a request:")
         by_source: dict[str, list[str]] = collections.defaultdict(list)
         for operation, source in notes.hoisted:
             by_source[source].append(operation)

@@ -17,6 +17,7 @@ from xlarank.cli.console import output_console
 from xlarank.errors import ConfigError
 from xlarank.spec import Column, ModelSpec, RankRequest
 from xlarank.spec.config import ModelConfig, load_config
+from xlarank.spec.wording import counted
 
 __all__ = ["add_parser", "run"]
 
@@ -144,7 +145,7 @@ def _bundle_scorer(path: Path, config: Path | None) -> Iterator[tuple[ModelSpec,
 def _show(report: Mapping[str, Any], console: Console) -> None:
     entries = report["tasks"]
     metrics = [name for name in _COLUMNS if any(name in entry for entry in entries.values())]
-    table = Table(title=f"{report['rows']:,} rows of the test split")
+    table = Table(title=f"{counted(report['rows'], 'row')} of the test split")
     table.add_column("task")
     table.add_column("scores of")
     for name in metrics:

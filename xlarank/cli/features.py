@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from xlarank.cli.console import output_console
     from xlarank.host import FeatureFileWriter, FeatureSchema, select_features
     from xlarank.spec.config import load_config
+    from xlarank.spec.wording import counted
     from xlarank.training.feature_rows import read_feature_rows
 
     spec = load_config(args.config).spec
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             writer.add(ids, columns)
     num_bytes = sum(path.stat().st_size for path in args.out.iterdir())
     output_console().print(
-        f"{writer.num_rows} candidates, {len(schema.names)} features, {num_bytes} bytes: {args.out}"
+        f"{counted(writer.num_rows, 'candidate')}, {counted(len(schema.names), 'feature')}, "
+        f"{counted(num_bytes, 'byte')}: {args.out}"
     )
     return {
         "out": str(args.out),

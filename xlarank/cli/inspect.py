@@ -14,6 +14,7 @@ from rich.text import Text
 from xlarank.bundle import FORMAT_VERSION, Bundle, Manifest, Verify, open_bundle, resolve_bundle
 from xlarank.cli.console import output_console
 from xlarank.spec import FeatureSpec, Vocabulary, operation_to_dict
+from xlarank.spec.wording import counted
 
 __all__ = ["add_parser", "run"]
 
@@ -219,8 +220,8 @@ def _show(facts: Mapping[str, Any], console: Console) -> None:
     _print_table(console, "sizes", ("part", "bytes"), sizes.items())
     weights, golden, cache = facts["params"], facts["golden"], facts["cache"]
     counts = {
-        "dense weights": f"{weights['values']:,} in {weights['arrays']} arrays",
-        "golden requests": f"{golden['requests']:,} with {golden['rows']:,} candidates",
+        "dense weights": f"{weights['values']:,} in {counted(weights['arrays'], 'array')}",
+        "golden requests": f"{golden['requests']:,} with {counted(golden['rows'], 'candidate')}",
         "files of compiled code": f"{cache['whole_files']} whole of {cache['listed_files']}",
     }
     counts["prepared arrays"] = str(facts["prepared_arrays"])

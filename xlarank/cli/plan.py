@@ -15,12 +15,14 @@ from xlarank.cli.console import output_console
 from xlarank.errors import ConfigError
 from xlarank.spec import DEFAULT_ROWS, LatencyProfile
 from xlarank.spec.ladder import (
+    SMALL_ROWS,
     LadderEstimate,
     SizeHistogram,
     estimate_ladder,
     plan_ladder,
     seconds_by_rows,
 )
+from xlarank.spec.wording import counted
 
 __all__ = ["add_parser", "run"]
 
@@ -98,6 +100,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "version": manifest.version,
         "device_kind": kind,
         "measured_rows": measured,
+        "share_below_measured": _share_below(measured[0], histogram),
         "sizes": _size_facts(args.sizes, histogram),
         "max_rows": max_rows,
         "planned": _estimate_facts(plan.chosen),
@@ -118,6 +121,11 @@ def _profile_of(manifest: Manifest, path: str, kind: str | None) -> tuple[str, L
         raise ConfigError(f"{path}: expected --device-kind of {kinds}, got {kind!r}")
     chosen = kinds[0] if kind is None else kind
     return chosen, manifest.latency[chosen]
+
+
+def _share_below(rows: int, histogram: SizeHistogram) -> float:
+    """Requests of fewer candidates, of all."""
+    return sum(count for size, count in histogram.counts.items() if size < rows) / histogram.num_requests
 
 
 def _size_facts(file: Path, histogram: SizeHistogram) -> dict[str, Any]:
@@ -151,8 +159,9 @@ def _estimate_facts(estimate: LadderEstimate) -> dict[str, Any]:
 def _show(facts: Mapping[str, Any], console: Console) -> None:
     sizes, planned, measured = facts["sizes"], facts["planned"], facts["measured_rows"]
     heading = (
-        f"{facts['model']} version {facts['version']} on {facts['device_kind']}: {sizes['requests']:,} "
-        f"requests of {sizes['mean']:,.1f} candidates on average, {sizes['largest']:,} at most"
+        f"{facts['model']} version {facts['version']} on {facts['device_kind']}: "
+        f"{counted(sizes['requests'], 'request')} of {sizes['mean']:,.1f} "
+        f"candidates on average, {sizes['largest']:,} at most"
     )
     console.print(heading, style="bold", soft_wrap=True, highlight=False, markup=False)
     table = Table()
@@ -172,6 +181,14 @@ def _show(facts: Mapping[str, Any], console: Console) -> None:
         f"{ladder['padding_share']:6.1%} padding  {','.join(map(str, ladder['rows']))}"
         for name, ladder in ladders.items()
     ]
+    share = facts["share_below_measured"]
+    if measured[0] > SMALL_ROWS and share:
+        further = ",".join(map(str, (SMALL_ROWS, *measured)))
+        lines.append(
+            f"Warning: {share:.1%} of the requests have fewer than {measured[0]} candidates, the fewest rows "
+            f"that were measured: smaller row counts count as no faster, so none is planned for them. "
+            f"Compile with --buckets {further} first, or with --buckets auto."
+        )
     last = planned["rows"][-1]
     if sizes["largest"] > last:
         lines.append(f"Requests of more than {last} candidates are split.")

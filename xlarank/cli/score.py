@@ -10,6 +10,7 @@ from typing import Any
 from xlarank.cli.console import output_console, progress_console
 from xlarank.cli.table_memory import add_table_memory, table_progress
 from xlarank.errors import ConfigError
+from xlarank.spec.wording import counted
 
 __all__ = ["add_parser", "run"]
 
@@ -113,5 +114,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             parquet.write_table(table, args.out)
     except OSError as error:
         raise ConfigError(f"--out {args.out}: {error}") from error
-    output_console().print(f"{len(sizes)} requests, {table.num_rows} rows: {args.out}")
+    output_console().print(f"{counted(len(sizes), 'request')}, {counted(table.num_rows, 'row')}: {args.out}")
     return {"out": str(args.out), "requests": len(sizes), "rows": table.num_rows}

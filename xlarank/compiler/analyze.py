@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import enum
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
-from xlarank.compiler.program import Program, Traces, plain_program, weight_side
+from xlarank.compiler.costs import MATMULS, Rate, Step, steps_of
+from xlarank.compiler.program import Program, Traces, plain_program
 from xlarank.compiler.split import DenseModel
-from xlarank.compiler.tracing import source_of
 from xlarank.spec import Bucket, ModelSpec, RankRequest, Scope, Signature
 
-__all__ = ["Analysis", "LayerCost", "MatmulCost", "Rate", "TableCost", "analyze", "matmuls_of"]
+__all__ = ["Analysis", "LayerCost", "MatmulCost", "TableCost", "analyze", "matmuls_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,22 +29,9 @@ class LayerCost:
     num_bytes: int
 
 
-class Rate(enum.StrEnum):
-    """How often something is computed."""
-
-    WEIGHTS = "weights"
-    """Once, when weights are loaded."""
-
-    REQUEST = "request"
-    """Once a request: it reads the context alone."""
-
-    ROW = "row"
-    """Once a candidate."""
-
-
 @dataclasses.dataclass(frozen=True)
 class MatmulCost:
-    """The matrix multiplications of one line of the model's source, in one program."""
+    """The matrix multiplications and convolutions of one line of the model's source, in one program."""
 
     source: str
     """File, line and function."""
@@ -55,10 +39,10 @@ class MatmulCost:
     rate: Rate
 
     count: int
-    """How many a batch."""
+    """How many a batch; one in a scan counts for every step, one in a while loop once."""
 
     shapes: str
-    """Of the first one: left @ right, dtype when it isn't float32."""
+    """Of the first one: left @ right, dtype when it isn't float32, and how often a loop runs it."""
 
     flops: float
     """Multiplications and additions a batch."""
@@ -128,13 +112,7 @@ def analyze(traces: Traces, signature: Signature, golden: Sequence[RankRequest])
     """
     bucket = Bucket(32, 1)
     program = plain_program(traces, signature, bucket)
-    elementwise = sum(
-        math.prod(aval.shape)
-        for equation in program.closed.jaxpr.eqns
-        if equation.primitive.name != "dot_general"
-        for aval in _avals(equation.outvars)
-        if _is_float(aval)
-    )
+    elementwise = sum(s.flops for s in steps_of(program) if s.equation.primitive.name not in MATMULS)
     return Analysis(
         layers=_layers(traces.model),
         matmuls=tuple(
@@ -148,39 +126,16 @@ def analyze(traces: Traces, signature: Signature, golden: Sequence[RankRequest])
 
 
 def matmuls_of(program: Program) -> tuple[MatmulCost, ...]:
-    """The matmuls of a program by line of source and rate, in order."""
-    jaxpr = program.closed.jaxpr
-    rates: dict[Any, Rate] = dict.fromkeys([*jaxpr.invars, *jaxpr.constvars], Rate.ROW)
-    rates |= dict.fromkeys([*jaxpr.invars[: program.num_weights], *jaxpr.constvars], Rate.WEIGHTS)
-    context = jaxpr.invars[program.num_weights : program.num_weights + program.num_context]
-    rates |= dict.fromkeys(context, Rate.REQUEST)
-    order = list(Rate)
-    groups: dict[tuple[str, Rate], list[core.JaxprEqn]] = collections.defaultdict(list)
-    for equation in jaxpr.eqns:
-        read = [rates[atom] for atom in equation.invars if not isinstance(atom, core.Literal)]
-        rate = max(read, key=order.index, default=Rate.WEIGHTS)
-        # A context repeated for its candidates is a value of B rows, whatever it depends on.
-        is_repeated = rate is Rate.REQUEST and _repeats(equation, program.bucket)
-        rates |= dict.fromkeys(equation.outvars, Rate.ROW if is_repeated else rate)
-        if equation.primitive.name == "dot_general":
-            groups[source_of(equation), rate].append(equation)
-    weights = program.weight_vars()
-    return tuple(_matmul(source, rate, found, weights) for (source, rate), found in groups.items())
-
-
-def _repeats(equation: core.JaxprEqn, bucket: Bucket) -> bool:
-    if equation.primitive.name not in ("broadcast_in_dim", "gather"):
-        return False
-    shape = _avals(equation.outvars)[0].shape
-    return bucket.rows != bucket.requests and bucket.rows in shape
+    """The matmuls and convolutions of a program by line of source and rate, in order, those in loops too."""
+    groups: dict[tuple[str, Rate], list[Step]] = collections.defaultdict(list)
+    for step in steps_of(program):
+        if step.equation.primitive.name in MATMULS:
+            groups[step.source, step.rate].append(step)
+    return tuple(_matmul(source, rate, found) for (source, rate), found in groups.items())
 
 
 def _avals(atoms: Sequence[Any]) -> list[Any]:
     return [atom.aval for atom in atoms]
-
-
-def _is_float(aval: Any) -> bool:
-    return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.floating)
 
 
 def _layers(model: DenseModel) -> tuple[LayerCost, ...]:
@@ -193,21 +148,23 @@ def _layers(model: DenseModel) -> tuple[LayerCost, ...]:
     )
 
 
-def _matmul(source: str, rate: Rate, equations: list[core.JaxprEqn], weights: set[core.Var]) -> MatmulCost:
-    flops, weight_bytes = 0.0, 0
-    for equation in equations:
-        left, right = _avals(equation.invars)
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        inner = math.prod(left.shape[axis] for axis in contracted)
-        flops += 2.0 * inner * math.prod(_avals(equation.outvars)[0].shape)
-        side = weight_side(equation, weights)
-        if side is not None:
-            weight = (left, right)[side]
-            weight_bytes += math.prod(weight.shape) * weight.dtype.itemsize
-    left, right = _avals(equations[0].invars)
+def _matmul(source: str, rate: Rate, steps: Sequence[Step]) -> MatmulCost:
+    first = steps[0]
+    left, right = _avals(first.equation.invars)
     dtype = "" if left.dtype == np.float32 else f" {left.dtype}"
-    shapes = f"{list(left.shape)} @ {list(right.shape)}{dtype}"
-    return MatmulCost(source, rate, len(equations), shapes, flops, weight_bytes)
+    return MatmulCost(
+        source=source,
+        rate=rate,
+        count=sum(step.times for step in steps),
+        shapes=f"{list(left.shape)} @ {list(right.shape)}{dtype}{_loop_of(first)}",
+        flops=sum(step.flops for step in steps),
+        weight_bytes=sum(step.weight_bytes for step in steps),
+    )
+
+
+def _loop_of(step: Step) -> str:
+    times = f", {step.times} times in a loop" if step.times > 1 else ""
+    return times if step.is_counted else f"{times}, in a while loop of unknown trip count, counted once"
 
 
 def _tables(spec: ModelSpec, golden: Sequence[RankRequest]) -> tuple[TableCost, ...]:

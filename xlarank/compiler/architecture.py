@@ -11,6 +11,9 @@ import logging
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from xlarank import device
 from xlarank.bundle import Bundle, Verify, open_bundle, versions_in
@@ -23,7 +26,7 @@ from xlarank.errors import BundleError
 from xlarank.host import DeviceRows
 from xlarank.spec import Bucket, LatencyProfile, ModelSpec, Signature
 
-__all__ = ["TUNING_FILE", "Reusable", "architecture_of", "find_reusable", "latest_profile"]
+__all__ = ["TUNING_FILE", "KnownTimes", "Reusable", "architecture_of", "find_reusable", "latest_profile"]
 
 _log = logging.getLogger(__name__)
 
@@ -113,14 +116,48 @@ def find_reusable(out: Path, spec: ModelSpec, architecture: str, options: BuildO
     return None
 
 
-def latest_profile(out: Path, spec: ModelSpec, kind: str) -> LatencyProfile | None:
-    """Times of the newest version in a repository on devices of a kind; None where there is none."""
+@dataclasses.dataclass(frozen=True)
+class KnownTimes:
+    """Times that an earlier version was measured at."""
+
+    version: int
+    profile: LatencyProfile
+    is_same_architecture: bool
+    """Else its weights have the same names and shapes, and its operations may be others."""
+
+
+def latest_profile(
+    out: Path, spec: ModelSpec, kind: str, architecture: str, params: Mapping[str, np.ndarray]
+) -> KnownTimes | None:
+    """Times of an earlier version in a repository to plan by.
+
+    Args:
+      out: the repository.
+      spec: of the model.
+      kind: of device.
+      architecture: see `architecture_of`; the ladder counts in it, so another traffic is another one.
+      params: the model's weights by name.
+
+    Returns:
+      The newest version's of the same architecture, else the newest's of weights of the same shapes; None
+      where there is neither, as times of another model may suggest any ladder.
+    """
+    alike: KnownTimes | None = None
     for version in reversed(versions_in(out / spec.name)):
         try:
-            return open_bundle(out / spec.name / str(version), verify=Verify.SIZES).manifest.latency[kind]
+            bundle = open_bundle(out / spec.name / str(version), verify=Verify.SIZES)
+            profile = bundle.manifest.latency[kind]
+            if bundle.manifest.architecture == architecture:
+                return KnownTimes(version, profile, True)
+            if alike is None and _shapes(bundle.params()) == _shapes(params):
+                alike = KnownTimes(version, profile, False)
         except (BundleError, KeyError) as error:
             _log.warning("version %s of %s has no times to plan by: %s", version, spec.name, error)
-    return None
+    return alike
+
+
+def _shapes(params: Mapping[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
+    return {name: (array.shape, array.dtype) for name, array in params.items()}
 
 
 def _reusable(bundle: Bundle) -> Reusable:

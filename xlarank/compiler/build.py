@@ -17,9 +17,9 @@ from xlarank.compiler.golden import random_requests
 from xlarank.compiler.options import BuildOptions, check_arguments, checked_labels
 from xlarank.compiler.placement import PlacementPolicy
 from xlarank.compiler.result import BuildResult
-from xlarank.compiler.split import Apply, split_function, split_module
+from xlarank.compiler.split import Apply, DenseModel, split_function, split_module
 from xlarank.compiler.tables import float32_tables
-from xlarank.errors import ConfigError
+from xlarank.errors import ConfigError, ModelError
 from xlarank.host import check_tables
 from xlarank.spec import (
     DEFAULT_ROWS,
@@ -137,10 +137,16 @@ def build(
     requests = [request for request in given if request.num_candidates]
     if not requests:
         raise ConfigError(f"model {spec.name!r}: expected golden requests with candidates, got none")
-    if isinstance(model, nnx.Module) or not callable(model):
-        dense = split_module(model)  # type: ignore[arg-type]
-    else:
-        dense = split_function(model, params)
+    dense = _split(model, spec, params)
     with BundleWriter(out, spec.name, options.version) as writer:
         builder = Builder(dense, spec, tables, requests, checked, options, on_progress)
         return builder.build(out, writer)
+
+
+def _split(model: nnx.Module | Apply, spec: ModelSpec, params: Any) -> DenseModel:
+    try:
+        if isinstance(model, nnx.Module) or not callable(model):
+            return split_module(model)  # type: ignore[arg-type]
+        return split_function(model, params)
+    except ModelError as error:
+        raise ModelError(f"model {spec.name!r}: {error}") from error

@@ -41,12 +41,13 @@ from xlarank.compiler.program import Traces, plain_program
 from xlarank.compiler.reference import check_row_counts, reference_scores
 from xlarank.compiler.report import render_report
 from xlarank.compiler.result import BucketResult, BuildResult, PassNotes, Tuning
+from xlarank.compiler.row_places import explain_rows
 from xlarank.compiler.split import DenseModel
 from xlarank.compiler.table_formats import TableChoice
 from xlarank.compiler.tables import float32_tables, requests_of, settle_tables
 from xlarank.compiler.traffic import measure_rows
 from xlarank.compiler.verify import verify_bucket
-from xlarank.errors import ModelError, VerifyError
+from xlarank.errors import ModelError, VerifyError, XlarankError
 from xlarank.host import DeviceRows, Gatherer, HostTable
 from xlarank.spec import (
     Bucket,
@@ -56,20 +57,18 @@ from xlarank.spec import (
     RankRequest,
     Signature,
 )
-from xlarank.spec.ladder import plan_ladder, seconds_by_rows
+from xlarank.spec.ladder import SMALL_ROWS, plan_ladder, seconds_by_rows
+from xlarank.spec.wording import counted
 
 __all__ = ["Builder", "Progress"]
 
 _PREPARE_FILE = "prepare.stablehlo"
 
-_SMALL_ROWS = 8
-"""Row count that a profile must reach down to for a ladder to be planned by it."""
-
 _MIN_GAIN = 1.1
 """How much faster a device's bare matmul must be in a lower precision to be worth a try."""
 
 Progress = Callable[[str, int, int], None]
-"""Told what is done, and how many buckets of how many are."""
+"""Told what is done, and how many of how many are: buckets, requests for the reference scores."""
 
 
 class Builder:
@@ -94,6 +93,7 @@ class Builder:
         self.traces = Traces(model, self.spec)
         self.unused = self.traces.unused_features()
         self.activations = self._activations_format()
+        self.plan_note = ""
         # Until the tables are placed, all on the host.
         self.signature = Signature.of_model(self.spec, self.unused, self.activations)
 
@@ -110,8 +110,13 @@ class Builder:
         """Reference, search, proof, report, publication."""
         options = self.options
         analysis = analyze(self.traces, self.signature, self.requests)
-        self.on_progress("reference scores", 0, 1)
-        scores = reference_scores(self.model.reference, self.spec, self.float32_tables, self.requests)
+        scores = reference_scores(
+            self.model.reference,
+            self.spec,
+            self.float32_tables,
+            self.requests,
+            on_progress=functools.partial(self.on_progress, "reference scores"),
+        )
         self.architecture = architecture_of(self.traces, self.signature, options, self._labelled())
         reusable = find_reusable(out, self.spec, self.architecture, options) if options.reuse else None
         tables_failure = self._settle_tables(scores, reusable)
@@ -130,6 +135,7 @@ class Builder:
                 note = f"version {reusable.version} was not reused: with the new weights, {error}"
         if built is None:
             built, failure = self._search(out, writer)
+        note = "; ".join(filter(None, (note, self.plan_note)))
         failure = tables_failure or failure
         if failure is not None:
             if options.keep_failed is None:
@@ -219,12 +225,20 @@ class Builder:
         traffic = self.options.traffic
         if traffic is None:
             return BucketLadder.of_rows(self.options.bucket_rows)
-        profile = latest_profile(out, self.spec, self.kind)
+        params = dict(zip(self.model.names, self.model.params, strict=True))
+        known = latest_profile(out, self.spec, self.kind, self.architecture, params)
         # One that doesn't reach down to small batches would keep every later ladder from having them.
-        if profile is None or min(bucket.rows for bucket in profile.seconds) > _SMALL_ROWS:
+        if known is None or min(bucket.rows for bucket in known.profile.seconds) > SMALL_ROWS:
             profile = measure_rows(
                 self.traces, self.gatherer, self.requests, lambda text: self.on_progress(text, 0, 1)
             )
+        else:
+            profile = known.profile
+            if not known.is_same_architecture:
+                self.plan_note = (
+                    f"the buckets were planned by the times of version {known.version}, whose weights have "
+                    f"the same shapes and whose operations may be others"
+                )
         plan = plan_ladder(
             traffic.sizes,
             seconds_by_rows(profile),
@@ -413,10 +427,21 @@ class Builder:
                 form=str(PLAIN),
                 precision=Precision(self.activations),
             )
-        except VerifyError:
+        except VerifyError as error:
+            self._raise_row_fault(error)
             counts_rows()  # the reason, if it is one
             raise
-        counts_rows()
+        try:
+            counts_rows()
+        except ModelError as error:
+            self._raise_row_fault(error)  # with the operation, where it shows at one row count
+            raise
+
+    def _raise_row_fault(self, error: XlarankError) -> None:
+        """Raises ModelError in place of an error that a row's place, or its neighbours, explain."""
+        fault = explain_rows(self.traces, self.float32_tables, self.requests)
+        if fault is not None:
+            raise ModelError(f"model {self.spec.name!r}, {fault}") from error
 
     def _precisions(self, limits: MachineLimits) -> tuple[list[Precision], str]:
         """Lower precisions that may be chosen, and what to say of it."""
@@ -547,8 +572,8 @@ def _failure_note(bench: DeviceBench) -> str:
         return ""
     (bucket, form), reason = next(iter(bench.failures.items()))
     return (
-        f"{len(bench.failures)} lowered forms can't run on this device, the first {form.label!r} in bucket "
-        f"{bucket}: {reason}"
+        f"{counted(len(bench.failures), 'lowered form')} can't run on this device, the first {form.label!r} "
+        f"in bucket {bucket}: {reason}"
     )
 
 

@@ -112,6 +112,13 @@ class GoldenSet:
             limits = {task.name: self.policy.tolerance.of(task.kind) for task in self.spec.tasks}
             check_errors(self.spec, what, errors, limits, where)
             return
+        for task, error in judgement.errors.items():
+            if precision is Precision.FLOAT16 and math.isinf(error.max):
+                raise VerifyError(
+                    f"model {self.spec.name!r}, task {task!r}, {what}, {where}: some scores aren't finite; "
+                    f"float16 ends at {np.finfo(np.float16).max:.0f}, and a value in the model is larger: "
+                    f"ask for bfloat16 or float32"
+                )
         self.check_budget(judgement, what, "another precision")
         if self.policy.precision is None and self.unlabelled:
             raise VerifyError(f"{what}: no labels show the AUC loss of {', '.join(self.unlabelled)}")

@@ -12,10 +12,11 @@ import numpy as np
 from jax.extend import core
 
 from xlarank.compiler.device_lookup import look_up
-from xlarank.compiler.split import DenseModel, scores_of
+from xlarank.compiler.split import DenseModel, refused_logit, scores_of
 from xlarank.compiler.tracing import ClosedJaxpr, evaluate, flatten, retrace, source_of, trace
 from xlarank.errors import ModelError
 from xlarank.spec import MASK_SUFFIX, Bucket, FeatureKind, ModelSpec, Scope, Signature
+from xlarank.spec.wording import counted
 
 __all__ = [
     "ModelTrace",
@@ -79,7 +80,17 @@ class Traces:
           ModelError: if it can't be traced or served, with the operation and the line of the author's source.
         """
         if num_rows not in self._at:
-            self._at[num_rows] = _trace_model(self.model, self.spec, num_rows)
+            try:
+                self._at[num_rows] = _trace_model(self.model, self.spec, num_rows)
+            except ModelError as error:
+                if not self._at:
+                    raise
+                now, before = counted(num_rows, "row"), counted(min(self._at), "row")
+                raise ModelError(
+                    f"{error}; this was with {now}, and with {before} it was traced before: a call may leave "
+                    f"nothing for the next one (no array in a list, a global or an attribute), and take no "
+                    f"other way by the number of rows"
+                ) from error
         return self._at[num_rows]
 
     def unused_features(self) -> tuple[str, ...]:
@@ -121,17 +132,14 @@ def _trace_model(model: DenseModel, spec: ModelSpec, num_rows: int) -> ModelTrac
             scores = scores_of(spec, logits, num_rows)
         except ModelError as error:
             failures.append(error)
-            is_whole = isinstance(logits, Mapping) and all(task.name in logits for task in spec.tasks)
-            if not is_whole:  # no operation is to blame
-                return []
-            answer = logits if isinstance(logits, Mapping) else {}
-            return [array for array in answer.values() if isinstance(array, jax.Array)]
+            refused = refused_logit(spec, logits, num_rows) if isinstance(logits, Mapping) else None
+            return [] if refused is None else [refused]  # where it is none, no operation is to blame
         return [*(scores[task.name] for task in spec.tasks), *changed.values()]
 
     weights = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in model.params)
-    closed = flatten(trace(spec.name, apply, (weights, model.random_state, *avals.values())))
+    closed = flatten(trace(spec.name, apply, (weights, model.random_state, *avals.values()), model.source))
     if failures:
-        origin = _origin(closed, num_rows) or model.source
+        origin = _origin(closed) or model.source
         raise ModelError(f"{failures[0]}{f'; it comes from {origin}' if origin else ''}")
     closed = _without_written_state(spec, closed, model.names, written)
     closed = _without_random_state(spec.name, closed, len(weights), len(model.random_state), model.source)
@@ -166,13 +174,11 @@ def _without_written_state(
     return retrace(lambda *inputs: run_equations(closed, inputs)[:num_scores], closed.in_avals)
 
 
-def _origin(closed: ClosedJaxpr, num_rows: int) -> str:
-    """Operation and author's line of the first output that isn't [num_rows]; of the first, if all are."""
+def _origin(closed: ClosedJaxpr) -> str:
+    """Operation and author's line of the first output that has one."""
     made_by = {var: equation for equation in closed.jaxpr.eqns for var in equation.outvars}
-    outvars = [atom for atom in closed.jaxpr.outvars if not isinstance(atom, core.Literal)]
-    wrong = [var for var in outvars if var.aval.shape != (num_rows,)] + outvars  # type: ignore[attr-defined]
-    for var in wrong:
-        if var in made_by:
+    for var in closed.jaxpr.outvars:
+        if not isinstance(var, core.Literal) and var in made_by:
             return f"{made_by[var].primitive.name} at {source_of(made_by[var])}"
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,10 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.extend import core
 
-from xlarank.compiler.program import Traces, run_equations
+from xlarank.compiler.program import Traces, read, run_equations
 from xlarank.compiler.split import scores_of
-from xlarank.compiler.tracing import authors_code
+from xlarank.compiler.tracing import (
+    ClosedJaxpr,
+    authors_code,
+    evaluate,
+    flatten,
+    inner_jaxpr,
+    nested_equations,
+    source_of,
+)
 from xlarank.device import compiler_options
 from xlarank.errors import ModelError
 from xlarank.host import model_inputs
@@ -29,7 +40,11 @@ from xlarank.spec import (
     take,
 )
 
-__all__ = ["check_row_counts", "reference_scores"]
+__all__ = ["arguments_of", "check_row_counts", "reference_scores"]
+
+_Model = Callable[[dict[str, jax.Array]], Any]
+
+_LOOPS = ("scan", "while")
 
 _FEW_ROWS, _MANY_ROWS = (1, 3), 32
 """Row counts whose scores are compared; the larger is traced anyway."""
@@ -39,21 +54,27 @@ _MAX_ROWS = 1024
 
 
 def reference_scores(
-    model: Callable[[dict[str, jax.Array]], Any],
+    model: _Model,
     spec: ModelSpec,
     tables: Mapping[str, np.ndarray],
     requests: Sequence[RankRequest],
+    *,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> dict[str, list[np.ndarray]]:
     """Scores requests as DESIGN §3 defines the reference.
 
     The context is repeated N times, tables are looked up by `EmbeddingCollection` in plain JAX and the
-    model runs under `jax.disable_jit()`, so that a fault of the compiler can't agree with itself.
+    model runs under `jax.disable_jit()`, so that a fault of the compiler can't agree with itself. A model
+    with loops (`lax.scan`, `map`, `while_loop`) is traced and run equation by equation instead, each loop
+    compiled by XLA as the one operation that it is: without jit its body would be dispatched op by op for
+    every step, and a map over the rows took minutes. No pass of ours sees that trace either.
 
     Args:
       model: an nnx.Module in evaluation mode, or any function from activations to logits.
       spec: the model.
       tables: float32 [R, D] by name.
       requests: each with at least one candidate.
+      on_progress: told how many requests of how many are scored.
 
     Returns:
       By task, one [N] float32 array a request.
@@ -63,26 +84,141 @@ def reference_scores(
     """
     scores: dict[str, list[np.ndarray]] = {task.name: [] for task in spec.tasks}
     cpu = jax.local_devices(backend="cpu")[0]
-    with jax.disable_jit(), jax.default_matmul_precision("highest"), jax.default_device(cpu):
-        collection = EmbeddingCollection(spec, tables=tables)
+    with jax.default_matmul_precision("highest"), jax.default_device(cpu):
+        apply = _Reference(model)
         for first, group in _groups(requests):
-            columns = [
-                join_columns([_repeated(feature, request, position) for request in group])
-                for position, feature in enumerate(spec.features)
-            ]
-            # The last row is repeated up to a power of two: each operation is compiled once a size, and
-            # groups of all sizes would take most of the time. That rows are independent is proven.
-            ends = np.cumsum([request.num_candidates for request in group])
-            num_rows = 1 << int(ends[-1] - 1).bit_length()
-            rows = np.minimum(np.arange(num_rows), ends[-1] - 1)
-            inputs = model_inputs(spec, [take(column, rows) for column in columns])
+            on_progress(first, len(requests))
+            inputs, ends = _inputs(spec, group)
+            with jax.disable_jit():
+                activations = EmbeddingCollection(spec, tables=tables)(inputs)
             with authors_code(f"model {spec.name!r}, golden requests {first} to {first + len(group) - 1}"):
-                logits = model(collection({name: jnp.asarray(value) for name, value in inputs.items()}))
-            for task, values in scores_of(spec, logits, num_rows).items():
+                logits = apply(activations)
+            with jax.disable_jit():
+                by_task = scores_of(spec, logits, len(next(iter(activations.values()))))
+            for task, values in by_task.items():
                 parts = np.split(np.array(values)[: ends[-1]], ends[:-1])
-                _check_finite(spec, task, first, parts)
+                _check_finite(spec, task, first, parts, functools.partial(apply.first_overflow, activations))
                 scores[task] += parts
     return scores
+
+
+def _inputs(spec: ModelSpec, group: Sequence[RankRequest]) -> tuple[dict[str, jax.Array], np.ndarray]:
+    """What the embedding collection reads of a group of requests, a row a candidate, and where each ends.
+
+    The last row is repeated up to a power of two: each operation is compiled once a size, and groups of all
+    sizes would take most of the time. That rows are independent is proven.
+    """
+    columns = [
+        join_columns([_repeated(feature, request, position) for request in group])
+        for position, feature in enumerate(spec.features)
+    ]
+    ends = np.cumsum([request.num_candidates for request in group])
+    rows = np.minimum(np.arange(1 << int(ends[-1] - 1).bit_length()), ends[-1] - 1)
+    inputs = model_inputs(spec, [take(column, rows) for column in columns])
+    return {name: jnp.asarray(value) for name, value in inputs.items()}, ends
+
+
+class _Reference:
+    """A model that runs op by op, but for its loops."""
+
+    def __init__(self, model: _Model) -> None:
+        self._model = model
+        self._traced: dict[int, tuple[ClosedJaxpr, Any]] = {}  # by rows
+        self._loops: dict[core.JaxprEqn, Callable] = {}  # each compiled once
+        self._has_loops: bool | None = None  # until the first call
+
+    def __call__(self, activations: dict[str, jax.Array]) -> Any:
+        """The model's answer to activations [rows, ...] by name."""
+        if self._has_loops is None:
+            closed, _ = self._at(activations)
+            self._has_loops = any(e.primitive.name in _LOOPS for e, _ in nested_equations(closed.jaxpr))
+        if not self._has_loops:
+            with jax.disable_jit():
+                return self._model(activations)
+        closed, structure = self._at(activations)
+        return jax.tree.unflatten(structure, _evaluate(closed, jax.tree.leaves(activations), self._loops))
+
+    def first_overflow(self, activations: dict[str, jax.Array]) -> str:
+        """The first operation that makes of finite values others, with its line, as the end of a message."""
+        flat = flatten(self._at(activations)[0])
+        values = dict(zip(flat.jaxpr.invars, jax.tree.leaves(activations), strict=True))
+        values.update(zip(flat.jaxpr.constvars, flat.consts, strict=True))
+        for equation in flat.jaxpr.eqns:
+            operands = read(values, equation.invars)
+            results = evaluate(equation, operands)
+            if all(map(_is_finite, operands)) and not all(map(_is_finite, results)):
+                dtype = results[0].dtype
+                largest = (
+                    f", which ends at {jnp.finfo(dtype).max}: use float32" if dtype != np.float32 else ""
+                )
+                return (
+                    f"; the first operation that makes anything else of finite values is "
+                    f"{equation.primitive.name} at {source_of(equation)}, in {dtype}{largest}"
+                )
+            values.update(zip(equation.outvars, results, strict=True))
+        return ""
+
+    def _at(self, activations: dict[str, jax.Array]) -> tuple[ClosedJaxpr, Any]:
+        num_rows = len(next(iter(activations.values())))
+        if num_rows not in self._traced:
+            closed, answer = jax.make_jaxpr(_pure(self._model), return_shape=True)(activations)
+            self._traced[num_rows] = closed, jax.tree.structure(answer)
+        return self._traced[num_rows]
+
+
+def _is_finite(value: Any) -> bool:
+    if not jnp.issubdtype(jax.dtypes.result_type(value), jnp.floating):
+        return True
+    return bool(jnp.isfinite(value).all())
+
+
+def _pure(model: _Model) -> _Model:
+    """The model for a trace: Flax lets no trace touch variables that were made outside of it."""
+    if not isinstance(model, nnx.Module):
+        return model
+    graph, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten(state)
+
+    def call(activations: dict[str, jax.Array]) -> Any:
+        return nnx.merge(graph, jax.tree.unflatten(structure, leaves))(activations)  # type: ignore[operator]
+
+    return call
+
+
+def _evaluate(closed: ClosedJaxpr, inputs: Sequence[Any], loops: dict[core.JaxprEqn, Callable]) -> list[Any]:
+    """Runs equation by equation: calls are opened, everything else is one operation of XLA.
+
+    Args:
+      closed: what to run.
+      inputs: its arguments.
+      loops: compiled loops, filled here; with the options of our programs, which keep XLA's faulty reductions
+        out of them.
+    """
+    jaxpr = closed.jaxpr
+    uses = collections.Counter(a for e in jaxpr.eqns for a in e.invars if isinstance(a, core.Var))
+    uses.update(atom for atom in jaxpr.outvars if isinstance(atom, core.Var))
+    values = dict(zip(jaxpr.invars, inputs, strict=True))
+    values.update(zip(jaxpr.constvars, closed.consts, strict=True))
+
+    def read(atom: Any) -> Any:
+        if isinstance(atom, core.Literal):
+            return atom.val
+        uses[atom] -= 1  # what nobody reads again is let go: a batch's values can be gigabytes
+        return values[atom] if uses[atom] else values.pop(atom)
+
+    for equation in jaxpr.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        inner = inner_jaxpr(equation)
+        if inner is not None:
+            outputs = _evaluate(inner, operands, loops)
+        else:
+            bind = functools.partial(equation.primitive.bind, **equation.params)
+            if equation.primitive.name in _LOOPS:
+                bind = loops.setdefault(equation, jax.jit(bind, compiler_options=compiler_options("cpu")))
+            found = bind(*operands)
+            outputs = found if equation.primitive.multiple_results else [found]
+        values.update((var, out) for var, out in zip(equation.outvars, outputs, strict=True) if uses[var])
+    return [read(atom) for atom in jaxpr.outvars]
 
 
 def check_row_counts(
@@ -123,18 +259,34 @@ def _scores_at(
     traces: Traces, tables: Mapping[str, np.ndarray], request: RankRequest, num_rows: int
 ) -> list[np.ndarray]:
     """Scores [num_rows] by task of a request's first candidates, the last repeated, compiled at that size."""
-    spec, traced = traces.spec, traces.at(num_rows)
     rows = np.minimum(np.arange(num_rows), request.num_candidates - 1)
+    run = functools.partial(run_equations, traces.at(num_rows).closed)
+    compiled = jax.jit(run, compiler_options=compiler_options(jax.default_backend()))
+    return [np.asarray(scores) for scores in compiled(arguments_of(traces, tables, request, rows))]
+
+
+def arguments_of(
+    traces: Traces, tables: Mapping[str, np.ndarray], request: RankRequest, rows: np.ndarray
+) -> list[Any]:
+    """What a model's trace at ``len(rows)`` rows reads.
+
+    Args:
+      traces: of the model.
+      tables: float32 [R, D] by name.
+      request: a golden one.
+      rows: int64 numbers of its candidates, in any order.
+
+    Returns:
+      Weights, then activations [len(rows), ...].
+    """
+    spec = traces.spec
     columns = [
         take(column, np.zeros_like(rows) if feature.scope is Scope.CONTEXT else rows)
         for feature, column in zip(spec.features, request.columns, strict=True)
     ]
     inputs = {name: jnp.asarray(value) for name, value in model_inputs(spec, columns).items()}
     activations = EmbeddingCollection(spec, tables=tables)(inputs)
-    arrays = [*traces.model.params, *(activations[name] for name in traced.activations)]
-    run = functools.partial(run_equations, traced.closed)
-    compiled = jax.jit(run, compiler_options=compiler_options(jax.default_backend()))
-    return [np.asarray(scores) for scores in compiled(arrays)]
+    return [*traces.model.params, *(activations[name] for name in traces.at(len(rows)).activations)]
 
 
 def _groups(requests: Sequence[RankRequest]) -> Iterator[tuple[int, list[RankRequest]]]:
@@ -156,10 +308,12 @@ def _repeated(feature: FeatureSpec, request: RankRequest, position: int) -> Colu
     return column
 
 
-def _check_finite(spec: ModelSpec, task: str, first: int, parts: Sequence[np.ndarray]) -> None:
+def _check_finite(
+    spec: ModelSpec, task: str, first: int, parts: Sequence[np.ndarray], origin: Callable[[], str]
+) -> None:
     for number, array in enumerate(parts, start=first):
         if not np.isfinite(array).all():
             raise ModelError(
                 f"model {spec.name!r}, task {task!r}: the reference score of golden request {number} "
-                f"is {array[~np.isfinite(array)][0]}; expected finite scores"
+                f"is {array[~np.isfinite(array)][0]}; expected finite scores{origin()}"
             )

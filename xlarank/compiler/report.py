@@ -10,7 +10,7 @@ from importlib import resources
 import jinja2
 from markupsafe import Markup
 
-from xlarank.compiler.analyze import Rate
+from xlarank.compiler.costs import Rate
 from xlarank.compiler.report_facts import BucketFacts, Facts
 from xlarank.compiler.report_plots import plot_forms, plot_throughput
 from xlarank.compiler.result import BuildResult

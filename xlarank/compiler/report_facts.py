@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
-from xlarank.compiler.analyze import MatmulCost, Rate
+from xlarank.compiler.analyze import MatmulCost
 from xlarank.compiler.autotune import Choice, Trial
+from xlarank.compiler.costs import Rate
 from xlarank.compiler.forms import Form
 from xlarank.compiler.limits import Limit
 from xlarank.compiler.passes import Expansion

@@ -10,8 +10,9 @@ from typing import Any
 from jax.extend import core
 
 from xlarank.bundle import Manifest
-from xlarank.compiler.analyze import Analysis, MatmulCost, Rate, matmuls_of
+from xlarank.compiler.analyze import Analysis, MatmulCost, matmuls_of
 from xlarank.compiler.autotune import Choice
+from xlarank.compiler.costs import Rate
 from xlarank.compiler.forms import Form
 from xlarank.compiler.golden_set import Judgement
 from xlarank.compiler.limits import MachineLimits

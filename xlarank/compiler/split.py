@@ -14,8 +14,9 @@ from flax import nnx
 
 from xlarank.errors import ConfigError, ModelError
 from xlarank.spec import ModelSpec, TaskKind
+from xlarank.spec.wording import counted
 
-__all__ = ["Apply", "DenseModel", "scores_of", "split_function", "split_module"]
+__all__ = ["Apply", "DenseModel", "refused_logit", "scores_of", "split_function", "split_module"]
 
 Apply = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
 """A model as a function: (params, activations by feature name) -> logits [B] by task name."""
@@ -53,7 +54,7 @@ def split_module(module: nnx.Module) -> DenseModel:
     Every Variable but the state of random number generators becomes a weight.
 
     Raises:
-      ModelError: if the module has no `eval` or isn't an nnx.Module.
+      ModelError: if the module has no `eval`, isn't an nnx.Module, or holds keys of random numbers.
     """
     if not isinstance(module, nnx.Module):
         raise ModelError(
@@ -66,7 +67,10 @@ def split_module(module: nnx.Module) -> DenseModel:
     rng_leaves, rng_structure = jax.tree.flatten(rng_state)
     names = tuple(".".join(str(_key(k)) for k in path) for path, _ in nnx.to_flat_state(state))
     if len(names) != len(leaves):
-        raise ModelError(f"{type(module).__name__} holds {len(leaves)} arrays in {len(names)} variables")
+        raise ModelError(
+            f"{type(module).__name__} holds {counted(len(leaves), 'array')} in "
+            f"{counted(len(names), 'variable')}"
+        )
 
     def apply(
         params: tuple[jax.Array, ...], random_state: tuple[jax.Array, ...], features: Mapping[str, jax.Array]
@@ -78,7 +82,7 @@ def split_module(module: nnx.Module) -> DenseModel:
 
     return DenseModel(
         names,
-        tuple(_as_weight(leaf) for leaf in leaves),
+        tuple(_as_weight(name, leaf) for name, leaf in zip(names, leaves, strict=True)),
         apply,
         module,
         _line_of(type(module).__call__),  # type: ignore[arg-type]
@@ -95,6 +99,7 @@ def split_function(function: Apply, params: Any) -> DenseModel:
 
     Raises:
       ConfigError: if params hold something that is no array.
+      ModelError: if they hold keys of random numbers.
     """
     leaves_by_path, structure = jax.tree_util.tree_flatten_with_path(params)
     names = tuple(".".join(str(_path_key(k)) for k in path) or "params" for path, _ in leaves_by_path)
@@ -107,12 +112,14 @@ def split_function(function: Apply, params: Any) -> DenseModel:
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         return function(jax.tree.unflatten(structure, list(weights)), dict(features)), {}
 
-    weights = tuple(_as_weight(leaf) for _, leaf in leaves_by_path)
+    weights = tuple(_as_weight(name, leaf) for name, (_, leaf) in zip(names, leaves_by_path, strict=True))
     as_jax = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in weights])
     return DenseModel(names, weights, apply, lambda features: function(as_jax, features), _line_of(function))
 
 
 def _line_of(function: Callable) -> str:
+    if not hasattr(function, "__code__"):  # an object with __call__
+        function = getattr(type(function), "__call__", function)  # noqa: B004, its class's is what runs
     code = getattr(inspect.unwrap(function), "__code__", None)
     return "" if code is None else f"{code.co_filename}:{code.co_firstlineno} ({code.co_name})"
 
@@ -128,8 +135,13 @@ def _changed(
     return {name: b for name, a, b in zip(names, params, leaves, strict=True) if a is not b}
 
 
-def _as_weight(leaf: object) -> np.ndarray:
+def _as_weight(name: str, leaf: object) -> np.ndarray:
     """As JAX sees it (a Python float is float32); scalars stay scalars."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise ModelError(
+            f"weight {name!r}: expected numbers, got a key of random numbers, {leaf.dtype}; a score must be "
+            f"the same each time: leave it out, or keep jax.random.key_data(key) and wrap it in the model"
+        )
     return np.asarray(jnp.asarray(leaf), order="C")
 
 
@@ -139,6 +151,19 @@ def _key(key: object) -> object:
 
 def _path_key(key: object) -> object:
     return getattr(key, "idx", _key(key))
+
+
+def refused_logit(spec: ModelSpec, logits: Mapping[str, Any], num_rows: int) -> jax.Array | None:
+    """Of an answer that `scores_of` refuses, the array that it refuses; None where it is no array at all."""
+    first = next(
+        (a for a in (logits.get(task.name) for task in spec.tasks) if not _is_logit(a, num_rows)), None
+    )
+    return first if isinstance(first, jax.Array) else None
+
+
+def _is_logit(value: Any, num_rows: int) -> bool:
+    is_array = isinstance(value, jax.Array) and value.shape == (num_rows,)
+    return is_array and bool(jnp.issubdtype(value.dtype, jnp.floating))
 
 
 def scores_of(spec: ModelSpec, logits: Mapping[str, jax.Array], num_rows: int) -> dict[str, jax.Array]:
@@ -161,9 +186,9 @@ def scores_of(spec: ModelSpec, logits: Mapping[str, jax.Array], num_rows: int) -
         if not isinstance(logit, jax.Array):
             raise ModelError(
                 f"model {spec.name!r}: expected logits of task {task.name!r} as an array [B], got "
-                f"{type(logit).__name__}"
+                f"{type(logit).__name__}; make it of the features, with jnp"
             )
-        if logit.shape != (num_rows,) or not jnp.issubdtype(logit.dtype, jnp.floating):
+        if not _is_logit(logit, num_rows):
             raise ModelError(
                 f"model {spec.name!r}: expected logits of task {task.name!r} as floats of shape [B] = "
                 f"[{num_rows}], got {logit.dtype} of shape {list(logit.shape)}"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,13 +51,14 @@ _OURS = _folder(__file__)
 _NOT_THE_AUTHORS = (_FLAX, _folder(jax.__file__), _OURS)
 
 
-def trace(model: str, program: Callable, avals: tuple[Any, ...]) -> ClosedJaxpr:
+def trace(model: str, program: Callable, avals: tuple[Any, ...], source: str = "") -> ClosedJaxpr:
     """Traces a program that calls a model author's module.
 
     Args:
       model: name of the model, for the error.
       program: what to trace.
       avals: shapes of its arguments.
+      source: the author's line where an error has none.
 
     Returns:
       The program as a jaxpr, float32 matmuls in true float32.
@@ -64,11 +66,16 @@ def trace(model: str, program: Callable, avals: tuple[Any, ...]) -> ClosedJaxpr:
     Raises:
       ModelError: with the reason and the line of the author's source, whatever the module raised.
     """
-    with authors_code(f"model {model!r} can't be traced"), jax.default_matmul_precision("highest"):
+    with authors_code(f"model {model!r} can't be traced", source), jax.default_matmul_precision("highest"):
         closed = jax.make_jaxpr(program)(*avals)
     lines: dict[int, str] = {-1: ""}  # by depth: inside a function of JAX's own it is the caller's
     for equation, depth in nested_equations(closed.jaxpr):
         lines[depth] = source_of(equation) or lines[depth - 1]
+        if equation.primitive.name == "check":
+            raise ModelError(
+                f"model {model!r} checks values with checkify: check at {lines[depth] or source}; take it "
+                f"out, a served program can't stop; requests are checked by their spec"
+            )
         if "callback" in equation.primitive.name or equation.primitive.name == "debug_print":
             raise ModelError(
                 f"model {model!r} calls back to the host: {equation.primitive.name} at "
@@ -78,8 +85,12 @@ def trace(model: str, program: Callable, avals: tuple[Any, ...]) -> ClosedJaxpr:
 
 
 @contextlib.contextmanager
-def authors_code(what_failed: str) -> Iterator[None]:
+def authors_code(what_failed: str, source: str = "") -> Iterator[None]:
     """Runs a model author's code, which may raise anything.
+
+    Args:
+      what_failed: begins the message.
+      source: the author's line where the error has none.
 
     Raises:
       ModelError: with the reason and the line of the author's source.
@@ -89,22 +100,49 @@ def authors_code(what_failed: str) -> Iterator[None]:
     except XlarankError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split("See https://")[0].split())
-        hint = ""
-        if isinstance(error, jax.errors.NonConcreteBooleanIndexError):
-            hint = "; a result's shape may not depend on values: use jnp.where or a mask of fixed shape"
-        elif isinstance(error, (jax.errors.TracerBoolConversionError, jax.errors.ConcretizationTypeError)):
-            hint = (
-                "; a model's operations and shapes may depend on shapes, not on values: use jnp.where, "
-                "lax.cond or a mask of fixed shape"
-            )
-        elif isinstance(
-            error, (jax.errors.TracerArrayConversionError, jax.errors.TracerIntegerConversionError)
-        ):
-            hint = "; a model may not leave JAX: use jnp in place of np, and keep indices in arrays"
-        raise ModelError(
-            f"{what_failed}: {type(error).__name__}: {reason} (at {_line_of(error)}){hint}"
-        ) from error
+        reason = " ".join(_SEE.split(str(error))[0].split())
+        hint = next((f"; {text}" for kinds, text in _HINTS if isinstance(error, kinds)), "")
+        line = _line_of(error) or source or "the module"
+        raise ModelError(f"{what_failed}: {type(error).__name__}: {reason} (at {line}){hint}") from error
+
+
+_SEE = re.compile(r"\(?See https://|\(https://flax|The function being traced when")
+"""Where JAX and Flax turn from the reason to the address of their pages, or to frames of ours."""
+
+_HINTS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
+    (
+        jax.errors.NonConcreteBooleanIndexError,
+        "a result's shape may not depend on values: use jnp.where or a mask of fixed shape",
+    ),
+    (
+        (jax.errors.TracerArrayConversionError, jax.errors.TracerIntegerConversionError),
+        "a model may not leave JAX: use jnp in place of np, and keep indices in arrays",
+    ),
+    (
+        (jax.errors.TracerBoolConversionError, jax.errors.ConcretizationTypeError),
+        "a model's operations and shapes may depend on shapes, not on values: use jnp.where, lax.cond or a "
+        "mask of fixed shape",
+    ),
+    (
+        jax.errors.UnexpectedTracerError,
+        "a call may leave nothing for the next one: keep no array in a list, a global or an attribute",
+    ),
+    (
+        flax.errors.ModifyScopeVariableError,
+        "a served program keeps no state between requests: for batch norm use_running_average=True",
+    ),
+    (
+        (flax.errors.CallCompactUnboundModuleError, flax.errors.CallSetupUnboundModuleError),
+        "a Linen module holds no weights of its own: give flax.nnx.bridge.ToNNX(module).lazy_init(features, "
+        "rngs=nnx.Rngs(0)), then its trained weights, or a function that calls module.apply with its params",
+    ),
+    (
+        (flax.errors.ScopeCollectionNotFound, flax.errors.ScopeParamNotFoundError),
+        "its weights are missing: after flax.nnx.bridge.ToNNX(module) call lazy_init(features, "
+        "rngs=nnx.Rngs(0)), or give module.apply all of its variables",
+    ),
+)
+"""What to do, by what was raised; the first that fits."""
 
 
 def retrace(function: Callable, avals: Sequence[Any]) -> ClosedJaxpr:
@@ -289,8 +327,8 @@ def _same_type(a: Any, b: Any) -> bool:
 
 
 def _line_of(error: Exception) -> str:
-    """The innermost line that is neither JAX's, nor Flax's, nor the compiler's."""
+    """The innermost line that is neither JAX's, nor Flax's, nor the compiler's; empty where all are."""
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_AUTHORS)
     ]
-    return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].name})" if frames else "the module"
+    return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].name})" if frames else ""

@@ -11,6 +11,7 @@ from xlarank.compiler.independence import check_rows_independent
 from xlarank.compiler.program import Program
 from xlarank.device import BatchBuffers, GoldenReplay, Replica, check_errors, score_errors
 from xlarank.spec import REQUEST_OF_ROW, Bucket, Precision, Signature
+from xlarank.spec.wording import counted
 
 __all__ = ["verify_bucket"]
 
@@ -72,7 +73,7 @@ def verify_bucket(
         expected = golden.replay.fill(leaves, bucket, num_rows, start)
         errors = score_errors(spec, replica.run(bucket, leaves), expected)
         largest = {task: error.max for task, error in errors.items()}
-        check_errors(spec, what, largest, limits, f"{num_rows} valid rows")
+        check_errors(spec, what, largest, limits, counted(num_rows, "valid row"))
     return judgement
 
 

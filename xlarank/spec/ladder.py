@@ -19,6 +19,7 @@ from xlarank.spec.profile import LatencyProfile
 
 __all__ = [
     "CANDIDATES_METRIC",
+    "SMALL_ROWS",
     "BucketUse",
     "LadderEstimate",
     "LadderPlan",
@@ -34,8 +35,15 @@ CANDIDATES_METRIC = "xlarank_request_candidates"
 # Row counts to choose from are multiples of this, and the powers of two below it.
 _STEP = 8
 
+SMALL_ROWS = 8
+"""Row count that measured times must reach down to for a ladder of small requests to be planned by them."""
+
 # Times that differ by less than this share are equal but for the rounding of their sums.
 _TIE = 1e-9
+
+# What rows count beside time, so that of equal times the fewer padded rows win; less than a tie, so that they
+# are never worth a bucket more.
+_ROWS_SHARE = 1e-13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +127,7 @@ class LadderPlan:
     """The best ladder of a traffic, beside the usual one."""
 
     chosen: LadderEstimate
-    """Of the least device time; of those, of the fewest row counts."""
+    """Of the least device time; of those, of the fewest row counts; of those, of the least padding."""
 
     powers_of_two: LadderEstimate
     """8, 16, 32 and so on until the largest request fits; the last one is `max_rows` where that is less."""
@@ -175,7 +183,8 @@ def plan_ladder(
     held = np.cumsum(np.bincount(place, weights, minlength=len(rows)))  # [m] requests that fit, by rows
     # Nothing is split where a candidate holds the largest request: any such one may be the last.
     first_end = int(np.searchsorted(rows, min(histogram.largest, rows[-1])))
-    chosen = _choose(held, seconds, num_buckets, first_end)
+    padded = seconds * (1 + _ROWS_SHARE * np.array(rows) / rows[-1])
+    chosen = _choose(held, padded, num_buckets, first_end)
     return LadderPlan(
         chosen=estimate_ladder(histogram, seconds_of, [rows[j] for j in chosen]),
         powers_of_two=estimate_ladder(

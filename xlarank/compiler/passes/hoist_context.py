@@ -24,6 +24,7 @@ from xlarank.compiler.program import ModelTrace, Program, ProgramInputs, Traces,
 from xlarank.compiler.tracing import source_of
 from xlarank.errors import ModelError
 from xlarank.spec import Bucket, Scope, Signature
+from xlarank.spec.wording import counted
 
 __all__ = ["Expansion", "Hoisted", "hoist_context"]
 
@@ -105,19 +106,15 @@ def _context_trace(traces: Traces, rows: ModelTrace, bucket: Bucket) -> tuple[Mo
         try:
             contexts = traces.at(num_rows)
         except ModelError as error:
-            first = first or f"the model can't be traced at {_rows(num_rows)}: {error}"
+            first = first or f"the model can't be traced at {counted(num_rows, 'row')}: {error}"
             continue
         difference = _difference(rows, contexts)
         if difference is None:
-            said = f"{first}; its context part runs at {_rows(num_rows)} instead" if first else ""
+            said = f"{first}; its context part runs at {counted(num_rows, 'row')} instead" if first else ""
             return contexts, said
-        what = f"at {_rows(num_rows)} the model does something else than at {bucket.rows}"
+        what = f"at {counted(num_rows, 'row')} the model does something else than at {bucket.rows}"
         first = first or f"{what}: {difference}"
     return first
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count} rows"
 
 
 def _difference(rows: ModelTrace, contexts: ModelTrace) -> str | None:
@@ -132,5 +129,5 @@ def _difference(rows: ModelTrace, contexts: ModelTrace) -> str | None:
             else f"{at_context}, {at_rows}"
         )
     if len(rows.closed.consts) != len(contexts.closed.consts):
-        return f"{len(contexts.closed.consts)} constants, {len(rows.closed.consts)}"
+        return f"{counted(len(contexts.closed.consts), 'constant')}, {len(rows.closed.consts)}"
     return None
