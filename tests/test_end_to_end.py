@@ -381,7 +381,7 @@ def test_compile_tells_a_person_what_was_tried_chosen_and_explained(chain, capsy
         assert text in out
     for text in (
         "hoist_context: ",
-        "operations can run once a request",
+        " can run once a request",
         "sequences.py:",
         "sibling matmuls, the first at",
     ):
