@@ -12,7 +12,6 @@ import numpy as np
 from xlarank.errors import ConfigError
 from xlarank.host import DeviceRows, model_inputs
 from xlarank.spec import (
-    DeviceTable,
     FeatureKind,
     FeatureSpec,
     ModelSpec,
@@ -84,7 +83,8 @@ def plan_placement(
     budget = policy.device_bytes
     if budget is None:
         budget = math.inf if device_memory is None else device_memory // 2
-    whole = sum(math.prod(_device_table(spec, t).shape) * _item_bytes(spec, t) for t in reads)
+    # With the row of zeros that each has there.
+    whole = sum(spec.table_by_name[name].num_bytes + _row_bytes(spec, name) for name in reads)
     if policy.kind is Placement.DEVICE and whole > budget:
         raise ConfigError(
             f"model {spec.name!r}: its tables take {whole} bytes on a device, of which {int(budget)} are "
@@ -139,7 +139,7 @@ def _hottest(
         names.append(np.full(len(numbers), index))
         rows.append(numbers)
         counts.append(read)
-        sizes.append(np.full(len(numbers), _device_table(spec, name).shape[1] * _item_bytes(spec, name)))
+        sizes.append(np.full(len(numbers), _row_bytes(spec, name)))
     table, number, size = np.concatenate(names), np.concatenate(rows), np.concatenate(sizes)
     order = np.argsort(-np.concatenate(counts) / size, kind="stable")
     # A row of zeros for each table comes with the first of its rows.
@@ -173,10 +173,6 @@ def _capacity(bags: _Bags, numbers: np.ndarray | None) -> int:
     return max(1, int(np.quantile(a_bag, _CAPACITY_SHARE, method="higher")))
 
 
-def _device_table(spec: ModelSpec, name: str) -> DeviceTable:
+def _row_bytes(spec: ModelSpec, name: str) -> int:
     table = spec.table_by_name[name]
-    return DeviceTable(name, table.num_rows, table.dim, table.dtype)
-
-
-def _item_bytes(spec: ModelSpec, name: str) -> int:
-    return np.dtype(_device_table(spec, name).dtype).itemsize
+    return table.dtype.row_bytes(table.dim)
