@@ -9,7 +9,9 @@
     │   └── VerifyError        its compiled scores leave the tolerance
     ├── BundleError            a bundle or feature file is damaged, truncated or of an unknown format
     ├── BucketError            no compiled bucket fits; a bug of ours, requests are planned before
-    └── UnavailableError       the engine is loading, draining or closed
+    ├── DeadlineError          an answer would come, or came, too late to be of use
+    ├── OverloadError          more work is queued than is allowed; says when to come again
+    └── UnavailableError       the engine is loading, draining or closed, or no device is healthy
 
 A message says where, what was expected, what came and, if there is one, the fix.
 """
@@ -51,5 +53,17 @@ class BucketError(XlarankError):
     """No compiled bucket holds the rows and requests asked for."""
 
 
+class DeadlineError(XlarankError):
+    """An answer would come, or came, after the request's deadline; nothing of it was executed late."""
+
+
+class OverloadError(XlarankError):
+    """The queue is full. `retry_after_seconds` is the predicted time until it has room again."""
+
+    def __init__(self, message: str, retry_after_seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
 class UnavailableError(XlarankError):
-    """The engine is loading, draining or closed."""
+    """The engine is loading, draining or closed, or no device of it is healthy."""

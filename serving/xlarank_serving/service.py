@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
-import numpy as np
 
 from xlarank.errors import UnavailableError
 from xlarank.host import FeatureStore
-from xlarank.spec import ContentCheck, ModelSpec, RankRequest
+from xlarank.runtime import Answer
+from xlarank.spec import ContentCheck, ModelSpec, RankRequest, RequestOptions
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.codec import ModelCodec
 from xlarank_serving.layout import SERVICE_NAME
@@ -48,8 +48,10 @@ class Engine(Protocol):
     @property
     def metrics(self) -> FailureCounter: ...
 
-    def submit(self, request: RankRequest) -> concurrent.futures.Future[dict[str, np.ndarray]]:
-        """Queues a request; its scores are [N] float32 by task name."""
+    def submit(
+        self, request: RankRequest, options: RequestOptions | None = None
+    ) -> concurrent.futures.Future[Answer]:
+        """Queues a request; DeadlineError, OverloadError, UnavailableError."""
         ...
 
 
@@ -180,8 +182,8 @@ class InferenceService:
         # wait. If that has happened already, no callback will come.
         if not context.add_callback(on_end):
             on_end()
-        scores = future.result()
-        return codec.encode_response(request, version=engine.version, outputs=outputs, scores=scores)
+        answer = future.result()
+        return codec.encode_response(request, version=engine.version, outputs=outputs, scores=answer.scores)
 
     def _codec(self, engine: Engine) -> ModelCodec:
         codec = self._codecs.get(engine)

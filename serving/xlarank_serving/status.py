@@ -10,7 +10,14 @@ from typing import Any, NoReturn
 
 import grpc
 
-from xlarank.errors import ModelNotFoundError, RequestError, UnavailableError, XlarankError
+from xlarank.errors import (
+    DeadlineError,
+    ModelNotFoundError,
+    OverloadError,
+    RequestError,
+    UnavailableError,
+    XlarankError,
+)
 
 __all__ = ["answering", "error_of", "failure_reason", "status_of"]
 
@@ -21,6 +28,8 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (ModelNotFoundError, grpc.StatusCode.NOT_FOUND),
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (OverloadError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (concurrent.futures.CancelledError, grpc.StatusCode.CANCELLED),
 )
 
@@ -28,13 +37,20 @@ _ERRORS: dict[grpc.StatusCode, type[XlarankError]] = {
     grpc.StatusCode.NOT_FOUND: ModelNotFoundError,
     grpc.StatusCode.INVALID_ARGUMENT: RequestError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadError,
 }
 
 _FAILURE_REASONS = {
     grpc.StatusCode.UNAVAILABLE: "REJECTED",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "REJECTED",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "REJECTED",
     grpc.StatusCode.CANCELLED: "CANCELED",
     grpc.StatusCode.INTERNAL: "BACKEND",
 }
+
+_PUSHBACK = "grpc-retry-pushback-ms"
+"""Trailing metadata that gRPC's own retries obey (proposal A6)."""
 
 _MAX_DETAIL_BYTES = 2000
 """A status travels as an HTTP/2 header, where a byte outside printable ASCII takes three; past 8 KiB the
@@ -83,6 +99,8 @@ def _abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
     code, details = status_of(error)
     if code is grpc.StatusCode.INTERNAL:
         _log.error("request failed: %s", details, exc_info=error)
+    if isinstance(error, OverloadError):
+        context.set_trailing_metadata(((_PUSHBACK, str(max(1, round(error.retry_after_seconds * 1e3)))),))
     context.abort(code, details)
 
 

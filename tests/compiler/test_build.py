@@ -48,7 +48,7 @@ def test_a_bundle_scores_as_the_model_computed_by_hand(built):
         futures = [engine.submit(request) for request in requests]
         for request, future in zip(requests, futures, strict=True):
             for task, expected in shop.numpy_scores(model, request, tables).items():
-                np.testing.assert_allclose(future.result()[task], expected, rtol=1e-4, atol=1e-6)
+                np.testing.assert_allclose(future.result().scores[task], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_every_bucket_has_a_proven_and_timed_program(built):

@@ -69,7 +69,7 @@ def test_no_candidate_count_and_no_mixed_batch_compiles_on_the_request_path(engi
         else:  # several at once share batches
             futures.append((num_rows, engine.submit(part)))
     for num_rows, future in futures:
-        assert_same(future.result(), {task: scores[:num_rows] for task, scores in whole.items()})
+        assert_same(future.result().scores, {task: scores[:num_rows] for task, scores in whole.items()})
     assert engine.num_request_path_compiles == 0
 
 
@@ -93,7 +93,7 @@ def test_a_compile_on_the_request_path_is_counted(repository, monkeypatch):
 def test_scores_do_not_depend_on_neighbours_order_or_splitting(engine):
     requests = random_requests(shop.SPEC, 40, num_candidates=17, seed=5)
     alone = [engine.score(request) for request in requests]
-    together = [future.result() for future in [engine.submit(request) for request in requests]]
+    together = [future.result().scores for future in [engine.submit(request) for request in requests]]
     for one, other in zip(alone, together, strict=True):
         assert_same(other, one)
     order = np.random.default_rng(0).permutation(17)
@@ -166,7 +166,7 @@ def test_closing_answers_what_was_accepted_and_refuses_the_rest(repository):
     futures = [engine.submit(request) for request in requests]
     engine.close()
     assert all(future.done() for future in futures)
-    assert all(np.isfinite(future.result()["click"]).all() for future in futures)
+    assert all(np.isfinite(future.result().scores["click"]).all() for future in futures)
     with pytest.raises(UnavailableError, match="model 'shop' version 1 is closed"):
         engine.submit(requests[0])
     engine.close()
@@ -181,7 +181,7 @@ def test_a_cancelled_request_is_dropped_and_its_neighbours_are_answered(reposito
         assert futures[2].cancel()
     for number, future in enumerate(futures):
         if number != 2:
-            assert np.isfinite(future.result()["click"]).all()
+            assert np.isfinite(future.result().scores["click"]).all()
     engine.close()
     pool.close()
     samples = {name: value for name, _, value in engine.metrics.samples()}

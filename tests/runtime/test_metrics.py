@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from xlarank.errors import ConfigError
+from xlarank.runtime.answer import Timings
 from xlarank.runtime.metrics import FAILURE_REASONS, Metrics
 from xlarank.spec import Bucket
 
@@ -33,13 +34,12 @@ def value(metrics, name, labels=LABELS):
 
 
 def succeed(model, num_rows=1, **seconds):
-    defaults = {"queue_seconds": 0.0, "gather_seconds": 0.0, "execute_seconds": 0.0, "total_seconds": 0.0}
-    model.record_success(num_rows, **defaults | seconds)
+    model.record_success(num_rows, Timings(**{"queue": 0, "gather": 0, "execute": 0, "total": 0} | seconds))
 
 
 def test_a_success_counts_once_with_its_rows_and_durations(metrics, feed):
-    succeed(feed, 500, queue_seconds=1.0, gather_seconds=0.25, execute_seconds=0.5, total_seconds=2.0)
-    succeed(feed, 20, queue_seconds=0.5, gather_seconds=0.25, execute_seconds=0.5, total_seconds=1.5)
+    succeed(feed, 500, queue=1.0, gather=0.25, execute=0.5, total=2.0)
+    succeed(feed, 20, queue=0.5, gather=0.25, execute=0.5, total=1.5)
     assert value(metrics, "nv_inference_request_success") == 2
     assert value(metrics, "nv_inference_count") == 520
     assert value(metrics, "nv_inference_request_duration_us") == 3.5e6
@@ -85,7 +85,7 @@ def test_failures_are_counted_by_reason(metrics, feed):
 
 def test_histogram_buckets_are_cumulative_and_their_bounds_inclusive(metrics, feed):
     for seconds in (5e-6, 1e-5, 1.5e-5, 0.05, 100.0):
-        succeed(feed, total_seconds=seconds)
+        succeed(feed, total=seconds)
     name = "nv_inference_request_duration_histogram_us"
 
     def up_to(bound):
@@ -178,7 +178,7 @@ def test_no_event_of_several_threads_is_lost(metrics, feed):
     def work():
         for _ in range(500):
             feed.record_accepted(2)
-            succeed(feed, 2, total_seconds=1.0)
+            succeed(feed, 2, total=1.0)
             feed.record_batch(Bucket(8, 1), 2, 1, 0.0, 0.0)
 
     threads = [threading.Thread(target=work) for _ in range(4)]

@@ -16,7 +16,7 @@ from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.server import RankingServer, ServerConfig
 
 from xlarank.errors import ModelNotFoundError, UnavailableError
-from xlarank.runtime.metrics import Metrics
+from xlarank.runtime import Answer, Metrics, Timings
 from xlarank.spec import (
     Bucketise,
     Clip,
@@ -52,6 +52,10 @@ def expected_scores(request):
     return {"finish": total.astype(np.float32), "share": (2 * total).astype(np.float32)}
 
 
+def answer_to(request):
+    return Answer(expected_scores(request), Timings(queue=1e-3, gather=2e-3, execute=3e-3, total=7e-3))
+
+
 class FakeEngine:
     """Answers at once, unless `hold` keeps requests waiting."""
 
@@ -63,7 +67,7 @@ class FakeEngine:
         self.error = None
         self.features = None  # a FeatureStore, for requests by candidate id
 
-    def submit(self, request):
+    def submit(self, request, options=None):
         future = concurrent.futures.Future()
         self.requests.append(request)
         if self.error is not None:
@@ -72,7 +76,7 @@ class FakeEngine:
             self.held.append((future, request))
             self.arrived.release()
         else:
-            future.set_result(expected_scores(request))
+            future.set_result(answer_to(request))
         return future
 
     def hold(self):
@@ -81,7 +85,7 @@ class FakeEngine:
     def release(self):
         for future, request in self.held:
             if future.set_running_or_notify_cancel():
-                future.set_result(expected_scores(request))
+                future.set_result(answer_to(request))
         self.held = None
 
 

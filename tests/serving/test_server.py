@@ -27,6 +27,7 @@ from xlarank.errors import (
     UnavailableError,
     XlarankError,
 )
+from xlarank.runtime import Timings
 
 Status = health_pb2.HealthCheckResponse
 
@@ -169,9 +170,7 @@ def iter_forever():
 
 def test_metrics_over_http_count_successes_and_failures(serving, wire, candidates):
     serving.client.score("feed", candidates)
-    serving.engine.metrics.record_success(
-        3, queue_seconds=0.001, gather_seconds=0.002, execute_seconds=0.003, total_seconds=0.01
-    )
+    serving.engine.metrics.record_success(3, Timings(queue=0.001, gather=0.002, execute=0.003, total=0.01))
     serving.refusal(wire.raw(age=("FP32", [1], b"")))
     serving.engine.error = UnavailableError("model 'feed' version 3 is closed")
     with pytest.raises(UnavailableError, match="is closed"):

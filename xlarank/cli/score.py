@@ -82,10 +82,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         in_flight: collections.deque = collections.deque()
 
         def take_oldest() -> None:
-            answer = in_flight.popleft().result()
+            own = in_flight.popleft().result().scores
             for task in tasks:
-                scores[task].append(answer[task])
-            sizes.append(len(answer[tasks[0]]))
+                scores[task].append(own[task])
+            sizes.append(len(own[tasks[0]]))
 
         requests = track(
             data.requests(engine.spec),

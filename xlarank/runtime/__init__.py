@@ -1,5 +1,6 @@
 """Online: engine, batcher, device pool, lifecycle, metrics. No Flax, no compiler."""
 
+from xlarank.runtime.answer import Answer, Timings
 from xlarank.runtime.batcher import Batch, Batcher, Part
 from xlarank.runtime.engine import Engine
 from xlarank.runtime.features import FeatureOptions
@@ -9,6 +10,7 @@ from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pool import DevicePool
 
 __all__ = [
+    "Answer",
     "Batch",
     "Batcher",
     "DevicePool",
@@ -19,4 +21,5 @@ __all__ = [
     "ModelMetrics",
     "ModelRepository",
     "Part",
+    "Timings",
 ]

@@ -17,13 +17,22 @@ from xlarank import device
 from xlarank.bundle import Verify, open_bundle, resolve_bundle
 from xlarank.errors import ConfigError, RequestError, UnavailableError
 from xlarank.host import BoundRequest, FeatureStore, Gatherer, Segment, TableMemory
+from xlarank.runtime.answer import Answer, Timings
 from xlarank.runtime.batcher import Batch, Batcher, Part
 from xlarank.runtime.loading import Loader, LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pool import DevicePool, Job
 from xlarank.runtime.table_versions import TableVersion, TableVersions
 from xlarank.runtime.tables import TableBytes
-from xlarank.spec import BucketLadder, Column, LatencyProfile, ModelSpec, RankRequest, check_candidate_ids
+from xlarank.spec import (
+    BucketLadder,
+    Column,
+    LatencyProfile,
+    ModelSpec,
+    RankRequest,
+    RequestOptions,
+    check_candidate_ids,
+)
 
 __all__ = ["Engine"]
 
@@ -49,7 +58,7 @@ class _Pending:
 
     def __init__(self, bound: BoundRequest, tasks: tuple[str, ...], queued_at: float) -> None:
         self.bound = bound
-        self.future: Future[dict[str, np.ndarray]] = Future()
+        self.future: Future[Answer] = Future()
         self.scores = {task: np.empty(bound.num_candidates, np.float32) for task in tasks}
         # Parts of one request run on one device, one after the other, so nothing here needs a lock.
         self.rows_left = bound.num_candidates
@@ -234,15 +243,16 @@ class Engine:
         """Takes rows out of the feature store; returns how many there were. See `FeatureStore.remove`."""
         return self._store().remove(ids)
 
-    def submit(self, request: RankRequest) -> Future[dict[str, np.ndarray]]:
+    def submit(self, request: RankRequest, options: RequestOptions | None = None) -> Future[Answer]:
         """Queues a request.
 
         Args:
           request: made for this engine's `spec` (or an equal one).
+          options: priority, deadline, affinity; `RequestOptions()` by default.
 
         Returns:
-          A future of {task: [N] float32 scores}, empty arrays for zero candidates. Cancelling it before its
-          batch is gathered drops the request.
+          A future; its scores are empty arrays for zero candidates. Cancelling it before its batch is
+          gathered drops the request.
 
         Raises:
           UnavailableError: if the engine is closed or has a `fault`.
@@ -277,7 +287,7 @@ class Engine:
 
     def score(self, request: RankRequest) -> dict[str, np.ndarray]:
         """Scores a request and waits: {task: [N] float32}; see `submit`."""
-        return self.submit(request).result()
+        return dict(self.submit(request).result().scores)
 
     def update_rows(self, table: str, rows: np.ndarray, values: np.ndarray) -> int:
         """Writes rows of an updatable table while it serves; any thread, lookups are not held up.
@@ -397,14 +407,14 @@ class Engine:
     def _respond(self, pending: _Pending) -> None:
         if not pending.future.set_running_or_notify_cancel():
             return  # the caller left while its batch ran
-        self.metrics.record_success(
-            num_rows=pending.bound.num_candidates,
-            queue_seconds=pending.started_at - pending.queued_at,
-            gather_seconds=pending.gather_seconds,
-            execute_seconds=pending.execute_seconds,
-            total_seconds=time.monotonic() - pending.queued_at,
+        timings = Timings(
+            queue=pending.started_at - pending.queued_at,
+            gather=pending.gather_seconds,
+            execute=pending.execute_seconds,
+            total=time.monotonic() - pending.queued_at,
         )
-        pending.future.set_result(pending.scores)
+        self.metrics.record_success(num_rows=pending.bound.num_candidates, timings=timings)
+        pending.future.set_result(Answer(pending.scores, timings))
 
     def _fail(self, batch: Batch[_Pending], error: Exception) -> None:
         with self._pool.locked():

@@ -57,6 +57,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from xlarank.errors import ConfigError
 from xlarank.host import FeatureStoreStats
+from xlarank.runtime.answer import Timings
 from xlarank.runtime.table_versions import TableVersion
 from xlarank.spec import Bucket
 from xlarank.spec.ladder import CANDIDATES_METRIC
@@ -201,28 +202,17 @@ class ModelMetrics:
             values["xlarank_execute_seconds_total"] += execute_seconds
             self._batches[bucket] += 1
 
-    def record_success(
-        self,
-        num_rows: int,
-        *,
-        queue_seconds: float,
-        gather_seconds: float,
-        execute_seconds: float,
-        total_seconds: float,
-    ) -> None:
+    def record_success(self, num_rows: int, timings: Timings) -> None:
         """Counts one answered request; its share of a batch counts as the whole batch's time, as in Triton.
 
         What is left of the total beside queue, gather and execute counts as respond.
 
         Args:
           num_rows: N.
-          queue_seconds: submit to the start of gather.
-          gather_seconds: of its batch, or summed over its parts.
-          execute_seconds: likewise.
-          total_seconds: submit to the answered future.
+          timings: of it.
         """
-        respond_seconds = max(0.0, total_seconds - queue_seconds - gather_seconds - execute_seconds)
-        durations = (total_seconds, queue_seconds, gather_seconds, execute_seconds, respond_seconds)
+        respond = max(0.0, timings.total - timings.queue - timings.gather - timings.execute)
+        durations = (timings.total, timings.queue, timings.gather, timings.execute, respond)
         with self._lock:
             self._values["nv_inference_request_success"] += 1
             self._values["nv_inference_count"] += num_rows

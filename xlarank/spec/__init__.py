@@ -18,6 +18,7 @@ from xlarank.spec.features import (
     ValueType,
 )
 from xlarank.spec.model import ModelSpec, rows_needed
+from xlarank.spec.options import DEFAULT_PRIORITY, NUM_PRIORITIES, RequestOptions
 from xlarank.spec.placement import Placement, TablePlacement
 from xlarank.spec.precision import ErrorBudget, Precision, PrecisionPolicy, Tolerance
 from xlarank.spec.preprocessing import (
@@ -52,8 +53,10 @@ from xlarank.spec.signature import (
 
 __all__ = [
     "CANDIDATE_IDS",
+    "DEFAULT_PRIORITY",
     "DEFAULT_ROWS",
     "MASK_SUFFIX",
+    "NUM_PRIORITIES",
     "REQUEST_OF_ROW",
     "Bucket",
     "BucketLadder",
@@ -79,6 +82,7 @@ __all__ = [
     "PrecisionPolicy",
     "Ragged",
     "RankRequest",
+    "RequestOptions",
     "RowFormat",
     "Scope",
     "Signature",
