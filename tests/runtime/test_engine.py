@@ -2,11 +2,13 @@
 
 import shutil
 import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 import shop
+from executors import Gated, wrap
 from flax import nnx
 
 from xlarank.bundle import open_bundle, tables
@@ -14,13 +16,15 @@ from xlarank.compiler import build_bundle, random_requests
 from xlarank.errors import (
     BundleError,
     ConfigError,
+    DeadlineError,
     FeatureError,
     ModelNotFoundError,
+    OverloadError,
     RequestError,
     UnavailableError,
 )
-from xlarank.runtime import DevicePool, Engine, Metrics, ModelRepository
-from xlarank.spec import FeatureSpec, ModelSpec, RankRequest, Scope, TaskSpec, take
+from xlarank.runtime import Engine, Metrics, ModelRepository, QueueConfig
+from xlarank.spec import FeatureSpec, ModelSpec, RankRequest, RequestOptions, Scope, TaskSpec, take
 
 MAX_ROWS = 1024
 
@@ -75,7 +79,7 @@ def test_no_candidate_count_and_no_mixed_batch_compiles_on_the_request_path(engi
 
 def test_a_compile_on_the_request_path_is_counted(repository, monkeypatch):
     with Engine.load(repository / "shop") as engine:
-        replica = engine._replicas[0]
+        replica = engine._execution._executors[0]
         run = type(replica).run
 
         def run_and_compile(self, bucket, leaves):
@@ -172,20 +176,64 @@ def test_closing_answers_what_was_accepted_and_refuses_the_rest(repository):
     engine.close()
 
 
-def test_a_cancelled_request_is_dropped_and_its_neighbours_are_answered(repository):
-    pool = DevicePool(len(jax.devices()))
-    engine = Engine.load(repository / "shop", pool=pool)
-    requests = random_requests(shop.SPEC, 6)
-    with pool.locked():  # no device can take anything yet
-        futures = [engine.submit(request) for request in requests]
+def test_a_cancelled_request_is_dropped_at_once_and_its_neighbours_are_answered(repository):
+    with Engine.load(repository / "shop", num_devices=1) as engine:
+        (gated,) = wrap(engine, Gated)
+        requests = random_requests(shop.SPEC, 6)
+        futures = [engine.submit(requests[0])]
+        assert gated.has_come.acquire(timeout=60)
+        futures += [engine.submit(request) for request in requests[1:]]
+        queue = engine._queue.batcher
+        assert queue.num_queued_requests == 5
         assert futures[2].cancel()
-    for number, future in enumerate(futures):
-        if number != 2:
-            assert np.isfinite(future.result().scores["click"]).all()
-    engine.close()
-    pool.close()
+        assert queue.num_queued_requests == 4
+        gated.gate.set()
+        for number, future in enumerate(futures):
+            if number != 2:
+                assert np.isfinite(future.result().scores["click"]).all()
     samples = {name: value for name, _, value in engine.metrics.samples()}
     assert samples["nv_inference_request_success"] == 5
+
+
+def test_a_late_request_is_refused_at_once_or_told_at_its_deadline_and_never_run(repository):
+    with Engine.load(repository / "shop", num_devices=1) as engine:
+        (gated,) = wrap(engine, Gated)
+        first, second, third = random_requests(shop.SPEC, 3)
+        running = engine.submit(first)
+        assert gated.has_come.acquire(timeout=60)
+        with pytest.raises(
+            DeadlineError, match=r"model 'shop': the answer would come in .* ms, the deadline is"
+        ):
+            engine.submit(second, RequestOptions(deadline=time.monotonic() - 1))
+        late = engine.submit(third, RequestOptions(deadline=time.monotonic() + 0.2))
+        with pytest.raises(DeadlineError, match="model 'shop': the request was queued past its deadline"):
+            late.result(timeout=60)
+        assert not running.done()
+        gated.gate.set()
+        running.result()
+    samples = {name: value for name, _, value in engine.metrics.samples()}
+    assert samples["nv_inference_exec_count"] == samples["nv_inference_request_success"] == 1
+
+
+def test_too_much_is_refused_and_what_was_accepted_is_answered(repository):
+    queue = QueueConfig(max_queued_rows=10)
+    with Engine.load(repository / "shop", num_devices=1, queue=queue) as engine:
+        (gated,) = wrap(engine, Gated)
+        requests = random_requests(shop.SPEC, 3, num_candidates=8)
+        running = engine.submit(requests[0])
+        assert gated.has_come.acquire(timeout=60)
+        waiting = engine.submit(requests[1])
+        with pytest.raises(OverloadError, match="8 rows are queued, 8 more would pass max_queued_rows, 10"):
+            engine.submit(requests[2])
+        gated.gate.set()
+        assert {len(future.result().scores["click"]) for future in (running, waiting)} == {8}
+
+
+def test_spread_answers_the_same_scores(repository, engine):
+    requests = random_requests(shop.SPEC, 5, num_candidates=37, seed=3)
+    with Engine.load(repository / "shop", queue=QueueConfig(policy="spread")) as spread:
+        for request in requests:
+            assert_same(spread.score(request), engine.score(request))
 
 
 def test_a_failing_batch_fails_its_requests_and_not_the_engine(repository, monkeypatch):
@@ -203,10 +251,10 @@ def test_a_failing_batch_fails_its_requests_and_not_the_engine(repository, monke
 
 def test_every_device_serves(repository):
     with Engine.load(repository / "shop") as engine:
-        assert len(engine._replicas) == len(jax.devices()) >= 2
+        assert len(engine._execution._executors) == len(jax.devices()) >= 2
         placed = {
             replica.executables[bucket].prepared[0].devices().pop()
-            for replica in engine._replicas
+            for replica in engine._execution._executors
             for bucket in engine.ladder.buckets
         }
         assert placed == set(jax.devices())
@@ -217,7 +265,9 @@ def test_loading_reports_its_steps_and_the_golden_error(engine):
     assert set(report.seconds) == {"tables", "compile", "row updates", "replay", "profile"}
     assert report.fingerprint_differences == {}
     assert max(report.max_error.values()) <= 1e-5
-    assert set(engine.profile.seconds) == set(engine.ladder.buckets)
+    assert len(engine.profiles) == len(jax.devices())
+    assert len(set(map(id, engine.profiles))) == 1  # of one kind
+    assert set(engine.profiles[0].seconds) == set(engine.ladder.buckets)
 
 
 def test_metrics_count_rows_and_padding(repository):

@@ -1,97 +1,133 @@
-"""Device threads: every job runs once, models take turns by device time, closing loses nothing."""
+"""Device threads: every request runs once, late ones are told in time, closing loses nothing."""
 
-import collections
 import threading
 
 import pytest
 
 from xlarank.errors import UnavailableError
+from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.pool import DevicePool
+from xlarank.runtime.queue_config import QueueConfig
+from xlarank.spec import Bucket, BucketLadder, LatencyProfile, RequestOptions
+
+ONE_ROW = BucketPlan(BucketLadder((Bucket(1, 1),)), LatencyProfile({Bucket(1, 1): 1e-3}))
 
 
-class Jobs:
-    """A workload whose jobs advance a clock of the test's own."""
+class Work:
+    """Notes what it was given; `hold` keeps a device at its first batch."""
 
-    def __init__(self, name, log, clock=None, seconds=0.0):
-        self.queue = collections.deque()
-        self.name, self.log, self.clock, self.seconds = name, log, clock, seconds
+    def __init__(self, on_run=lambda: None):
+        self.on_run = on_run
+        self.runs, self.late = [], []
+        self.is_told = threading.Semaphore(0)
 
-    def next_job(self, device_index):
-        if not self.queue:
-            return None
-        number = self.queue.popleft()
-        return lambda: self.run(number)
+    def run(self, batch, device_index):
+        self.on_run()
+        self.runs.append(([part.item for part in batch.parts], device_index))
 
-    def run(self, number):
-        if self.clock is not None:
-            self.clock.now += self.seconds
-        self.log.append((self.name, number))
+    def fail_late(self, item):
+        self.late.append(item)
+        self.is_told.release()
+
+    @property
+    def items(self):
+        return [item for items, _ in self.runs for item in items]
 
 
-class FakeClock:
+def attach(pool, work, **config):
+    return pool.attach(work, "feed", [ONE_ROW] * pool.num_devices, QueueConfig(**config))
+
+
+def submit(pool, queue, item, **options):
+    pool.submit(queue, item, 1, RequestOptions(**options))
+
+
+@pytest.mark.parametrize("config", [{}, {"policy": "spread"}, {"max_defer_ms": 5}])
+@pytest.mark.parametrize("key", [None, "user"])
+def test_closing_finishes_what_was_queued(config, key):
+    work, pool = Work(), DevicePool(2)
+    queue = attach(pool, work, **config)
+    for number in range(100):
+        submit(pool, queue, number, affinity_key=key)
+    pool.close()
+    assert sorted(work.items) == list(range(100))
+    with pytest.raises(UnavailableError, match="model 'feed' is closed"):
+        submit(pool, queue, 100)
+
+
+def test_a_detached_model_is_refused():
+    pool = DevicePool(1)
+    try:
+        queue = attach(pool, Work())
+        pool.detach(queue)
+        with pytest.raises(UnavailableError, match="model 'feed' is closed"):
+            submit(pool, queue, 0)
+    finally:
+        pool.close()
+
+
+def test_two_devices_run_at_the_same_time():
+    both = threading.Barrier(2, timeout=30)
+    work, pool = Work(on_run=both.wait), DevicePool(2)
+    queue = attach(pool, work)
+    for number in range(2):
+        submit(pool, queue, number)
+    pool.close()
+    assert not both.broken
+    assert sorted(device for _, device in work.runs) == [0, 1]
+
+
+class Clock:
+    """Time that a test sets, far ahead of what any prediction reaches."""
+
     def __init__(self):
-        self.now = 0.0
+        self.now = 1000.0
 
     def __call__(self):
         return self.now
 
 
-def test_closing_finishes_what_was_queued():
-    log = []
-    jobs = Jobs("a", log)
-    pool = DevicePool(2)
-    pool.attach(jobs)
-    for number in range(100):
-        pool.submit(jobs, lambda number=number: jobs.queue.append(number))
-    pool.close()
-    assert sorted(number for _, number in log) == list(range(100))
-    with pytest.raises(UnavailableError, match="closed"):
-        pool.submit(jobs, lambda: None)
-
-
-def test_a_detached_workload_is_refused():
-    pool = DevicePool(1)
-    try:
-        jobs = Jobs("a", [])
-        with pytest.raises(UnavailableError):
-            pool.submit(jobs, lambda: None)
-        pool.attach(jobs)
-        pool.detach(jobs)
-        with pytest.raises(UnavailableError):
-            pool.submit(jobs, lambda: None)
-    finally:
-        pool.close()
-
-
-def test_models_take_turns_by_the_device_time_they_used():
-    clock, log = FakeClock(), []
-    heavy, light = Jobs("heavy", log, clock, 3.0), Jobs("light", log, clock, 1.0)
+def test_a_deadline_passes_while_every_device_is_busy():
+    """Its caller is told by the timer, at once, not when a device frees."""
+    gate, clock = threading.Event(), Clock()
+    work = Work(on_run=lambda: gate.wait(30))
     pool = DevicePool(1, clock=clock)
-    pool.attach(heavy)
-    pool.attach(light)
-    with pool.locked():  # the device sees both queues at once
-        heavy.queue.extend(range(4))
-        light.queue.extend(range(12))
-    pool.submit(light, lambda: None)
+    queue = attach(pool, work)
+    submit(pool, queue, "runs")
+    submit(pool, queue, "late", deadline=1000.5)
+    submit(pool, queue, "waits")
+    clock.now = 1000.6
+    submit(pool, queue, "wakes the timer", deadline=1000.7)
+    assert work.is_told.acquire(timeout=30)
+    assert work.late == ["late"]
+    clock.now = 1000.65
+    gate.set()
     pool.close()
-    names = [name for name, _ in log]
-    assert names.count("heavy") == 4
-    assert names.count("light") == 12
-    for end in range(4, 17, 4):  # in every stretch of 4 jobs: 3 s of each
-        assert names[:end].count("heavy") == end // 4
+    assert work.items == ["runs", "waits", "wakes the timer"]
 
 
-def test_two_devices_run_at_the_same_time():
-    both = threading.Barrier(2, timeout=30)
-
-    class Meeting(Jobs):
-        def run(self, number):
-            both.wait()
-
-    jobs = Meeting("a", [])
-    pool = DevicePool(2)
-    pool.attach(jobs)
-    for number in range(2):
-        pool.submit(jobs, lambda number=number: jobs.queue.append(number))
+def test_what_is_found_late_when_a_device_frees_is_told_too():
+    gate, clock = threading.Event(), Clock()
+    work = Work(on_run=lambda: gate.wait(30))
+    pool = DevicePool(1, clock=clock)
+    queue = attach(pool, work)
+    submit(pool, queue, "runs")
+    submit(pool, queue, "late", deadline=1000.5)
+    clock.now = 1000.4999  # its millisecond no longer fits
+    gate.set()
+    assert work.is_told.acquire(timeout=30)
     pool.close()
-    assert not both.broken
+    assert (work.items, work.late) == (["runs"], ["late"])
+
+
+def test_a_dropped_request_is_not_run():
+    gate = threading.Event()
+    work = Work(on_run=lambda: gate.wait(30))
+    pool = DevicePool(1)
+    queue = attach(pool, work)
+    for name in ("runs", "dropped", "stays"):
+        submit(pool, queue, name)
+    pool.drop(queue, "dropped")
+    gate.set()
+    pool.close()
+    assert work.items == ["runs", "stays"]

@@ -1,25 +1,24 @@
 """Online: engine, batcher, device pool, lifecycle, metrics. No Flax, no compiler."""
 
 from xlarank.runtime.answer import Answer, Timings
-from xlarank.runtime.batcher import Batch, Batcher, Part
 from xlarank.runtime.engine import Engine
 from xlarank.runtime.features import FeatureOptions
 from xlarank.runtime.lifecycle import ModelRepository
 from xlarank.runtime.loading import LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pool import DevicePool
+from xlarank.runtime.queue_config import DispatchPolicy, QueueConfig
 
 __all__ = [
     "Answer",
-    "Batch",
-    "Batcher",
     "DevicePool",
+    "DispatchPolicy",
     "Engine",
     "FeatureOptions",
     "LoadReport",
     "Metrics",
     "ModelMetrics",
     "ModelRepository",
-    "Part",
+    "QueueConfig",
     "Timings",
 ]

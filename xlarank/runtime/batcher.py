@@ -1,43 +1,94 @@
-"""Turns queued requests into device batches: `Batcher`.
+"""Turns queued requests into device batches: `Batcher`, the queue of one model.
 
 Contract
-  - Pure: no threads, no clock, no I/O. The owner serialises calls and hands in a device's name.
-  - Work-conserving: `next_batch` answers whenever a row is queued that the device may run. A lone
-    request never waits for company; batches grow only because devices were busy.
-  - First come, first served: a batch is the longest prefix of the queue that fits `max_batch_rows` rows
-    and a bucket's requests. Rows are counted and requests are counted.
-  - A request is bound to a device when the device frees, not at arrival.
-  - A request of more rows than the largest bucket is split; its parts run one after the other on the
-    device that took the first, and the last part takes company along.
-  - Every queued row comes out exactly once, in order within its request, unless its request is dropped.
+  - Pure: no threads, no clock, no I/O. The owner serialises the calls and hands in the time of each event,
+    in seconds; a fake clock drives it as well as a real one.
+  - Work-conserving: `next_batch` answers whenever something is queued that the device may run. A lone
+    request never waits for company; batches grow only because devices were busy. The one exception is
+    `QueueConfig.max_defer_ms`, off by default.
+  - Order: by priority with ageing. A level counts as `ageing_ms` of waiting, so a request of a lower level
+    that has waited that much longer comes first, and nothing starves. Equal levels: first come, first served.
+  - Smaller requests go ahead of one that doesn't fit what is left of a batch, until that one has waited
+    `max_skip_ms`; from then on nothing overtakes it.
+  - Rows are counted and requests are counted. Requests are merged up to the knee of the measured times, into
+    the buckets that are cheapest for all that could run: 12 rows run as 8 and 4 where that takes less time
+    than 16, 500 as 256 and 256 where it takes less than 512; more runs must save `LEAST_GAIN`.
+  - A request is bound to a device when the device frees, not at arrival. The parts of one that runs in
+    several follow each other on the device that took the first, and the last takes company along. (Policy
+    spread pins parts to devices at arrival; a part that failed is given back with devices that it avoids.)
+  - A request whose deadline can't be met any more, by the measured times, is never handed out: it goes to
+    `take_late`.
+  - Every queued row comes out exactly once, in order within its request, unless the request is dropped or
+    late.
 """
 
 from __future__ import annotations
 
-import collections
+import bisect
 import dataclasses
-from collections.abc import Hashable
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from xlarank.errors import BucketError
-from xlarank.spec import Bucket, BucketLadder
+from xlarank.runtime.bucket_plan import LEAST_GAIN, BucketPlan
+from xlarank.runtime.queue_config import QueueConfig
+from xlarank.spec import DEFAULT_PRIORITY, Bucket
 
-__all__ = ["Batch", "Batcher", "Part"]
+__all__ = ["Batch", "Batcher", "Part", "Ticket"]
 
 Item = TypeVar("Item", bound=Hashable)
+
+_MAX_LOOK = 256
+"""Queued parts that are looked at for one batch: bounds the time under the owner's lock."""
+
+_HIGH_LOAD = 0.7
+"""Share of the devices' time that is asked for; from there on a batch may be deferred."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ticket(Generic[Item]):
+    """A queued request."""
+
+    item: Item
+    num_rows: int
+    queued_at: float
+    deadline: float
+    order: tuple[float, int]
+    """Place in the queue: time of arrival, later by the ageing of its priority level; then a count."""
+
+    home: int | None = None
+    """The device that it prefers; None for any."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part(Generic[Item]):
     """Rows ``[begin, end)`` of one request."""
 
-    item: Item
+    ticket: Ticket[Item]
     begin: int
     end: int
+    pin: int | None = None
+    """The only device that may run it; None for any."""
+
+    avoids: frozenset[int] = frozenset()
+    """Devices that may not."""
+
+    @property
+    def item(self) -> Item:
+        """The request's name."""
+        return self.ticket.item
 
     @property
     def num_rows(self) -> int:
+        """Rows in it."""
         return self.end - self.begin
+
+    def may_run_on(self, device: int) -> bool:
+        """Whether a device isn't ruled out."""
+        return (self.pin is None or self.pin == device) and device not in self.avoids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +96,7 @@ class Batch(Generic[Item]):
     """What one device runs at once."""
 
     bucket: Bucket
-    """Smallest bucket that holds the parts."""
+    """Holds the parts."""
 
     parts: tuple[Part[Item], ...]
     """At most one a request; part i is context i of the batch."""
@@ -57,23 +108,28 @@ class Batch(Generic[Item]):
 
 
 class Batcher(Generic[Item]):
-    """The queue of one model. See the contract at the top of the file."""
+    """See the contract at the top of the file."""
 
-    def __init__(self, ladder: BucketLadder, *, max_batch_rows: int | None = None) -> None:
+    def __init__(self, plan: BucketPlan, config: QueueConfig | None = None, *, num_devices: int = 1) -> None:
         """
         Args:
-          ladder: the compiled buckets.
-          max_batch_rows: rows beyond which requests are not merged (the knee of the latency profile);
-            the largest bucket by default. A single request may still fill the largest bucket.
+          plan: buckets and prices of the fastest device.
+          config: limits; `QueueConfig()` by default.
+          num_devices: that take turns at this queue; sets how long a batch may be deferred.
         """
-        limit = ladder.max_rows if max_batch_rows is None else max_batch_rows
-        if not 1 <= limit <= ladder.max_rows:
-            raise BucketError(f"max_batch_rows must be in [1, {ladder.max_rows}]; was {limit}")
-        self._ladder = ladder
-        self._max_batch_rows = limit
-        self._queue: collections.deque[Part[Item]] = collections.deque()
-        self._bound: dict[Hashable, Part[Item]] = {}  # by device: what is left of a split request
+        self.plan = plan
+        self.config = config or QueueConfig()
+        self._num_devices = num_devices
+        self._queue: list[Part[Item]] = []  # ascending by order
+        self._bound: dict[int, Part[Item]] = {}  # by device: what is left of a request it has begun
+        self._open: dict[Item, list[Part[Item]]] = {}  # what is in _queue and _bound; never an empty list
+        self._deadlines: list[tuple[float, int, Ticket[Item]]] = []  # a heap; may hold those long gone
+        self._late: list[Item] = []
+        self._count = itertools.count()
+        self._load = _Load()
         self._num_queued_rows = 0
+        self._queued_seconds = 0.0
+        self._deferred_until = math.inf
 
     @property
     def num_queued_rows(self) -> int:
@@ -83,51 +139,305 @@ class Batcher(Generic[Item]):
     @property
     def num_queued_requests(self) -> int:
         """Requests with rows not yet in a batch."""
-        return len(self._queue) + len(self._bound)
+        return len(self._open)
 
-    def add(self, item: Item, num_rows: int) -> None:
-        """Queues a request of at least one row."""
+    @property
+    def queued_seconds(self) -> float:
+        """Device time that they will take, by the plan."""
+        return self._queued_seconds
+
+    @property
+    def deferred_until(self) -> float:
+        """When to ask again, where the last `next_batch` deferred; inf otherwise."""
+        return self._deferred_until
+
+    @property
+    def next_deadline(self) -> float:
+        """The earliest of what is queued; inf when there is none."""
+        while self._deadlines and not self._is_open(self._deadlines[0][2]):
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else math.inf
+
+    @property
+    def wake_at(self) -> float:
+        """When to ask again though nothing happens: a deadline, the end of a deferral; -inf for late ones."""
+        return -math.inf if self._late else min(self.next_deadline, self._deferred_until)
+
+    def waiting(self) -> Iterator[Part[Item]]:
+        """What is queued and not bound to a device, in order."""
+        return iter(self._queue)
+
+    def add(
+        self,
+        item: Item,
+        num_rows: int,
+        *,
+        now: float,
+        priority: int = DEFAULT_PRIORITY,
+        deadline: float = math.inf,
+        home: int | None = None,
+        spread_over: Sequence[int] = (),
+    ) -> None:
+        """Queues a request of at least one row.
+
+        Args:
+          item: names it; not queued already.
+          num_rows: N.
+          now: seconds.
+          priority: level, 1 the highest.
+          deadline: seconds, on the clock of `now`.
+          home: the device that it prefers.
+          spread_over: devices that run an equal share of its rows each; none to keep it on one.
+        """
         if num_rows < 1:
             raise BucketError(f"expected a request of at least one row, got {num_rows}")
-        self._queue.append(Part(item, 0, num_rows))
-        self._num_queued_rows += num_rows
+        assert item not in self._open
+        order = (self._order_at(now, priority), next(self._count))
+        ticket = Ticket(item, num_rows, now, deadline, order, home)
+        self._load.add(self.plan.work_seconds(num_rows), now)
+        if deadline < math.inf:
+            heapq.heappush(self._deadlines, (deadline, order[1], ticket))
+        devices = spread_over[:num_rows]
+        if not devices:
+            self._insert(Part(ticket, 0, num_rows))
+        for place, device in enumerate(devices):
+            begin, end = (num_rows * i // len(devices) for i in (place, place + 1))
+            self._insert(Part(ticket, begin, end, pin=device))
+
+    def give_back(self, part: Part[Item], *, avoids: frozenset[int] = frozenset()) -> None:
+        """Queues a part again that was handed out and not answered, in its old place."""
+        self._insert(dataclasses.replace(part, pin=None, avoids=part.avoids | avoids))
+
+    def release(self, device: int) -> None:
+        """Lets other devices run what is bound or pinned to one that is out of service."""
+        parts = [part for part in self._queue if part.pin == device]
+        if device in self._bound:
+            parts.append(self._bound[device])
+        for part in parts:
+            self._remove(part)
+            self._insert(dataclasses.replace(part, pin=None))
 
     def drop(self, item: Item) -> bool:
         """Forgets what is still queued of a request; returns whether there was something."""
-        dropped = [part for part in self._queue if part.item == item]
-        for part in dropped:
-            self._queue.remove(part)
-        for device, part in list(self._bound.items()):
-            if part.item == item:
-                dropped.append(self._bound.pop(device))
-        self._num_queued_rows -= sum(part.num_rows for part in dropped)
-        return bool(dropped)
+        parts = list(self._open.get(item, ()))
+        for part in parts:
+            self._remove(part)
+        return bool(parts)
 
-    def next_batch(self, device: Hashable) -> Batch[Item] | None:
-        """The batch that a free device runs now; None when nothing is queued for it."""
-        parts: list[Part[Item]] = []
-        num_rows = 0
-        while True:
-            head = self._bound.get(device) if not parts else None
-            is_bound = head is not None
-            if head is None:
-                if not self._queue:
-                    break
-                head = self._queue[0]
-            size = min(head.num_rows, self._ladder.max_rows)
-            limit = self._max_batch_rows if parts else self._ladder.max_rows
-            if num_rows + size > limit or not self._ladder.fits(num_rows + size, len(parts) + 1):
-                break
-            if is_bound:
-                del self._bound[device]
-            else:
-                self._queue.popleft()
-            parts.append(Part(head.item, head.begin, head.begin + size))
-            num_rows += size
-            if size < head.num_rows:
-                self._bound[device] = Part(head.item, head.begin + size, head.end)
-                break
-        if not parts:
+    def expire(self, now: float) -> None:
+        """Moves requests whose deadline has passed to the late ones."""
+        while self.next_deadline <= now:
+            self._set_late(self._deadlines[0][2])
+
+    def take_late(self) -> list[Item]:
+        """Requests that were not run, or not to their end, as they would have been late; each once."""
+        late, self._late = self._late, []
+        return late
+
+    def seconds_ahead(self, now: float, priority: int) -> float:
+        """Device time of all that a request of this level would find before it, if it came now."""
+        order = (self._order_at(now, priority), math.inf)
+        if not self._queue or self._queue[-1].ticket.order < order:
+            return self._queued_seconds
+        place = bisect.bisect_left(self._queue, order, key=_order)
+        return max(0.0, self._queued_seconds - sum(self._work(part) for part in self._queue[place:]))
+
+    def next_batch(
+        self,
+        device: int,
+        now: float,
+        *,
+        plan: BucketPlan | None = None,
+        claims: Callable[[Part[Item]], bool] | None = None,
+    ) -> Batch[Item] | None:
+        """The batch that a free device runs now; None when nothing is queued for it, or it is deferred.
+
+        Args:
+          device: its number.
+          now: seconds.
+          plan: prices of this device; the queue's own by default.
+          claims: whether the device may take a part that isn't bound to it; any by default.
+        """
+        plan = plan or self.plan
+        self._deferred_until = math.inf
+        head, company = self._choose(device, now, plan, claims)
+        if head is None or self._defers(device, [head, *company], now, plan):
             return None
-        self._num_queued_rows -= num_rows
-        return Batch(self._ladder.bucket_for(num_rows, len(parts)), tuple(parts))
+        num_rows, chosen = self._cut(head, company, plan)
+        for part in (head, *chosen):
+            self._remove(part)
+        if num_rows < head.num_rows:
+            middle = head.begin + num_rows
+            rest = dataclasses.replace(head, begin=middle)
+            head = dataclasses.replace(head, end=middle)
+            self._bind(rest, device)
+        bucket = plan.bucket(num_rows, 1 + len(chosen))
+        assert bucket is not None  # _cut chose a run that has a price
+        return Batch(bucket, (head, *chosen))
+
+    def _choose(
+        self,
+        device: int,
+        now: float,
+        plan: BucketPlan,
+        claims: Callable[[Part[Item]], bool] | None,
+    ) -> tuple[Part[Item] | None, list[Part[Item]]]:
+        """What runs next, and what could run with it up to the limit, in order."""
+        head = self._bound.get(device)
+        if head is not None and self._is_late(head, now):
+            self._set_late(head.ticket)
+            head = None
+        company: list[Part[Item]] = []
+        num_rows, limit = (0, 0) if head is None else (head.num_rows, _limit(head, plan))
+        late: list[Ticket[Item]] = []
+        eligible = (part for part in self._queue if part.may_run_on(device))
+        for part in itertools.islice(eligible, _MAX_LOOK):
+            if claims is not None and not claims(part):
+                continue
+            if self._is_late(part, now):
+                late.append(part.ticket)
+            elif now + plan.seconds(part.num_rows) > part.ticket.deadline:
+                continue  # a faster device can make it
+            elif head is None:
+                head, num_rows, limit = part, part.num_rows, _limit(part, plan)
+            elif num_rows >= limit:
+                break
+            elif num_rows + part.num_rows <= limit:
+                company.append(part)
+                num_rows += part.num_rows
+            elif now - part.ticket.queued_at >= self.config.max_skip_ms / 1e3:
+                break
+        for ticket in late:
+            self._set_late(ticket)
+        return head, company
+
+    @staticmethod
+    def _cut(
+        head: Part[Item], company: Sequence[Part[Item]], plan: BucketPlan
+    ) -> tuple[int, Sequence[Part[Item]]]:
+        """Rows of the next run and who joins the head in it, so that all of them take the least time."""
+        total = head.num_rows + sum(part.num_rows for part in company)
+        best, best_seconds, last = (0, company), math.inf, None
+        for capacity in reversed(plan.row_counts):
+            if capacity < head.num_rows:
+                run = (capacity, ())
+            else:
+                chosen = _fill(head, company, capacity, plan)
+                run = (head.num_rows + sum(part.num_rows for part in chosen), chosen)
+            shape = (run[0], 1 + len(run[1]))
+            if shape == last:
+                continue
+            last = shape
+            num_left = 1 + len(company) - shape[1] + (run[0] < head.num_rows)
+            seconds = plan.run_seconds(*shape) + plan.seconds(total - run[0], max(1, num_left))
+            if seconds < best_seconds * (1 - LEAST_GAIN):
+                best, best_seconds = run, seconds
+        return best
+
+    def _defers(self, device: int, parts: Sequence[Part[Item]], now: float, plan: BucketPlan) -> bool:
+        """Whether the device waits for company: only if it may, under high load, short of the knee."""
+        num_rows = sum(part.num_rows for part in parts)
+        if (
+            not self.config.max_defer_ms
+            or device in self._bound
+            or num_rows >= plan.knee_rows
+            or self._load.at(now) < _HIGH_LOAD * self._num_devices
+        ):
+            return False
+        # So that each device gets a batch in the time of one (PREBA, arXiv 2411.19114, time_queue), and
+        # none of these is late for it.
+        longest = min(self.config.max_defer_ms / 1e3, plan.knee_seconds / self._num_devices)
+        until = min(part.ticket.queued_at for part in parts) + longest
+        latest = min(part.ticket.deadline for part in parts) - plan.knee_seconds
+        self._deferred_until = min(until, latest)
+        if self._deferred_until > now:
+            return True
+        self._deferred_until = math.inf
+        return False
+
+    def _is_late(self, part: Part[Item], now: float) -> bool:
+        deadline = part.ticket.deadline
+        return deadline < math.inf and now + self.plan.seconds(part.num_rows) > deadline
+
+    def _is_open(self, ticket: Ticket[Item]) -> bool:
+        parts = self._open.get(ticket.item)
+        return parts is not None and parts[0].ticket is ticket
+
+    def _set_late(self, ticket: Ticket[Item]) -> None:
+        if self.drop(ticket.item):
+            self._late.append(ticket.item)
+
+    def _order_at(self, now: float, priority: int) -> float:
+        return now + (priority - 1) * self.config.ageing_ms / 1e3
+
+    def _work(self, part: Part[Item]) -> float:
+        return self.plan.work_seconds(part.num_rows)
+
+    def _insert(self, part: Part[Item]) -> None:
+        bisect.insort(self._queue, part, key=_order)
+        self._count_in(part)
+
+    def _bind(self, part: Part[Item], device: int) -> None:
+        self._bound[device] = part
+        self._count_in(part)
+
+    def _count_in(self, part: Part[Item]) -> None:
+        self._open.setdefault(part.item, []).append(part)
+        self._num_queued_rows += part.num_rows
+        self._queued_seconds += self._work(part)
+
+    def _remove(self, part: Part[Item]) -> None:
+        parts = self._open[part.item]
+        parts.remove(part)
+        if not parts:
+            del self._open[part.item]
+        self._num_queued_rows -= part.num_rows
+        self._queued_seconds = max(0.0, self._queued_seconds - self._work(part)) if self._open else 0.0
+        for device, bound in self._bound.items():
+            if bound is part:
+                del self._bound[device]
+                return
+        place = bisect.bisect_left(self._queue, _order(part), key=_order)
+        while self._queue[place] is not part:  # parts of one request share a place
+            place += 1
+        del self._queue[place]
+
+
+class _Load:
+    """Device seconds that arrive a second, of about the last second."""
+
+    def __init__(self) -> None:
+        self._seconds, self._last = 0.0, 0.0
+
+    def at(self, now: float) -> float:
+        return self._seconds * math.exp(self._last - now)
+
+    def add(self, seconds: float, now: float) -> None:
+        self._seconds, self._last = self.at(now) + seconds, now
+
+
+def _order(part: Part) -> tuple[float, int]:
+    return part.ticket.order
+
+
+def _limit(head: Part, plan: BucketPlan) -> int:
+    """Rows of a batch that a part begins: up to the knee, or what its own bucket holds anyhow."""
+    bucket = plan.bucket(min(head.num_rows, plan.ladder.max_rows), 1)
+    return max(plan.knee_rows, 0 if bucket is None else bucket.rows)
+
+
+def _fill(head: Part, company: Sequence[Part], capacity: int, plan: BucketPlan) -> Sequence[Part]:
+    """Those of the company, in order, that fit beside the head; no two of one request."""
+    chosen: list[Part] = []
+    tickets = {head.ticket}
+    num_rows = head.num_rows
+    for part in company:
+        if (
+            num_rows + part.num_rows <= capacity
+            and part.ticket not in tickets
+            and plan.bucket(num_rows + part.num_rows, 2 + len(chosen)) is not None
+        ):
+            chosen.append(part)
+            tickets.add(part.ticket)
+            num_rows += part.num_rows
+    return chosen

@@ -15,13 +15,17 @@ import numpy as np
 
 from xlarank import device
 from xlarank.bundle import Verify, open_bundle, resolve_bundle
-from xlarank.errors import ConfigError, RequestError, UnavailableError
-from xlarank.host import BoundRequest, FeatureStore, Gatherer, Segment, TableMemory
-from xlarank.runtime.answer import Answer, Timings
-from xlarank.runtime.batcher import Batch, Batcher, Part
+from xlarank.errors import ConfigError, DeadlineError, RequestError, UnavailableError, XlarankError
+from xlarank.host import FeatureStore, Gatherer, TableMemory
+from xlarank.runtime.answer import Answer
+from xlarank.runtime.batcher import Batch, Part
+from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.execution import Executed, Execution
 from xlarank.runtime.loading import Loader, LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics
-from xlarank.runtime.pool import DevicePool, Job
+from xlarank.runtime.pending import Pending
+from xlarank.runtime.pool import DevicePool
+from xlarank.runtime.queue_config import QueueConfig
 from xlarank.runtime.table_versions import TableVersion, TableVersions
 from xlarank.runtime.tables import TableBytes
 from xlarank.spec import (
@@ -38,34 +42,8 @@ __all__ = ["Engine"]
 
 _log = logging.getLogger(__name__)
 
-# A buffer is read while its batch runs and written again after: one a device.
-_BUFFERS_A_DEVICE = 1
-
-
-class _Pending:
-    """A request on its way through the engine."""
-
-    __slots__ = (
-        "bound",
-        "execute_seconds",
-        "future",
-        "gather_seconds",
-        "queued_at",
-        "rows_left",
-        "scores",
-        "started_at",
-    )
-
-    def __init__(self, bound: BoundRequest, tasks: tuple[str, ...], queued_at: float) -> None:
-        self.bound = bound
-        self.future: Future[Answer] = Future()
-        self.scores = {task: np.empty(bound.num_candidates, np.float32) for task in tasks}
-        # Parts of one request run on one device, one after the other, so nothing here needs a lock.
-        self.rows_left = bound.num_candidates
-        self.queued_at = queued_at
-        self.started_at = queued_at
-        self.gather_seconds = 0.0
-        self.execute_seconds = 0.0
+# Forming, gathering and answering a batch, whatever its size; the profile times the device alone.
+_SECONDS_A_RUN = 100e-6
 
 
 class Engine:
@@ -78,7 +56,7 @@ class Engine:
       spec: what a request must hold.
       version: the bundle's.
       ladder: the compiled buckets.
-      profile: measured seconds a bucket, of the slowest device.
+      profiles: measured seconds a bucket, by device.
       load_report: what loading did and how long each step took.
       metrics: counters of this model and version.
       features: gives the candidate features of requests that name candidates by id; None without a store.
@@ -98,6 +76,7 @@ class Engine:
         pool: DevicePool | None = None,
         metrics: Metrics | None = None,
         features: FeatureStore | None = None,
+        queue: QueueConfig | None = None,
         on_progress: Callable[[str], None] | None = None,
         on_table_bytes: TableBytes | None = None,
     ) -> Engine:
@@ -119,6 +98,7 @@ class Engine:
           pool: device threads to share with other engines; its own by default.
           metrics: registry to count in; its own by default.
           features: candidate features by id, made for this model's spec; it may outlive the engine.
+          queue: how requests wait and how many may; `QueueConfig()` by default.
           on_progress: told each step in words.
           on_table_bytes: told the bytes of tables read so far, and of how many.
 
@@ -145,10 +125,15 @@ class Engine:
             on_progress=on_progress,
             on_table_bytes=on_table_bytes,
         )
-        return cls(loader, pool, metrics or Metrics(), features)
+        return cls(loader, pool, metrics or Metrics(), features, queue or QueueConfig())
 
     def __init__(
-        self, loader: Loader, pool: DevicePool | None, metrics: Metrics, features: FeatureStore | None
+        self,
+        loader: Loader,
+        pool: DevicePool | None,
+        metrics: Metrics,
+        features: FeatureStore | None,
+        queue: QueueConfig,
     ) -> None:
         """Use `load`."""
         # The formats of its tables are the bundle's own affair.
@@ -167,7 +152,7 @@ class Engine:
         self.spec: ModelSpec = loaded.gatherer.spec
         self.version = loaded.version
         self.ladder: BucketLadder = loaded.ladder
-        self.profile: LatencyProfile = loaded.profile
+        self.profiles: Sequence[LatencyProfile] = loaded.profiles
         self.load_report: LoadReport = loaded.report
         self.metrics: ModelMetrics = metrics.model(
             self.spec.name,
@@ -185,20 +170,25 @@ class Engine:
         self._table_versions = TableVersions(table.name for table in self.spec.tables if table.updatable)
         self.metrics.set_table_versions(self._table_versions.now)
         self.features = features
-        self._compiles = device.CompileCounter()
         self._gatherer: Gatherer = loaded.gatherer
-        self._replicas = loaded.replicas
         self._device_writer = loaded.device_writer
         self._updates = threading.Lock()
-        self._rings = [
-            device.BufferRing(self._gatherer.signature, self.ladder, _BUFFERS_A_DEVICE)
-            for _ in self._replicas
-        ]
         self._tasks = tuple(task.name for task in self.spec.tasks)
-        self._batcher: Batcher[_Pending] = Batcher(self.ladder, max_batch_rows=self.profile.knee_rows())
+        self._execution = Execution(self._gatherer, self.ladder, loaded.replicas)
         self._owns_pool = pool is None
-        self._pool = pool or DevicePool(len(self._replicas))
-        self._pool.attach(self)
+        self._pool = pool or DevicePool(len(loaded.replicas))
+        plans = {
+            id(profile): BucketPlan(
+                self.ladder,
+                profile,
+                seconds_a_run=_SECONDS_A_RUN,
+                max_batch_rows=min(queue.max_batch_rows, self.ladder.max_rows) or None,
+            )
+            for profile in loaded.profiles
+        }
+        self._queue = self._pool.attach(
+            self, self.spec.name, [plans[id(profile)] for profile in loaded.profiles], queue
+        )
         self._table_check.start()
 
     @property
@@ -209,7 +199,7 @@ class Engine:
     @property
     def num_request_path_compiles(self) -> int:
         """Compiles while answering requests; anything but 0 is a defect."""
-        return self._compiles.count
+        return self._execution.num_compiles
 
     def check(self, spec: ModelSpec, columns: Sequence[Column]) -> None:
         """The `ContentCheck` to make requests with: as strict as the default one, at native speed."""
@@ -256,6 +246,9 @@ class Engine:
 
         Raises:
           UnavailableError: if the engine is closed or has a `fault`.
+          OverloadError: if too much is queued.
+          DeadlineError: if the answer is predicted to come after the deadline. The future raises it when the
+            deadline passes while the request is queued; none is executed late.
           ConfigError: if the request was made for another model.
         """
         if not isinstance(request, RankRequest):
@@ -267,21 +260,20 @@ class Engine:
             raise UnavailableError(
                 f"model {self.spec.name!r} version {self.version} has failed: {self.fault}"
             )
-        pending = _Pending(self._gatherer.bind(request), self._tasks, time.monotonic())
+        pending = Pending(self._gatherer.bind(request), self._tasks, time.monotonic())
         with self._idle:
             if not self._is_open:
                 raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed")
             self._num_open += 1
-        pending.future.add_done_callback(self._on_done)
+        pending.future.add_done_callback(lambda _: self._on_done(pending))
         if request.num_candidates == 0:  # nothing to run, but answered and counted like any other
-            pending.started_at = pending.queued_at
             self._respond(pending)
             return pending.future
         try:
-            self._pool.submit(self, lambda: self._batcher.add(pending, request.num_candidates))
-        except UnavailableError as error:
-            pending.future.set_exception(error)
-            raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed") from error
+            self._pool.submit(self._queue, pending, request.num_candidates, options or RequestOptions())
+        except XlarankError as error:
+            pending.fail(error)
+            raise
         self.metrics.record_accepted(request.num_candidates)
         return pending.future
 
@@ -327,7 +319,7 @@ class Engine:
             self._is_open = False
             self._idle.wait_for(lambda: self._num_open == 0)
         self._table_check.stop()
-        self._pool.detach(self)
+        self._pool.detach(self._queue)
         if self._owns_pool:
             self._pool.close()
 
@@ -346,85 +338,63 @@ class Engine:
             )
         return self.features
 
-    def next_job(self, device_index: int) -> Job | None:
-        """For the pool, under its lock; see `Workload`."""
-        while (batch := self._batcher.next_batch(device_index)) is not None:
-            if any(part.item.future.cancelled() for part in batch.parts):
-                batch = self._without_cancelled(batch)
-            if batch is not None:
-                return lambda batch=batch: self._run(batch, device_index)
-        return None
-
-    def _without_cancelled(self, batch: Batch[_Pending]) -> Batch[_Pending] | None:
-        kept: list[Part[_Pending]] = []
-        for part in batch.parts:
-            if part.item.future.cancelled():
-                self._batcher.drop(part.item)
-            else:
-                kept.append(part)
-        if not kept:
-            return None
-        num_rows = sum(part.num_rows for part in kept)
-        return Batch(self.ladder.bucket_for(num_rows, len(kept)), tuple(kept))
-
-    def _run(self, batch: Batch[_Pending], device_index: int) -> None:
-        ring = self._rings[device_index]
-        buffers = ring.acquire()
+    def run(self, batch: Batch[Pending], device_index: int) -> None:
+        """For the pool: see `Workload`."""
+        if any(part.item.is_over for part in batch.parts):
+            kept = tuple(part for part in batch.parts if not part.item.is_over)
+            if not kept:
+                return
+            batch = self._batch_of(kept)
         try:
-            with self._compiles.request_path():
-                start = time.monotonic()
-                leaves = buffers.leaves(batch.bucket)
-                segments = [Segment(part.item.bound, part.begin, part.end) for part in batch.parts]
-                self._gatherer.gather(segments, batch.bucket, leaves)
-                gathered = time.monotonic()
-                scores = self._replicas[device_index].run(batch.bucket, leaves)
-                executed = time.monotonic()
+            executed = self._execution.run(batch, device_index)
         except Exception as error:  # the boundary of a device's thread: a batch may fail, the thread not
             _log.exception("model %s: a batch of bucket %s failed", self.spec.name, batch.bucket)
-            self._fail(batch, error)
+            for part in batch.parts:
+                self._pool.drop(self._queue, part.item)
+                part.item.fail(error)
             return
-        finally:
-            ring.release(buffers)
-        num_requests = len(batch.parts)
-        self.metrics.record_batch(
-            batch.bucket, batch.num_rows, num_requests, gathered - start, executed - gathered
+        self._answer(batch, executed)
+
+    def fail_late(self, item: Pending) -> None:
+        """For the pool: see `Workload`."""
+        item.fail(
+            DeadlineError(f"model {self.spec.name!r}: the request was queued past its deadline, and not run")
         )
-        self.metrics.set_compiles(self._compiles.count)
+
+    def _batch_of(self, parts: tuple[Part[Pending], ...]) -> Batch[Pending]:
+        return Batch(self.ladder.bucket_for(sum(part.num_rows for part in parts), len(parts)), parts)
+
+    def _answer(self, batch: Batch[Pending], executed: Executed) -> None:
+        self.metrics.record_batch(
+            batch.bucket,
+            batch.num_rows,
+            len(batch.parts),
+            executed.gather_seconds,
+            executed.execute_seconds,
+        )
+        self.metrics.set_compiles(self._execution.num_compiles)
         row = 0
         for part in batch.parts:
-            pending = part.item
-            for task, values in scores.items():
-                pending.scores[task][part.begin : part.end] = values[row : row + part.num_rows]
-            row += part.num_rows
-            if part.begin == 0:
-                pending.started_at = start
-            pending.gather_seconds += gathered - start
-            pending.execute_seconds += executed - gathered
-            pending.rows_left -= part.num_rows
-            if pending.rows_left == 0:
-                self._respond(pending)
+            end = row + part.num_rows
+            is_whole = part.item.add(
+                part.begin,
+                {task: values[row:end] for task, values in executed.scores.items()},
+                started_at=executed.started_at,
+                gather_seconds=executed.gather_seconds,
+                execute_seconds=executed.execute_seconds,
+            )
+            row = end
+            if is_whole:
+                self._respond(part.item)
 
-    def _respond(self, pending: _Pending) -> None:
-        if not pending.future.set_running_or_notify_cancel():
-            return  # the caller left while its batch ran
-        timings = Timings(
-            queue=pending.started_at - pending.queued_at,
-            gather=pending.gather_seconds,
-            execute=pending.execute_seconds,
-            total=time.monotonic() - pending.queued_at,
-        )
-        self.metrics.record_success(num_rows=pending.bound.num_candidates, timings=timings)
-        pending.future.set_result(Answer(pending.scores, timings))
+    def _respond(self, pending: Pending) -> None:
+        answer = pending.answer(time.monotonic())
+        if answer is not None:
+            self.metrics.record_success(pending.bound.num_candidates, answer.timings)
 
-    def _fail(self, batch: Batch[_Pending], error: Exception) -> None:
-        with self._pool.locked():
-            for part in batch.parts:
-                self._batcher.drop(part.item)
-        for part in batch.parts:
-            if part.item.future.set_running_or_notify_cancel():
-                part.item.future.set_exception(error)
-
-    def _on_done(self, _: Future) -> None:
+    def _on_done(self, pending: Pending) -> None:
+        if pending.future.cancelled():
+            self._pool.drop(self._queue, pending)
         with self._idle:
             self._num_open -= 1
             if self._num_open == 0:

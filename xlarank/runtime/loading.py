@@ -62,7 +62,9 @@ class LoadedModel:
     ladder: BucketLadder
     replicas: Sequence[device.Replica]
     device_writer: device.TableWriter
-    profile: LatencyProfile
+    profiles: Sequence[LatencyProfile]
+    """By device, the same object for devices of one kind: the slowest of the kind counts."""
+
     report: LoadReport
 
 
@@ -115,7 +117,7 @@ class Loader:
         writer = self._timed("row updates", self._device_writer, gatherer, replicas)
         golden, buffers = self._golden(gatherer), device.BatchBuffers(gatherer.signature, manifest.ladder)
         errors = self._timed("replay", self._replay, replicas, golden, buffers)
-        profile = self._timed("profile", self._profile, replicas, golden, buffers)
+        profiles = self._timed("profile", self._profiles, replicas, golden, buffers)
         return LoadedModel(
             version=manifest.version,
             gatherer=gatherer,
@@ -123,7 +125,7 @@ class Loader:
             ladder=manifest.ladder,
             replicas=replicas,
             device_writer=writer,
-            profile=profile,
+            profiles=profiles,
             report=LoadReport(self._seconds, differences, errors, tables.memory, tables.huge_pages),
         )
 
@@ -218,12 +220,17 @@ class Loader:
         return worst
 
     @staticmethod
-    def _profile(
+    def _profiles(
         replicas: Sequence[device.Replica],
         golden: device.GoldenReplay,
         buffers: device.BatchBuffers,
-    ) -> LatencyProfile:
-        profiles = [device.measure_profile(replica, golden, buffers) for replica in replicas]
-        return LatencyProfile(
-            {bucket: max(p.seconds_of(bucket) for p in profiles) for bucket in profiles[0].seconds}
-        )
+    ) -> list[LatencyProfile]:
+        by_kind: dict[str, list[LatencyProfile]] = {}
+        for replica in replicas:
+            measured = device.measure_profile(replica, golden, buffers)
+            by_kind.setdefault(replica.device.device_kind, []).append(measured)
+        slowest = {
+            kind: LatencyProfile({b: max(p.seconds_of(b) for p in measured) for b in measured[0].seconds})
+            for kind, measured in by_kind.items()
+        }
+        return [slowest[replica.device.device_kind] for replica in replicas]

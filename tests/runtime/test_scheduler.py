@@ -1,0 +1,355 @@
+"""The scheduler's contract: devices, models and admission, with placements worked out by hand."""
+
+import collections
+import math
+import random
+
+import pytest
+
+from xlarank.errors import DeadlineError, OverloadError, UnavailableError
+from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.queue_config import QueueConfig
+from xlarank.runtime.scheduler import Scheduler
+from xlarank.spec import BucketLadder, LatencyProfile, RequestOptions
+
+LADDER = BucketLadder.of_rows((8, 32))
+
+
+def plan_of(seconds_a_row, *, seconds=0.0, ladder=LADDER):
+    """A run takes as long as its bucket has rows."""
+    profile = LatencyProfile({b: seconds + seconds_a_row * b.rows for b in ladder.buckets})
+    return BucketPlan(ladder, profile, max_batch_rows=ladder.max_rows)
+
+
+ALIKE = plan_of(1 / 32)  # 32 rows take a second
+FAST, SLOW = plan_of(1 / 32), plan_of(4 / 32)
+
+
+def scheduler_of(*plans, costs=None, **config):
+    """A scheduler of one model with these plans, and the model's queue."""
+    scheduler = Scheduler(len(plans), costs=costs)
+    return scheduler, scheduler.attach("feed", plans, QueueConfig(**{"max_queue_ms": 1e6} | config))
+
+
+def ask(scheduler, queue, item, rows=32, now=0.0, **options):
+    scheduler.submit(queue, item, rows, RequestOptions(**options), now)
+
+
+def items(turn):
+    return [] if turn is None else [part.item for part in turn.batch.parts]
+
+
+def test_a_free_device_takes_what_is_first_whoever_it_is():
+    scheduler, queue = scheduler_of(ALIKE, ALIKE)
+    for name in "abc":
+        ask(scheduler, queue, name)
+    assert scheduler.is_uniform
+    first = scheduler.next_turn(1, 0.0)
+    assert items(first) == ["a"]
+    assert items(scheduler.next_turn(0, 0.0)) == ["b"]
+    scheduler.finished(first, 1.0)
+    assert items(scheduler.next_turn(1, 1.0)) == ["c"]
+    assert scheduler.turn_of(1).batch.num_rows == 32
+
+
+def test_of_devices_that_differ_the_one_that_finishes_soonest_gets_a_request():
+    scheduler, queue = scheduler_of(FAST, SLOW)
+    assert not scheduler.is_uniform
+    for name in "abcdef":
+        ask(scheduler, queue, name)
+    # Fast takes 1 s a request, slow 4 s: a, b, c finish on fast at 1, 2, 3; d at 4 on either.
+    assert items(scheduler.next_turn(1, 0.0)) == ["d"]
+    turn = scheduler.next_turn(0, 0.0)
+    assert items(turn) == ["a"]
+    scheduler.finished(turn, 1.0)
+    assert items(scheduler.next_turn(0, 1.0)) == ["b"]
+
+
+def test_a_free_device_waits_only_where_a_busy_one_is_sooner():
+    scheduler, queue = scheduler_of(FAST, SLOW)
+    ask(scheduler, queue, "a")
+    assert scheduler.next_turn(1, 0.0) is None  # fast, free as well, takes 1 s
+    assert items(scheduler.next_turn(0, 0.0)) == ["a"]
+    ask(scheduler, queue, "b")
+    assert scheduler.next_turn(1, 0.0) is None  # 2 s on fast, 4 s here
+    for name in "cd":
+        ask(scheduler, queue, name)
+    assert items(scheduler.next_turn(1, 0.0)) == ["d"]  # 4 s here, no sooner there
+
+
+def test_the_cheapest_device_that_meets_the_deadline_is_preferred():
+    scheduler, queue = scheduler_of(FAST, SLOW, costs=[10.0, 1.0])
+    ask(scheduler, queue, "patient", deadline=5.0)
+    ask(scheduler, queue, "hurried", deadline=2.0)
+    assert items(scheduler.next_turn(0, 0.0)) == ["hurried"]
+    assert items(scheduler.next_turn(1, 0.0)) == ["patient"]
+
+
+def test_never_a_dearer_device_while_a_cheaper_one_meets_the_deadline():
+    rng = random.Random(7)
+    for _ in range(300):
+        speeds = [rng.choice((1, 2, 4)) / 32 for _ in range(3)]
+        costs = [rng.choice((1.0, 2.0, 5.0)) for _ in range(3)]
+        scheduler, queue = scheduler_of(*(plan_of(speed) for speed in speeds), costs=costs)
+        rows, deadline = rng.choice((8, 32)), rng.uniform(0.3, 5)
+        finish = [speed * rows for speed in speeds]
+        meets = [i for i in range(3) if finish[i] <= deadline]
+        if not meets:
+            with pytest.raises(DeadlineError):
+                ask(scheduler, queue, "a", rows, deadline=deadline)
+            continue
+        ask(scheduler, queue, "a", rows, deadline=deadline)
+        takers = [i for i in range(3) if (turn := scheduler.next_turn(i, 0.0)) is not None and items(turn)]
+        assert len(takers) == 1
+        assert costs[takers[0]] == min(costs[i] for i in meets)
+        equal = [finish[i] for i in meets if costs[i] == costs[takers[0]]]
+        assert finish[takers[0]] == min(equal)
+
+
+def homes(scheduler, queue, keys):
+    """Which of two devices each key lives on."""
+    found = {}
+    for key in keys:
+        ask(scheduler, queue, key, affinity_key=key)
+        (found[key],) = [part.ticket.home for part in queue.batcher.waiting()]
+        queue.batcher.drop(key)
+    return found
+
+
+def test_a_key_goes_to_its_home_and_overflows_when_that_is_busy():
+    scheduler, queue = scheduler_of(ALIKE, ALIKE, max_skip_ms=100)
+    home = homes(scheduler, queue, [f"u{i}" for i in range(40)])
+    assert len(set(home.values())) == 2
+    assert home == homes(scheduler, queue, home)
+    left, right = (next(key for key in home if home[key] == device) for device in (0, 1))
+    ask(scheduler, queue, "a", affinity_key=left)
+    assert scheduler.next_turn(1, 0.0) is None  # its home is idle
+    assert items(scheduler.next_turn(0, 0.0)) == ["a"]
+    ask(scheduler, queue, "b", affinity_key=left)
+    ask(scheduler, queue, "c", affinity_key=right)
+    own = scheduler.next_turn(1, 0.0)
+    assert items(own) == ["c"]  # its own first
+    scheduler.finished(own, 0.05)
+    assert items(scheduler.next_turn(1, 0.05)) == ["b"]  # then what others have no time for
+
+
+def test_another_devices_request_is_taken_first_once_it_has_waited():
+    scheduler, queue = scheduler_of(ALIKE, ALIKE, max_skip_ms=100)
+    home = homes(scheduler, queue, [f"u{i}" for i in range(40)])
+    left, right = (next(key for key in home if home[key] == device) for device in (0, 1))
+    ask(scheduler, queue, "a", affinity_key=left)
+    assert items(scheduler.next_turn(0, 0.0)) == ["a"]
+    ask(scheduler, queue, "b", affinity_key=left)
+    ask(scheduler, queue, "c", now=0.2, affinity_key=right)
+    assert items(scheduler.next_turn(1, 0.2)) == ["b"]
+
+
+def test_a_device_more_moves_only_the_keys_that_it_wins():
+    keys = [f"u{i}" for i in range(300)]
+    two, three = (homes(*scheduler_of(*[ALIKE] * count), keys) for count in (2, 3))
+    moved = [key for key in keys if two[key] != three[key]]
+    assert {three[key] for key in moved} == {2}
+    assert 60 < len(moved) < 140
+
+
+def test_spread_runs_a_share_on_every_device():
+    scheduler, queue = scheduler_of(ALIKE, ALIKE, policy="spread")
+    ask(scheduler, queue, "a", 15)
+    turns = [scheduler.next_turn(device, 0.0) for device in range(2)]
+    assert [(part.begin, part.end) for turn in turns for part in turn.batch.parts] == [(0, 7), (7, 15)]
+
+
+def test_models_take_turns_by_the_device_time_they_used():
+    scheduler = Scheduler(1)
+    heavy, light = (scheduler.attach(name, [ALIKE], QueueConfig(max_queue_ms=1e6)) for name in ("h", "l"))
+    for i in range(20):
+        ask(scheduler, heavy, f"h{i}", 32)
+        for j in range(4):
+            ask(scheduler, light, f"l{i}.{j}", 8)
+    used, now = collections.Counter(), 0.0
+    for _ in range(20):
+        turn = scheduler.next_turn(0, now)
+        seconds = 1.0 if turn.queue is heavy else 0.25 * turn.batch.num_rows / 8
+        now += seconds
+        used[turn.queue.name] += seconds
+        scheduler.finished(turn, now)
+        assert abs(used["h"] - used["l"]) <= 1.0
+
+
+def test_a_model_that_was_idle_has_saved_up_no_turns():
+    scheduler = Scheduler(1)
+    busy, idle = (scheduler.attach(name, [ALIKE], QueueConfig(max_queue_ms=1e6)) for name in ("b", "i"))
+    now = 0.0
+    for i in range(50):
+        ask(scheduler, busy, i, now=now)
+    for _ in range(30):
+        turn = scheduler.next_turn(0, now)
+        now += 1.0
+        scheduler.finished(turn, now)
+    for i in range(20):
+        ask(scheduler, idle, f"i{i}", now=now)
+    order = []
+    for _ in range(10):
+        turn = scheduler.next_turn(0, now)
+        order.append(turn.queue.name)
+        now += 1.0
+        scheduler.finished(turn, now)
+    assert order.count("b") == order.count("i") == 5
+
+
+def test_a_request_that_would_finish_too_late_is_refused_at_once():
+    scheduler, queue = scheduler_of(ALIKE, ALIKE)
+    for name in "ab":
+        ask(scheduler, queue, name, now=10.0)
+    turns = [scheduler.next_turn(device, 10.0) for device in (0, 1)]
+    assert all(turns)
+    ask(scheduler, queue, "c", now=10.5, deadline=12.5)  # 0.5 s to wait, 1 s to run
+    with pytest.raises(
+        DeadlineError, match=r"model 'feed': the answer would come in 2000.0 ms, the deadline is in 1900.0 ms"
+    ):
+        ask(scheduler, queue, "d", now=10.5, deadline=12.4)  # half of c's second on each device
+    assert queue.batcher.num_queued_requests == 1
+
+
+def test_the_servers_own_timeout_is_a_deadline_too():
+    scheduler, queue = scheduler_of(ALIKE, default_timeout_ms=900)
+    with pytest.raises(DeadlineError, match=r"the deadline is in 900\.0 ms"):
+        ask(scheduler, queue, "a", deadline=math.inf)
+
+
+def test_a_longer_queue_than_allowed_is_refused_and_says_when_to_come_again():
+    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=2500)
+    for i in range(3):
+        ask(scheduler, queue, i)
+    with pytest.raises(
+        OverloadError,
+        match=r"model 'feed': the queue is full: a request would wait 3000.0 ms, max_queue_ms is 2500",
+    ) as refused:
+        ask(scheduler, queue, 3)
+    assert refused.value.retry_after_seconds == pytest.approx(3.0 - 1.25)
+    ask(scheduler, queue, "urgent", priority=1)  # nothing of its level is ahead
+
+
+def test_rows_are_bounded_but_a_lone_request_is_taken():
+    scheduler, queue = scheduler_of(ALIKE, max_queued_rows=40)
+    ask(scheduler, queue, "a", 100)
+    with pytest.raises(OverloadError, match=r"100 rows are queued, 1 more would pass max_queued_rows, 40"):
+        ask(scheduler, queue, "b", 1)
+
+
+def test_predictions_count_other_models_as_far_as_they_take_turns():
+    scheduler = Scheduler(1)
+    config = QueueConfig(max_queue_ms=1e6)
+    own, other = (scheduler.attach(name, [ALIKE], config) for name in ("own", "other"))
+    for i in range(10):
+        ask(scheduler, other, i)
+    assert scheduler.predicted_start(own, 0.0) == pytest.approx(1.0)  # one turn of the other's
+    for i in range(3):
+        ask(scheduler, own, f"own{i}")
+    assert scheduler.predicted_start(own, 0.0) == pytest.approx(3.0 + 4.0)
+
+
+def test_predictions_learn_from_what_runs_took():
+    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=1e6)
+    now = 0.0
+    for i in range(60):
+        ask(scheduler, queue, i, now=now)
+        turn = scheduler.next_turn(0, now)
+        now += 2.0
+        scheduler.finished(turn, now)
+    ask(scheduler, queue, "x", now=now)
+    scheduler.next_turn(0, now)
+    assert scheduler.predicted_start(queue, now) - now == pytest.approx(2.0, rel=0.01)
+
+
+def test_work_ahead_fills_devices_level_each_from_when_it_is_free():
+    scheduler, queue = scheduler_of(ALIKE, ALIKE, ALIKE, max_queue_ms=1e6)
+    for i in range(2):
+        ask(scheduler, queue, i)
+        scheduler.next_turn(i, 0.0)
+    assert scheduler.predicted_start(queue, 0.25) == 0.25  # the third is free
+    ask(scheduler, queue, "x", now=0.25)
+    ask(scheduler, queue, "y", now=0.25)
+    # 2 s of work: the third device alone until 1.0, then three of them.
+    assert scheduler.predicted_start(queue, 0.25) == pytest.approx(1.0 + (2.0 - 0.75) / 3)
+
+
+def test_a_device_out_of_service_gets_nothing_and_what_it_held_goes_to_others():
+    scheduler, queue = scheduler_of(ALIKE, ALIKE)
+    ask(scheduler, queue, "a", 64)  # two runs
+    assert items(scheduler.next_turn(0, 0.0)) == ["a"]
+    scheduler.set_healthy(0, False)
+    assert (scheduler.num_healthy, scheduler.is_healthy(0)) == (1, False)
+    assert scheduler.next_turn(0, 1.0) is None
+    rest = scheduler.next_turn(1, 1.0)
+    assert [(part.begin, part.end) for part in rest.batch.parts] == [(32, 64)]
+    scheduler.set_healthy(1, False)
+    with pytest.raises(UnavailableError, match="model 'feed': no device is healthy"):
+        ask(scheduler, queue, "b")
+    scheduler.set_healthy(0, True)
+    ask(scheduler, queue, "b", now=2.0)
+    assert items(scheduler.next_turn(0, 2.0)) == ["b"]
+
+
+def test_late_requests_are_told_and_a_detached_model_is_forgotten():
+    scheduler, queue = scheduler_of(ALIKE)
+    ask(scheduler, queue, "a")
+    scheduler.next_turn(0, 0.0)
+    ask(scheduler, queue, "b", deadline=2.5)
+    assert scheduler.wake_at() == 2.5
+    assert scheduler.take_late(2.4) == []
+    assert scheduler.take_late(2.5) == [(queue, "b")]
+    scheduler.detach(queue)
+    scheduler.detach(queue)
+    assert not scheduler.is_attached(queue)
+    assert scheduler.wake_at() == math.inf
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_device_idles_while_rows_are_queued_and_all_are_answered(seed):
+    """Three models, keys, priorities, alike devices: at no time is a device free and something queued."""
+    rng = random.Random(seed)
+    scheduler = Scheduler(3)
+    plans = [plan_of(rng.choice((1, 3)) / 320, seconds=0.01) for _ in range(3)]
+    queues = [
+        scheduler.attach(f"m{i}", [plan] * 3, QueueConfig(max_skip_ms=rng.choice((0, 5)), max_queue_ms=1e9))
+        for i, plan in enumerate(plans)
+    ]
+    running, done, asked, now = {}, collections.Counter(), {}, 0.0
+    for step in range(400):
+        now += rng.random() / 50
+        for device, (turn, end) in list(running.items()):
+            if end <= now:
+                del running[device]
+                scheduler.finished(turn, end)
+                for part in turn.batch.parts:
+                    done[part.item] += part.num_rows
+        if step < 300:
+            asked[step] = rng.choice((1, 5, 30, 90))
+            key = rng.choice((None, f"u{rng.randrange(5)}"))
+            ask(
+                scheduler,
+                rng.choice(queues),
+                step,
+                asked[step],
+                now,
+                affinity_key=key,
+                priority=rng.randint(1, 4),
+            )
+        for _ in range(2):  # what one takes may free what another left for it
+            for device in range(3):
+                if device not in running and (turn := scheduler.next_turn(device, now)) is not None:
+                    running[device] = (turn, now + turn.predicted_seconds)
+        # A device that has begun a request keeps the rest of it.
+        assert len(running) == 3 or not any(list(queue.batcher.waiting()) for queue in queues)
+    while running or scheduler.num_queued_requests:
+        device, (turn, end) = min(running.items(), key=lambda entry: entry[1][1])
+        now = end
+        del running[device]
+        scheduler.finished(turn, now)
+        for part in turn.batch.parts:
+            done[part.item] += part.num_rows
+        for device in range(3):
+            if device not in running and (turn := scheduler.next_turn(device, now)) is not None:
+                running[device] = (turn, now + turn.predicted_seconds)
+    assert done == asked

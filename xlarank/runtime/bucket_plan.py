@@ -1,0 +1,115 @@
+"""Which compiled buckets rows run in, by what each was measured to take: `BucketPlan`."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+
+from xlarank.errors import BucketError
+from xlarank.spec import Bucket, BucketLadder, LatencyProfile
+
+__all__ = ["LEAST_GAIN", "BucketPlan"]
+
+LEAST_GAIN = 0.05
+"""Share of time that more runs must save to be worth it: what two measurements of one bucket differ by."""
+
+
+class BucketPlan:
+    """Prices of one model on one kind of device. Immutable, but for what it remembers; any thread.
+
+    Attributes:
+      ladder: the compiled buckets.
+      knee_rows: rows beyond which merging requests stops paying, see `LatencyProfile.knee_rows`.
+      knee_seconds: a run of that many rows.
+      seconds_a_row: at the best throughput up to the knee: what a row costs where batches are full.
+    """
+
+    def __init__(
+        self,
+        ladder: BucketLadder,
+        profile: LatencyProfile,
+        *,
+        seconds_a_run: float = 0.0,
+        max_batch_rows: int | None = None,
+    ) -> None:
+        """
+        Args:
+          ladder: the compiled buckets.
+          profile: measured seconds of each of them.
+          seconds_a_run: what a run takes beside, whatever its size: forming and gathering a batch.
+          max_batch_rows: merges no more rows than this; the profile's knee by default.
+
+        Raises:
+          BucketError: if a bucket has no measured time, or `max_batch_rows` isn't a row count of the ladder's
+            range.
+        """
+        limit = profile.knee_rows() if max_batch_rows is None else max_batch_rows
+        if not 1 <= limit <= ladder.max_rows:
+            raise BucketError(f"max_batch_rows must be in [1, {ladder.max_rows}]; was {limit}")
+        self.ladder = ladder
+        # What disturbs a measurement adds time: a bucket counts as no slower than one that holds it.
+        self._seconds = {
+            bucket: seconds_a_run
+            + min(profile.seconds_of(b) for b in ladder.buckets if b.holds(bucket.rows, bucket.requests))
+            for bucket in ladder.buckets
+        }
+        self.row_counts = sorted({bucket.rows for bucket in ladder.buckets})
+        self._request_counts = sorted({bucket.requests for bucket in ladder.buckets})
+        self._tables: dict[int, list[float]] = {}  # by requests; equal whoever fills them
+        self.knee_rows = limit
+        merged = [bucket for bucket in ladder.buckets if bucket.rows <= limit] or [ladder.buckets[0]]
+        self.seconds_a_row = min(self._seconds[bucket] / bucket.rows for bucket in merged)
+        self.knee_seconds = self.seconds_a_row * limit
+        self.bucket = functools.cache(self._bucket)
+        self.run_seconds = functools.cache(self._run_seconds)
+
+    def _bucket(self, num_rows: int, num_requests: int) -> Bucket | None:
+        """The smallest bucket that holds them; None when none does."""
+        for bucket in self.ladder.buckets:
+            if bucket.holds(num_rows, num_requests):
+                return bucket
+        return None
+
+    def _run_seconds(self, num_rows: int, num_requests: int) -> float:
+        """Of one run of the smallest bucket that holds them; inf when none does."""
+        bucket = self.bucket(num_rows, num_requests)
+        return math.inf if bucket is None else self._seconds[bucket]
+
+    def seconds(self, num_rows: int, num_requests: int = 1) -> float:
+        """Of the cheapest set of runs for rows of so many requests.
+
+        Args:
+          num_rows: 0 or more; beyond the largest bucket full ones come first.
+          num_requests: any part of them may be in each of the runs.
+        """
+        if num_rows == 0:
+            return 0.0
+        # Fewer requests may run in a bucket of more; rows without a bucket of so many requests run in parts.
+        place = bisect.bisect_left(self._request_counts, num_requests)
+        requests = self._request_counts[min(place, len(self._request_counts) - 1)]
+        if requests not in self._tables:
+            self._tables[requests] = self._table(requests)
+        table, largest = self._tables[requests], self.ladder.max_rows
+        num_full = (num_rows - 1) // largest
+        return num_full * table[largest] + table[num_rows - num_full * largest]
+
+    def work_seconds(self, num_rows: int) -> float:
+        """What a request adds to a busy device's time: alone where it is large, its share where it merges."""
+        if 2 * num_rows > self.knee_rows:
+            return self.seconds(num_rows)
+        return num_rows * self.seconds_a_row
+
+    def _table(self, num_requests: int) -> list[float]:
+        """[max_rows + 1] seconds of the cheapest set of buckets (dynamic program over rows)."""
+        prices = [
+            (rows, self.run_seconds(rows, min(rows, num_requests)))
+            for rows in self.row_counts
+            if self.run_seconds(rows, min(rows, num_requests)) < math.inf
+        ]
+        if not prices:  # so many requests fit no bucket at once
+            return self._table(self._request_counts[self._request_counts.index(num_requests) - 1])
+        table = [0.0]
+        for num_rows in range(1, self.ladder.max_rows + 1):
+            table.append(min(price + table[max(0, num_rows - rows)] for rows, price in prices))
+        return table

@@ -1,0 +1,79 @@
+"""Runs batches of one model on its devices: `Execution`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from xlarank import device
+from xlarank.host import Gatherer, Segment
+from xlarank.runtime.batcher import Batch
+from xlarank.runtime.pending import Pending
+from xlarank.spec import Bucket, BucketLadder
+
+__all__ = ["Executed", "Execution", "Executor"]
+
+# A buffer is read while its batch runs and written again after: one a device.
+_BUFFERS_A_DEVICE = 1
+
+
+class Executor(Protocol):
+    """Runs the programs of a model on one device: `xlarank.device.Replica`, or what tests make fail."""
+
+    def run(self, bucket: Bucket, leaves: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """[B] float32 scores by task, padding included, of filled buffers."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """What came of a batch."""
+
+    scores: Mapping[str, np.ndarray]
+    """[B] float32 by task, padding included."""
+
+    started_at: float
+    gather_seconds: float
+    execute_seconds: float
+
+
+class Execution:
+    """Gathers batches and executes them. One thread a device at a time."""
+
+    def __init__(self, gatherer: Gatherer, ladder: BucketLadder, executors: Sequence[Executor]) -> None:
+        """
+        Args:
+          gatherer: of the model.
+          ladder: the compiled buckets.
+          executors: by device.
+        """
+        self._gatherer = gatherer
+        self._executors = executors
+        self._rings = [device.BufferRing(gatherer.signature, ladder, _BUFFERS_A_DEVICE) for _ in executors]
+        self._compiles = device.CompileCounter()
+
+    @property
+    def num_compiles(self) -> int:
+        """Compiles while executing; anything but 0 is a defect."""
+        return self._compiles.count
+
+    def run(self, batch: Batch[Pending], device_index: int) -> Executed:
+        """Gathers and executes; raises what the gather or the device raises."""
+        ring = self._rings[device_index]
+        buffers = ring.acquire()
+        try:
+            with self._compiles.request_path():
+                start = time.monotonic()
+                leaves = buffers.leaves(batch.bucket)
+                segments = [Segment(part.item.bound, part.begin, part.end) for part in batch.parts]
+                self._gatherer.gather(segments, batch.bucket, leaves)
+                gathered = time.monotonic()
+                scores = self._executors[device_index].run(batch.bucket, leaves)
+                executed = time.monotonic()
+        finally:
+            ring.release(buffers)
+        return Executed(scores, start, gathered - start, executed - gathered)

@@ -1,0 +1,60 @@
+"""How requests wait: `QueueConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from xlarank.errors import ConfigError
+from xlarank.spec.fields import set_enum, to_integer, to_number
+
+__all__ = ["DispatchPolicy", "QueueConfig"]
+
+
+class DispatchPolicy(enum.StrEnum):
+    """What becomes of a request where there are several devices."""
+
+    AFFINITY = "affinity"
+    """All of a request runs on one device."""
+
+    SPREAD = "spread"
+    """Every device runs an equal share of its rows. To compare with."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueueConfig:
+    """How the requests of each model wait for devices, and how many may."""
+
+    max_queued_rows: int = 65536
+    """Rows accepted and not yet running; a request beyond it is refused, unless nothing is queued."""
+
+    max_queue_ms: float = 1000.0
+    """Predicted wait beyond which a request is refused, in milliseconds."""
+
+    default_timeout_ms: float = 0.0
+    """Deadline of requests that bring none, in milliseconds from arrival; 0 for none."""
+
+    max_batch_rows: int = 0
+    """Most rows that requests are merged to; 0 for the knee of the measured times."""
+
+    max_skip_ms: float = 2.0
+    """Longest time that smaller requests may overtake one that doesn't fit; 0 for strict order."""
+
+    ageing_ms: float = 100.0
+    """A level of priority counts as so many milliseconds of waiting."""
+
+    max_defer_ms: float = 0.0
+    """Longest time that a free device waits for company under high load; 0 for never."""
+
+    policy: DispatchPolicy = DispatchPolicy.AFFINITY
+    """Whether a request runs on one device (affinity) or is split over all (spread)."""
+
+    def __post_init__(self) -> None:
+        set_enum(self, "policy", DispatchPolicy, "queue")
+        to_integer("queue", "max_queued_rows", self.max_queued_rows, least=1)
+        to_integer("queue", "max_batch_rows", self.max_batch_rows, least=0)
+        for name in ("max_queue_ms", "default_timeout_ms", "max_skip_ms", "ageing_ms", "max_defer_ms"):
+            if to_number("queue", name, getattr(self, name)) < 0:
+                raise ConfigError(f"queue: {name} must be >= 0; was {getattr(self, name)}")
+        if self.max_queue_ms == 0:
+            raise ConfigError("queue: max_queue_ms must be > 0; was 0")

@@ -1,0 +1,380 @@
+"""Which device runs which model's requests next: `Scheduler`.
+
+Contract
+  - Pure, as the batchers that it owns the turns of: no threads, no clock. The owner serialises the calls and
+    hands in the time of each event. The server's threads and the simulator drive the same object.
+  - One queue a model; a request is bound to a device when the device frees. Devices of one kind are alike,
+    and a free one takes what is first in the queue.
+  - Where devices differ, a request goes to the cheapest device whose predicted finish meets its deadline,
+    else to the one that finishes soonest (ELSA, arXiv 2202.13481), counting what is ahead of it in the queue.
+    So a free device is left idle only for requests that a cheaper one, busy now, still finishes in time, or a
+    faster one sooner; no other case leaves a device idle while rows are queued.
+  - A request with an affinity key has a home device, by rendezvous hashing of the key; it runs elsewhere when
+    its home is busy and another device has nothing of its own to do, or once it has waited `max_skip_ms`.
+  - Models that share devices take turns by the device time that they have used. One that had nothing queued
+    starts level with the others, so that it can neither hoard turns nor pay for old ones.
+  - Admission is by prediction: a request that would finish after its deadline, or find the queue longer than
+    allowed, is refused before any work is done for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import math
+from collections.abc import Hashable, Sequence
+from typing import Generic, TypeVar
+
+from xlarank.errors import DeadlineError, OverloadError, UnavailableError
+from xlarank.runtime.batcher import Batch, Batcher, Part, Ticket
+from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.queue_config import DispatchPolicy, QueueConfig
+from xlarank.spec import DEFAULT_PRIORITY, RequestOptions
+
+__all__ = ["ModelQueue", "Scheduler", "Turn"]
+
+Item = TypeVar("Item", bound=Hashable)
+
+_ADAPT = 0.1
+"""Share of the newest run in the ratio of measured to predicted time."""
+
+_RATIOS = (0.5, 4.0)
+"""Bounds of that ratio: one odd run must not close the door, nor open it."""
+
+_LEAST_RETRY_SECONDS = 0.001
+
+_MAX_LOOK = 256
+"""Queued parts that are looked at for one device: bounds the time under the owner's lock."""
+
+
+@dataclasses.dataclass(eq=False)
+class ModelQueue(Generic[Item]):
+    """One model's share of the devices. Owned by a scheduler."""
+
+    name: str
+    batcher: Batcher[Item]
+    plans: Sequence[BucketPlan]
+    """By device; the same object for devices that are alike."""
+
+    used_seconds: float = 0.0
+    """Device time since it was attached; one that was idle is brought level with the least served."""
+
+    @property
+    def has_kinds(self) -> bool:
+        """Whether devices differ in speed."""
+        return len({id(plan) for plan in self.plans}) > 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Turn(Generic[Item]):
+    """A batch that a device was given."""
+
+    queue: ModelQueue[Item]
+    batch: Batch[Item]
+    device: int
+    started_at: float
+    predicted_seconds: float
+
+
+class _Device:
+    """What the scheduler knows of one device."""
+
+    def __init__(self, index: int, cost: float) -> None:
+        self.index, self.cost = index, cost
+        self.is_healthy = True
+        self.turn: Turn | None = None
+        self.ratio = 1.0  # measured over predicted seconds
+
+    def free_at(self, now: float) -> float:
+        """When it is predicted to be free."""
+        if self.turn is None:
+            return now
+        return max(now, self.turn.started_at + self.ratio * self.turn.predicted_seconds)
+
+
+class Scheduler(Generic[Item]):
+    """See the contract at the top of the file."""
+
+    def __init__(self, num_devices: int, *, costs: Sequence[float] | None = None) -> None:
+        """
+        Args:
+          num_devices: numbered from 0.
+          costs: what a second of each costs, so that the cheaper one that is fast enough is preferred; all
+            alike by default.
+        """
+        costs = [1.0] * num_devices if costs is None else costs
+        self._devices = [_Device(index, cost) for index, cost in enumerate(costs)]
+        self._queues: list[ModelQueue[Item]] = []
+        self._is_uniform = len(set(costs)) <= 1
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether any free device does for whatever is queued, so that waking one of them is enough."""
+        return self._is_uniform
+
+    @property
+    def num_queued_requests(self) -> int:
+        """Of all models."""
+        return sum(queue.batcher.num_queued_requests for queue in self._queues)
+
+    @property
+    def num_healthy(self) -> int:
+        """Devices that are given work."""
+        return sum(device.is_healthy for device in self._devices)
+
+    def attach(self, name: str, plans: Sequence[BucketPlan], config: QueueConfig) -> ModelQueue[Item]:
+        """A queue for a model; it starts level with the least served one.
+
+        Args:
+          name: for messages.
+          plans: prices by device, the same object for devices that are alike.
+          config: how its requests wait.
+        """
+        assert len(plans) == len(self._devices)
+        fastest = min(plans, key=lambda plan: plan.seconds_a_row)
+        batcher: Batcher[Item] = Batcher(fastest, config, num_devices=len(plans))
+        queue = ModelQueue(name, batcher, plans)
+        queue.used_seconds = min((other.used_seconds for other in self._queues), default=0.0)
+        self._queues.append(queue)
+        self._is_uniform = self._is_uniform and not queue.has_kinds
+        return queue
+
+    def detach(self, queue: ModelQueue[Item]) -> None:
+        """Takes a model out. Idempotent."""
+        if queue in self._queues:
+            self._queues.remove(queue)
+
+    def is_attached(self, queue: ModelQueue[Item]) -> bool:
+        """Whether it takes part."""
+        return queue in self._queues
+
+    def submit(
+        self, queue: ModelQueue[Item], item: Item, num_rows: int, options: RequestOptions, now: float
+    ) -> None:
+        """Queues a request, or refuses it.
+
+        Args:
+          queue: of its model.
+          item: names it.
+          num_rows: N >= 1.
+          options: its deadline is on the clock of `now`.
+          now: seconds.
+
+        Raises:
+          UnavailableError: if no device is healthy.
+          OverloadError: if more would be queued than is allowed.
+          DeadlineError: if it is predicted to finish after its deadline.
+        """
+        config = queue.batcher.config
+        deadline = options.deadline
+        if config.default_timeout_ms:
+            deadline = min(deadline, now + config.default_timeout_ms / 1e3)
+        self._admit(queue, num_rows, options.priority, deadline, now)
+        self._level(queue)
+        home = None if options.affinity_key is None else self._home(options.affinity_key)
+        spread: list[int] = []
+        if config.policy is DispatchPolicy.SPREAD:
+            spread = [device.index for device in self._devices if device.is_healthy]
+        self._is_uniform = self._is_uniform and home is None and not spread
+        queue.batcher.add(
+            item,
+            num_rows,
+            now=now,
+            priority=options.priority,
+            deadline=deadline,
+            home=home,
+            spread_over=spread,
+        )
+
+    def next_turn(self, device_index: int, now: float) -> Turn[Item] | None:
+        """What a free device runs now; None when there is nothing for it. Tell `finished` after it."""
+        device = self._devices[device_index]
+        assert device.turn is None
+        if not device.is_healthy:
+            return None
+        for queue in sorted(self._queues, key=lambda queue: queue.used_seconds):
+            batch = self._next_batch(queue, device, now)
+            if batch is not None:
+                seconds = queue.plans[device_index].run_seconds(batch.num_rows, len(batch.parts))
+                queue.used_seconds += seconds
+                device.turn = Turn(queue, batch, device_index, now, seconds)
+                return device.turn
+        return None
+
+    def finished(self, turn: Turn[Item], now: float) -> None:
+        """Tells that a device is free again; from the time that its turn took later ones are predicted."""
+        device = self._devices[turn.device]
+        if device.turn is turn:
+            device.turn = None
+        seconds = now - turn.started_at
+        turn.queue.used_seconds += seconds - turn.predicted_seconds
+        low, high = _RATIOS
+        ratio = min(high, max(low, seconds / turn.predicted_seconds))
+        device.ratio += _ADAPT * (ratio - device.ratio)
+
+    def turn_of(self, device_index: int) -> Turn[Item] | None:
+        """What a device runs now."""
+        return self._devices[device_index].turn
+
+    def is_healthy(self, device_index: int) -> bool:
+        """Whether a device is given work."""
+        return self._devices[device_index].is_healthy
+
+    def set_healthy(self, device_index: int, is_healthy: bool) -> None:
+        """Takes a device out of service, and what is bound to it to others; or puts it back."""
+        device = self._devices[device_index]
+        device.is_healthy = is_healthy
+        if not is_healthy:
+            device.turn = None
+            for queue in self._queues:
+                queue.batcher.release(device_index)
+
+    def take_late(self, now: float) -> list[tuple[ModelQueue[Item], Item]]:
+        """Requests whose deadline passed in the queue, or that would have finished after it; each once."""
+        late = []
+        for queue in self._queues:
+            queue.batcher.expire(now)
+            late += [(queue, item) for item in queue.batcher.take_late()]
+        return late
+
+    def wake_at(self) -> float:
+        """When to call `take_late`, or `next_turn` for every free device, though nothing happens; or inf."""
+        return min((queue.batcher.wake_at for queue in self._queues), default=math.inf)
+
+    def predicted_start(self, queue: ModelQueue[Item], now: float, priority: int = DEFAULT_PRIORITY) -> float:
+        """When a request of this level would begin to run if it came now; inf without a healthy device.
+
+        The work ahead of it fills the devices up to a common level, each from when it is free on.
+        """
+        ahead = queue.batcher.seconds_ahead(now, priority)
+        for other in self._queues:
+            if other is not queue:  # it gets as many turns as this one, and may be the first
+                most = ahead + other.batcher.plan.knee_seconds
+                ahead += min(other.batcher.queued_seconds, most)
+        fastest = queue.batcher.plan.seconds_a_row
+        free = sorted(
+            (device.free_at(now), fastest / (device.ratio * queue.plans[device.index].seconds_a_row))
+            for device in self._devices
+            if device.is_healthy
+        )
+        level, speed = math.inf, 0.0
+        for free_at, own_speed in free:
+            if free_at >= level:
+                break
+            ahead += free_at * own_speed
+            speed += own_speed
+            level = ahead / speed
+        return level
+
+    def _admit(
+        self, queue: ModelQueue[Item], num_rows: int, priority: int, deadline: float, now: float
+    ) -> None:
+        config, batcher = queue.batcher.config, queue.batcher
+        start = self.predicted_start(queue, now, priority)
+        if start == math.inf:
+            raise UnavailableError(f"model {queue.name!r}: no device is healthy")
+        wait, longest = start - now, config.max_queue_ms / 1e3
+        retry = max(_LEAST_RETRY_SECONDS, wait - longest / 2)
+        if batcher.num_queued_rows and batcher.num_queued_rows + num_rows > config.max_queued_rows:
+            raise OverloadError(
+                f"model {queue.name!r}: the queue is full: {batcher.num_queued_rows} rows are queued, "
+                f"{num_rows} more would pass max_queued_rows, {config.max_queued_rows}",
+                retry,
+            )
+        if wait > longest:
+            raise OverloadError(
+                f"model {queue.name!r}: the queue is full: a request would wait {wait * 1e3:.1f} ms, "
+                f"max_queue_ms is {config.max_queue_ms:g}",
+                retry,
+            )
+        if deadline < math.inf:
+            finish = self._finish(queue, num_rows, start, now)
+            if finish > deadline:
+                raise DeadlineError(
+                    f"model {queue.name!r}: the answer would come in {(finish - now) * 1e3:.1f} ms, the "
+                    f"deadline is in {(deadline - now) * 1e3:.1f} ms"
+                )
+
+    def _finish(self, queue: ModelQueue[Item], num_rows: int, start: float, now: float) -> float:
+        """When the soonest device would be through with a request that begins at `start` or after."""
+        devices = [device for device in self._devices if device.is_healthy]
+        if queue.batcher.config.policy is DispatchPolicy.SPREAD:
+            num_rows = -(-num_rows // len(devices))
+        return min(
+            max(start, device.free_at(now)) + device.ratio * queue.plans[device.index].seconds(num_rows)
+            for device in devices
+        )
+
+    def _level(self, queue: ModelQueue[Item]) -> None:
+        """A model that asked for nothing must not have saved up turns meanwhile."""
+        busy = {device.turn.queue for device in self._devices if device.turn is not None}
+        if queue.batcher.num_queued_requests or queue in busy:
+            return
+        others = [
+            other.used_seconds
+            for other in self._queues
+            if other is not queue and (other in busy or other.batcher.num_queued_requests)
+        ]
+        queue.used_seconds = max([queue.used_seconds, *([min(others)] if others else [])])
+
+    def _home(self, key: str) -> int | None:
+        """Rendezvous hashing: a device more or less moves only the keys that it wins or loses."""
+        if len(self._devices) == 1:
+            return None
+
+        def weight(device: _Device) -> bytes:
+            return hashlib.blake2b(f"{device.index}/{key}".encode(errors="replace"), digest_size=8).digest()
+
+        return max(self._devices, key=weight).index
+
+    def _next_batch(self, queue: ModelQueue[Item], device: _Device, now: float) -> Batch[Item] | None:
+        batcher, plan = queue.batcher, queue.plans[device.index]
+        if not batcher.num_queued_requests:
+            return None
+        if self._is_uniform:
+            return batcher.next_batch(device.index, now, plan=plan)
+        chosen = self._soonest_here(queue, device, now)
+        skip = batcher.config.max_skip_ms / 1e3
+
+        def is_own(part: Part[Item]) -> bool:
+            has_waited = now - part.ticket.queued_at >= skip
+            return part.ticket in chosen and (has_waited or self._is_home(part.ticket, device))
+
+        def may_take(part: Part[Item]) -> bool:
+            home = part.ticket.home
+            return part.ticket in chosen and (home is None or self._devices[home].turn is not None)
+
+        for claims in (is_own, may_take):
+            batch = batcher.next_batch(device.index, now, plan=plan, claims=claims)
+            if batch is not None or batcher.deferred_until < math.inf:
+                return batch
+        return None
+
+    def _is_home(self, ticket: Ticket[Item], device: _Device) -> bool:
+        home = ticket.home
+        return home is None or home == device.index or not self._devices[home].is_healthy
+
+    def _soonest_here(self, queue: ModelQueue[Item], device: _Device, now: float) -> set[Ticket[Item]]:
+        """The queued requests that this device is the right one for, counting what is before each."""
+        parts = [part for part in queue.batcher.waiting() if part.may_run_on(device.index)]
+        if not queue.has_kinds and len({other.cost for other in self._devices}) == 1:
+            return {part.ticket for part in parts}
+        free = {other.index: other.free_at(now) for other in self._devices if other.is_healthy}
+        here = set()
+        for part in itertools.islice(parts, _MAX_LOOK):
+            ends = {
+                i: free[i] + self._devices[i].ratio * queue.plans[i].seconds(part.num_rows)
+                for i in free
+                if part.may_run_on(i)
+            }
+            deadline = part.ticket.deadline
+            in_time = [i for i in ends if ends[i] <= deadline < math.inf]
+            if in_time:
+                choice = min(in_time, key=lambda i: (self._devices[i].cost, ends[i], free[i]))
+            else:  # of equals the one that begins first, as the others have something to do
+                choice = min(ends, key=lambda i: (ends[i], free[i]))
+            free[choice] += self._devices[choice].ratio * queue.plans[choice].work_seconds(part.num_rows)
+            if choice == device.index:
+                here.add(part.ticket)
+        return here
