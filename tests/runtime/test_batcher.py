@@ -18,7 +18,7 @@ LADDER = BucketLadder.of_rows((8, 32, 128))
 def plan_of(ladder, seconds, **options):
     """A plan with `seconds(bucket)`."""
     profile = LatencyProfile({bucket: seconds(bucket) for bucket in ladder.buckets})
-    return BucketPlan(ladder, profile, **options)
+    return BucketPlan(ladder, profile, **{"seconds_a_run": 0.0} | options)
 
 
 # The fewer runs the better, and requests cost nothing: nothing is split for time's sake.

@@ -13,7 +13,8 @@ from xlarank.spec import Bucket, BucketLadder, LatencyProfile
 def plan_of(seconds, **options):
     """A plan of buckets given as {(rows, requests): seconds}."""
     profile = LatencyProfile({Bucket(*key): value for key, value in seconds.items()})
-    return BucketPlan(BucketLadder(tuple(sorted(profile.seconds))), profile, **options)
+    ladder = BucketLadder(tuple(sorted(profile.seconds)))
+    return BucketPlan(ladder, profile, **{"seconds_a_run": 0.0} | options)
 
 
 def by_hand(seconds, num_rows, most=4):

@@ -18,7 +18,7 @@ LADDER = BucketLadder.of_rows((8, 32))
 def plan_of(seconds_a_row, *, seconds=0.0, ladder=LADDER):
     """A run takes as long as its bucket has rows."""
     profile = LatencyProfile({b: seconds + seconds_a_row * b.rows for b in ladder.buckets})
-    return BucketPlan(ladder, profile, max_batch_rows=ladder.max_rows)
+    return BucketPlan(ladder, profile, seconds_a_run=0.0, max_batch_rows=ladder.max_rows)
 
 
 ALIKE = plan_of(1 / 32)  # 32 rows take a second

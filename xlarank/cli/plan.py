@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from xlarank.bundle import Manifest, Verify, open_bundle, resolve_bundle
+from xlarank.bundle import Verify, open_bundle, resolve_bundle
 from xlarank.cli.console import output_console
-from xlarank.errors import ConfigError
-from xlarank.spec import DEFAULT_ROWS, LatencyProfile
+from xlarank.cli.profiles import profile_of
+from xlarank.spec import DEFAULT_ROWS
 from xlarank.spec.ladder import (
     SMALL_ROWS,
     LadderEstimate,
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     bundle = open_bundle(resolve_bundle(args.bundle), verify=Verify.SIZES)
     manifest = bundle.manifest
-    kind, profile = _profile_of(manifest, str(bundle.path), args.device_kind)
+    kind, profile = profile_of(manifest, str(bundle.path), args.device_kind)
     histogram = read_sizes(args.sizes, model=args.model or manifest.spec.name, largest=args.largest)
     measured = sorted({bucket.rows for bucket in profile.seconds})
     max_rows = max(measured[-1], DEFAULT_ROWS[-1]) if args.max_rows is None else args.max_rows
@@ -110,17 +110,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     _show(facts, output_console(is_json=args.json))
     return facts
-
-
-def _profile_of(manifest: Manifest, path: str, kind: str | None) -> tuple[str, LatencyProfile]:
-    """The device kind that is meant, and its times."""
-    kinds = sorted(manifest.latency)
-    if kind is None and len(kinds) > 1:
-        raise ConfigError(f"{path}: has times of the device kinds {kinds}; choose one with --device-kind")
-    if kind is not None and kind not in kinds:
-        raise ConfigError(f"{path}: expected --device-kind of {kinds}, got {kind!r}")
-    chosen = kinds[0] if kind is None else kind
-    return chosen, manifest.latency[chosen]
 
 
 def _share_below(rows: int, histogram: SizeHistogram) -> float:

@@ -318,7 +318,9 @@ class Batcher(Generic[Item]):
         """Rows of the next run and who joins the head in it, so that all of them take the least time."""
         total = head.num_rows + sum(part.num_rows for part in company)
         best, best_seconds, last = (0, company), math.inf, None
-        for capacity in reversed(plan.row_counts):
+        # Of capacities that hold everything, the first does for all.
+        num_counts = bisect.bisect_left(plan.row_counts, total) + 1
+        for capacity in reversed(plan.row_counts[:num_counts]):
             if capacity < head.num_rows:
                 run = (capacity, ())
             else:

@@ -9,10 +9,13 @@ import math
 from xlarank.errors import BucketError
 from xlarank.spec import Bucket, BucketLadder, LatencyProfile
 
-__all__ = ["LEAST_GAIN", "BucketPlan"]
+__all__ = ["LEAST_GAIN", "SECONDS_A_RUN", "BucketPlan"]
 
 LEAST_GAIN = 0.05
 """Share of time that more runs must save to be worth it: what two measurements of one bucket differ by."""
+
+SECONDS_A_RUN = 100e-6
+"""Forming, gathering and answering a batch, whatever its size; profiles time the device alone."""
 
 
 class BucketPlan:
@@ -30,14 +33,14 @@ class BucketPlan:
         ladder: BucketLadder,
         profile: LatencyProfile,
         *,
-        seconds_a_run: float = 0.0,
+        seconds_a_run: float = SECONDS_A_RUN,
         max_batch_rows: int | None = None,
     ) -> None:
         """
         Args:
           ladder: the compiled buckets.
           profile: measured seconds of each of them.
-          seconds_a_run: what a run takes beside, whatever its size: forming and gathering a batch.
+          seconds_a_run: what a run takes beside, whatever its size.
           max_batch_rows: merges no more rows than this; the profile's knee by default.
 
         Raises:

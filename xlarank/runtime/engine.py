@@ -42,9 +42,6 @@ __all__ = ["Engine"]
 
 _log = logging.getLogger(__name__)
 
-# Forming, gathering and answering a batch, whatever its size; the profile times the device alone.
-_SECONDS_A_RUN = 100e-6
-
 
 class Engine:
     """Scores requests on one or more devices.
@@ -181,7 +178,6 @@ class Engine:
             id(profile): BucketPlan(
                 self.ladder,
                 profile,
-                seconds_a_run=_SECONDS_A_RUN,
                 max_batch_rows=min(queue.max_batch_rows, self.ladder.max_rows) or None,
             )
             for profile in loaded.profiles

@@ -1,0 +1,120 @@
+"""The simulator: against closed forms of queueing theory, and by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from xlarank.errors import ConfigError
+from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.queue_config import QueueConfig
+from xlarank.runtime.scheduler import Scheduler
+from xlarank.runtime.simulation import Arrival, poisson_arrivals, simulate
+from xlarank.spec import Bucket, BucketLadder, LatencyProfile
+
+
+def plan_of(buckets, seconds, **options):
+    ladder = BucketLadder(tuple(sorted(buckets)))
+    profile = LatencyProfile({bucket: seconds(bucket) for bucket in buckets})
+    return BucketPlan(ladder, profile, **{"seconds_a_run": 0.0} | options)
+
+
+def scheduler_of(plan, num_devices=1, **config):
+    scheduler = Scheduler(num_devices)
+    queue = scheduler.attach("feed", [plan] * num_devices, QueueConfig(**{"max_queue_ms": 1e9} | config))
+    return scheduler, [queue]
+
+
+def ones(rng, count):
+    return np.ones(count, np.int64)
+
+
+ALPHA, TAU = 1.0, 2.0
+EVERY_SIZE = plan_of(
+    [Bucket(n, n) for n in range(1, 257)], lambda bucket: ALPHA * bucket.rows + TAU, max_batch_rows=256
+)
+
+
+def inoue(load):
+    """Mean latency where a free server takes all that waits and a batch of b takes ALPHA b + TAU: an upper
+    bound that is nearly reached (Inoue 2019, arXiv 1912.06322)."""
+    rate = load / ALPHA
+    low = (ALPHA + TAU) / (2 * (1 - load)) * (1 + 2 * rate * TAU + (1 - rate * TAU) / (1 + load))
+    high = 1.5 * TAU / (1 - load) + ALPHA / 2 * (load + 2) / (1 - load**2)
+    return min(low, high)
+
+
+@pytest.mark.parametrize("load", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_mean_latency_agrees_with_inoues_closed_form(load):
+    means = []
+    for seed in range(3):
+        arrivals = poisson_arrivals(load / ALPHA, ones, 6000, seed=seed)
+        means.append(simulate(*scheduler_of(EVERY_SIZE), arrivals).mean_latency)
+    assert np.mean(means) == pytest.approx(inoue(load), rel=0.1)
+
+
+@pytest.mark.parametrize("load", [0.3, 0.7])
+def test_without_batching_it_is_an_m_d_1_queue(load):
+    """Pollaczek and Khinchine: the mean wait is load / (2 (1 - load)) of a service time."""
+    plan = plan_of([Bucket(1, 1)], lambda bucket: 1.0)
+    arrivals = poisson_arrivals(load, ones, 20_000, seed=1)
+    result = simulate(*scheduler_of(plan), arrivals)
+    assert result.mean_latency == pytest.approx(1 + load / (2 * (1 - load)), rel=0.08)
+    assert result.utilisation == pytest.approx(load, rel=0.03)
+    assert result.padding_share == 0
+
+
+def test_gaps_are_exponential_and_a_rate_must_be_one():
+    times = np.array([arrival.at for arrival in poisson_arrivals(50.0, ones, 20_000, seed=2)])
+    gaps = np.sort(np.diff(times, prepend=0.0))
+    expected = 1 - np.exp(-50.0 * gaps)  # Kolmogorov and Smirnov: the distance at a level of 0.1%
+    assert np.abs(expected - (np.arange(len(gaps)) + 0.5) / len(gaps)).max() < 1.95 / math.sqrt(len(gaps))
+    with pytest.raises(ConfigError, match=r"simulation: rate must be > 0; was 0"):
+        poisson_arrivals(0, ones, 1)
+
+
+def test_by_hand():
+    """Two devices, rows of a second each four at a time: latencies, padding, throughput and goodput."""
+    plan = plan_of([Bucket(4, 4)], lambda bucket: 1.0)
+    arrivals = [Arrival(0.0, 4), Arrival(0.0, 4), Arrival(0.5, 1), Arrival(0.5, 2), Arrival(0.5, 6)]
+    result = simulate(*scheduler_of(plan, 2, max_skip_ms=0), arrivals)
+    # At 1 one device takes the small two, the other the first 4 rows of the large one, and at 2 its last 2.
+    np.testing.assert_allclose(result.latencies, [1.0, 1.0, 1.5, 1.5, 2.5])
+    assert result.seconds == 3.0
+    assert result.num_batches == 5
+    assert result.padding_share == pytest.approx(3 / 20)
+    assert result.rows_a_second == pytest.approx(17 / 3)
+    assert result.requests_a_second == pytest.approx(5 / 3)
+    assert result.goodput(1.5) == pytest.approx(4 / 3)
+    assert result.latency(0.5) == 1.5
+    assert result.utilisation == pytest.approx(5 / 6)
+
+
+def test_refused_and_late_requests_are_counted_and_have_no_latency():
+    plan = plan_of([Bucket(1, 1)], lambda bucket: 1.0)
+    arrivals = [
+        Arrival(0.0, 1),
+        Arrival(0.1, 1, timeout=3.0),
+        Arrival(0.2, 1, timeout=2.0),  # would finish at 3
+        Arrival(0.3, 3, timeout=5.0, priority=1),  # goes before the second, which is late then
+    ]
+    result = simulate(*scheduler_of(plan, ageing_ms=1000), arrivals)
+    np.testing.assert_allclose(result.latencies, [1.0, math.nan, math.nan, 3.7])
+    assert (result.num_refused, result.num_late) == (1, 1)
+
+
+def test_nothing_arrives():
+    result = simulate(*scheduler_of(EVERY_SIZE), [])
+    assert math.isnan(result.mean_latency)
+    assert math.isnan(result.latency(0.99))
+    assert result.padding_share == 0
+
+
+def test_deferring_ends_by_itself():
+    plan = plan_of([Bucket(1, 1), Bucket(8, 8)], lambda bucket: 0.3 + 0.0875 * (bucket.rows - 1))
+    arrivals = poisson_arrivals(7.0, ones, 500, seed=3)
+    greedy = simulate(*scheduler_of(plan), arrivals)
+    deferred = simulate(*scheduler_of(plan, max_defer_ms=2000), arrivals)
+    assert deferred.is_answered.all()
+    assert deferred.num_batches < greedy.num_batches
+    assert deferred.padding_share < greedy.padding_share

@@ -1,0 +1,280 @@
+"""`xlarank simulate`: what a server would do under some traffic, on devices that need not be there."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from xlarank.bundle import Verify, open_bundle, resolve_bundle
+from xlarank.cli.console import output_console
+from xlarank.cli.profiles import profile_of
+from xlarank.errors import ConfigError
+from xlarank.spec import DEFAULT_PRIORITY, NUM_PRIORITIES, LatencyProfile
+from xlarank.spec.ladder import SizeHistogram
+from xlarank.spec.wording import counted
+
+if TYPE_CHECKING:
+    from xlarank.runtime.simulation import Arrival
+
+__all__ = ["add_parser", "run"]
+
+_EPILOG = """\
+example:
+  xlarank simulate artifacts/models/movielens --load 0.8 --candidates 500 --devices 2 --slo-ms 20
+  xlarank simulate artifacts/models/movielens --trace arrivals.csv --policy spread --devices 4
+
+The batcher and the scheduler are the server's own; the devices take the times that the bundle was measured
+at. A trace is a CSV file with a header, of the columns seconds and candidates, and where wanted priority,
+timeout_ms and user. What decoding and the network take is not in it.
+"""
+
+_COLUMNS = ("seconds", "candidates", "priority", "timeout_ms", "user")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "simulate",
+        help="throughput and latency under some traffic, simulated",
+        description="Runs arrivals through the server's batcher and scheduler on simulated devices.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of a version, or of a model")
+    traffic = parser.add_mutually_exclusive_group(required=True)
+    traffic.add_argument("--rate", type=float, metavar="R", help="Poisson arrivals, requests a second")
+    traffic.add_argument(
+        "--load", type=float, metavar="SHARE", help="Poisson arrivals, share of the capacity"
+    )
+    traffic.add_argument("--trace", type=Path, metavar="FILE", help="arrivals of a CSV file")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--candidates", type=int, metavar="N", help="candidates of a request (500)")
+    sizes.add_argument(
+        "--sizes",
+        type=Path,
+        metavar="FILE",
+        help="drawn from these: see `xlarank plan`, which takes the same",
+    )
+    parser.add_argument("--requests", type=int, default=20_000, help="of Poisson arrivals (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of their random numbers (%(default)s)")
+    parser.add_argument("--devices", type=int, default=1, metavar="K", help="devices (%(default)s)")
+    parser.add_argument(
+        "--speeds",
+        type=_numbers,
+        metavar="S1,S2,..",
+        help="of each device, in multiples of the measured one (1 for each of --devices)",
+    )
+    parser.add_argument(
+        "--costs", type=_numbers, metavar="C1,C2,..", help="of a second of each device, to prefer the cheaper"
+    )
+    parser.add_argument("--device-kind", metavar="KIND", help="whose times count, where BUNDLE has several")
+    parser.add_argument("--policy", choices=["affinity", "spread"], default="affinity", help="(%(default)s)")
+    parser.add_argument("--slo-ms", type=float, default=100.0, help="goodput is what meets it (%(default)s)")
+    parser.add_argument("--timeout-ms", type=float, default=0.0, help="deadline of each request (none)")
+    parser.add_argument("--max-queue-ms", type=float, default=1000.0, help="longest wait (%(default)s)")
+    parser.add_argument("--max-defer-ms", type=float, default=0.0, help="see `QueueConfig` (%(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints what became of the requests; returns the same as JSON values.
+
+    Raises:
+      BundleError: if the bundle isn't whole.
+      ConfigError: for traffic that can't be read, or numbers that make no sense.
+    """
+    from xlarank.runtime.bucket_plan import BucketPlan
+    from xlarank.runtime.queue_config import QueueConfig
+    from xlarank.runtime.scheduler import Scheduler
+    from xlarank.runtime.simulation import simulate
+
+    bundle = open_bundle(resolve_bundle(args.bundle), verify=Verify.SIZES)
+    manifest = bundle.manifest
+    kind, profile = profile_of(manifest, str(bundle.path), args.device_kind)
+    speeds, costs = _devices(args)
+    plans = {speed: BucketPlan(manifest.ladder, _scaled(profile, speed)) for speed in {1.0, *speeds}}
+    config = QueueConfig(
+        max_queue_ms=args.max_queue_ms,
+        default_timeout_ms=args.timeout_ms,
+        max_defer_ms=args.max_defer_ms,
+        policy=args.policy,
+    )
+    if args.slo_ms <= 0:
+        raise ConfigError(f"--slo-ms must be > 0; was {args.slo_ms}")
+    scheduler: Scheduler[int] = Scheduler(len(speeds), costs=costs)
+    queue = scheduler.attach(manifest.spec.name, [plans[speed] for speed in speeds], config)
+    if args.trace is not None:
+        arrivals = _read_trace(args.trace)
+    else:
+        arrivals = _poisson(args, manifest.spec.name, capacity=sum(speeds), seconds_of=plans[1.0].seconds)
+    result = simulate(scheduler, [queue], arrivals)
+    facts = {
+        "path": str(bundle.path),
+        "model": manifest.spec.name,
+        "version": manifest.version,
+        "device_kind": kind,
+        "devices": [{"speed": speed, "cost": cost} for speed, cost in zip(speeds, costs, strict=True)],
+        "policy": args.policy,
+        "requests": len(arrivals),
+        "candidates_per_request": float(result.sizes.mean()),
+        "offered_requests_per_second": _rate(arrivals),
+        "requests_per_second": result.requests_a_second,
+        "rows_per_second": result.rows_a_second,
+        "goodput": result.goodput(args.slo_ms / 1e3),
+        "slo_ms": args.slo_ms,
+        "latency_ms": {
+            "mean": result.mean_latency * 1e3,
+            **{f"p{100 * q:g}": result.latency(q) * 1e3 for q in (0.5, 0.95, 0.99, 0.999)},
+        },
+        "refused": result.num_refused,
+        "late": result.num_late,
+        "batches": result.num_batches,
+        "padding_share": result.padding_share,
+        "utilisation": result.utilisation,
+    }
+    _show(facts, output_console(is_json=args.json))
+    return facts
+
+
+def _devices(args: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Speed and cost of each device."""
+    speeds = args.speeds or [1.0] * args.devices
+    if args.devices < 1:
+        raise ConfigError(f"--devices must be >= 1; was {args.devices}")
+    if args.speeds and args.devices not in (1, len(args.speeds)):
+        raise ConfigError(
+            f"--speeds: expected one for each of {args.devices} devices, got {len(args.speeds)}"
+        )
+    costs = args.costs or [1.0] * len(speeds)
+    if len(costs) != len(speeds):
+        raise ConfigError(f"--costs: expected one for each of {len(speeds)} devices, got {len(costs)}")
+    return speeds, costs
+
+
+def _scaled(profile: LatencyProfile, speed: float) -> LatencyProfile:
+    return LatencyProfile({bucket: seconds / speed for bucket, seconds in profile.seconds.items()})
+
+
+def _poisson(
+    args: argparse.Namespace, model: str, *, capacity: float, seconds_of: Callable[[int], float]
+) -> list[Arrival]:
+    """Arrivals at a rate, or at a share of what `capacity` devices of the measured speed can do."""
+    from xlarank.cli.sizes import read_sizes  # these take a while: only this subcommand pays
+    from xlarank.runtime.simulation import poisson_arrivals
+
+    if args.requests < 1:
+        raise ConfigError(f"--requests must be >= 1; was {args.requests}")
+    if args.sizes is not None:
+        histogram = read_sizes(args.sizes, model=model)
+    else:
+        histogram = SizeHistogram({500 if args.candidates is None else args.candidates: 1})
+    sizes = np.array(list(histogram.counts), np.int64)
+    shares = np.array(list(histogram.counts.values()), np.float64) / histogram.num_requests
+    rate = args.rate
+    if rate is None:
+        seconds = float(np.array([seconds_of(int(size)) for size in sizes]) @ shares)
+        rate = args.load * capacity / seconds
+    return poisson_arrivals(
+        rate, lambda rng, count: rng.choice(sizes, count, p=shares), args.requests, seed=args.seed
+    )
+
+
+def _read_trace(path: Path) -> list[Arrival]:
+    """Arrivals of a CSV file, by time."""
+    arrivals = []
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            names = reader.fieldnames or []
+            unknown = [name for name in names if name not in _COLUMNS]
+            if unknown or not {"seconds", "candidates"} <= set(names):
+                raise ConfigError(
+                    f"{path}: expected a header of seconds, candidates and of {list(_COLUMNS[2:])}, "
+                    f"got {names}"
+                )
+            for row in reader:
+                arrivals.append(_arrival(f"{path} line {reader.line_num}", row))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path}: expected a CSV file: {error}") from error
+    if not arrivals:
+        raise ConfigError(f"{path}: expected at least one arrival, got none")
+    return sorted(arrivals, key=lambda arrival: arrival.at)
+
+
+def _arrival(where: str, row: dict[str, str | None]) -> Arrival:
+    from xlarank.runtime.simulation import Arrival
+
+    def number(name: str, least: float) -> float:
+        text = row.get(name) or ""
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise ConfigError(f"{where}: expected {name} as a number >= {least:g}, got {text!r}")
+        return value
+
+    candidates = number("candidates", 1)
+    if candidates != int(candidates):
+        raise ConfigError(f"{where}: expected candidates as a whole number, got {row['candidates']!r}")
+    priority = number("priority", 1) if row.get("priority") else DEFAULT_PRIORITY
+    if priority not in range(1, NUM_PRIORITIES + 1):
+        raise ConfigError(f"{where}: expected priority of 1 to {NUM_PRIORITIES}, got {row['priority']!r}")
+    return Arrival(
+        at=number("seconds", 0),
+        num_rows=int(candidates),
+        priority=int(priority),
+        timeout=number("timeout_ms", 0) / 1e3 if row.get("timeout_ms") else math.inf,
+        affinity_key=row.get("user") or None,
+    )
+
+
+def _rate(arrivals: list[Arrival]) -> float | None:
+    """Requests a second that arrive; None of one."""
+    seconds = arrivals[-1].at - arrivals[0].at
+    return (len(arrivals) - 1) / seconds if seconds > 0 else None
+
+
+def _show(facts: dict[str, Any], console: Console) -> None:
+    devices = facts["devices"]
+    console.print(
+        f"{facts['model']} version {facts['version']} on {counted(len(devices), 'device')} like "
+        f"{facts['device_kind']}, policy {facts['policy']}: {counted(facts['requests'], 'request')} of "
+        f"{facts['candidates_per_request']:,.1f} candidates on average",
+        style="bold",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    offered = facts["offered_requests_per_second"]
+    lines = [] if offered is None else [("offered", f"{offered:,.1f} requests/s")]
+    lines += [
+        (
+            "answered",
+            f"{facts['requests_per_second']:,.1f} requests/s, {facts['rows_per_second']:,.0f} rows/s",
+        ),
+        ("goodput", f"{facts['goodput']:,.1f} requests/s within {facts['slo_ms']:g} ms"),
+        ("latency", ", ".join(f"{name} {ms:,.2f} ms" for name, ms in facts["latency_ms"].items())),
+        ("refused", f"{facts['refused']:,}, and {facts['late']:,} dropped from the queue as late"),
+        ("batches", f"{facts['batches']:,}, {facts['padding_share']:.1%} padding"),
+        ("devices", f"{facts['utilisation']:.1%} busy"),
+    ]
+    for name, text in lines:
+        console.print(f"{name:<10} {text}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < math.inf for value in values):
+        raise argparse.ArgumentTypeError(f"expected numbers > 0 with commas between, got {text!r}")
+    return values
