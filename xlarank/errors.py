@@ -10,6 +10,7 @@
     ├── BundleError            a bundle or feature file is damaged, truncated or of an unknown format
     ├── BucketError            no compiled bucket fits; a bug of ours, requests are planned before
     ├── DeadlineError          an answer would come, or came, too late to be of use
+    ├── ExecutionError         a device failed, or gave scores that aren't finite
     ├── OverloadError          more work is queued than is allowed; says when to come again
     └── UnavailableError       the engine is loading, draining or closed, or no device is healthy
 
@@ -55,6 +56,10 @@ class BucketError(XlarankError):
 
 class DeadlineError(XlarankError):
     """An answer would come, or came, after the request's deadline; nothing of it was executed late."""
+
+
+class ExecutionError(XlarankError):
+    """Running a batch failed, or gave scores that aren't finite. The message says what is at fault."""
 
 
 class OverloadError(XlarankError):

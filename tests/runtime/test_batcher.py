@@ -222,16 +222,6 @@ def test_what_a_lost_device_was_bound_to_runs_elsewhere():
     assert sorted(taken) == [("a", 128, 256), ("a", 256, 300), ("b", 0, 2), ("b", 2, 4)]
 
 
-def test_a_part_given_back_keeps_its_place_and_avoids_the_device():
-    batcher = batcher_of()
-    fill(batcher, ("a", 100))
-    batch = batcher.next_batch(0, 0.0)
-    fill(batcher, ("b", 100), now=1.0)
-    batcher.give_back(batch.parts[0], avoids=frozenset({0}))
-    assert run(batcher, 0, now=1.0) == [("b", 0, 100)]
-    assert run(batcher, 1, now=1.0) == [("a", 0, 100)]
-
-
 def test_a_device_takes_only_what_it_claims():
     batcher = batcher_of()
     fill(batcher, ("a", 1), ("b", 1), ("c", 1))

@@ -22,3 +22,20 @@ def wrap(engine, wrapper):
     executors = [wrapper(executor) for executor in engine._execution._executors]
     engine._execution._executors = executors
     return executors
+
+
+class Faulty:
+    """Does what `fault(bucket, leaves, scores)` makes of each batch's scores; None leaves them."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        self.fault = None
+        self.num_runs = 0
+
+    def run(self, bucket, leaves):
+        self.num_runs += 1
+        scores = self.inner.run(bucket, leaves)
+        if self.fault is None:
+            return scores
+        changed = {task: values.copy() for task, values in scores.items()}
+        return self.fault(bucket, leaves, changed)

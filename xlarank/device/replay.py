@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -141,12 +141,17 @@ class GoldenReplay:
         return {task: np.concatenate(parts) for task, parts in scores.items()}
 
     def replay(
-        self, replica: Replica, leaves_of: Callable[[Bucket], Mapping[str, np.ndarray]], num_batches: int
+        self,
+        run: Callable[[Bucket, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
+        buckets: Iterable[Bucket],
+        leaves_of: Callable[[Bucket], Mapping[str, np.ndarray]],
+        num_batches: int,
     ) -> dict[Bucket, dict[str, float]]:
         """Runs full batches in every bucket.
 
         Args:
-          replica: the device.
+          run: runs a batch: `Replica.run`, or what stands before it.
+          buckets: to run.
           leaves_of: buffers by bucket.
           num_batches: batches a bucket; stops early once every golden request was seen.
 
@@ -155,12 +160,12 @@ class GoldenReplay:
         """
         spec = self._requests[0].spec
         errors: dict[Bucket, dict[str, float]] = {}
-        for bucket in replica.executables:
+        for bucket in buckets:
             worst = dict.fromkeys(self._scores, 0.0)
             for start in range(0, min(self.num_requests, num_batches * bucket.requests), bucket.requests):
                 leaves = leaves_of(bucket)
                 expected = self.fill(leaves, bucket, bucket.rows, start)
-                for task, error in score_errors(spec, replica.run(bucket, leaves), expected).items():
+                for task, error in score_errors(spec, run(bucket, leaves), expected).items():
                     worst[task] = max(worst[task], error.max)
             errors[bucket] = worst
         return errors

@@ -1,6 +1,8 @@
 """Online: engine, batcher, device pool, lifecycle, metrics. No Flax, no compiler."""
 
 from xlarank.runtime.answer import Answer, Timings
+from xlarank.runtime.captures import CaptureConfig, Captures
+from xlarank.runtime.device_health import FaultConfig
 from xlarank.runtime.engine import Engine
 from xlarank.runtime.features import FeatureOptions
 from xlarank.runtime.lifecycle import ModelRepository
@@ -11,9 +13,12 @@ from xlarank.runtime.queue_config import DispatchPolicy, QueueConfig
 
 __all__ = [
     "Answer",
+    "CaptureConfig",
+    "Captures",
     "DevicePool",
     "DispatchPolicy",
     "Engine",
+    "FaultConfig",
     "FeatureOptions",
     "LoadReport",
     "Metrics",

@@ -15,7 +15,7 @@ Contract
     than 16, 500 as 256 and 256 where it takes less than 512; more runs must save `LEAST_GAIN`.
   - A request is bound to a device when the device frees, not at arrival. The parts of one that runs in
     several follow each other on the device that took the first, and the last takes company along. (Policy
-    spread pins parts to devices at arrival; a part that failed is given back with devices that it avoids.)
+    spread pins parts to devices at arrival.)
   - A request whose deadline can't be met any more, by the measured times, is never handed out: it goes to
     `take_late`.
   - Every queued row comes out exactly once, in order within its request, unless the request is dropped or
@@ -73,9 +73,6 @@ class Part(Generic[Item]):
     pin: int | None = None
     """The only device that may run it; None for any."""
 
-    avoids: frozenset[int] = frozenset()
-    """Devices that may not."""
-
     @property
     def item(self) -> Item:
         """The request's name."""
@@ -88,7 +85,7 @@ class Part(Generic[Item]):
 
     def may_run_on(self, device: int) -> bool:
         """Whether a device isn't ruled out."""
-        return (self.pin is None or self.pin == device) and device not in self.avoids
+        return self.pin is None or self.pin == device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,10 +201,6 @@ class Batcher(Generic[Item]):
             begin, end = (num_rows * i // len(devices) for i in (place, place + 1))
             self._insert(Part(ticket, begin, end, pin=device))
 
-    def give_back(self, part: Part[Item], *, avoids: frozenset[int] = frozenset()) -> None:
-        """Queues a part again that was handed out and not answered, in its old place."""
-        self._insert(dataclasses.replace(part, pin=None, avoids=part.avoids | avoids))
-
     def release(self, device: int) -> None:
         """Lets other devices run what is bound or pinned to one that is out of service."""
         parts = [part for part in self._queue if part.pin == device]
@@ -223,6 +216,13 @@ class Batcher(Generic[Item]):
         for part in parts:
             self._remove(part)
         return bool(parts)
+
+    def clear(self) -> list[Item]:
+        """Forgets everything; returns the requests that had something queued."""
+        items = list(self._open)
+        for item in items:
+            self.drop(item)
+        return items
 
     def expire(self, now: float) -> None:
         """Moves requests whose deadline has passed to the late ones."""

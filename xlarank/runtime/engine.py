@@ -15,12 +15,12 @@ import numpy as np
 
 from xlarank import device
 from xlarank.bundle import Verify, open_bundle, resolve_bundle
-from xlarank.errors import ConfigError, DeadlineError, RequestError, UnavailableError, XlarankError
+from xlarank.errors import ConfigError, RequestError, UnavailableError, XlarankError
 from xlarank.host import FeatureStore, Gatherer, TableMemory
 from xlarank.runtime.answer import Answer
-from xlarank.runtime.batcher import Batch, Part
 from xlarank.runtime.bucket_plan import BucketPlan
-from xlarank.runtime.execution import Executed, Execution
+from xlarank.runtime.captures import Captures
+from xlarank.runtime.execution import Execution, Executor
 from xlarank.runtime.loading import Loader, LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pending import Pending
@@ -28,6 +28,7 @@ from xlarank.runtime.pool import DevicePool
 from xlarank.runtime.queue_config import QueueConfig
 from xlarank.runtime.table_versions import TableVersion, TableVersions
 from xlarank.runtime.tables import TableBytes
+from xlarank.runtime.workload import ModelWorkload
 from xlarank.spec import (
     BucketLadder,
     Column,
@@ -74,6 +75,7 @@ class Engine:
         metrics: Metrics | None = None,
         features: FeatureStore | None = None,
         queue: QueueConfig | None = None,
+        captures: Captures | None = None,
         on_progress: Callable[[str], None] | None = None,
         on_table_bytes: TableBytes | None = None,
     ) -> Engine:
@@ -96,6 +98,7 @@ class Engine:
           metrics: registry to count in; its own by default.
           features: candidate features by id, made for this model's spec; it may outlive the engine.
           queue: how requests wait and how many may; `QueueConfig()` by default.
+          captures: keeps requests that fail or are slow; by default those that fail, in memory.
           on_progress: told each step in words.
           on_table_bytes: told the bytes of tables read so far, and of how many.
 
@@ -122,7 +125,9 @@ class Engine:
             on_progress=on_progress,
             on_table_bytes=on_table_bytes,
         )
-        return cls(loader, pool, metrics or Metrics(), features, queue or QueueConfig())
+        return cls(
+            loader, pool, metrics or Metrics(), features, queue or QueueConfig(), captures or Captures()
+        )
 
     def __init__(
         self,
@@ -131,6 +136,7 @@ class Engine:
         metrics: Metrics,
         features: FeatureStore | None,
         queue: QueueConfig,
+        captures: Captures,
     ) -> None:
         """Use `load`."""
         # The formats of its tables are the bundle's own affair.
@@ -171,7 +177,17 @@ class Engine:
         self._device_writer = loaded.device_writer
         self._updates = threading.Lock()
         self._tasks = tuple(task.name for task in self.spec.tasks)
-        self._execution = Execution(self._gatherer, self.ladder, loaded.replicas)
+        self._golden_check = loaded.golden_check
+        self._execution = Execution(self._gatherer, self.ladder, loaded.replicas, check=self._check_golden)
+        self._workload = ModelWorkload(
+            self.spec.name,
+            self.version,
+            self.ladder,
+            self._execution,
+            self.metrics,
+            captures,
+            drop=lambda pending: self._pool.drop(self._queue, pending),
+        )
         self._owns_pool = pool is None
         self._pool = pool or DevicePool(len(loaded.replicas))
         plans = {
@@ -183,14 +199,17 @@ class Engine:
             for profile in loaded.profiles
         }
         self._queue = self._pool.attach(
-            self, self.spec.name, [plans[id(profile)] for profile in loaded.profiles], queue
+            self._workload, self.spec.name, [plans[id(profile)] for profile in loaded.profiles], queue
         )
         self._table_check.start()
 
     @property
     def fault(self) -> str | None:
-        """What was found to be wrong since loading, such as a damaged table; no request is taken then."""
-        return self._table_check.fault
+        """What was found to be wrong since loading, such as a damaged table, or no device that works.
+
+        No request is taken then.
+        """
+        return self._table_check.fault or self._pool.fault
 
     @property
     def num_request_path_compiles(self) -> int:
@@ -252,9 +271,9 @@ class Engine:
                 f"model {self.spec.name!r}: expected a RankRequest, got {type(request).__name__}; "
                 f"engine.request(features) makes one"
             )
-        if self.fault is not None:
+        if self._table_check.fault is not None:  # that no device works, the pool says below
             raise UnavailableError(
-                f"model {self.spec.name!r} version {self.version} has failed: {self.fault}"
+                f"model {self.spec.name!r} version {self.version} has failed: {self._table_check.fault}"
             )
         pending = Pending(self._gatherer.bind(request), self._tasks, time.monotonic())
         with self._idle:
@@ -263,7 +282,7 @@ class Engine:
             self._num_open += 1
         pending.future.add_done_callback(lambda _: self._on_done(pending))
         if request.num_candidates == 0:  # nothing to run, but answered and counted like any other
-            self._respond(pending)
+            self._workload.respond(pending)
             return pending.future
         try:
             self._pool.submit(self._queue, pending, request.num_candidates, options or RequestOptions())
@@ -334,59 +353,14 @@ class Engine:
             )
         return self.features
 
-    def run(self, batch: Batch[Pending], device_index: int) -> None:
-        """For the pool: see `Workload`."""
-        if any(part.item.is_over for part in batch.parts):
-            kept = tuple(part for part in batch.parts if not part.item.is_over)
-            if not kept:
-                return
-            batch = self._batch_of(kept)
-        try:
-            executed = self._execution.run(batch, device_index)
-        except Exception as error:  # the boundary of a device's thread: a batch may fail, the thread not
-            _log.exception("model %s: a batch of bucket %s failed", self.spec.name, batch.bucket)
-            for part in batch.parts:
-                self._pool.drop(self._queue, part.item)
-                part.item.fail(error)
-            return
-        self._answer(batch, executed)
-
-    def fail_late(self, item: Pending) -> None:
-        """For the pool: see `Workload`."""
-        item.fail(
-            DeadlineError(f"model {self.spec.name!r}: the request was queued past its deadline, and not run")
-        )
-
-    def _batch_of(self, parts: tuple[Part[Pending], ...]) -> Batch[Pending]:
-        return Batch(self.ladder.bucket_for(sum(part.num_rows for part in parts), len(parts)), parts)
-
-    def _answer(self, batch: Batch[Pending], executed: Executed) -> None:
-        self.metrics.record_batch(
-            batch.bucket,
-            batch.num_rows,
-            len(batch.parts),
-            executed.gather_seconds,
-            executed.execute_seconds,
-        )
-        self.metrics.set_compiles(self._execution.num_compiles)
-        row = 0
-        for part in batch.parts:
-            end = row + part.num_rows
-            is_whole = part.item.add(
-                part.begin,
-                {task: values[row:end] for task, values in executed.scores.items()},
-                started_at=executed.started_at,
-                gather_seconds=executed.gather_seconds,
-                execute_seconds=executed.execute_seconds,
-            )
-            row = end
-            if is_whole:
-                self._respond(part.item)
-
-    def _respond(self, pending: Pending) -> None:
-        answer = pending.answer(time.monotonic())
-        if answer is not None:
-            self.metrics.record_success(pending.bound.num_candidates, answer.timings)
+    def _check_golden(self, executor: Executor, buffers: device.BatchBuffers) -> None:
+        """For devices that are suspected while serving."""
+        if any(state.version for state in self.table_versions.values()):
+            # Golden scores are those of the tables as they were loaded; what can still be told is whether
+            # the device runs and its scores are finite, which any batch tells.
+            self._golden_check(executor.run, buffers, where="", is_any_score_right=True)
+        else:
+            self._golden_check(executor.run, buffers, where="golden replay")
 
     def _on_done(self, pending: Pending) -> None:
         if pending.future.cancelled():

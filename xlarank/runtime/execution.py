@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -44,13 +44,23 @@ class Executed:
 class Execution:
     """Gathers batches and executes them. One thread a device at a time."""
 
-    def __init__(self, gatherer: Gatherer, ladder: BucketLadder, executors: Sequence[Executor]) -> None:
+    def __init__(
+        self,
+        gatherer: Gatherer,
+        ladder: BucketLadder,
+        executors: Sequence[Executor],
+        *,
+        check: Callable[[Executor, device.BatchBuffers], None],
+    ) -> None:
         """
         Args:
           gatherer: of the model.
           ladder: the compiled buckets.
           executors: by device.
+          check: replays golden requests on one of them, in buffers that it may write; raises when the scores
+            are wrong.
         """
+        self._check = check
         self._gatherer = gatherer
         self._executors = executors
         self._rings = [device.BufferRing(gatherer.signature, ladder, _BUFFERS_A_DEVICE) for _ in executors]
@@ -77,3 +87,12 @@ class Execution:
         finally:
             ring.release(buffers)
         return Executed(scores, start, gathered - start, executed - gathered)
+
+    def probe(self, device_index: int) -> None:
+        """Replays golden requests on a device; raises when their scores are wrong, or what it raises."""
+        ring = self._rings[device_index]
+        buffers = ring.acquire()
+        try:
+            self._check(self._executors[device_index], buffers)
+        finally:
+            ring.release(buffers)

@@ -2,45 +2,68 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from xlarank.errors import UnavailableError
+from xlarank.errors import ExecutionError, UnavailableError
 from xlarank.runtime.batcher import Batch
 from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.device_health import DeviceHealth, DeviceState, DeviceStatus, FaultConfig, Suspicion
 from xlarank.runtime.queue_config import QueueConfig
 from xlarank.runtime.scheduler import ModelQueue, Scheduler, Turn
 from xlarank.spec import RequestOptions
 
 __all__ = ["DevicePool", "Workload"]
 
+_log = logging.getLogger(__name__)
 
 _LEAST_TICK_SECONDS = 0.001
 
 
 class Workload(Protocol):
-    """A model's part: what the pool asks for without holding its lock."""
+    """A model's part. The pool calls it without holding its lock."""
 
-    def run(self, batch: Batch, device_index: int) -> None:
-        """Runs one batch on the device and answers its requests; never raises."""
+    def run(self, batch: Batch, device_index: int) -> Any:
+        """Runs a batch; what `answer` takes. Raises when it fails or gives scores that aren't finite."""
+        ...
+
+    def answer(self, result: Any) -> None:
+        """Answers the requests of a batch that has run."""
+        ...
+
+    def isolate(self, batch: Batch, device_index: int, error: Exception) -> None:
+        """Answers a batch that fails with `error` on devices that work: who is at fault, and the others."""
+        ...
+
+    def fail(self, items: Sequence[Any], error: Exception) -> None:
+        """Answers requests that will not be run, or not to their end."""
         ...
 
     def fail_late(self, item: Any) -> None:
         """Answers a request whose deadline passed, or would have, before it was run to its end."""
         ...
 
+    def probe(self, device_index: int) -> None:
+        """Raises when a golden replay on the device fails."""
+        ...
+
 
 class DevicePool:
-    """Drives a `Scheduler` with threads: one a device, one turn at a time on each, and one for deadlines."""
+    """Drives a `Scheduler` with threads: one a device, one turn at a time on each, and one for deadlines.
+
+    Devices that fail are taken out of service as `DeviceHealth` says.
+    """
 
     def __init__(
         self,
         num_devices: int,
         *,
         costs: Sequence[float] | None = None,
+        faults: FaultConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Starts the threads.
@@ -48,14 +71,17 @@ class DevicePool:
         Args:
           num_devices: one thread each.
           costs: see `Scheduler`.
+          faults: see `DeviceHealth`; `FaultConfig()` by default.
           clock: seconds, monotonic.
         """
         self._clock = clock
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # a device may have something to do
-        self._timer = threading.Condition(self._lock)  # the earliest deadline may have changed
+        self._timer = threading.Condition(self._lock)  # the time to wake may have come nearer
         # All below guarded by _lock.
         self._scheduler: Scheduler[Any] = Scheduler(num_devices, costs=costs)
+        self._health = DeviceHealth(num_devices, faults or FaultConfig())
+        self._suspicions: list[Suspicion] = []  # to be judged by another device
         self._workloads: dict[ModelQueue, Workload] = {}
         self._timer_at = math.inf  # when the timer wakes by itself
         self._is_closed = False  # moves one way
@@ -67,6 +93,20 @@ class DevicePool:
         self.num_devices = num_devices
         for thread in self._threads:
             thread.start()
+
+    @property
+    def fault(self) -> str | None:
+        """Why no device can be used; None while one can."""
+        with self._lock:
+            if self._scheduler.num_healthy:
+                return None
+            reasons = [f"{index}: {s.reason}" for index, s in enumerate(self._health.statuses())]
+        return f"no device is healthy ({'; '.join(reasons)})"
+
+    def statuses(self) -> list[DeviceStatus]:
+        """Health by device."""
+        with self._lock:
+            return self._health.statuses()
 
     def attach(
         self, workload: Workload, name: str, plans: Sequence[BucketPlan], config: QueueConfig
@@ -105,61 +145,232 @@ class DevicePool:
             queue.batcher.drop(item)
 
     def close(self) -> None:
-        """Finishes what is queued, then stops the threads."""
+        """Finishes what is queued, then stops the threads; one that hangs is left behind."""
         with self._lock:
             self._is_closed = True
             self._work.notify_all()
             self._timer.notify()
-        for thread in self._threads:
-            thread.join()
+        for index, thread in enumerate(self._threads):
+            while thread.is_alive() and not self._is_given_up(index):
+                thread.join(0.1)
+
+    def _is_given_up(self, index: int) -> bool:
+        with self._lock:
+            return index < self.num_devices and self._health.is_away(index)
+
+    # Device threads
 
     def _serve(self, index: int) -> None:
-        """A device's thread."""
-        while (taken := self._take(index)) is not None:
-            workload, turn = taken
-            workload.run(turn.batch, index)
-            with self._lock:
-                self._scheduler.finished(turn, self._clock())
-                self._on_change()
+        while (task := self._take(index)) is not None:
+            task()
 
-    def _take(self, index: int) -> tuple[Workload, Turn] | None:
+    def _take(self, index: int) -> Callable[[], None] | None:
+        """What a device's thread does next; None when it ends."""
         with self._lock:
             while True:
-                turn = self._scheduler.next_turn(index, self._clock())
+                now = self._clock()
+                task = self._judgement(index) or self._probing(index, now)
+                if task is None and (turn := self._scheduler.next_turn(index, now)) is not None:
+                    workload = self._workloads[turn.queue]
+                    task = lambda turn=turn, workload=workload: self._run(turn, workload)  # noqa: E731
                 self._set_timer()
-                if turn is not None:
+                if task is not None:
                     self._on_change()
-                    return self._workloads[turn.queue], turn
-                if self._is_closed and not self._scheduler.num_queued_requests:
+                    return task
+                if self._is_closed and not self._scheduler.num_queued_requests and not self._suspicions:
                     return None
                 self._work.wait()
+
+    def _run(self, turn: Turn, workload: Workload) -> None:
+        """One turn of the scheduler."""
+        try:
+            result = workload.run(turn.batch, turn.device)
+        except Exception as error:  # the boundary of a device's thread: a batch may fail, the thread not
+            if self._end(turn):
+                _log.exception("device %d: a batch of model %s failed", turn.device, turn.queue.name)
+                self._suspect(turn, error)
+            return
+        if self._end(turn):
+            workload.answer(result)
+
+    def _end(self, turn: Turn) -> bool:
+        """Frees the turn's device; False if the watchdog has given it up meanwhile, and its batch away."""
+        with self._lock:
+            is_own = self._scheduler.turn_of(turn.device) is turn
+            self._scheduler.finished(turn, self._clock())
+            self._health.back(turn.device)
+            self._on_change()
+            return is_own
+
+    def _suspect(self, turn: Turn, error: Exception) -> None:
+        """Whose fault was it? Another device will tell, or this one alone."""
+        suspicion = Suspicion(turn, error, has_hung=False)
+        with self._lock:
+            if self._scheduler.num_healthy > 1:
+                self._health.suspect(turn.device, suspicion.reason)
+                self._scheduler.set_suspended(turn.device, True)
+                self._suspicions.append(suspicion)
+                self._work.notify_all()
+                return
+            retry = self._scheduler.retry(turn, turn.device, self._clock())
+        self._judge_alone(suspicion, retry)
+
+    def _judgement(self, index: int) -> Callable[[], None] | None:
+        """A suspicion that this device clears up: as another one that works, or because none is left."""
+        for suspicion in self._suspicions:
+            accused = suspicion.turn.device
+            if index != accused and self._health.state(index) is DeviceState.HEALTHY:
+                self._suspicions.remove(suspicion)
+                turn = self._scheduler.retry(suspicion.turn, index, self._clock())
+                return lambda: self._judge(suspicion, turn)
+            if index == accused and not self._health.num_healthy and not suspicion.has_hung:
+                self._suspicions.remove(suspicion)
+                turn = self._scheduler.retry(suspicion.turn, index, self._clock())
+                return lambda: self._judge_alone(suspicion, turn)
+        return None
+
+    def _judge(self, suspicion: Suspicion, turn: Turn) -> None:
+        """Runs a batch that another device failed with."""
+        workload, accused = self._workload(turn), suspicion.turn.device
+        try:
+            result = workload.run(turn.batch, turn.device)
+        except Exception as error:
+            _log.warning("device %d: the batch that device %d failed with failed too", turn.device, accused)
+            if suspicion.has_hung:
+                both = ExecutionError(f"{suspicion.reason}; on another device: {error}")
+                workload.fail([part.item for part in turn.batch.parts], both)
+            else:
+                self._acquit(accused)
+                workload.isolate(turn.batch, turn.device, error)
+            self._end(turn)
+            return
+        if self._end(turn):
+            if not suspicion.has_hung:
+                self._quarantine(accused, suspicion.reason)
+            workload.answer(result)
+
+    def _judge_alone(self, suspicion: Suspicion, turn: Turn) -> None:
+        """The same without another device: a golden replay tells whether this one works."""
+        workload = self._workload(turn)
+        try:
+            workload.probe(turn.device)
+        except Exception as error:
+            _log.exception("device %d: golden replay failed", turn.device)
+            if self._end(turn):
+                self._quarantine(turn.device, f"{suspicion.reason}; golden replay: {error}")
+                self._give_up([part.item for part in turn.batch.parts], workload)
+            return
+        self._acquit(turn.device)
+        workload.isolate(turn.batch, turn.device, suspicion.error)
+        self._end(turn)
+
+    def _probing(self, index: int, now: float) -> Callable[[], None] | None:
+        if self._is_closed or not self._health.should_probe(index, now):
+            return None
+        workloads = list(self._workloads.values())
+        return lambda: self._probe(index, workloads)
+
+    def _probe(self, index: int, workloads: Sequence[Workload]) -> None:
+        try:
+            for workload in workloads:
+                workload.probe(index)
+        except Exception as error:
+            _log.warning("device %d: still quarantined: %s", index, error)
+            with self._lock:
+                self._health.probe_failed(index, str(error), self._clock())
+                self._set_timer()
+            return
+        _log.warning("device %d: works again", index)
+        self._acquit(index)
+
+    def _acquit(self, index: int) -> None:
+        with self._lock:
+            self._health.acquit(index)
+            self._scheduler.set_suspended(index, False)
+            self._scheduler.set_healthy(index, True)
+            self._work.notify_all()
+
+    def _quarantine(self, index: int, reason: str, *, is_away: bool = False) -> None:
+        _log.error("device %d is quarantined: %s", index, reason)
+        stranded: list[tuple[Workload, list[Any]]] = []
+        with self._lock:
+            self._health.quarantine(index, reason, self._clock(), is_away=is_away)
+            self._scheduler.set_suspended(index, False)
+            self._scheduler.set_healthy(index, False)
+            if not self._scheduler.num_healthy:  # nobody is left to run what is queued
+                stranded = [(self._workloads[queue], items) for queue, items in self._scheduler.clear()]
+                for suspicion in self._suspicions:
+                    items = [part.item for part in suspicion.turn.batch.parts]
+                    stranded.append((self._workloads[suspicion.turn.queue], items))
+                self._suspicions.clear()
+            self._work.notify_all()
+            self._set_timer()
+        for workload, items in stranded:
+            self._give_up(items, workload)
+
+    def _give_up(self, items: Sequence[Any], workload: Workload) -> None:
+        workload.fail(items, UnavailableError(self.fault or "the device failed; try again"))
+
+    def _workload(self, turn: Turn) -> Workload:
+        with self._lock:
+            return self._workloads[turn.queue]
 
     def _on_change(self) -> None:
         """Which device may take what may depend on what the others do."""
         if self._is_closed or not self._scheduler.is_uniform:
             self._work.notify_all()
 
+    # The timer's thread
+
+    def _wake_at(self) -> float:
+        starts = [turn.started_at for turn in self._scheduler.turns()]
+        hang_at = min(starts, default=math.inf) + self._health.config.watchdog_seconds
+        return min(self._scheduler.wake_at(), self._health.wake_at(), hang_at)
+
     def _set_timer(self) -> None:
-        if self._scheduler.wake_at() < self._timer_at:
+        if self._wake_at() < self._timer_at:
             self._timer.notify()
 
     def _keep_time(self) -> None:
-        """The timer's thread: answers late requests when they are late, and ends deferrals."""
+        """Answers late requests in time, ends deferrals, has devices probed, and finds those that hang."""
         while True:
             with self._lock:
-                late = [
-                    (self._workloads[queue], item) for queue, item in self._scheduler.take_late(self._clock())
-                ]
-                if not late:
-                    if self._is_closed:
+                now = self._clock()
+                late = [(self._workloads[queue], item) for queue, item in self._scheduler.take_late(now)]
+                since = now - self._health.config.watchdog_seconds
+                hung = [turn for turn in self._scheduler.turns() if turn.started_at <= since]
+                if not late and not hung:
+                    if self._is_closed and not any(thread.is_alive() for thread in self._threads[:-1]):
                         return
-                    wake_at = self._scheduler.wake_at()
-                    seconds = wake_at - self._clock()
-                    if seconds <= 0:  # a deferral has ended: devices see to it
-                        self._work.notify_all()
-                        seconds = _LEAST_TICK_SECONDS
-                    self._timer_at = wake_at
-                    self._timer.wait(None if seconds == math.inf else seconds)
-                    self._timer_at = -math.inf  # looks again before it waits again
+                    self._wait(now)
             for workload, item in late:
                 workload.fail_late(item)
+            for turn in hung:
+                self._on_hang(turn)
+
+    def _wait(self, now: float) -> None:
+        wake_at = self._wake_at()
+        seconds = wake_at - now
+        if seconds <= 0:  # a deferral has ended, or a probe is due: devices see to it
+            self._work.notify_all()
+            seconds = _LEAST_TICK_SECONDS
+        if self._is_closed:
+            seconds = min(seconds, 0.1)
+        self._timer_at = wake_at
+        self._timer.wait(None if seconds == math.inf else seconds)
+        self._timer_at = -math.inf  # looks again before it waits again
+
+    def _on_hang(self, turn: Turn) -> None:
+        """A device hasn't come back from its batch: it goes to another, once."""
+        reason = f"a batch took more than {self._health.config.watchdog_seconds:g} s"
+        with self._lock:
+            if self._scheduler.turn_of(turn.device) is not turn:
+                return  # it has just come back
+            workload = self._workloads[turn.queue]
+            may_retry = not turn.is_retry and self._scheduler.num_healthy > 1
+            if may_retry:
+                self._suspicions.append(Suspicion(turn, ExecutionError(reason), has_hung=True))
+        self._quarantine(turn.device, reason, is_away=True)
+        if not may_retry:
+            items = [part.item for part in turn.batch.parts]
+            workload.fail(items, ExecutionError(f"model {turn.queue.name!r}: {reason}"))

@@ -76,6 +76,9 @@ class Turn(Generic[Item]):
     started_at: float
     predicted_seconds: float
 
+    is_retry: bool = False
+    """Whether another device failed with it."""
+
 
 class _Device:
     """What the scheduler knows of one device."""
@@ -83,6 +86,7 @@ class _Device:
     def __init__(self, index: int, cost: float) -> None:
         self.index, self.cost = index, cost
         self.is_healthy = True
+        self.is_suspended = False
         self.turn: Turn | None = None
         self.ratio = 1.0  # measured over predicted seconds
 
@@ -191,16 +195,32 @@ class Scheduler(Generic[Item]):
         """What a free device runs now; None when there is nothing for it. Tell `finished` after it."""
         device = self._devices[device_index]
         assert device.turn is None
-        if not device.is_healthy:
+        if not device.is_healthy or device.is_suspended:
             return None
         for queue in sorted(self._queues, key=lambda queue: queue.used_seconds):
             batch = self._next_batch(queue, device, now)
             if batch is not None:
-                seconds = queue.plans[device_index].run_seconds(batch.num_rows, len(batch.parts))
-                queue.used_seconds += seconds
-                device.turn = Turn(queue, batch, device_index, now, seconds)
-                return device.turn
+                return self._begin(queue, batch, device, now)
         return None
+
+    def retry(self, turn: Turn[Item], device_index: int, now: float) -> Turn[Item]:
+        """Has a free device run a batch that another one failed with. Tell `finished` after it."""
+        return self._begin(turn.queue, turn.batch, self._devices[device_index], now, is_retry=True)
+
+    def _begin(
+        self,
+        queue: ModelQueue[Item],
+        batch: Batch[Item],
+        device: _Device,
+        now: float,
+        *,
+        is_retry: bool = False,
+    ) -> Turn[Item]:
+        assert device.turn is None
+        seconds = queue.plans[device.index].run_seconds(batch.num_rows, len(batch.parts))
+        queue.used_seconds += seconds
+        device.turn = Turn(queue, batch, device.index, now, seconds, is_retry)
+        return device.turn
 
     def finished(self, turn: Turn[Item], now: float) -> None:
         """Tells that a device is free again; from the time that its turn took later ones are predicted."""
@@ -217,6 +237,10 @@ class Scheduler(Generic[Item]):
         """What a device runs now."""
         return self._devices[device_index].turn
 
+    def turns(self) -> list[Turn[Item]]:
+        """What all devices run now."""
+        return [device.turn for device in self._devices if device.turn is not None]
+
     def is_healthy(self, device_index: int) -> bool:
         """Whether a device is given work."""
         return self._devices[device_index].is_healthy
@@ -229,6 +253,14 @@ class Scheduler(Generic[Item]):
             device.turn = None
             for queue in self._queues:
                 queue.batcher.release(device_index)
+
+    def set_suspended(self, device_index: int, is_suspended: bool) -> None:
+        """Has a device wait for a while, as if it were busy; what is bound to it stays."""
+        self._devices[device_index].is_suspended = is_suspended
+
+    def clear(self) -> list[tuple[ModelQueue[Item], list[Item]]]:
+        """Takes everything out of the queues."""
+        return [(queue, queue.batcher.clear()) for queue in self._queues]
 
     def take_late(self, now: float) -> list[tuple[ModelQueue[Item], Item]]:
         """Requests whose deadline passed in the queue, or that would have finished after it; each once."""

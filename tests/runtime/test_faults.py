@@ -1,0 +1,262 @@
+"""Devices that fail, lie or hang, and requests that make any device fail, through real engines."""
+
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+import shop
+from executors import Faulty, wrap
+from flax import nnx
+
+from xlarank.bundle import read_requests
+from xlarank.compiler import build_bundle, random_requests
+from xlarank.errors import ConfigError, ExecutionError, UnavailableError
+from xlarank.runtime import CaptureConfig, Captures, DevicePool, Engine, FaultConfig
+from xlarank.runtime.device_health import DeviceState
+from xlarank.spec import RankRequest
+
+QUICK = FaultConfig(watchdog_seconds=0.5, probe_seconds=0.01)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repository")
+    build_bundle(
+        shop.Shop(rngs=nnx.Rngs(0)),
+        shop.SPEC,
+        shop.make_tables(),
+        out=folder,
+        buckets=[8, 128],
+        tune_seconds=0,
+    )
+    return folder
+
+
+@pytest.fixture
+def serve(repository):
+    """Gives an engine on some devices, and its executors, which do as they are told."""
+    opened = []
+
+    def serve(num_devices, faults=QUICK, **options):
+        pool = DevicePool(num_devices, faults=faults)
+        engine = Engine.load(repository / "shop", pool=pool, **options)
+        opened.append((engine, pool))
+        return engine, wrap(engine, Faulty)
+
+    yield serve
+    for engine, pool in opened:
+        for executor in engine._execution._executors:
+            executor.fault = None
+        engine.close()
+        pool.close()
+
+
+def broken(*_):
+    raise RuntimeError("the device is broken")
+
+
+def all_nan(bucket, leaves, scores):
+    return {task: np.full_like(values, np.nan) for task, values in scores.items()}
+
+
+def wait_for(condition):
+    """Until a thread of the pool has done what it must."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def states(engine):
+    return [status.state for status in engine._pool.statuses()]
+
+
+def requests_of(count, rows=5, seed=0):
+    return random_requests(shop.SPEC, count, num_candidates=rows, seed=seed)
+
+
+@pytest.mark.parametrize("fault", [broken, all_nan])
+def test_a_batch_that_fails_on_one_device_is_answered_by_another_and_the_first_is_quarantined(serve, fault):
+    engine, (first, _) = serve(2)
+    requests = requests_of(20)
+    expected = [engine.score(request) for request in requests]
+    first.fault = fault
+    futures = [engine.submit(request) for request in requests]
+    for future, scores in zip(futures, expected, strict=True):
+        np.testing.assert_allclose(future.result(60).scores["click"], scores["click"], atol=1e-6)
+    # Enough batches that the broken one must have been asked.
+    while states(engine)[0] is not DeviceState.QUARANTINED:
+        engine.score(requests[0])
+    assert states(engine)[1] is DeviceState.HEALTHY
+    assert engine.fault is None
+    assert engine._pool.statuses()[0].num_quarantines == 1
+    first.fault = None  # it works again: a probe finds out
+    wait_for(lambda: states(engine)[0] is DeviceState.HEALTHY)
+
+
+PRICE = [feature.name for feature in shop.SPEC.features].index("price")
+POISON = np.float32(77.25)
+
+
+def poisoned(request, row):
+    """The request with a mark in one of its rows."""
+    columns = dict(zip([feature.name for feature in shop.SPEC.features], request.columns, strict=True))
+    columns["price"] = columns["price"].copy()
+    columns["price"][row, 1] = POISON
+    return RankRequest(shop.SPEC, columns)
+
+
+def nan_where_poisoned(bucket, leaves, scores):
+    """NaN for rows with the mark, wherever and with whomever they run."""
+    rows = np.zeros(bucket.rows, bool)
+    for leaf in leaves.values():
+        if leaf.ndim == 2 and len(leaf) == bucket.rows and leaf.dtype == np.float32:
+            rows |= (leaf == POISON).any(axis=1)
+    for values in scores.values():
+        values[rows] = np.nan
+    return scores
+
+
+def raise_where_poisoned(bucket, leaves, scores):
+    if any(np.isnan(values).any() for values in nan_where_poisoned(bucket, leaves, scores).values()):
+        raise RuntimeError("overflow")
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            nan_where_poisoned,
+            r"model 'shop', task 'click', bucket 8x1: expected finite scores, got 1 of 1 that",
+        ),
+        (raise_where_poisoned, "overflow"),
+    ],
+)
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_requests_that_fail_everywhere_fail_alone_and_no_device_is_quarantined(
+    serve, num_devices, tmp_path, fault, message
+):
+    captures = Captures(CaptureConfig(folder=str(tmp_path / "kept")))
+    engine, executors = serve(num_devices, captures=captures)
+    requests = requests_of(12)
+    expected = [engine.score(request) for request in requests]
+    requests[4], requests[9] = poisoned(requests[4], 3), poisoned(requests[9], 0)
+    for executor in executors:
+        executor.fault = fault
+    futures = [engine.submit(request) for request in requests]
+    for number, row in ((4, 3), (9, 0)):
+        with pytest.raises(
+            ExecutionError,
+            match=rf"model 'shop': the request fails on every device, by row {row}: {message}",
+        ):
+            futures[number].result(60)
+    for number, (future, scores) in enumerate(zip(futures, expected, strict=True)):
+        if number not in (4, 9):
+            np.testing.assert_allclose(future.result(60).scores["click"], scores["click"], atol=1e-6)
+    wait_for(lambda: set(states(engine)) == {DeviceState.HEALTHY})
+    assert sum(status.num_quarantines for status in engine._pool.statuses()) == 0
+    kept = {id(capture.request) for capture in captures.kept()}
+    assert kept == {id(requests[4]), id(requests[9])}
+    captures.close()
+    files = sorted((tmp_path / "kept").glob("shop-1-fault-*.safetensors"))
+    again = [read_requests(file, shop.SPEC)[0][0].columns[PRICE] for file in files]
+    assert sorted(int(np.argwhere(price == POISON)[0, 0]) for price in again) == [0, 3]
+
+
+def test_a_lone_device_that_fails_its_golden_replay_is_quarantined_and_the_server_says_why(serve):
+    engine, (only,) = serve(1)
+    requests = requests_of(3)
+    expected = engine.score(requests[0])
+    only.fault = broken
+    with pytest.raises(UnavailableError, match=r"no device is healthy .*the device is broken"):
+        engine.score(requests[0])
+    assert "no device is healthy (0: the device is broken" in engine.fault
+    with pytest.raises(UnavailableError, match="model 'shop': no device is healthy"):
+        engine.submit(requests[1])
+    only.fault = None
+    wait_for(lambda: engine.fault is None)
+    np.testing.assert_array_equal(engine.score(requests[0])["click"], expected["click"])
+
+
+def test_wrong_but_finite_golden_scores_keep_a_device_quarantined(serve):
+    engine, (only,) = serve(1)
+    only.fault = all_nan
+    with pytest.raises(UnavailableError):
+        engine.score(requests_of(1)[0])
+    runs = only.num_runs
+
+    def off_by_a_half(bucket, leaves, scores):
+        return {task: values + np.float32(0.5) for task, values in scores.items()}
+
+    only.fault = off_by_a_half
+    wait_for(lambda: only.num_runs > runs + 2)
+    assert states(engine) == [DeviceState.QUARANTINED]
+
+
+class Hang:
+    """Holds a device in its next batch until told."""
+
+    def __init__(self):
+        self.has_come, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, bucket, leaves, scores):
+        self.has_come.set()
+        assert self.go_on.wait(60)
+        return scores
+
+
+def test_a_device_that_hangs_is_quarantined_and_its_batch_answered_by_another(serve):
+    engine, (first, _) = serve(2)
+    requests = requests_of(8)
+    expected = [engine.score(request) for request in requests]
+    hang = first.fault = Hang()
+    futures = []
+    while not hang.has_come.is_set():
+        futures.append(engine.submit(requests[len(futures) % 8]))
+    for number, future in enumerate(futures):
+        scores = future.result(60).scores
+        np.testing.assert_allclose(scores["click"], expected[number % 8]["click"], atol=1e-6)
+    assert states(engine) == [DeviceState.QUARANTINED, DeviceState.HEALTHY]
+    assert engine._pool.statuses()[0].reason == "a batch took more than 0.5 s"
+    first.fault = None
+    hang.go_on.set()  # what it brings back is thrown away; then it is probed
+    wait_for(lambda: states(engine)[0] is DeviceState.HEALTHY)
+    samples = {name: value for name, _, value in engine.metrics.samples()}
+    assert samples["nv_inference_request_success"] == 8 + len(futures)
+
+
+def test_a_batch_that_hangs_two_devices_is_given_up_and_spares_the_third(serve):
+    engine, executors = serve(min(3, len(jax.devices())))
+    hangs = [Hang() for _ in executors]
+    for executor, hang in zip(executors, hangs, strict=True):
+        executor.fault = hang
+    future = engine.submit(requests_of(1)[0])
+    with pytest.raises((ExecutionError, UnavailableError)):
+        future.result(60)
+    assert sum(hang.has_come.is_set() for hang in hangs) == 2
+    for executor, hang in zip(executors, hangs, strict=True):
+        executor.fault = None
+        hang.go_on.set()
+    wait_for(lambda: set(states(engine)) == {DeviceState.HEALTHY})
+
+
+def test_closing_leaves_a_device_that_hangs_behind(repository):
+    pool = DevicePool(1, faults=QUICK)
+    engine = Engine.load(repository / "shop", pool=pool)
+    (only,) = wrap(engine, Faulty)
+    hang = only.fault = Hang()
+    future = engine.submit(requests_of(1)[0])
+    with pytest.raises(ExecutionError, match=r"model 'shop': a batch took more than 0\.5 s"):
+        future.result(60)
+    engine.close()
+    pool.close()
+    hang.go_on.set()
+
+
+@pytest.mark.parametrize("field", ["watchdog_seconds", "probe_seconds"])
+def test_times_must_be_positive(field):
+    with pytest.raises(ConfigError, match=f"faults: {field} must be > 0; was 0"):
+        FaultConfig(**{field: 0})

@@ -1,0 +1,176 @@
+"""Which devices can be trusted, and what is done about those that can't: `DeviceHealth`.
+
+Contract
+  - Pure: no threads, no clock. The pool serialises the calls and hands in the time.
+  - A device whose batch failed, or gave scores that aren't finite, is *suspect* and gets no work until
+    another device has run the same batch. Fine there: the first is quarantined. The same there: it's the
+    data; both are fine, and the batch is taken apart to find the requests at fault. Without another device,
+    a golden replay decides instead.
+  - A device that hasn't come back from a batch in `watchdog_seconds` is quarantined, and another gets the
+    batch. What it brings back later is thrown away. A batch that two devices hung in, or that fails on the
+    second, is given up: it won't take down a third.
+  - A quarantined device is probed by golden replay, at first after `probe_seconds`, then at intervals that
+    double up to `_MAX_PROBE_SECONDS`, and returns to service when a probe succeeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from typing import Any
+
+from xlarank.errors import ConfigError
+from xlarank.runtime.scheduler import Turn
+from xlarank.spec.fields import to_number
+
+__all__ = ["DeviceHealth", "DeviceState", "DeviceStatus", "FaultConfig", "Suspicion"]
+
+_MAX_PROBE_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """When a device is given up, and when it is tried again."""
+
+    watchdog_seconds: float = 10.0
+    """A batch that takes longer than this has hung its device."""
+
+    probe_seconds: float = 1.0
+    """First wait before a quarantined device is tried again."""
+
+    def __post_init__(self) -> None:
+        for name in ("watchdog_seconds", "probe_seconds"):
+            if to_number("faults", name, getattr(self, name)) <= 0:
+                raise ConfigError(f"faults: {name} must be > 0; was {getattr(self, name)}")
+
+
+class DeviceState(enum.StrEnum):
+    """What a device is trusted with."""
+
+    HEALTHY = "healthy"
+    """Gets work."""
+
+    SUSPECT = "suspect"
+    """Another device runs its last batch to see whose fault it was."""
+
+    QUARANTINED = "quarantined"
+    """Gets no work, and is probed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceStatus:
+    """One device, for metrics and messages."""
+
+    state: DeviceState
+    reason: str
+    """Why it isn't healthy; empty for a healthy one."""
+
+    num_quarantines: int
+    """So far."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Suspicion:
+    """A batch that a device failed with, to be run by another."""
+
+    turn: Turn[Any]
+    error: Exception
+    has_hung: bool
+
+    @property
+    def reason(self) -> str:
+        """What happened, in words."""
+        return str(self.error) or type(self.error).__name__
+
+
+class _Device:
+    def __init__(self) -> None:
+        self.state = DeviceState.HEALTHY
+        self.reason = ""
+        self.num_quarantines = 0
+        self.probe_at = math.inf
+        self.probe_wait = 0.0
+        self.is_away = False  # hangs in a batch: its thread can't probe it
+
+
+class DeviceHealth:
+    """See the contract at the top of the file."""
+
+    def __init__(self, num_devices: int, config: FaultConfig) -> None:
+        """All devices are healthy at first."""
+        self._config = config
+        self._devices = [_Device() for _ in range(num_devices)]
+
+    @property
+    def config(self) -> FaultConfig:
+        """As given."""
+        return self._config
+
+    @property
+    def num_healthy(self) -> int:
+        """Devices that are neither suspect nor quarantined."""
+        return sum(device.state is DeviceState.HEALTHY for device in self._devices)
+
+    def statuses(self) -> list[DeviceStatus]:
+        """By device."""
+        return [DeviceStatus(d.state, d.reason, d.num_quarantines) for d in self._devices]
+
+    def state(self, index: int) -> DeviceState:
+        """Of one device."""
+        return self._devices[index].state
+
+    def suspect(self, index: int, reason: str) -> None:
+        """Its last batch failed; another device will tell."""
+        device = self._devices[index]
+        device.state, device.reason = DeviceState.SUSPECT, reason
+
+    def acquit(self, index: int) -> None:
+        """It was the data, or a probe succeeded: the device gets work again."""
+        device = self._devices[index]
+        device.state, device.reason, device.probe_at = DeviceState.HEALTHY, "", math.inf
+
+    def quarantine(self, index: int, reason: str, now: float, *, is_away: bool = False) -> None:
+        """Takes a device out of service until a probe succeeds.
+
+        Args:
+          index: of the device.
+          reason: for people.
+          now: seconds.
+          is_away: it hangs, and can be probed only once it is `back`.
+        """
+        device = self._devices[index]
+        device.state, device.reason = DeviceState.QUARANTINED, reason
+        device.num_quarantines += 1
+        device.is_away = is_away
+        device.probe_wait = self._config.probe_seconds
+        device.probe_at = now + device.probe_wait
+
+    def is_away(self, index: int) -> bool:
+        """Whether it hangs in a batch."""
+        return self._devices[index].is_away
+
+    def back(self, index: int) -> None:
+        """A device that hung has come back from its batch."""
+        self._devices[index].is_away = False
+
+    def probe_failed(self, index: int, reason: str, now: float) -> None:
+        """The next probe waits twice as long."""
+        device = self._devices[index]
+        device.reason = reason
+        device.probe_wait = min(2 * device.probe_wait, _MAX_PROBE_SECONDS)
+        device.probe_at = now + device.probe_wait
+
+    def should_probe(self, index: int, now: float) -> bool:
+        """Whether it's time to try a quarantined device."""
+        device = self._devices[index]
+        return device.state is DeviceState.QUARANTINED and not device.is_away and now >= device.probe_at
+
+    def wake_at(self) -> float:
+        """When the next probe is due; inf for none."""
+        due = [
+            device.probe_at
+            for device in self._devices
+            if device.state is DeviceState.QUARANTINED and not device.is_away
+        ]
+        return min(due, default=math.inf)

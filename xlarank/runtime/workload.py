@@ -1,0 +1,150 @@
+"""What one model does on the devices of a pool: `ModelWorkload`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from xlarank.errors import DeadlineError, ExecutionError
+from xlarank.runtime.batcher import Batch, Part
+from xlarank.runtime.captures import Captures
+from xlarank.runtime.execution import Executed, Execution
+from xlarank.runtime.isolation import isolate
+from xlarank.runtime.metrics import ModelMetrics
+from xlarank.runtime.pending import Pending
+from xlarank.spec import BucketLadder
+
+__all__ = ["ModelWorkload"]
+
+_log = logging.getLogger(__name__)
+
+
+class ModelWorkload:
+    """Runs batches of one model version and answers its requests: the pool's `Workload`."""
+
+    def __init__(
+        self,
+        name: str,
+        version: int,
+        ladder: BucketLadder,
+        execution: Execution,
+        metrics: ModelMetrics,
+        captures: Captures,
+        *,
+        drop: Callable[[Pending], None],
+    ) -> None:
+        """
+        Args:
+          name: of the model.
+          version: of the model.
+          ladder: the compiled buckets.
+          execution: gathers and executes.
+          metrics: counts.
+          captures: keeps requests that were slow or at fault.
+          drop: forgets what is still queued of a request.
+        """
+        self._name, self._version = name, version
+        self._ladder = ladder
+        self._execution = execution
+        self._metrics = metrics
+        self._captures = captures
+        self._drop = drop
+
+    def run(self, batch: Batch[Pending], device_index: int) -> tuple[Batch[Pending], Executed] | None:
+        """Gathers and executes what is still waited for; None when that is nothing.
+
+        Raises:
+          ExecutionError: if the scores aren't finite.
+          Exception: what the gather or the device raises.
+        """
+        now = time.monotonic()
+        # Since the batch was formed, long ago if this is a retry, callers may have gone or deadlines passed.
+        kept = tuple(part for part in batch.parts if not part.item.is_over and part.ticket.deadline > now)
+        for part in batch.parts:
+            if part not in kept:
+                self.fail_late(part.item)
+        if not kept:
+            return None
+        return self._run(kept, device_index)
+
+    def _run(self, parts: Sequence[Part[Pending]], device_index: int) -> tuple[Batch[Pending], Executed]:
+        bucket = self._ladder.bucket_for(sum(part.num_rows for part in parts), len(parts))
+        batch = Batch(bucket, tuple(parts))
+        executed = self._execution.run(batch, device_index)
+        for task, values in executed.scores.items():
+            is_finite = np.isfinite(values[: batch.num_rows])
+            if not is_finite.all():
+                raise ExecutionError(
+                    f"model {self._name!r}, task {task!r}, bucket {bucket}: expected finite scores, got "
+                    f"{np.count_nonzero(~is_finite)} of {batch.num_rows} that are not"
+                )
+        return batch, executed
+
+    def answer(self, result: tuple[Batch[Pending], Executed] | None) -> None:
+        """Answers the requests of a batch that has run."""
+        if result is None:
+            return
+        batch, executed = result
+        self._metrics.record_batch(
+            batch.bucket, batch.num_rows, len(batch.parts), executed.gather_seconds, executed.execute_seconds
+        )
+        self._metrics.set_compiles(self._execution.num_compiles)
+        row = 0
+        for part in batch.parts:
+            end = row + part.num_rows
+            is_whole = part.item.add(
+                part.begin,
+                {task: values[row:end] for task, values in executed.scores.items()},
+                started_at=executed.started_at,
+                gather_seconds=executed.gather_seconds,
+                execute_seconds=executed.execute_seconds,
+            )
+            row = end
+            if is_whole:
+                self.respond(part.item)
+
+    def respond(self, pending: Pending) -> None:
+        """Answers a request all of whose scores have come."""
+        answer = pending.answer(time.monotonic())
+        if answer is None:
+            return
+        self._metrics.record_success(pending.bound.num_candidates, answer.timings)
+        if self._captures.is_slow(answer.timings.total):
+            self._captures.keep_slow(
+                self._name, self._version, pending.bound.request, answer.timings, answer.scores
+            )
+
+    def isolate(self, batch: Batch[Pending], device_index: int, error: Exception) -> None:
+        """Answers a batch that fails on devices that work; see `xlarank.runtime.isolation`."""
+        done, culprits = isolate(batch.parts, lambda parts: self._run(parts, device_index), error)
+        for _, result in done:
+            self.answer(result)
+        for culprit in culprits:
+            pending = culprit.part.item
+            rows = (
+                f"row {culprit.begin}"
+                if culprit.end - culprit.begin == 1
+                else (f"rows {culprit.begin} to {culprit.end - 1}")
+            )
+            detail = f"model {self._name!r}: the request fails on every device, by {rows}: {culprit.error}"
+            _log.error("%s", detail)
+            self._captures.keep_fault(self._name, self._version, pending.bound.request, detail)
+            self.fail([pending], ExecutionError(detail))
+
+    def fail(self, items: Sequence[Pending], error: Exception) -> None:
+        """Answers requests that will not be run, or not to their end."""
+        for pending in items:
+            self._drop(pending)
+            pending.fail(error)
+
+    def fail_late(self, item: Pending) -> None:
+        """Answers a request whose deadline passed while it was queued."""
+        error = DeadlineError(f"model {self._name!r}: the request was queued past its deadline, and not run")
+        self.fail([item], error)
+
+    def probe(self, device_index: int) -> None:
+        """Replays golden requests on a device; raises when that fails."""
+        self._execution.probe(device_index)
