@@ -1,8 +1,10 @@
 """The batcher's contract, by hand and by property; no threads, time is a number."""
 
 import collections
+import gc
 import math
 import random
+import weakref
 
 import pytest
 
@@ -200,6 +202,24 @@ def test_what_is_queued_past_its_deadline_expires_at_it():
     assert batcher.wake_at == 5.0
     batcher.drop("a")
     assert batcher.next_deadline == math.inf
+
+
+def test_requests_that_are_answered_long_before_their_deadline_are_not_kept_for_it():
+    batcher = batcher_of()
+    asked = []
+    for number in range(3000):
+        asked.append(Named())
+        batcher.add(asked[-1], 8, now=0.0, deadline=1e6 + number)
+        assert batcher.next_batch(0, 0.0) is not None
+    alive = [weakref.ref(item) for item in asked]
+    asked.clear()
+    gc.collect()
+    assert sum(ref() is not None for ref in alive) == 0
+    assert len(batcher._deadlines) < 1000
+
+
+class Named:
+    """Something that can be referred to weakly."""
 
 
 def test_spread_gives_every_device_its_share_and_nobody_elses():

@@ -120,7 +120,9 @@ class Batcher(Generic[Item]):
         self._queue: list[Part[Item]] = []  # ascending by order
         self._bound: dict[int, Part[Item]] = {}  # by device: what is left of a request it has begun
         self._open: dict[Item, list[Part[Item]]] = {}  # what is in _queue and _bound; never an empty list
-        self._deadlines: list[tuple[float, int, Ticket[Item]]] = []  # a heap; may hold those long gone
+        # A heap of deadlines and places of arrival; may name requests long gone, but holds none of them.
+        self._deadlines: list[tuple[float, int]] = []
+        self._hurried: dict[int, Ticket[Item]] = {}  # by place of arrival: those of _open with a deadline
         self._late: list[Item] = []
         self._count = itertools.count()
         self._load = _Load()
@@ -151,7 +153,7 @@ class Batcher(Generic[Item]):
     @property
     def next_deadline(self) -> float:
         """The earliest of what is queued; inf when there is none."""
-        while self._deadlines and not self._is_open(self._deadlines[0][2]):
+        while self._deadlines and self._deadlines[0][1] not in self._hurried:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else math.inf
 
@@ -193,7 +195,11 @@ class Batcher(Generic[Item]):
         ticket = Ticket(item, num_rows, now, deadline, order, home)
         self._load.add(self.plan.work_seconds(num_rows), now)
         if deadline < math.inf:
-            heapq.heappush(self._deadlines, (deadline, order[1], ticket))
+            self._hurried[order[1]] = ticket
+            heapq.heappush(self._deadlines, (deadline, order[1]))
+            if len(self._deadlines) > 2 * len(self._hurried) + _MAX_LOOK:  # deadlines are far, answers quick
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._hurried]
+                heapq.heapify(self._deadlines)
         devices = spread_over[:num_rows]
         if not devices:
             self._insert(Part(ticket, 0, num_rows))
@@ -227,7 +233,7 @@ class Batcher(Generic[Item]):
     def expire(self, now: float) -> None:
         """Moves requests whose deadline has passed to the late ones."""
         while self.next_deadline <= now:
-            self._set_late(self._deadlines[0][2])
+            self._set_late(self._hurried[self._deadlines[0][1]])
 
     def take_late(self) -> list[Item]:
         """Requests that were not run, or not to their end, as they would have been late; each once."""
@@ -361,10 +367,6 @@ class Batcher(Generic[Item]):
         deadline = part.ticket.deadline
         return deadline < math.inf and now + self.plan.seconds(part.num_rows) > deadline
 
-    def _is_open(self, ticket: Ticket[Item]) -> bool:
-        parts = self._open.get(ticket.item)
-        return parts is not None and parts[0].ticket is ticket
-
     def _set_late(self, ticket: Ticket[Item]) -> None:
         if self.drop(ticket.item):
             self._late.append(ticket.item)
@@ -393,6 +395,7 @@ class Batcher(Generic[Item]):
         parts.remove(part)
         if not parts:
             del self._open[part.item]
+            self._hurried.pop(part.ticket.order[1], None)
         self._num_queued_rows -= part.num_rows
         self._queued_seconds = max(0.0, self._queued_seconds - self._work(part)) if self._open else 0.0
         for device, bound in self._bound.items():

@@ -110,7 +110,8 @@ class Scheduler(Generic[Item]):
         costs = [1.0] * num_devices if costs is None else costs
         self._devices = [_Device(index, cost) for index, cost in enumerate(costs)]
         self._queues: list[ModelQueue[Item]] = []
-        self._is_uniform = len(set(costs)) <= 1
+        self._has_costs = len(set(costs)) > 1
+        self._is_uniform = not self._has_costs
 
     @property
     def is_uniform(self) -> bool:
@@ -371,11 +372,13 @@ class Scheduler(Generic[Item]):
 
         def is_own(part: Part[Item]) -> bool:
             has_waited = now - part.ticket.queued_at >= skip
-            return part.ticket in chosen and (has_waited or self._is_home(part.ticket, device))
+            is_right = chosen is None or part.ticket in chosen
+            return is_right and (has_waited or self._is_home(part.ticket, device))
 
         def may_take(part: Part[Item]) -> bool:
             home = part.ticket.home
-            return part.ticket in chosen and (home is None or self._devices[home].turn is not None)
+            is_right = chosen is None or part.ticket in chosen
+            return is_right and (home is None or self._devices[home].turn is not None)
 
         for claims in (is_own, may_take):
             batch = batcher.next_batch(device.index, now, plan=plan, claims=claims)
@@ -387,11 +390,11 @@ class Scheduler(Generic[Item]):
         home = ticket.home
         return home is None or home == device.index or not self._devices[home].is_healthy
 
-    def _soonest_here(self, queue: ModelQueue[Item], device: _Device, now: float) -> set[Ticket[Item]]:
-        """The queued requests that this device is the right one for, counting what is before each."""
-        parts = [part for part in queue.batcher.waiting() if part.may_run_on(device.index)]
-        if not queue.has_kinds and len({other.cost for other in self._devices}) == 1:
-            return {part.ticket for part in parts}
+    def _soonest_here(self, queue: ModelQueue[Item], device: _Device, now: float) -> set[Ticket[Item]] | None:
+        """What this device is the right one for, counting what is before each in the queue; None for all."""
+        if not queue.has_kinds and not self._has_costs:
+            return None
+        parts = (part for part in queue.batcher.waiting() if part.may_run_on(device.index))
         free = {other.index: other.free_at(now) for other in self._devices if other.is_healthy}
         here = set()
         for part in itertools.islice(parts, _MAX_LOOK):
