@@ -10,7 +10,7 @@ import pytest
 
 from xlarank.cli import main
 
-COMMANDS = ("train", "compile", "plan", "simulate", "inspect", "score", "evaluate", "serve")
+COMMANDS = ("train", "compile", "plan", "simulate", "inspect", "score", "evaluate", "serve", "replay")
 
 CONFIG = """
 name = "tiny"

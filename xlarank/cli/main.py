@@ -14,7 +14,7 @@ from absl import logging as absl_logging
 from absl.flags import argparse_flags
 
 from xlarank.cli import compile as compile_command
-from xlarank.cli import evaluate, features, inspect, plan, score, serve, simulate, train
+from xlarank.cli import evaluate, features, inspect, plan, replay, score, serve, simulate, train
 from xlarank.errors import XlarankError
 
 __all__ = ["main", "parse", "run"]
@@ -29,7 +29,7 @@ example, from data to a server:
 """
 
 # By the order in which a model goes through them.
-_COMMANDS = (train, compile_command, plan, simulate, inspect, score, evaluate, features, serve)
+_COMMANDS = (train, compile_command, plan, simulate, inspect, score, evaluate, features, serve, replay)
 
 
 def run() -> None:

@@ -1,0 +1,69 @@
+"""Kept requests: how many, where, and that they can be scored again."""
+
+import json
+
+import numpy as np
+import pytest
+import shop
+
+from xlarank.bundle import read_requests
+from xlarank.compiler import random_requests
+from xlarank.errors import ConfigError
+from xlarank.runtime import CaptureConfig, Captures, Timings
+
+TIMINGS = Timings(queue=0.001, gather=0.002, execute=0.003, total=0.0075)
+
+
+def keep(captures, count):
+    requests = random_requests(shop.SPEC, count, num_candidates=3)
+    for request in requests:
+        scores = {task.name: np.arange(3, dtype=np.float32) for task in shop.SPEC.tasks}
+        captures.keep_slow("shop", 7, request, TIMINGS, scores)
+    return requests
+
+
+def test_the_last_requests_of_each_reason_are_kept_in_memory():
+    captures = Captures(CaptureConfig(num_kept=3))
+    requests = keep(captures, 5)
+    captures.keep_fault("shop", 7, requests[0], "row 1")
+    kept = captures.kept()
+    assert [capture.request for capture in kept] == [requests[0], *requests[2:]]
+    assert [capture.reason for capture in kept] == ["fault", "slow", "slow", "slow"]
+    assert kept[1].detail == "queue 1.000 ms, gather 2.000 ms, execute 3.000 ms, total 7.500 ms"
+    captures.close()
+
+
+@pytest.mark.parametrize(("slow_ms", "expected"), [(0.0, False), (7.0, True), (8.0, False)])
+def test_what_is_slow_is_what_the_config_says(slow_ms, expected):
+    assert Captures(CaptureConfig(slow_ms=slow_ms)).is_slow(0.0075) is expected
+
+
+def test_files_are_written_whole_and_the_oldest_go_those_of_an_earlier_process_included(tmp_path):
+    folder = tmp_path / "kept"
+    for _ in range(2):
+        captures = Captures(CaptureConfig(folder=str(folder), num_kept=4))
+        requests = keep(captures, 3)
+        captures.close()
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) == len(list(folder.glob("*.json"))) == 4
+    (again,), values = read_requests(files[-1], shop.SPEC)
+    assert again.columns[-1].tobytes() in {request.columns[-1].tobytes() for request in requests}
+    np.testing.assert_array_equal(values["scores"]["click"], [0, 1, 2])
+    facts = json.loads(files[-1].with_suffix(".json").read_text())
+    assert (facts["model"], facts["version"], facts["reason"]) == ("shop", 7, "slow")
+
+
+def test_nothing_is_kept_where_none_is_wanted(tmp_path):
+    captures = Captures(CaptureConfig(folder=str(tmp_path / "kept"), num_kept=0))
+    keep(captures, 2)
+    captures.close()
+    assert captures.kept() == []
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_folder_that_can_not_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"captures: folder .*file/kept: "):
+        Captures(CaptureConfig(folder=str(tmp_path / "file" / "kept")))
+    with pytest.raises(ConfigError, match=r"captures: slow_ms must be >= 0; was -1"):
+        CaptureConfig(slow_ms=-1)
