@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
+import numpy as np
 
 from xlarank.errors import UnavailableError
 from xlarank.host import FeatureStore
@@ -16,6 +17,7 @@ from xlarank.runtime import Answer
 from xlarank.spec import ContentCheck, ModelSpec, RankRequest, RequestOptions
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.codec import ModelCodec
+from xlarank_serving.config import LimitConfig
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.parsing import parsing
 from xlarank_serving.status import answering, failure_reason
@@ -54,6 +56,10 @@ class Engine(Protocol):
         """Queues a request; DeadlineError, OverloadError, UnavailableError."""
         ...
 
+    def update_rows(self, table: str, rows: np.ndarray, values: np.ndarray) -> int:
+        """Writes rows of a table, returns its version; RequestError, UnavailableError."""
+        ...
+
 
 class Repository(Protocol):
     """The models that a server answers for."""
@@ -75,8 +81,9 @@ class Repository(Protocol):
 class InferenceService:
     """Answers the RPCs from a repository. Any thread."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, limits: LimitConfig | None = None) -> None:
         self._repository = repository
+        self._limits = limits or LimitConfig()
         # One codec an engine, dropped with it. A lost race builds one twice, and they are equal.
         self._codecs: weakref.WeakKeyDictionary[Engine, ModelCodec] = weakref.WeakKeyDictionary()
         self._is_stopping = False  # set once, read by any thread
@@ -115,7 +122,9 @@ class InferenceService:
         }
         return {
             name: grpc.unary_unary_rpc_method_handler(
-                on_threads(answering(parsing(getattr(messages, f"{name}Request"), method)), pool),
+                on_threads(
+                    answering(parsing(getattr(messages, f"{name}Request"), method, self._limits)), pool
+                ),
                 response_serializer=getattr(messages, f"{name}Response").SerializeToString,
             )
             for name, (method, pool) in methods.items()

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import grpc
 
 from xlarank.errors import (
+    AccessError,
     DeadlineError,
     ModelNotFoundError,
     OverloadError,
@@ -33,12 +34,17 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (concurrent.futures.CancelledError, grpc.StatusCode.CANCELLED),
 )
 
-_ERRORS: dict[grpc.StatusCode, type[XlarankError]] = {
+# Who says who it is may still not do everything.
+_ACCESS_CODES = {True: grpc.StatusCode.PERMISSION_DENIED, False: grpc.StatusCode.UNAUTHENTICATED}
+
+_ERRORS: dict[grpc.StatusCode, Callable[[str], XlarankError]] = {
     grpc.StatusCode.NOT_FOUND: ModelNotFoundError,
     grpc.StatusCode.INVALID_ARGUMENT: RequestError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadError,
+    grpc.StatusCode.UNAUTHENTICATED: AccessError,
+    grpc.StatusCode.PERMISSION_DENIED: functools.partial(AccessError, is_known_caller=True),
 }
 
 _FAILURE_REASONS = {
@@ -62,6 +68,8 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
 
     An exception that isn't xlarank's own is INTERNAL. Details are cut to fit into a gRPC header.
     """
+    if isinstance(error, AccessError):
+        return _ACCESS_CODES[error.is_known_caller], _cut(str(error))
     for error_type, code in _CODES:
         if isinstance(error, error_type):
             return code, _cut(str(error) or code.name.lower().replace("_", " "))

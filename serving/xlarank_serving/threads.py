@@ -33,6 +33,11 @@ class CountingThreadPool(concurrent.futures.ThreadPoolExecutor):
         future.add_done_callback(self._on_done)
         return future
 
+    @property
+    def is_short(self) -> bool:
+        """Whether work waits for a thread."""
+        return self._num_open > self._max_workers
+
     def wait_until_idle(self, timeout_seconds: float) -> bool:
         """Waits until nothing is open; False when that took too long."""
         with self._changed:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.client import RankingClient
+from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig, ServerConfig
 from xlarank_serving.layout import SERVICE_NAME
-from xlarank_serving.server import RankingServer, ServerConfig
+from xlarank_serving.server import RankingServer
 
 from xlarank.errors import ModelNotFoundError, UnavailableError
 from xlarank.runtime import Answer, Metrics, Timings
@@ -194,12 +195,21 @@ class Serving:
         return info.value.details()
 
 
+def config_of(cls, options):
+    """A config of those options that are its fields."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: options[name] for name in names if name in options})
+
+
 def start_at(**options):
     """A running server; ConfigError if it can't listen."""
     metrics = Metrics()
     repository = FakeRepository(metrics)
     engine = repository.add(FEED, 3)
-    server = RankingServer(repository, metrics.text, ServerConfig(**options))
+    parts = [config_of(cls, options) for cls in (ServerConfig, LimitConfig, ConnectionConfig, SecurityConfig)]
+    server = RankingServer(
+        repository, metrics.text, parts[0], limits=parts[1], connections=parts[2], security=parts[3]
+    )
     client = RankingClient(server.address, timeout=10)
     return Serving(server, repository, engine, client, metrics, grpc.insecure_channel(server.address))
 
