@@ -75,7 +75,7 @@ class LimitConfig:
     max_message_mib: int = 64
     """Largest request."""
 
-    max_structure_mib: int = 8
+    max_structure_mib: int = 4
     """Of it, most that isn't raw contents: names, shapes, parameters, tensors sent typed. Parsed, that takes
     many times as much memory; raw contents stay as they are."""
 
