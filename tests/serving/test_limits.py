@@ -79,13 +79,17 @@ def fields(number, payload, count):
     return (bytes([number << 3 | 2, size]) + payload) * count
 
 
+FIELDS, BYTES = "expected at most 16384 fields, got more", "expected at most 4 MiB beside raw_input_contents"
 MANY = {
-    "inputs": (fields(5, b"", 2**22), "expected at most 4096 inputs, got more"),
-    "outputs": (fields(6, b"", 2**22), "expected at most 4096 inputs, got more"),
-    "raw contents": (fields(7, b"", 2**22), "expected at most 4096 inputs, got more"),
-    "parameters": (fields(4, b"\n\x01a", 2**20), "expected at most 64 parameters, got more"),
-    "names": (fields(1, b"", 2**22), "expected at most 16384 fields, got more"),
-    "unknown fields": (b"\x78\x01" * 2**22, "expected at most 16384 fields, got more"),
+    "inputs": (fields(5, b"", 2**22), FIELDS),
+    "outputs": (fields(6, b"", 2**22), FIELDS),
+    "raw contents": (fields(7, b"", 2**22), FIELDS),
+    "parameters": (fields(4, b"\n\x01a", 2**20), FIELDS),
+    "names": (fields(1, b"", 2**22), FIELDS),
+    "unknown fields": (b"\x78\x01" * 2**22, BYTES),
+    "fields of two bytes": (b"\xfa\x01\0" * 2**21, BYTES),
+    "raw contents after an unknown field": (b"\x78\x01" + (b"\x3a\x7f" + bytes(127)) * 2**16, BYTES),
+    "a length that lies": (b"\x3a\xff\xff\xff\xff\x0f" + bytes(2**23), BYTES),
 }
 
 
@@ -117,11 +121,13 @@ def test_large_raw_contents_are_let_pass():
     check_request(request, LIMITS)
 
 
-@pytest.mark.parametrize("data", [b"\x3a\xff\xff\xff\xff\x0f", b"\xff" * 12, b"\x0b", b"\x08", b"\x09\1"])
+@pytest.mark.parametrize(
+    "data", [b"\x3a\xff\xff\xff\xff\x0f", b"\xff" * 12, b"\x3a" + b"\xff" * 12, b"\x0b", b"\x08", b"\x3a"]
+)
 def test_what_is_no_message_is_left_to_the_parser(data):
-    check_message(
-        fields(1, b"", 1) * 4 + bytes([7 << 3 | 2, 0x80, 0x80, 0x14]) + bytes(5 * 2**16) + data, LIMITS
-    )
+    large = b"\x3a\x80\x80\x50" + bytes(5 * 2**18)
+    check_message(large + data, LIMITS)
+    check_message(data + large, LIMITS)
 
 
 def test_small_requests_with_too_much_in_them_are_refused(shared, wire):
