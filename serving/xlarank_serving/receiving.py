@@ -12,13 +12,14 @@ import grpc
 
 from xlarank.errors import RequestError
 from xlarank_serving.status import answering
+from xlarank_serving.threads import CountingThreadPool
 
 __all__ = ["ReceiveWatch"]
 
 _log = logging.getLogger(__name__)
 
 _HURRY_SECONDS = 0.25
-"""What a request gets to arrive in while others, which may be there whole, wait for a thread."""
+"""What a request gets to arrive in while half of the threads wait like its own and calls wait for one."""
 
 _LOOK_SECONDS = 0.05
 
@@ -28,17 +29,17 @@ class ReceiveWatch:
 
     gRPC waits for a request's bytes on the thread that is to answer it, so as many requests as there are
     threads, sent by half, would end all service. Here a request has `max_receive_seconds` to arrive, and far
-    less while every thread is taken. The caller of one that is ended sees CANCELLED.
+    less while that is what the threads are short for. The caller of one that is ended sees CANCELLED.
     """
 
     def __init__(
         self,
         max_receive_seconds: float,
-        is_short_of_threads: Callable[[], bool],
+        threads: CountingThreadPool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_seconds = max_receive_seconds
-        self._is_short_of_threads = is_short_of_threads
+        self._threads = threads
         self._clock = clock
         # Calls whose request is awaited, and since when. Single operations of a dict need no lock.
         self._since: dict[grpc.ServicerContext, float] = {}
@@ -70,7 +71,7 @@ class ReceiveWatch:
     def end_late_calls(self) -> int:
         """Cancels the calls that have waited too long; returns how many."""
         limit = self._max_seconds
-        if self._is_short_of_threads():
+        if self._threads.is_short and 2 * len(self._since) >= self._threads.num_threads:
             limit = min(limit, _HURRY_SECONDS)
         before = self._clock() - limit
         late = [context for context, since in list(self._since.items()) if since < before]

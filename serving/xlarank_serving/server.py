@@ -74,9 +74,7 @@ class RankingServer:
         with contextlib.ExitStack() as undo:
             self._threads = ServerThreads(config.num_threads)
             undo.callback(self._threads.close)
-            self._receive_watch = ReceiveWatch(
-                limits.max_receive_seconds, lambda: self._threads.rank.is_short
-            )
+            self._receive_watch = ReceiveWatch(limits.max_receive_seconds, self._threads.rank)
             undo.callback(self._receive_watch.close)
             self._server = grpc.server(
                 self._threads.rank,

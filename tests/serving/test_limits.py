@@ -5,6 +5,7 @@ import resource
 import threading
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -206,41 +207,57 @@ def test_a_call_without_a_message_is_refused(shared):
 
 
 class Call:
-    """What the watch asks of a call."""
+    """What the watch asks of a call; its request arrives when `arrive` is set."""
 
-    def __init__(self):
-        self.cancelled = threading.Event()
+    def __init__(self, watch):
+        self.cancelled, self.arrive, self.answers = threading.Event(), threading.Event(), []
+        handler = watch.watched(grpc.unary_unary_rpc_method_handler(lambda data, context: data * 2))
+        self.thread = threading.Thread(
+            target=lambda: self.answers.append(handler.stream_unary(self.arriving(), self))
+        )
+        self.thread.start()
+
+    def arriving(self):
+        self.arrive.wait()
+        yield b"ab"
 
     def cancel(self):
         self.cancelled.set()
 
+    def end(self):
+        self.arrive.set()
+        self.thread.join()
+        return self.answers
 
-def test_a_request_has_long_to_arrive_unless_threads_are_short():
-    now, is_short = [0.0], [False]
-    watch = ReceiveWatch(10.0, lambda: is_short[0], lambda: now[0])
-    watch.close()  # its thread; looked at by hand here
-    handler = watch.watched(grpc.unary_unary_rpc_method_handler(lambda data, context: data * 2))
-    call, gate = Call(), threading.Event()
 
-    def arriving():
-        gate.wait()
-        yield b"ab"
-
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(handler.stream_unary(arriving(), call)))
-    thread.start()
-    while not watch._since:
+def wait_until_waiting(watch, count):
+    while len(watch._since) < count:
         pass
+
+
+def test_a_request_has_long_to_arrive_unless_threads_are_short_for_that():
+    now = [0.0]
+    threads = SimpleNamespace(is_short=False, num_threads=4)
+    watch = ReceiveWatch(10.0, threads, lambda: now[0])
+    watch.close()  # its thread; looked at by hand here
+    calls = [Call(watch)]
+    wait_until_waiting(watch, 1)
     now[0] = 9.9
+    threads.is_short = True  # but three of four threads rank
     assert watch.end_late_calls() == 0
-    is_short[0] = True
+    calls.append(Call(watch))
+    wait_until_waiting(watch, 2)
+    threads.is_short = False
+    assert watch.end_late_calls() == 0
+    threads.is_short = True
     assert watch.end_late_calls() == 1
+    assert [call.cancelled.is_set() for call in calls] == [True, False]
+    threads.is_short = False
+    now[0] = 20.0
+    assert watch.end_late_calls() == 1
+    assert calls[1].cancelled.is_set()
     assert watch.end_late_calls() == 0
-    assert call.cancelled.is_set()
-    gate.set()
-    thread.join()
-    assert answers == [b"abab"]
-    assert not watch._since
+    assert [call.end() for call in calls] == [[b"abab"], [b"abab"]]
 
 
 def test_connections_beyond_the_limit_are_closed_and_others_served(wire):
