@@ -25,6 +25,7 @@ _FOREVER_MS = 2**31 - 1
 
 def server_options(limits: LimitConfig, connections: ConnectionConfig) -> list[tuple[str, int]]:
     """Channel arguments of a server."""
+    timeout_ms = _milliseconds(connections.keepalive_timeout_seconds)
     metadata_bytes = connections.max_metadata_kib * _KIB
     return [
         ("grpc.so_reuseport", 0),  # by default a second server would share the port silently
@@ -37,7 +38,9 @@ def server_options(limits: LimitConfig, connections: ConnectionConfig) -> list[t
         ("grpc.max_allowed_incoming_connections", connections.max_connections),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
         ("grpc.keepalive_time_ms", _milliseconds(connections.keepalive_seconds)),
-        ("grpc.keepalive_timeout_ms", _milliseconds(connections.keepalive_timeout_seconds)),
+        ("grpc.keepalive_timeout_ms", timeout_ms),
+        # gRPC waits for the answer to any ping for the longer of the two.
+        ("grpc.http2.ping_timeout_ms", timeout_ms),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", round(connections.min_ping_seconds * _MS)),
         ("grpc.max_connection_idle_ms", _milliseconds(connections.max_idle_seconds)),

@@ -276,6 +276,35 @@ def test_connections_beyond_the_limit_are_closed_and_others_served(wire):
         assert len(running.infer(wire.raw(**wire.valid(3))).outputs) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"max_idle_seconds": 0.1}, b"idle"),
+        ({"max_age_seconds": 0.1}, b"age"),
+        ({"keepalive_seconds": 0.1, "keepalive_timeout_seconds": 0.1}, b"ping"),
+    ],
+)
+def test_clients_that_stay_too_long_or_are_gone_are_disconnected(wire, options, told):
+    with (
+        running_server(wire, **options) as running,
+        contextlib.closing(RawClient(running.server.address)) as client,
+    ):
+        client.wait_for_settings()
+        assert told in client.wait_for_goodbye()  # within the socket's 10 s
+        assert len(running.infer(wire.raw(**wire.valid(3))).outputs) == 2
+
+
+def test_clients_that_ask_too_often_are_disconnected(wire):
+    with (
+        running_server(wire, min_ping_seconds=60.0) as running,
+        contextlib.closing(RawClient(running.server.address)) as client,
+    ):
+        client.wait_for_settings()
+        for _ in range(10):
+            client.ping()
+        assert client.wait_for_goodbye() == b"too_many_pings"
+
+
 def test_headers_beyond_the_limit_are_refused(wire):
     with running_server(wire, max_metadata_kib=4) as running:
         with pytest.raises(grpc.RpcError) as caught:

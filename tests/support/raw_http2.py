@@ -9,7 +9,7 @@ __all__ = ["RawClient"]
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _SETTINGS, _PING, _GOAWAY = 0, 1, 4, 6, 7
-_ACK = END_STREAM = 1
+_END_STREAM = 1
 _END_HEADERS = 4
 _INITIAL_WINDOW_SIZE = 4
 _TIMEOUT = 10
@@ -45,7 +45,21 @@ class RawClient:
         if num_sent is not None:
             self.socket.sendall(_frame(_DATA, 0, stream, body[: 5 + num_sent]))
         else:
-            self.socket.sendall(_frame(_DATA, END_STREAM, stream, body))
+            self.socket.sendall(_frame(_DATA, _END_STREAM, stream, body))
+
+    def ping(self) -> None:
+        """Asks whether the server is there."""
+        self.socket.sendall(_frame(_PING, 0, 0, bytes(8)))
+
+    def wait_for_goodbye(self) -> bytes:
+        """Until the server says goodbye (what it says then) or hangs up (b"")."""
+        try:
+            while True:
+                kind, payload = self.next_frame()
+                if kind == _GOAWAY:
+                    return payload[8:]
+        except ConnectionError:
+            return b""
 
     def close(self) -> None:
         """Hangs up."""
