@@ -300,9 +300,9 @@ def test_clients_that_ask_too_often_are_disconnected(wire):
         contextlib.closing(RawClient(running.server.address)) as client,
     ):
         client.wait_for_settings()
-        for _ in range(10):
-            client.ping()
-        assert client.wait_for_goodbye() == b"too_many_pings"
+        client.ping(10)
+        # What it says may be lost with the connection.
+        assert client.wait_for_goodbye() in (b"too_many_pings", b"")
 
 
 def test_headers_beyond_the_limit_are_refused(wire):

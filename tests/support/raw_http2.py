@@ -47,9 +47,9 @@ class RawClient:
         else:
             self.socket.sendall(_frame(_DATA, _END_STREAM, stream, body))
 
-    def ping(self) -> None:
-        """Asks whether the server is there."""
-        self.socket.sendall(_frame(_PING, 0, 0, bytes(8)))
+    def ping(self, count: int) -> None:
+        """Asks so many times whether the server is there."""
+        self.socket.sendall(_frame(_PING, 0, 0, bytes(8)) * count)
 
     def wait_for_goodbye(self) -> bytes:
         """Until the server says goodbye (what it says then) or hangs up (b"")."""
