@@ -83,7 +83,7 @@ class _Server(http.server.ThreadingHTTPServer):
         tls: ServerTls | None,
     ) -> None:
         self.address_family = family
-        self._tls = tls
+        self._tls = None if tls is None else tls.http_context()
         self._free = threading.BoundedSemaphore(_MAX_SCRAPES)
         super().__init__(address, handler)
 
@@ -91,8 +91,7 @@ class _Server(http.server.ThreadingHTTPServer):
         connection, address = super().get_request()
         if self._tls is not None:
             # The handshake comes with the first read, on the scrape's own thread and within its time.
-            context = self._tls.certificates().context
-            connection = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:

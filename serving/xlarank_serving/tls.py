@@ -77,7 +77,7 @@ class ServerTls:
     def __init__(self, security: SecurityConfig) -> None:
         """ConfigError as `Certificates.load`; `security` has TLS."""
         paths = (security.tls_certificate, security.tls_key, security.client_ca)
-        self._asks_clients = security.client_ca is not None
+        self._security = security
         self._files = Reloaded(
             [path for path in paths if path is not None], lambda: Certificates.load(security)
         )
@@ -85,6 +85,16 @@ class ServerTls:
     def certificates(self) -> Certificates:
         """The newest good ones."""
         return self._files.get()
+
+    def http_context(self) -> ssl.SSLContext:
+        """For a server over plain sockets; every handshake gets the newest certificates."""
+        context = Certificates.load(self._security).context
+
+        def newest(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+            connection.context = self.certificates().context
+
+        context.sni_callback = newest  # called for every client, whether or not it names a server
+        return context
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """Credentials of a gRPC port; every handshake gets the newest certificates."""
@@ -101,7 +111,7 @@ class ServerTls:
         return grpc.dynamic_ssl_server_credentials(
             known.for_grpc(),
             newest,  # type: ignore[arg-type]  # None is documented
-            require_client_authentication=self._asks_clients,
+            require_client_authentication=self._security.client_ca is not None,
         )
 
 

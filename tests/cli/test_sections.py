@@ -46,6 +46,20 @@ class Paint:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Knot:
+    """A place."""
+
+    board: str
+    places: tuple[int, ...] = ()
+    kind: Colour = Colour.RED
+
+    def __post_init__(self):
+        object.__setattr__(self, "places", tuple(self.places))
+        if self.board == "none":
+            raise ConfigError("knot: no board")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Wood:
     """What it is made of."""
 
@@ -60,6 +74,9 @@ class Wood:
 
     label: str = 'a "b" \\ ü'
     """Its label."""
+
+    knots: tuple["Knot", ...] = ()
+    """Where they are."""
 
     secret: int = dataclasses.field(default=1, metadata={"flag": None})
     """Has no flag."""
@@ -150,6 +167,10 @@ def test_a_flag_goes_before_the_file_and_the_file_before_the_default(read):
         "[wood]\nboards = 'a'": "shop.toml: [wood] boards must be a list, each a path; was 'a'",
         "[wood]\nboards = [1]": "shop.toml: [wood] boards must be a list, each a path; was [1]",
         "[wood]\nsource = ['a']": "shop.toml: [wood] source must be a path; was ['a']",
+        "[wood]\nknots = 3": "shop.toml: [wood] knots must be a list, each a table of ['board', ",
+        "[[wood.knots]]\nboards = 1": "shop.toml: [[wood.knots]]: unknown keys ['boards']; expected of [",
+        "[[wood.knots]]": "shop.toml: [[wood.knots]]: missing keys ['board']",
+        "[[wood.knots]]\nboard = 'none'": "shop.toml: knot: no board",
         "[wood": "shop.toml: expected a TOML file: ",
     }.items(),
 )
@@ -185,7 +206,13 @@ def test_a_file_that_can_t_be_read_is_a_problem(read, tmp_path):
         Shop(),
         Shop(
             paint=Paint(colour=Colour.BLUE, coats=0, thickness=1e-9, shiny=False),
-            wood=Wood(source=Path("/s"), boards=(Path("/a b"), Path("/ü")), saws=1, label='"\n\\'),
+            wood=Wood(
+                source=Path("/s"),
+                boards=(Path("/a b"), Path("/ü")),
+                saws=1,
+                label='"\n\\',
+                knots=(Knot(board="a", places=(1, 2)),),
+            ),
         ),
     ],
 )

@@ -7,6 +7,8 @@ sections. What a field becomes:
     flag                  --name with dashes, or metadata {"flag": ...}; {"flag": None}: none of its own
     help and comment      the string under the field, with the default
     None                  the key or flag left out, or the word in metadata {"none": ...}
+
+A field may also be a tuple of dataclasses: in TOML [[section.name]], a table each; it has no flag.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from xlarank.errors import ConfigError
-from xlarank.spec.fields import check_keys
+from xlarank.spec.fields import check_keys, from_mapping
 
 __all__ = ["Option", "add_flags", "config_text", "options_of", "read_sections"]
 
@@ -48,7 +50,7 @@ class Option:
     name: str
 
     kind: type
-    """int, float, str, bool, Path or an enum of strings; of each element of a list."""
+    """int, float, str, bool, Path, an enum of strings or a dataclass; of each element of a list."""
 
     is_list: bool
     default: Any
@@ -70,7 +72,10 @@ class Option:
     @property
     def expected(self) -> str:
         """What a value is, in words."""
-        kind = _KINDS.get(self.kind) or f"one of {[member.value for member in self.kind]}"  # type: ignore[attr-defined]
+        if dataclasses.is_dataclass(self.kind):
+            kind = f"a table of {[field.name for field in dataclasses.fields(self.kind)]}"
+        else:
+            kind = _KINDS.get(self.kind) or f"one of {[member.value for member in self.kind]}"  # type: ignore[attr-defined]
         if self.is_list:
             kind = f"a list, each {kind}"
         return kind if self.none is None else f"{kind} or {self.none!r}"
@@ -89,8 +94,6 @@ class Option:
         """A line of TOML; a comment for None without a word."""
         if value is None and self.none is None:
             return f"# {self.name} = ({self.expected}; none by default)"
-        if isinstance(value, tuple):
-            return f"{self.name} = [{', '.join(_toml(item) for item in value)}]"
         return f"{self.name} = {_toml(self.none if value is None else value)}"
 
     def from_flag(self, text: str) -> Any:
@@ -103,6 +106,8 @@ class Option:
             raise argparse.ArgumentTypeError(f"expected {self.expected}, got {text!r}") from None
 
     def _is_of_kind(self, value: Any) -> bool:
+        if dataclasses.is_dataclass(self.kind):
+            return isinstance(value, Mapping)
         if issubclass(self.kind, enum.StrEnum):
             return value in [member.value for member in self.kind]
         if isinstance(value, bool) or self.kind is bool:
@@ -112,6 +117,8 @@ class Option:
         return isinstance(value, str if self.kind is Path else self.kind)
 
     def _made(self, value: Any, folder: Path) -> Any:
+        if dataclasses.is_dataclass(self.kind):
+            return from_mapping(self.kind, value, f"[[{self.section}.{self.name}]]")
         return folder / value if self.kind is Path else self.kind(value)
 
 
@@ -129,7 +136,7 @@ def options_of(config: type) -> Iterator[Option]:
                 is_list=is_list,
                 default=field.default,
                 doc=docs[field.name],
-                flag=None if flag is None else f"--{flag}",
+                flag=None if flag is None or dataclasses.is_dataclass(kind) else f"--{flag}",
                 none=field.metadata.get("none"),
             )
 
@@ -287,4 +294,9 @@ def _comment(text: str) -> str:
 
 def _toml(value: Any) -> str:
     """A value as TOML writes it, which for these is as JSON does."""
+    if dataclasses.is_dataclass(value):
+        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return f"{{ {', '.join(f'{name} = {_toml(item)}' for name, item in pairs if item is not None)} }}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
