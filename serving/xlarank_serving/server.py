@@ -14,10 +14,12 @@ import grpc
 
 from xlarank.errors import ConfigError
 from xlarank_serving import health, reflection
+from xlarank_serving.gate import Gate
 from xlarank_serving.health import HealthService
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.metrics_http import MetricsServer
 from xlarank_serving.service import InferenceService, Repository
+from xlarank_serving.streams import InferStreams
 from xlarank_serving.threads import ServerThreads
 
 __all__ = ["RankingServer", "ServerConfig", "stop_on_signals"]
@@ -94,6 +96,7 @@ class RankingServer:
         self._repository = repository
         self._service = InferenceService(repository)
         self._threads = ServerThreads(config.num_threads)
+        self._streams = InferStreams(self._service, self._threads)
         self._health = HealthService(repository)
         self._server = grpc.server(
             self._threads.rank,
@@ -135,7 +138,8 @@ class RankingServer:
         grace = self._config.grace_seconds if grace_seconds is None else grace_seconds
         self._service.stop_accepting()
         self._health.stop()
-        self._threads.rank.wait_until_idle(grace)
+        self._streams.stop()
+        self._threads.wait_until_idle(grace)
         if grace:
             time.sleep(_TURN_AWAY_SECONDS)
         self._server.stop(_LAST_GRACE_SECONDS if grace else 0).wait()
@@ -153,14 +157,17 @@ class RankingServer:
 
     def _register(self) -> None:
         services = {
-            SERVICE_NAME: self._service.handlers(self._threads),
+            SERVICE_NAME: {
+                **self._service.handlers(self._threads),
+                "ModelStreamInfer": self._streams.handler(),
+            },
             health.SERVICE_NAME: self._health.handlers(self._threads),
         }
         services[reflection.SERVICE_NAME] = reflection.reflection_handlers(services, self._threads)
         for name, handlers in services.items():
             generic = grpc.method_handlers_generic_handler(name, handlers)
             if name == SERVICE_NAME:
-                generic = self._service.gate(handlers, self._threads)
+                generic = Gate(self._service, handlers, self._threads)
             self._server.add_generic_rpc_handlers((generic,))
 
     def _bind(self) -> int:
