@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -71,22 +71,42 @@ class ServerConfig:
             raise ConfigError(f"server: grace_seconds must be >= 0; was {self.grace_seconds}")
 
 
+class HttpPort(Protocol):
+    """A port that `RankingServer.stop` closes."""
+
+    @property
+    def address(self) -> str: ...
+
+    def stop(self) -> None: ...
+
+
+HttpStarter = Callable[[InferenceService, Repository, ServerThreads], HttpPort]
+"""Makes a port from a server's parts."""
+
+
 class RankingServer:
     """gRPC and /metrics for a repository. Listens once constructed, until `stop`.
 
     Attributes:
       port: of gRPC.
       http_port: of /metrics.
+      rest: the protocol's own HTTP port, if it was asked for.
     """
 
     def __init__(
-        self, repository: Repository, metrics_text: Callable[[], bytes], config: ServerConfig | None = None
+        self,
+        repository: Repository,
+        metrics_text: Callable[[], bytes],
+        config: ServerConfig | None = None,
+        *,
+        http: HttpStarter | None = None,
     ) -> None:
         """
         Args:
           repository: answers; `stop` closes it.
           metrics_text: what /metrics answers.
           config: `ServerConfig()` by default.
+          http: starts the protocol's own HTTP port, a `HttpServer`; None for gRPC alone.
 
         Raises:
           ConfigError: if a port is in use. The repository is left open then.
@@ -116,6 +136,7 @@ class RankingServer:
             self._threads.close()
             raise
         self.http_port = self._http.port
+        self.rest = None if http is None else self._start_http(http)
         self._server.start()
 
     @property
@@ -142,6 +163,8 @@ class RankingServer:
         self._threads.wait_until_idle(grace)
         if grace:
             time.sleep(_TURN_AWAY_SECONDS)
+        if self.rest is not None:
+            self.rest.stop()
         self._server.stop(_LAST_GRACE_SECONDS if grace else 0).wait()
         try:
             self._repository.close()
@@ -169,6 +192,15 @@ class RankingServer:
             if name == SERVICE_NAME:
                 generic = Gate(self._service, handlers, self._threads)
             self._server.add_generic_rpc_handlers((generic,))
+
+    def _start_http(self, http: HttpStarter) -> HttpPort:
+        try:
+            return http(self._service, self._repository, self._threads)
+        except ConfigError:
+            self._http.close()
+            self._server.stop(None).wait()
+            self._threads.close()
+            raise
 
     def _bind(self) -> int:
         address = _address(self._config.host, self._config.port)

@@ -90,6 +90,7 @@ class InferStreams:
                 data = next(requests, None)
                 if data is None:
                     break
+                stream.expect()
                 stream.add(self._begin(data, context))
         except grpc.RpcError:
             pass  # the caller left: the iterator's way to say so, and `abandon` was called
@@ -125,6 +126,7 @@ class _Stream:
         self._changed = threading.Condition()
         # All guarded by _changed; the flags move one way.
         self._calls: collections.deque[RankCall | messages.ModelStreamInferResponse] = collections.deque()
+        self._is_expecting = False  # `add` will come
         self._is_read = False  # no more requests will come
         self._is_abandoned = False
         self.is_stopped = False
@@ -135,9 +137,15 @@ class _Stream:
             self._changed.wait_for(lambda: len(self._calls) < _MAX_IN_FLIGHT or self._is_abandoned)
             return not self._is_abandoned
 
+    def expect(self) -> None:
+        """A request has come and is being read: a stop waits for it."""
+        with self._changed:
+            self._is_expecting = True
+
     def add(self, call: RankCall | messages.ModelStreamInferResponse) -> None:
         with self._changed:
             self._calls.append(call)
+            self._is_expecting = False
             is_abandoned = self._is_abandoned
             self._changed.notify_all()
         if is_abandoned and isinstance(call, RankCall):
@@ -168,7 +176,12 @@ class _Stream:
         """Waits for the next one to answer; None at the end."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._calls or self._is_read or self._is_abandoned or self.is_stopped
+                lambda: (
+                    self._calls
+                    or self._is_read
+                    or self._is_abandoned
+                    or (self.is_stopped and not self._is_expecting)
+                )
             )
             return self._calls[0] if self._calls else None
 

@@ -24,9 +24,9 @@ from xlarank.host import split_bytes_tensor
 from xlarank.spec import StringColumn
 from xlarank_serving.layout import WireInput
 
-__all__ = ["from_raw", "from_typed"]
+__all__ = ["DTYPES", "from_raw", "from_typed"]
 
-_DTYPES = {
+DTYPES = {
     "BOOL": np.dtype("u1"),
     "UINT8": np.dtype("u1"),
     "UINT16": np.dtype("<u2"),
@@ -41,6 +41,7 @@ _DTYPES = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
 }
+"""Raw contents by datatype, BYTES aside."""
 
 _SIGNED, _UNSIGNED = ("int_contents", np.dtype(np.int32)), ("uint_contents", np.dtype(np.uint32))
 
@@ -97,7 +98,7 @@ def from_raw(wire: WireInput, datatype: str, shape: tuple[int, ...], raw: bytes)
                 f"{wire.where}: expected strings, each 4 bytes of length and its bytes; {error}"
             ) from None
         return _checked_strings(wire, column, num_elements)
-    dtype = _DTYPES[datatype]
+    dtype = DTYPES[datatype]
     if len(raw) != num_elements * dtype.itemsize:
         raise FeatureError(
             f"{wire.where}: input byte size mismatch: expected {num_elements * dtype.itemsize} bytes for "
@@ -145,7 +146,7 @@ def from_typed(wire: WireInput, datatype: str, shape: tuple[int, ...], contents:
         )
     assert field_type is not None
     array = np.fromiter(values, field_type, count=len(values))
-    own_type = _DTYPES[datatype]
+    own_type = DTYPES[datatype]
     if field_type.itemsize > own_type.itemsize:
         limits = np.iinfo(own_type)
         _check_range(wire, array, int(limits.min), int(limits.max), f"{datatype} values")
@@ -166,7 +167,7 @@ def _converted(wire: WireInput, datatype: str, array: np.ndarray) -> np.ndarray:
     if wire.datatype == "INT32":
         _check_range(wire, array, -(2**31), 2**31 - 1, "lengths that INT32 holds")
     with np.errstate(over="ignore"):  # beyond float32: infinite, which the check of contents refuses
-        return array.astype(_DTYPES[wire.datatype])
+        return array.astype(DTYPES[wire.datatype])
 
 
 def _check_range(wire: WireInput, array: np.ndarray, low: int, high: int, expected: str) -> None:

@@ -319,7 +319,7 @@ def valid_inputs(n=3):
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def wire():
     """Helpers to write requests by hand."""
     return SimpleNamespace(
@@ -328,6 +328,7 @@ def wire():
         valid=valid_inputs,
         expected=expected_scores,
         spec=FEED,
+        repository=lambda: FakeRepository(Metrics()),
         start=start,
         start_at=start_at,
     )
