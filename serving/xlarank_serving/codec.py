@@ -165,29 +165,34 @@ class ModelCodec:
         num_raws = len(raws)
         arrays: dict[str, Any] = {}
         for position, tensor in enumerate(request.inputs):
-            wire = self._inputs.get(tensor.name)
+            name = tensor.name
+            wire = self._inputs.get(name)
             if wire is None:
                 raise FeatureError(
-                    f"model {self.spec.name!r} has no input {tensor.name!r}; "
+                    f"model {self.spec.name!r} has no input {name!r}; "
                     f"it has {[i.name for i in self._listed_inputs]}"
                 )
-            if tensor.name in arrays:
+            if name in arrays:
                 raise FeatureError(f"{wire.where}: expected once, got it again as input {position}")
-            shape = _checked_shape(wire, tensor)
+            datatype, shape = tensor.datatype, tuple(tensor.shape)
+            if tensor.parameters:
+                _check_parameters(wire.where, tensor.parameters)
+            if datatype not in wire.accepted or not wire.allows(shape):
+                raise _unexpected(wire, datatype, shape)
             if num_raws:
                 if tensor.HasField("contents"):
                     raise FeatureError(
                         f"contents field must not be specified when using raw_input_contents for "
-                        f"{tensor.name!r} for model {self.spec.name!r}"
+                        f"{name!r} for model {self.spec.name!r}"
                     )
                 if position >= num_raws:
                     raise FeatureError(
-                        f"{wire.where}: unable to find data for input tensor {tensor.name!r}: expected "
+                        f"{wire.where}: unable to find data for input tensor {name!r}: expected "
                         f"{len(request.inputs)} entries of raw_input_contents, got {num_raws}"
                     )
-                arrays[tensor.name] = from_raw(wire, tensor.datatype, shape, raws[position])
+                arrays[name] = from_raw(wire, datatype, shape, raws[position])
             else:
-                arrays[tensor.name] = from_typed(wire, tensor.datatype, shape, tensor.contents)
+                arrays[name] = from_typed(wire, datatype, shape, tensor.contents)
         if num_raws > len(request.inputs):
             raise FeatureError(
                 f"model {self.spec.name!r}: expected one entry of raw_input_contents for each of "
@@ -278,14 +283,9 @@ def _check_parameters(where: str, parameters: Mapping[str, Any]) -> None:
             raise RequestError(f"{where}: parameter {name!r} is not supported")
 
 
-def _checked_shape(wire: WireInput, tensor: Any) -> tuple[int, ...]:
-    if tensor.parameters:
-        _check_parameters(wire.where, tensor.parameters)
-    shape, datatype = tuple(tensor.shape), tensor.datatype
-    if datatype in wire.accepted and wire.allows(shape):
-        return shape
+def _unexpected(wire: WireInput, datatype: str, shape: tuple[int, ...]) -> FeatureError:
     shown = ", ".join(map(str, shape[:_MAX_SHOWN_DIMS])) + (", ..." if len(shape) > _MAX_SHOWN_DIMS else "")
     hint = ""
     if wire.scope is Scope.CONTEXT and datatype in wire.accepted:
         hint = "; its scope is context, so it is sent once a request"
-    raise FeatureError(f"{wire.where}: expected {wire.expected}, got {datatype} of shape [{shown}]{hint}")
+    return FeatureError(f"{wire.where}: expected {wire.expected}, got {datatype} of shape [{shown}]{hint}")

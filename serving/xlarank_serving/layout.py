@@ -122,9 +122,16 @@ class WireInput:
         shapes = [f"[{', '.join(map(str, form))}]" for form in self.forms]
         return f"{_EXPECTED[self.datatype]} of shape {' or '.join(shapes)}"
 
+    @functools.cached_property
+    def _tail(self) -> Form | None:
+        """The first form without its rows, if their number is open."""
+        rows, *tail = self.forms[0]
+        return tuple(tail) if isinstance(rows, str) and not any(isinstance(s, str) for s in tail) else None
+
     def allows(self, shape: tuple[int, ...]) -> bool:
         """Whether a shape is one of the forms."""
-        if shape == self.forms[0]:  # a context's: half the tensors of many models
+        # Nearly every tensor of a request is of the first form: a context's, or any number of rows.
+        if shape == self.forms[0] or (shape[1:] == self._tail and shape and shape[0] >= 0):
             return True
         return any(_matches(shape, form) for form in self.forms)
 
