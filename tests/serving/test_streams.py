@@ -2,12 +2,14 @@
 
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from xlarank_serving.layout import SERVICE_NAME
+from xlarank_serving.streams import _Stream
 from xlarank_serving.threads import ServerThreads
 
 from xlarank.errors import OverloadError
@@ -174,6 +176,20 @@ def test_a_stop_answers_what_was_read_and_ends_the_streams(wire):
         caller.end()
     running.channel.close()
     running.client.close()
+
+
+def test_a_stop_waits_for_a_request_that_is_being_read(wire):
+    stream, answer = _Stream(), wire.messages.ModelStreamInferResponse(error_message="1")
+    stream.expect()
+    stream.stop()
+    with ThreadPoolExecutor(1) as pool:
+        oldest = pool.submit(stream.oldest)
+        with pytest.raises(TimeoutError):
+            oldest.result(timeout=0.2)
+        stream.add(answer)
+        assert oldest.result(timeout=10) is answer
+    stream.remove_oldest()
+    assert stream.oldest() is None
 
 
 def test_tritonclient_streams(serving, wire):
