@@ -10,13 +10,15 @@ import numpy as np
 
 from xlarank.errors import ConfigError, RequestError
 from xlarank_serving._proto import admin_pb2 as messages
+from xlarank_serving._proto import grpc_service_pb2 as inference_messages
 from xlarank_serving.access import ADMIN_SERVICE_NAME as SERVICE_NAME
 from xlarank_serving.channel import ClientTls, open_channel, token_metadata
 from xlarank_serving.config import ConnectionConfig, LimitConfig
-from xlarank_serving.parsing import parsing
+from xlarank_serving.layout import SERVICE_NAME as INFERENCE_SERVICE_NAME
+from xlarank_serving.parsing import unary_handler
+from xlarank_serving.repository_rpcs import ManagedRepository, RepositoryService
 from xlarank_serving.service import Repository
-from xlarank_serving.status import answering, error_of
-from xlarank_serving.threads import on_threads
+from xlarank_serving.status import error_of
 from xlarank_serving.transport import address_of, bind, server_options
 
 __all__ = ["SERVICE_NAME", "AdminClient", "AdminServer", "handlers"]
@@ -35,34 +37,42 @@ def handlers(
     def update_rows(request: messages.UpdateRowsRequest, _: grpc.ServicerContext) -> Any:
         return _update_rows(repository, request)
 
-    return {
-        "UpdateRows": grpc.unary_unary_rpc_method_handler(
-            on_threads(answering(parsing(messages.UpdateRowsRequest, update_rows)), pool),
-            response_serializer=messages.UpdateRowsResponse.SerializeToString,
-        )
-    }
+    return {"UpdateRows": unary_handler(messages, "UpdateRows", update_rows, pool)}
 
 
 class AdminServer:
-    """The service `xlarank.admin.v1.Admin` on the loopback interface. Listens once constructed.
+    """What changes a server, on the loopback interface. Listens once constructed.
+
+    The service `xlarank.admin.v1.Admin`, and of the inference service RepositoryIndex, RepositoryModelLoad
+    and RepositoryModelUnload, so that Triton's clients can be used.
 
     Attributes:
       port: where.
     """
 
-    def __init__(self, repository: Repository, port: int) -> None:
+    def __init__(
+        self, repository: Repository, port: int, *, manager: ManagedRepository | None = None
+    ) -> None:
         """
         Args:
           repository: whose models may be changed.
           port: 0 for a free one.
+          manager: the same one if models may be loaded and unloaded; None for updates alone.
 
         Raises:
           ConfigError: if the port is in use.
         """
         self._threads = concurrent.futures.ThreadPoolExecutor(_NUM_THREADS, "grpc-admin")
         self._server = grpc.server(self._threads, options=server_options(LimitConfig(), ConnectionConfig()))
-        own = grpc.method_handlers_generic_handler(SERVICE_NAME, handlers(repository, self._threads))
-        self._server.add_generic_rpc_handlers((own,))
+        services = {SERVICE_NAME: handlers(repository, self._threads)}
+        if manager is not None:
+            services[INFERENCE_SERVICE_NAME] = {
+                name: unary_handler(inference_messages, name, method)
+                for name, method in RepositoryService(manager, manager=manager).methods().items()
+            }
+        self._server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(name, own) for name, own in services.items()]
+        )
         try:
             self.port = bind(self._server, "admin", _HOST, port)
         except ConfigError:

@@ -7,18 +7,20 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
 from xlarank_serving import admin, health, reflection
 from xlarank_serving.access import Authorizer, Gatekeeper
 from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig, ServerConfig
+from xlarank_serving.gate import Gate
 from xlarank_serving.health import HealthService
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.metrics_http import MetricsServer
 from xlarank_serving.receiving import ReceiveWatch
 from xlarank_serving.service import InferenceService, Repository
+from xlarank_serving.streams import InferStreams
 from xlarank_serving.threads import ServerThreads
 from xlarank_serving.tls import ServerTls
 from xlarank_serving.transport import address_of, bind, server_options
@@ -31,12 +33,26 @@ _TURN_AWAY_SECONDS = 0.3
 _LAST_GRACE_SECONDS = 0.2
 
 
+class HttpPort(Protocol):
+    """A port that `RankingServer.stop` closes."""
+
+    @property
+    def address(self) -> str: ...
+
+    def stop(self) -> None: ...
+
+
+HttpStarter = Callable[[InferenceService, Repository, ServerThreads], HttpPort]
+"""Makes a port from a server's parts."""
+
+
 class RankingServer:
     """gRPC and /metrics for a repository. Listens once constructed, until `stop`.
 
     Attributes:
       port: of gRPC.
       http_port: of /metrics.
+      rest: the protocol's own HTTP port, if it was asked for.
     """
 
     def __init__(
@@ -48,6 +64,7 @@ class RankingServer:
         limits: LimitConfig | None = None,
         connections: ConnectionConfig | None = None,
         security: SecurityConfig | None = None,
+        http: HttpStarter | None = None,
     ) -> None:
         """
         Args:
@@ -57,6 +74,7 @@ class RankingServer:
           limits: how much a caller may send.
           connections: how long clients may stay.
           security: who may call.
+          http: starts the protocol's own HTTP port, a `HttpServer`; None for gRPC alone.
 
         Raises:
           ConfigError: if a port is in use, or certificates or tokens aren't right. The repository is left
@@ -69,11 +87,12 @@ class RankingServer:
         self._repository = repository
         authorizer = Authorizer(security)
         tls = ServerTls(security) if security.has_tls else None
-        self._service = InferenceService(repository, limits)
+        self._service = InferenceService(repository, limits=limits)
         self._health = HealthService(repository)
         with contextlib.ExitStack() as undo:
             self._threads = ServerThreads(config.num_threads)
             undo.callback(self._threads.close)
+            self._streams = InferStreams(self._service, self._threads)
             self._receive_watch = ReceiveWatch(limits.max_receive_seconds, self._threads.rank)
             undo.callback(self._receive_watch.close)
             self._server = grpc.server(
@@ -92,6 +111,10 @@ class RankingServer:
                 tls=None if security.plain_http else tls,
                 check=authorizer.check_metrics,
             )
+            undo.callback(self._http.close)
+            self.rest = None
+            if http is not None:
+                self.rest = http(self._service, self._repository, self._threads)
             undo.pop_all()
         self.http_port = self._http.port
         self._server.start()
@@ -116,9 +139,12 @@ class RankingServer:
         grace = self._config.grace_seconds if grace_seconds is None else grace_seconds
         self._service.stop_accepting()
         self._health.stop()
-        self._threads.rank.wait_until_idle(grace)
+        self._streams.stop()
+        self._threads.wait_until_idle(grace)
         if grace:
             time.sleep(_TURN_AWAY_SECONDS)
+        if self.rest is not None:
+            self.rest.stop()
         self._server.stop(_LAST_GRACE_SECONDS if grace else 0).wait()
         try:
             self._repository.close()
@@ -136,7 +162,11 @@ class RankingServer:
     def _register(self, *, has_administration: bool) -> None:
         inference = self._service.handlers(self._threads)
         services = {
-            SERVICE_NAME: inference | {"ModelInfer": self._receive_watch.watched(inference["ModelInfer"])},
+            SERVICE_NAME: inference
+            | {
+                "ModelInfer": self._receive_watch.watched(inference["ModelInfer"]),
+                "ModelStreamInfer": self._streams.handler(),
+            },
             health.SERVICE_NAME: self._health.handlers(self._threads),
         }
         if has_administration:
@@ -145,7 +175,7 @@ class RankingServer:
         for name, handlers in services.items():
             generic = grpc.method_handlers_generic_handler(name, handlers)
             if name == SERVICE_NAME:
-                generic = self._service.gate(handlers, self._threads)
+                generic = Gate(self._service, handlers, self._threads)
             self._server.add_generic_rpc_handlers((generic,))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import grpc
@@ -20,7 +20,7 @@ from xlarank.errors import (
     XlarankError,
 )
 
-__all__ = ["answering", "error_of", "failure_reason", "status_of"]
+__all__ = ["answering", "answering_stream", "error_of", "failure_reason", "http_status_of", "status_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +45,18 @@ _ERRORS: dict[grpc.StatusCode, Callable[[str], XlarankError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadError,
     grpc.StatusCode.UNAUTHENTICATED: AccessError,
     grpc.StatusCode.PERMISSION_DENIED: functools.partial(AccessError, is_known_caller=True),
+}
+
+# As Triton answers over HTTP where it knows the status; what isn't here is 500.
+_HTTP_CODES = {
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.CANCELLED: 499,
 }
 
 _FAILURE_REASONS = {
@@ -76,6 +88,12 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     return grpc.StatusCode.INTERNAL, _cut(f"internal error: {type(error).__name__}: {error}")
 
 
+def http_status_of(error: BaseException) -> tuple[int, str]:
+    """HTTP status code and text that a client gets for an exception."""
+    code, details = status_of(error)
+    return _HTTP_CODES.get(code, 500), details
+
+
 def failure_reason(error: BaseException) -> str:
     """The label under which `nv_inference_request_failure` counts an exception."""
     return _FAILURE_REASONS.get(status_of(error)[0], "OTHER")
@@ -97,6 +115,21 @@ def answering(method: Callable[[Any, Any], Any]) -> Callable[[Any, grpc.Servicer
     def answer(request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return method(request, context)
+        except Exception as error:
+            _abort(context, error)
+
+    return answer
+
+
+def answering_stream(
+    method: Callable[[Any, Any], Iterator[Any]],
+) -> Callable[[Any, grpc.ServicerContext], Iterator[Any]]:
+    """As `answering`, for a method that answers a stream."""
+
+    @functools.wraps(method)
+    def answer(requests: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        try:
+            yield from method(requests, context)
         except Exception as error:
             _abort(context, error)
 
