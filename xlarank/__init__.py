@@ -13,6 +13,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if TYPE_CHECKING:
     from xlarank.compiler import build_bundle
     from xlarank.errors import (
+        AccessError,
         BucketError,
         BundleError,
         ConfigError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from xlarank.spec import FeatureSpec, ModelSpec, RankRequest, TableSpec, TaskSpec
 
 __all__ = [
+    "AccessError",
     "BucketError",
     "BundleError",
     "ConfigError",

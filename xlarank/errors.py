@@ -4,7 +4,8 @@
     ├── ConfigError            a spec, config file, flag or argument is wrong
     ├── RequestError           the caller's fault; the server goes on
     │   ├── FeatureError       a feature is missing, unknown or malformed
-    │   └── ModelNotFoundError no such model or version
+    │   ├── ModelNotFoundError no such model or version
+    │   └── AccessError        the caller may not do this, or doesn't say who it is
     ├── ModelError             the compiler refuses a model
     │   └── VerifyError        its compiled scores leave the tolerance
     ├── BundleError            a bundle or feature file is damaged, truncated or of an unknown format
@@ -36,6 +37,14 @@ class FeatureError(RequestError):
 
 class ModelNotFoundError(RequestError, LookupError):
     """The repository has no such model or version."""
+
+
+class AccessError(RequestError):
+    """The caller may not do what it asks for; `is_known_caller` says whether it has said who it is."""
+
+    def __init__(self, message: str, is_known_caller: bool = False) -> None:
+        super().__init__(message)
+        self.is_known_caller = is_known_caller
 
 
 class ModelError(XlarankError):

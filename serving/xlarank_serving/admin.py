@@ -10,8 +10,11 @@ import numpy as np
 
 from xlarank.errors import ConfigError, RequestError
 from xlarank_serving._proto import admin_pb2 as messages
-from xlarank_serving.parsing import parsing
-from xlarank_serving.status import answering, error_of
+from xlarank_serving._proto import grpc_service_pb2 as inference_messages
+from xlarank_serving.layout import SERVICE_NAME as INFERENCE_SERVICE_NAME
+from xlarank_serving.parsing import unary_handler
+from xlarank_serving.repository_rpcs import ManagedRepository, RepositoryService
+from xlarank_serving.status import error_of
 
 __all__ = ["AdminClient", "AdminServer"]
 
@@ -36,17 +39,23 @@ class _Repository(Protocol):
 
 
 class AdminServer:
-    """The service `xlarank.admin.v1.Admin` on the loopback interface. Listens once constructed.
+    """What changes a server, on the loopback interface. Listens once constructed.
+
+    The service `xlarank.admin.v1.Admin`, and of the inference service RepositoryIndex, RepositoryModelLoad
+    and RepositoryModelUnload, so that Triton's clients can be used.
 
     Attributes:
       port: where.
     """
 
-    def __init__(self, repository: _Repository, port: int) -> None:
+    def __init__(
+        self, repository: _Repository, port: int, *, manager: ManagedRepository | None = None
+    ) -> None:
         """
         Args:
           repository: whose models may be changed.
           port: 0 for a free one.
+          manager: the same one if models may be loaded and unloaded; None for updates alone.
 
         Raises:
           ConfigError: if the port is in use.
@@ -60,12 +69,14 @@ class AdminServer:
                 ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ],
         )
-        handler = grpc.unary_unary_rpc_method_handler(
-            answering(parsing(messages.UpdateRowsRequest, self.update_rows)),
-            response_serializer=messages.UpdateRowsResponse.SerializeToString,
-        )
+        services = {SERVICE_NAME: {"UpdateRows": unary_handler(messages, "UpdateRows", self.update_rows)}}
+        if manager is not None:
+            services[INFERENCE_SERVICE_NAME] = {
+                name: unary_handler(inference_messages, name, method)
+                for name, method in RepositoryService(manager, manager=manager).methods().items()
+            }
         self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE_NAME, {"UpdateRows": handler}),)
+            [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in services.items()]
         )
         try:
             self.port = self._server.add_insecure_port(f"{_HOST}:{port}")

@@ -29,11 +29,14 @@ from xlarank.spec import (
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.encoding import add_inputs
 from xlarank_serving.layout import LENGTHS_SUFFIX, SERVICE_NAME
+from xlarank_serving.parameters import AFFINITY_KEY
 from xlarank_serving.status import error_of
 
 __all__ = ["RankingClient"]
 
 _DTYPES = {"FP32": ValueType.FLOAT32, "INT64": ValueType.INT64, "BYTES": ValueType.STRING}
+
+_ANSWERS = {"FP32": np.dtype("<f4"), "INT32": np.dtype("<i4")}
 
 _TABLE = "ids"
 
@@ -82,6 +85,10 @@ class RankingClient:
         version: str | int = "",
         timeout: float | None = None,
         packed: bool = False,
+        priority: int | None = None,
+        affinity_key: str | None = None,
+        top_k: int | None = None,
+        top_k_by: str | Mapping[str, float] | None = None,
     ) -> dict[str, np.ndarray]:
         """Scores the candidates of one request.
 
@@ -95,9 +102,14 @@ class RankingClient:
           timeout: seconds; the client's by default.
           packed: sends the features of a scope in one tensor a type; saves the server time from some
             dozens of features on.
+          priority: 1 (highest) to 4; 2 by default.
+          affinity_key: requests of one key, a user's say, go to one device while it isn't busier.
+          top_k: answer the best k candidates alone.
+          top_k_by: by which output, or the weight of each output in a sum; a model of one needs none.
 
         Returns:
-          {task output: [N] float32}.
+          {task output: [N] float32}; with `top_k` {"top_k.indices": [k] int32 positions in the request, best
+          first, "top_k.scores": [k] float32}.
 
         Raises:
           RequestError: the request is refused (FeatureError: before it was sent).
@@ -110,6 +122,7 @@ class RankingClient:
         ids = None if candidate_ids is None else check_candidate_ids(candidate_ids)
         model, request = self._request(key, features, ids, timeout)
         add_inputs(message, model, request, packed=packed, candidate_ids=ids)
+        _add_parameters(message, priority, affinity_key, top_k, top_k_by)
         try:
             response = self._call("ModelInfer", message, timeout)
         except RequestError:
@@ -117,7 +130,9 @@ class RankingClient:
             self._inputs.pop(key, None)
             raise
         return {
-            output.name: np.frombuffer(raw, "<f4").astype(np.float32)
+            output.name: np.frombuffer(raw, _ANSWERS[output.datatype]).astype(
+                _ANSWERS[output.datatype].newbyteorder("=")
+            )
             for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
         }
 
@@ -233,6 +248,26 @@ class _ModelInputs:
         while name in self.spec.feature_by_name:
             name += "_"
         return FeatureSpec(name=name, kind=FeatureKind.DENSE, scope=Scope.CANDIDATE, default=0.0)
+
+
+def _add_parameters(
+    message: messages.ModelInferRequest,
+    priority: int | None,
+    affinity_key: str | None,
+    top_k: int | None,
+    top_k_by: str | Mapping[str, float] | None,
+) -> None:
+    if priority is not None:
+        message.parameters["priority"].int64_param = priority
+    if affinity_key is not None:
+        message.parameters[AFFINITY_KEY].string_param = affinity_key
+    if top_k is not None:
+        message.parameters["top_k"].int64_param = top_k
+    if isinstance(top_k_by, str):
+        message.parameters["top_k_task"].string_param = top_k_by
+    elif top_k_by is not None:
+        weights = ",".join(f"{name}:{float(weight)!r}" for name, weight in top_k_by.items())
+        message.parameters["top_k_weights"].string_param = weights
 
 
 def _spec(name: str, features: Sequence[FeatureSpec], tasks: tuple[TaskSpec, ...]) -> ModelSpec:

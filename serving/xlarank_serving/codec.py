@@ -1,20 +1,20 @@
 """ModelInfer messages to ranking requests, and scores to ModelInfer messages: `ModelCodec`.
 
-`layout` says which tensors there are. Raw contents become numpy views without a copy; every declared size
-is compared with the bytes that came before anything is allocated.
+`layout` says which tensors there are, `tensors` reads one. Raw contents become numpy views without a copy.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from xlarank.errors import FeatureError, RequestError
-from xlarank.host import FeatureStore, split_bytes_tensor
-from xlarank.spec import CANDIDATE_IDS, ContentCheck, ModelSpec, Ragged, RankRequest, Scope, StringColumn
+from xlarank.host import FeatureStore
+from xlarank.runtime import Answer
+from xlarank.spec import CANDIDATE_IDS, ContentCheck, ModelSpec, Ragged, RankRequest, Scope
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.layout import (
     CANDIDATE_IDS_INPUT,
@@ -25,34 +25,11 @@ from xlarank_serving.layout import (
     id_features,
     packed_inputs,
 )
+from xlarank_serving.parameters import InferParameters
+from xlarank_serving.tensors import from_raw, from_typed
+from xlarank_serving.top_k import INDICES, SCORES
 
 __all__ = ["ModelCodec"]
-
-_DTYPES = {
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-}
-
-_TYPED_FIELDS = {
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "BYTES": "bytes_contents",
-}
-
-_FIELD_DATATYPES = {
-    "bool_contents": "BOOL",
-    "int_contents": "INT32",
-    "int64_contents": "INT64",
-    "uint_contents": "UINT32",
-    "uint64_contents": "UINT64",
-    "fp32_contents": "FP32",
-    "fp64_contents": "FP64",
-    "bytes_contents": "BYTES",
-}
 
 _UNSUPPORTED_PARAMETERS = ("shared_memory_region", "classification")
 
@@ -98,21 +75,31 @@ class ModelCodec:
             response.outputs.add(name=output, datatype="FP32", shape=[-1])
         return response
 
-    def requested_outputs(self, request: messages.ModelInferRequest) -> list[str]:
-        """Names of the outputs to answer, each once, in the order asked for; all when none is named.
+    def requested_outputs(
+        self, request: messages.ModelInferRequest, parameters: InferParameters
+    ) -> list[str]:
+        """Names of the outputs to answer, each once, in the order asked for.
+
+        All when none is named; with `top_k` its two alone when none is named, and they come first when only
+        others are.
 
         Raises:
           RequestError: for an output that the model doesn't have.
         """
+        own = [] if parameters.top_k is None else [INDICES, SCORES]
         names = []
         for output in request.outputs:
-            if output.name not in self._task_of_output:
+            if output.name not in self._task_of_output and output.name not in own:
+                hint = "; it is an output of requests with parameter 'top_k'"
                 raise RequestError(
                     f"model {self.spec.name!r} has no output {output.name!r}; "
-                    f"it has {list(self._task_of_output)}"
+                    f"it has {list(self._task_of_output)}{hint if output.name in (INDICES, SCORES) else ''}"
                 )
-            _check_parameters(f"output {output.name!r}", output.parameters)
+            if output.parameters:
+                _check_parameters(f"output {output.name!r}", output.parameters)
             names.append(output.name)
+        if own and not any(name in own for name in names):
+            names = [*own, *names]
         return list(dict.fromkeys(names)) or list(self._task_of_output)
 
     def decode(
@@ -141,7 +128,9 @@ class ModelCodec:
         *,
         version: int,
         outputs: Sequence[str],
-        scores: Mapping[str, np.ndarray],
+        parameters: InferParameters,
+        answer: Answer,
+        decode_seconds: float,
     ) -> messages.ModelInferResponse:
         """Writes an answer, raw.
 
@@ -149,15 +138,25 @@ class ModelCodec:
           request: its id is echoed.
           version: the version that answered.
           outputs: names from `requested_outputs`.
-          scores: [N] float32 by task name.
+          parameters: of the request.
+          answer: the engine's.
+          decode_seconds: what reading the request took.
         """
         response = messages.ModelInferResponse(
             model_name=request.model_name, model_version=str(version), id=request.id
         )
+        best: dict[str, np.ndarray] = {}
+        if parameters.top_k is not None:
+            best = dict(zip((INDICES, SCORES), parameters.top_k.select(answer.scores), strict=True))
         for name in outputs:
-            values = scores[self._task_of_output[name]]
-            response.outputs.add(name=name, datatype="FP32", shape=values.shape)
-            response.raw_output_contents.append(values.astype("<f4", copy=False).tobytes())
+            values = best[name] if name in best else answer.scores[self._task_of_output[name]]
+            datatype, dtype = ("INT32", "<i4") if name == INDICES and best else ("FP32", "<f4")
+            response.outputs.add(name=name, datatype=datatype, shape=values.shape)
+            response.raw_output_contents.append(values.astype(dtype, copy=False).tobytes())
+        if parameters.wants_timings:
+            timings = dataclasses.asdict(answer.timings) | {"decode": decode_seconds}
+            for stage, seconds in timings.items():
+                response.parameters[f"{stage}_us"].int64_param = round(seconds * 1e6)
         return response
 
     def _arrays(self, request: messages.ModelInferRequest) -> dict[str, Any]:
@@ -166,29 +165,34 @@ class ModelCodec:
         num_raws = len(raws)
         arrays: dict[str, Any] = {}
         for position, tensor in enumerate(request.inputs):
-            wire = self._inputs.get(tensor.name)
+            name = tensor.name
+            wire = self._inputs.get(name)
             if wire is None:
                 raise FeatureError(
-                    f"model {self.spec.name!r} has no input {tensor.name!r}; "
+                    f"model {self.spec.name!r} has no input {name!r}; "
                     f"it has {[i.name for i in self._listed_inputs]}"
                 )
-            if tensor.name in arrays:
+            if name in arrays:
                 raise FeatureError(f"{wire.where}: expected once, got it again as input {position}")
-            shape = _checked_shape(wire, tensor)
+            datatype, shape = tensor.datatype, tuple(tensor.shape)
+            if tensor.parameters:
+                _check_parameters(wire.where, tensor.parameters)
+            if datatype not in wire.accepted or not wire.allows(shape):
+                raise _unexpected(wire, datatype, shape)
             if num_raws:
                 if tensor.HasField("contents"):
                     raise FeatureError(
                         f"contents field must not be specified when using raw_input_contents for "
-                        f"{tensor.name!r} for model {self.spec.name!r}"
+                        f"{name!r} for model {self.spec.name!r}"
                     )
                 if position >= num_raws:
                     raise FeatureError(
-                        f"{wire.where}: unable to find data for input tensor {tensor.name!r}: expected "
+                        f"{wire.where}: unable to find data for input tensor {name!r}: expected "
                         f"{len(request.inputs)} entries of raw_input_contents, got {num_raws}"
                     )
-                arrays[tensor.name] = _from_raw(wire, tensor.datatype, shape, raws[position])
+                arrays[name] = from_raw(wire, datatype, shape, raws[position])
             else:
-                arrays[tensor.name] = _from_typed(wire, tensor.datatype, shape, tensor.contents)
+                arrays[name] = from_typed(wire, datatype, shape, tensor.contents)
         if num_raws > len(request.inputs):
             raise FeatureError(
                 f"model {self.spec.name!r}: expected one entry of raw_input_contents for each of "
@@ -279,69 +283,9 @@ def _check_parameters(where: str, parameters: Mapping[str, Any]) -> None:
             raise RequestError(f"{where}: parameter {name!r} is not supported")
 
 
-def _checked_shape(wire: WireInput, tensor: Any) -> tuple[int, ...]:
-    if tensor.parameters:
-        _check_parameters(wire.where, tensor.parameters)
-    shape, datatype = tuple(tensor.shape), tensor.datatype
-    if datatype in wire.accepted and wire.allows(shape):
-        return shape
+def _unexpected(wire: WireInput, datatype: str, shape: tuple[int, ...]) -> FeatureError:
     shown = ", ".join(map(str, shape[:_MAX_SHOWN_DIMS])) + (", ..." if len(shape) > _MAX_SHOWN_DIMS else "")
     hint = ""
     if wire.scope is Scope.CONTEXT and datatype in wire.accepted:
         hint = "; its scope is context, so it is sent once a request"
-    raise FeatureError(f"{wire.where}: expected {wire.expected}, got {datatype} of shape [{shown}]{hint}")
-
-
-def _from_raw(wire: WireInput, datatype: str, shape: tuple[int, ...], raw: bytes) -> Any:
-    """A view of the bytes, or a string column."""
-    num_elements = math.prod(shape)  # Python ints: a hostile shape can't overflow
-    if datatype == "BYTES":
-        try:
-            column = split_bytes_tensor(raw)
-        except ValueError as error:
-            raise FeatureError(
-                f"{wire.where}: expected strings, each 4 bytes of length and its bytes; {error}"
-            ) from None
-        return _checked_strings(wire, column, num_elements)
-    dtype = _DTYPES[datatype]
-    if len(raw) != num_elements * dtype.itemsize:
-        raise FeatureError(
-            f"{wire.where}: input byte size mismatch: expected {num_elements * dtype.itemsize} bytes for "
-            f"{datatype} of shape {list(shape)}, got {len(raw)}"
-        )
-    array = np.frombuffer(raw, dtype)
-    return array if len(shape) == 1 else array.reshape(shape)
-
-
-def _from_typed(wire: WireInput, datatype: str, shape: tuple[int, ...], contents: Any) -> Any:
-    """A copy of typed contents."""
-    field_name = _TYPED_FIELDS[datatype]
-    for descriptor, _ in contents.ListFields():
-        if descriptor.name != field_name:
-            raise FeatureError(
-                f"{wire.where}: unexpected explicit tensor data for input tensor {wire.name!r} of type "
-                f"{_FIELD_DATATYPES[descriptor.name]!r}, expected datatype {datatype!r}"
-            )
-    values = getattr(contents, field_name)
-    num_elements = math.prod(shape)
-    if num_elements and not values:
-        raise FeatureError(
-            f"{wire.where}: unable to find data for input tensor {wire.name!r}: expected {num_elements} "
-            f"elements in contents or raw_input_contents, got none"
-        )
-    if datatype == "BYTES":
-        return _checked_strings(wire, StringColumn.from_strings(values), num_elements)
-    if len(values) != num_elements:
-        raise FeatureError(
-            f"{wire.where}: expected {num_elements} elements for {datatype} of shape {list(shape)}, "
-            f"got {len(values)}"
-        )
-    return np.fromiter(values, _DTYPES[datatype], count=len(values)).reshape(shape)
-
-
-def _checked_strings(wire: WireInput, column: StringColumn, num_elements: int) -> StringColumn:
-    if len(column) != num_elements:
-        raise FeatureError(
-            f"{wire.where}: unexpected number of string elements: expected {num_elements}, got {len(column)}"
-        )
-    return column
+    return FeatureError(f"{wire.where}: expected {wire.expected}, got {datatype} of shape [{shown}]{hint}")

@@ -16,7 +16,8 @@ Packed, per scope, for models with hundreds of features:
 
 Both follow the order of the ModelSpec, which is the order of ModelMetadata's inputs. A packed tensor holds
 all features of its group; strings travel beside by name. The two forms may be mixed as long as no feature
-comes twice. FP64 does for FP32 and INT32 for INT64 values; they are converted.
+comes twice. Another float type does for FP32, another integer type for INT64 and for lengths, and BOOL for
+values of both; see `tensors`.
 
 A model that is served with a feature store has one more, `candidate_ids` INT64 [N]: a request that brings it
 may leave out candidate features, which then come from the store.
@@ -51,7 +52,21 @@ LENGTHS_SUFFIX = ".lengths"
 
 _DATATYPES = {ValueType.FLOAT32: "FP32", ValueType.INT64: "INT64", ValueType.STRING: "BYTES"}
 
-_ACCEPTED = {"FP32": ("FP32", "FP64"), "INT64": ("INT64", "INT32"), "BYTES": ("BYTES",), "INT32": ("INT32",)}
+_INTEGERS = ("INT64", "INT32", "INT16", "INT8", "UINT64", "UINT32", "UINT16", "UINT8")
+
+_ACCEPTED = {
+    "FP32": ("FP32", "FP64", "FP16", "BF16", "BOOL"),
+    "INT64": (*_INTEGERS, "BOOL"),
+    "BYTES": ("BYTES",),
+    "INT32": _INTEGERS,  # lengths
+}
+
+_EXPECTED = {
+    "FP32": "FP32 or another float",
+    "INT64": "INT64 or another integer",
+    "BYTES": "BYTES",
+    "INT32": "INT32 or another integer",
+}
 
 Form = tuple[int | str, ...]
 """A shape: a size, or a letter (N or V) for any size."""
@@ -105,11 +120,18 @@ class WireInput:
     def expected(self) -> str:
         """Datatypes and shapes, in words."""
         shapes = [f"[{', '.join(map(str, form))}]" for form in self.forms]
-        return f"{' or '.join(self.accepted)} of shape {' or '.join(shapes)}"
+        return f"{_EXPECTED[self.datatype]} of shape {' or '.join(shapes)}"
+
+    @functools.cached_property
+    def _tail(self) -> Form | None:
+        """The first form without its rows, if their number is open."""
+        rows, *tail = self.forms[0]
+        return tuple(tail) if isinstance(rows, str) and not any(isinstance(s, str) for s in tail) else None
 
     def allows(self, shape: tuple[int, ...]) -> bool:
         """Whether a shape is one of the forms."""
-        if shape == self.forms[0]:  # a context's: half the tensors of many models
+        # Nearly every tensor of a request is of the first form: a context's, or any number of rows.
+        if shape == self.forms[0] or (shape[1:] == self._tail and shape and shape[0] >= 0):
             return True
         return any(_matches(shape, form) for form in self.forms)
 

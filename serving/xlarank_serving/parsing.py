@@ -1,39 +1,59 @@
-"""Messages that clients send, parsed where what is wrong with them can be said: `parsing`."""
+"""Messages that clients send, parsed where what is wrong with them can be said: `parse`, `unary_handler`."""
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from xlarank.errors import RequestError
+from xlarank_serving.status import answering
+from xlarank_serving.threads import on_threads
 
-__all__ = ["parsing"]
+__all__ = ["parse", "unary_handler"]
+
+_Message = TypeVar("_Message", bound=Message)
 
 
-def parsing(
-    message: type[Message], method: Callable[[Any, Any], Any]
-) -> Callable[[bytes, grpc.ServicerContext], Any]:
-    """Wraps an RPC method so that it takes a message's bytes.
+def parse(message: type[_Message], data: bytes) -> _Message:
+    """A message of its bytes.
 
     It stands in for a deserializer of gRPC's, which would answer a malformed message INTERNAL.
 
-    Args:
-      message: what the method takes.
-      method: from a `message` and the call's context to the answer.
-
-    Returns:
-      The method from bytes; it raises RequestError for bytes that aren't such a message.
+    Raises:
+      RequestError: for bytes that aren't such a message.
     """
+    try:
+        return message.FromString(data)
+    except DecodeError as error:
+        name = message.DESCRIPTOR.name
+        raise RequestError(f"expected a {name}, got {len(data)} bytes that aren't one: {error}") from None
+
+
+def unary_handler(
+    messages: Any,
+    name: str,
+    method: Callable[[Any, Any], Any],
+    pool: concurrent.futures.ThreadPoolExecutor | None = None,
+) -> grpc.RpcMethodHandler:
+    """gRPC's handler of an RPC with one request and one response; its exceptions become statuses.
+
+    Args:
+      messages: the module of the messages `<name>Request` and `<name>Response`.
+      name: of the RPC.
+      method: from a request and the call's context to the response.
+      pool: threads that it runs on; the server's by default.
+    """
+    request_type = getattr(messages, f"{name}Request")
 
     def parse_and_call(data: bytes, context: grpc.ServicerContext) -> Any:
-        try:
-            request = message.FromString(data)
-        except DecodeError as error:
-            name = message.DESCRIPTOR.name
-            raise RequestError(f"expected a {name}, got {len(data)} bytes that aren't one: {error}") from None
-        return method(request, context)
+        return method(parse(request_type, data), context)
 
-    return parse_and_call
+    behavior = answering(parse_and_call)
+    return grpc.unary_unary_rpc_method_handler(
+        behavior if pool is None else on_threads(behavior, pool),
+        response_serializer=getattr(messages, f"{name}Response").SerializeToString,
+    )

@@ -8,16 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
 from xlarank.errors import ConfigError
 from xlarank_serving import health, reflection
+from xlarank_serving.gate import Gate
 from xlarank_serving.health import HealthService
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.metrics_http import MetricsServer
 from xlarank_serving.service import InferenceService, Repository
+from xlarank_serving.streams import InferStreams
 from xlarank_serving.threads import ServerThreads
 
 __all__ = ["RankingServer", "ServerConfig", "stop_on_signals"]
@@ -69,22 +71,42 @@ class ServerConfig:
             raise ConfigError(f"server: grace_seconds must be >= 0; was {self.grace_seconds}")
 
 
+class HttpPort(Protocol):
+    """A port that `RankingServer.stop` closes."""
+
+    @property
+    def address(self) -> str: ...
+
+    def stop(self) -> None: ...
+
+
+HttpStarter = Callable[[InferenceService, Repository, ServerThreads], HttpPort]
+"""Makes a port from a server's parts."""
+
+
 class RankingServer:
     """gRPC and /metrics for a repository. Listens once constructed, until `stop`.
 
     Attributes:
       port: of gRPC.
       http_port: of /metrics.
+      rest: the protocol's own HTTP port, if it was asked for.
     """
 
     def __init__(
-        self, repository: Repository, metrics_text: Callable[[], bytes], config: ServerConfig | None = None
+        self,
+        repository: Repository,
+        metrics_text: Callable[[], bytes],
+        config: ServerConfig | None = None,
+        *,
+        http: HttpStarter | None = None,
     ) -> None:
         """
         Args:
           repository: answers; `stop` closes it.
           metrics_text: what /metrics answers.
           config: `ServerConfig()` by default.
+          http: starts the protocol's own HTTP port, a `HttpServer`; None for gRPC alone.
 
         Raises:
           ConfigError: if a port is in use. The repository is left open then.
@@ -94,6 +116,7 @@ class RankingServer:
         self._repository = repository
         self._service = InferenceService(repository)
         self._threads = ServerThreads(config.num_threads)
+        self._streams = InferStreams(self._service, self._threads)
         self._health = HealthService(repository)
         self._server = grpc.server(
             self._threads.rank,
@@ -113,6 +136,7 @@ class RankingServer:
             self._threads.close()
             raise
         self.http_port = self._http.port
+        self.rest = None if http is None else self._start_http(http)
         self._server.start()
 
     @property
@@ -135,9 +159,12 @@ class RankingServer:
         grace = self._config.grace_seconds if grace_seconds is None else grace_seconds
         self._service.stop_accepting()
         self._health.stop()
-        self._threads.rank.wait_until_idle(grace)
+        self._streams.stop()
+        self._threads.wait_until_idle(grace)
         if grace:
             time.sleep(_TURN_AWAY_SECONDS)
+        if self.rest is not None:
+            self.rest.stop()
         self._server.stop(_LAST_GRACE_SECONDS if grace else 0).wait()
         try:
             self._repository.close()
@@ -153,15 +180,27 @@ class RankingServer:
 
     def _register(self) -> None:
         services = {
-            SERVICE_NAME: self._service.handlers(self._threads),
+            SERVICE_NAME: {
+                **self._service.handlers(self._threads),
+                "ModelStreamInfer": self._streams.handler(),
+            },
             health.SERVICE_NAME: self._health.handlers(self._threads),
         }
         services[reflection.SERVICE_NAME] = reflection.reflection_handlers(services, self._threads)
         for name, handlers in services.items():
             generic = grpc.method_handlers_generic_handler(name, handlers)
             if name == SERVICE_NAME:
-                generic = self._service.gate(handlers, self._threads)
+                generic = Gate(self._service, handlers, self._threads)
             self._server.add_generic_rpc_handlers((generic,))
+
+    def _start_http(self, http: HttpStarter) -> HttpPort:
+        try:
+            return http(self._service, self._repository, self._threads)
+        except ConfigError:
+            self._http.close()
+            self._server.stop(None).wait()
+            self._threads.close()
+            raise
 
     def _bind(self) -> int:
         address = _address(self._config.host, self._config.port)

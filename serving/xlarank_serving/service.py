@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import importlib.metadata
+import math
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
 
-from xlarank.errors import UnavailableError
+from xlarank.errors import DeadlineError, ModelNotFoundError, UnavailableError
 from xlarank.host import FeatureStore
-from xlarank.runtime import Answer
-from xlarank.spec import ContentCheck, ModelSpec, RankRequest, RequestOptions
+from xlarank.runtime import Answer, ModelStatistics
+from xlarank.spec import BucketLadder, ContentCheck, ModelSpec, RankRequest, RequestOptions
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.codec import ModelCodec
-from xlarank_serving.layout import SERVICE_NAME
-from xlarank_serving.parsing import parsing
-from xlarank_serving.status import answering, failure_reason
-from xlarank_serving.threads import ServerThreads, on_threads
+from xlarank_serving.model_info import config_of, statistics_of
+from xlarank_serving.parameters import InferParameters, read_parameters, routing_key
+from xlarank_serving.parsing import unary_handler
+from xlarank_serving.repository_rpcs import IndexedRepository, ManagedRepository, RepositoryService
+from xlarank_serving.status import failure_reason
+from xlarank_serving.threads import ServerThreads
 
-__all__ = ["Engine", "InferenceService", "Repository"]
+__all__ = ["EXTENSIONS", "Engine", "InferenceService", "RankCall", "Repository", "seconds_left"]
+
+_NO_DEADLINE_SECONDS = 1e9
+
+EXTENSIONS = (
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "schedule_policy",
+    "statistics",
+)
+"""Of the protocol, by the names that Triton gives them."""
 
 
-class FailureCounter(Protocol):
-    """What the service tells an engine's metrics; the engine itself counts what it answers."""
+class EngineMetrics(Protocol):
+    """What the service tells an engine's metrics and asks of them; the engine counts what it answers."""
 
-    def record_failure(self, reason: str) -> None: ...
+    def record_failure(self, reason: str, seconds: float = 0.0) -> None: ...
+
+    def statistics(self) -> ModelStatistics: ...
 
 
 class Engine(Protocol):
@@ -46,7 +65,10 @@ class Engine(Protocol):
     def check(self) -> ContentCheck: ...
 
     @property
-    def metrics(self) -> FailureCounter: ...
+    def ladder(self) -> BucketLadder: ...
+
+    @property
+    def metrics(self) -> EngineMetrics: ...
 
     def submit(
         self, request: RankRequest, options: RequestOptions | None = None
@@ -55,7 +77,7 @@ class Engine(Protocol):
         ...
 
 
-class Repository(Protocol):
+class Repository(IndexedRepository, Protocol):
     """The models that a server answers for."""
 
     @property
@@ -65,6 +87,15 @@ class Repository(Protocol):
         """The engine of a version, "" for the latest ready; ModelNotFoundError, UnavailableError."""
         ...
 
+    def lease(
+        self, name: str, version: str, key: str | None = None
+    ) -> contextlib.AbstractContextManager[Engine]:
+        """The engine for a request, kept open until the request is submitted; errors as `engine`.
+
+        Requests of one key go to one version while shares of traffic stay.
+        """
+        ...
+
     def models(self) -> list[tuple[str, int, bool]]:
         """Name, version and whether it is ready, for every version."""
         ...
@@ -72,11 +103,40 @@ class Repository(Protocol):
     def close(self) -> None: ...
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class RankCall:
+    """A ranking request that an engine has taken."""
+
+    request: messages.ModelInferRequest
+    engine: Engine
+    codec: ModelCodec
+    parameters: InferParameters
+    outputs: list[str]
+    future: concurrent.futures.Future[Answer]
+    arrived_at: float
+    """On the clock of `time.monotonic`, as the next."""
+
+    timeout_at: float
+    """When the request's own timeout, or the server's, ends the wait."""
+
+    decode_seconds: float
+
+    def cancel(self) -> None:
+        """The caller has left: the engine needn't run it, who waits for it needn't wait. Any thread."""
+        self.future.cancel()  # has no effect once answered
+
+
 class InferenceService:
     """Answers the RPCs from a repository. Any thread."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, *, default_timeout_seconds: float = math.inf) -> None:
+        """
+        Args:
+          repository: answers.
+          default_timeout_seconds: longest that a request may take which names no `timeout`, or a longer one.
+        """
         self._repository = repository
+        self._default_timeout_seconds = default_timeout_seconds
         # One codec an engine, dropped with it. A lost race builds one twice, and they are equal.
         self._codecs: weakref.WeakKeyDictionary[Engine, ModelCodec] = weakref.WeakKeyDictionary()
         self._is_stopping = False  # set once, read by any thread
@@ -88,38 +148,33 @@ class InferenceService:
         """
         self._is_stopping = True
 
-    def gate(
-        self, handlers: dict[str, grpc.RpcMethodHandler], threads: ServerThreads
-    ) -> grpc.GenericRpcHandler:
-        """The service of `handlers`; it turns ranking requests away from the moment of the stop.
-
-        gRPC itself would leave those that arrive during a stop without an answer, then cancel them, and
-        clients retry on UNAVAILABLE only.
-        """
-        return _Gate(self, grpc.method_handlers_generic_handler(SERVICE_NAME, handlers), threads)
-
     @property
     def is_stopping(self) -> bool:
         """Whether `stop_accepting` was called."""
         return self._is_stopping
 
-    def handlers(self, threads: ServerThreads) -> dict[str, grpc.RpcMethodHandler]:
-        """A handler a method, by name."""
+    def handlers(
+        self, threads: ServerThreads, *, manager: ManagedRepository | None = None
+    ) -> dict[str, grpc.RpcMethodHandler]:
+        """A handler a method, by name.
+
+        Args:
+          threads: that they run on.
+          manager: loads and unloads models for callers; None where they may not.
+        """
         methods: dict[str, tuple[Callable[[Any, Any], Any], concurrent.futures.ThreadPoolExecutor]] = {
             "ServerLive": (self.server_live, threads.control),
             "ServerReady": (self.server_ready, threads.control),
             "ModelReady": (self.model_ready, threads.control),
             "ServerMetadata": (self.server_metadata, threads.control),
             "ModelMetadata": (self.model_metadata, threads.control),
+            "ModelConfig": (self.model_config, threads.control),
+            "ModelStatistics": (self.model_statistics, threads.control),
             "ModelInfer": (self.model_infer, threads.rank),
         }
-        return {
-            name: grpc.unary_unary_rpc_method_handler(
-                on_threads(answering(parsing(getattr(messages, f"{name}Request"), method)), pool),
-                response_serializer=getattr(messages, f"{name}Response").SerializeToString,
-            )
-            for name, (method, pool) in methods.items()
-        }
+        repository_methods = RepositoryService(self._repository, manager=manager).methods()
+        methods |= {name: (method, threads.control) for name, method in repository_methods.items()}
+        return {name: unary_handler(messages, name, method, pool) for name, (method, pool) in methods.items()}
 
     def server_live(self, request: Any, context: grpc.ServicerContext) -> messages.ServerLiveResponse:
         """Whether the process runs."""
@@ -140,50 +195,139 @@ class InferenceService:
         return messages.ModelReadyResponse(ready=not self._is_stopping)
 
     def server_metadata(self, request: Any, context: grpc.ServicerContext) -> messages.ServerMetadataResponse:
-        """Name and version of the server."""
-        return messages.ServerMetadataResponse(name="xlarank", version=_installed_version())
+        """Name and version of the server, and what it serves beyond the protocol's core."""
+        return messages.ServerMetadataResponse(
+            name="xlarank", version=_installed_version(), extensions=EXTENSIONS
+        )
 
     def model_metadata(
         self, request: messages.ModelMetadataRequest, context: grpc.ServicerContext
     ) -> messages.ModelMetadataResponse:
         """Inputs, outputs and ready versions of a model."""
+        return self._metadata(self._repository.engine(request.name, request.version))
+
+    def model_config(
+        self, request: messages.ModelConfigRequest, context: grpc.ServicerContext
+    ) -> messages.ModelConfigResponse:
+        """How a model is served, in the words of Triton's configuration."""
         engine = self._repository.engine(request.name, request.version)
-        versions = [
-            version
-            for name, version, is_ready in self._repository.models()
-            if name == request.name and is_ready
-        ]
-        response = self._codec(engine).metadata(sorted(versions))
-        response.name = request.name
-        return response
+        config = config_of(
+            self._metadata(engine),
+            engine.spec,
+            engine.ladder,
+            versions=self._ready_versions(engine.spec.name),
+            default_timeout_seconds=self._default_timeout_seconds,
+        )
+        return messages.ModelConfigResponse(config=config)
+
+    def model_statistics(
+        self, request: messages.ModelStatisticsRequest, context: grpc.ServicerContext
+    ) -> messages.ModelStatisticsResponse:
+        """What models did: one version, or every ready one of a model, or of all models."""
+        if request.version:
+            engines = [self._repository.engine(request.name, request.version)]
+        else:
+            engines = self._ready_engines(request.name)
+        return messages.ModelStatisticsResponse(
+            model_stats=[
+                statistics_of(engine.spec.name, engine.version, engine.metrics.statistics())
+                for engine in engines
+            ]
+        )
 
     def model_infer(
         self, request: messages.ModelInferRequest, context: grpc.ServicerContext
     ) -> messages.ModelInferResponse:
         """Scores one request; a caller who leaves or whose deadline passes cancels it."""
-        engine = self._repository.engine(request.model_name, request.model_version)
-        try:
-            return self._infer(engine, request, context)
-        except Exception as error:
-            engine.metrics.record_failure(failure_reason(error))
-            raise
-
-    def _infer(
-        self, engine: Engine, request: messages.ModelInferRequest, context: grpc.ServicerContext
-    ) -> messages.ModelInferResponse:
-        codec = self._codec(engine)
-        outputs = codec.requested_outputs(request)
-        future = engine.submit(codec.decode(request, check=engine.check))
-
-        def on_end() -> None:
-            future.cancel()  # has no effect once answered
-
+        call = self.begin(request, seconds_left(context))
         # If the caller leaves or its deadline passes, the engine needn't run it and this thread needn't
         # wait. If that has happened already, no callback will come.
-        if not context.add_callback(on_end):
-            on_end()
-        answer = future.result()
-        return codec.encode_response(request, version=engine.version, outputs=outputs, scores=answer.scores)
+        if not context.add_callback(call.cancel):
+            call.cancel()
+        return self.finish(call)
+
+    def begin(self, request: messages.ModelInferRequest, seconds_left: float = math.inf) -> RankCall:
+        """Reads a request and hands it to its engine; doesn't wait.
+
+        Args:
+          request: of ModelInfer.
+          seconds_left: until the caller's own deadline.
+
+        Raises:
+          RequestError: for what is wrong with it; ModelNotFoundError.
+          DeadlineError, OverloadError, UnavailableError: the engine doesn't take it.
+        """
+        arrived_at = time.monotonic()
+        key = routing_key(request.parameters) or request.id or None
+        with self._repository.lease(request.model_name, request.model_version, key) as engine:
+            try:
+                return self._submit(engine, request, arrived_at, arrived_at + seconds_left)
+            except Exception as error:
+                engine.metrics.record_failure(failure_reason(error), time.monotonic() - arrived_at)
+                raise
+
+    def _submit(
+        self,
+        engine: Engine,
+        request: messages.ModelInferRequest,
+        arrived_at: float,
+        callers_deadline: float,
+    ) -> RankCall:
+        codec = self._codec(engine)
+        parameters = read_parameters(request.parameters, engine.spec)
+        outputs = codec.requested_outputs(request, parameters)
+        rank_request = codec.decode(request, check=engine.check)
+        timeout_at = arrived_at + min(parameters.timeout_seconds, self._default_timeout_seconds)
+        options = RequestOptions(
+            priority=parameters.priority,
+            deadline=min(timeout_at, callers_deadline),
+            affinity_key=parameters.affinity_key,
+        )
+        decode_seconds = time.monotonic() - arrived_at
+        future = engine.submit(rank_request, options)
+        return RankCall(
+            request, engine, codec, parameters, outputs, future, arrived_at, timeout_at, decode_seconds
+        )
+
+    def finish(self, call: RankCall) -> messages.ModelInferResponse:
+        """Waits for the answer and writes it.
+
+        Raises:
+          DeadlineError: if it didn't come in time; the engine drops the request then.
+          CancelledError: if the caller left.
+          XlarankError: whatever else the engine answered.
+        """
+        try:
+            return call.codec.encode_response(
+                call.request,
+                version=call.engine.version,
+                outputs=call.outputs,
+                parameters=call.parameters,
+                answer=_answer(call),
+                decode_seconds=call.decode_seconds,
+            )
+        except Exception as error:
+            call.engine.metrics.record_failure(failure_reason(error), time.monotonic() - call.arrived_at)
+            raise
+
+    def _metadata(self, engine: Engine) -> messages.ModelMetadataResponse:
+        return self._codec(engine).metadata(self._ready_versions(engine.spec.name))
+
+    def _ready_versions(self, name: str) -> list[int]:
+        return sorted(
+            version for own, version, is_ready in self._repository.models() if own == name and is_ready
+        )
+
+    def _ready_engines(self, name: str) -> list[Engine]:
+        """Of a model, or of all if none is named; ModelNotFoundError, UnavailableError if it has none."""
+        engines = []
+        for own, version, is_ready in sorted(self._repository.models()):
+            if is_ready and name in ("", own):
+                try:
+                    engines.append(self._repository.engine(own, str(version)))
+                except (ModelNotFoundError, UnavailableError):
+                    continue  # went away meanwhile
+        return engines if engines or not name else [self._repository.engine(name, "")]
 
     def _codec(self, engine: Engine) -> ModelCodec:
         codec = self._codecs.get(engine)
@@ -192,24 +336,26 @@ class InferenceService:
         return codec
 
 
-class _Gate(grpc.GenericRpcHandler):
-    """Looks a method up when its call arrives, before any thread is taken."""
-
-    def __init__(
-        self, service: InferenceService, inner: grpc.GenericRpcHandler, threads: ServerThreads
-    ) -> None:
-        self._service = service
-        self._inner = inner
-        self._refusal = grpc.unary_unary_rpc_method_handler(on_threads(answering(_refuse), threads.control))
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        if self._service.is_stopping and handler_call_details.method == f"/{SERVICE_NAME}/ModelInfer":
-            return self._refusal
-        return self._inner.service(handler_call_details)
+def seconds_left(context: grpc.ServicerContext) -> float:
+    """Until the caller's deadline; inf without one, which gRPC tells as some hundred billion years."""
+    seconds = context.time_remaining()
+    return math.inf if seconds is None or seconds > _NO_DEADLINE_SECONDS else seconds
 
 
-def _refuse(request: bytes, context: grpc.ServicerContext) -> bytes:
-    raise UnavailableError("the server is stopping")
+def _answer(call: RankCall) -> Answer:
+    if call.timeout_at == math.inf:
+        return call.future.result()
+    try:
+        return call.future.result(max(0.0, call.timeout_at - time.monotonic()))
+    except TimeoutError:
+        if call.future.done() and not call.future.cancelled():
+            return call.future.result()  # it came just now, or it is the engine's own error
+        call.cancel()
+        waited = time.monotonic() - call.arrived_at
+        raise DeadlineError(
+            f"model {call.engine.spec.name!r}: expected an answer within the timeout of "
+            f"{(call.timeout_at - call.arrived_at) * 1e3:.1f} ms, got none in {waited * 1e3:.1f} ms"
+        ) from None
 
 
 def _installed_version() -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import grpc
 
 from xlarank.errors import (
+    AccessError,
     DeadlineError,
     ModelNotFoundError,
     OverloadError,
@@ -19,7 +20,7 @@ from xlarank.errors import (
     XlarankError,
 )
 
-__all__ = ["answering", "error_of", "failure_reason", "status_of"]
+__all__ = ["answering", "answering_stream", "error_of", "failure_reason", "http_status_of", "status_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -33,12 +34,29 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (concurrent.futures.CancelledError, grpc.StatusCode.CANCELLED),
 )
 
-_ERRORS: dict[grpc.StatusCode, type[XlarankError]] = {
+# Who says who it is may still not do everything.
+_ACCESS_CODES = {True: grpc.StatusCode.PERMISSION_DENIED, False: grpc.StatusCode.UNAUTHENTICATED}
+
+_ERRORS: dict[grpc.StatusCode, Callable[[str], XlarankError]] = {
     grpc.StatusCode.NOT_FOUND: ModelNotFoundError,
     grpc.StatusCode.INVALID_ARGUMENT: RequestError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadError,
+    grpc.StatusCode.UNAUTHENTICATED: AccessError,
+    grpc.StatusCode.PERMISSION_DENIED: functools.partial(AccessError, is_known_caller=True),
+}
+
+# As Triton answers over HTTP where it knows the status; what isn't here is 500.
+_HTTP_CODES = {
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.CANCELLED: 499,
 }
 
 _FAILURE_REASONS = {
@@ -62,10 +80,18 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
 
     An exception that isn't xlarank's own is INTERNAL. Details are cut to fit into a gRPC header.
     """
+    if isinstance(error, AccessError):
+        return _ACCESS_CODES[error.is_known_caller], _cut(str(error))
     for error_type, code in _CODES:
         if isinstance(error, error_type):
             return code, _cut(str(error) or code.name.lower().replace("_", " "))
     return grpc.StatusCode.INTERNAL, _cut(f"internal error: {type(error).__name__}: {error}")
+
+
+def http_status_of(error: BaseException) -> tuple[int, str]:
+    """HTTP status code and text that a client gets for an exception."""
+    code, details = status_of(error)
+    return _HTTP_CODES.get(code, 500), details
 
 
 def failure_reason(error: BaseException) -> str:
@@ -89,6 +115,21 @@ def answering(method: Callable[[Any, Any], Any]) -> Callable[[Any, grpc.Servicer
     def answer(request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return method(request, context)
+        except Exception as error:
+            _abort(context, error)
+
+    return answer
+
+
+def answering_stream(
+    method: Callable[[Any, Any], Iterator[Any]],
+) -> Callable[[Any, grpc.ServicerContext], Iterator[Any]]:
+    """As `answering`, for a method that answers a stream."""
+
+    @functools.wraps(method)
+    def answer(requests: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        try:
+            yield from method(requests, context)
         except Exception as error:
             _abort(context, error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ __all__ = ["CountingThreadPool", "ServerThreads", "on_threads"]
 
 _NUM_CONTROL = 4
 _NUM_REFLECTION = 2
+_MAX_STREAMS = 64
 
 
 class CountingThreadPool(concurrent.futures.ThreadPoolExecutor):
@@ -33,6 +35,11 @@ class CountingThreadPool(concurrent.futures.ThreadPoolExecutor):
         future.add_done_callback(self._on_done)
         return future
 
+    @property
+    def num_open(self) -> int:
+        """Submitted and not yet done."""
+        return self._num_open
+
     def wait_until_idle(self, timeout_seconds: float) -> bool:
         """Waits until nothing is open; False when that took too long."""
         with self._changed:
@@ -48,17 +55,32 @@ class ServerThreads:
     """The thread pools of a server.
 
     Probes and metadata have threads of their own, so that they are answered while every ranking thread
-    waits for a device. So has reflection: it holds a thread for as long as its stream is open.
+    waits for a device. So has reflection: it holds a thread for as long as its stream is open. An open
+    ModelStreamInfer holds a thread that writes and one that reads.
+
+    Attributes:
+      max_streams: how many ModelStreamInfer may be open.
     """
+
+    max_streams = _MAX_STREAMS
 
     def __init__(self, num_rank_threads: int) -> None:
         self.rank = CountingThreadPool(num_rank_threads, "grpc-rank")
         self.control = concurrent.futures.ThreadPoolExecutor(_NUM_CONTROL, "grpc-control")
         self.reflection = concurrent.futures.ThreadPoolExecutor(_NUM_REFLECTION, "grpc-reflection")
+        self.streams = CountingThreadPool(self.max_streams, "grpc-stream")
+        self.stream_readers = concurrent.futures.ThreadPoolExecutor(self.max_streams, "grpc-stream-reader")
+
+    def wait_until_idle(self, timeout_seconds: float) -> bool:
+        """Waits until nothing is ranked for anybody; False when that took too long."""
+        end = time.monotonic() + timeout_seconds
+        return self.rank.wait_until_idle(timeout_seconds) and self.streams.wait_until_idle(
+            max(0.0, end - time.monotonic())
+        )
 
     def close(self) -> None:
         """Ends the threads once they have nothing left to do."""
-        for pool in (self.rank, self.control, self.reflection):
+        for pool in (self.rank, self.control, self.reflection, self.streams, self.stream_readers):
             pool.shutdown()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import threading
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import grpc
 import numpy as np
 import pytest
+from tritonclient.utils import np_to_triton_dtype
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.client import RankingClient
 from xlarank_serving.layout import SERVICE_NAME
@@ -18,7 +20,9 @@ from xlarank_serving.server import RankingServer, ServerConfig
 from xlarank.errors import ModelNotFoundError, UnavailableError
 from xlarank.runtime import Answer, Metrics, Timings
 from xlarank.spec import (
+    Bucket,
     Bucketise,
+    BucketLadder,
     Clip,
     FeatureSpec,
     Hash,
@@ -56,13 +60,23 @@ def answer_to(request):
     return Answer(expected_scores(request), Timings(queue=1e-3, gather=2e-3, execute=3e-3, total=7e-3))
 
 
+@dataclasses.dataclass(frozen=True)
+class VersionStatus:
+    model: str
+    version: int
+    state: str
+    reason: str
+
+
 class FakeEngine:
     """Answers at once, unless `hold` keeps requests waiting."""
 
     def __init__(self, spec, version, metrics):
         self.spec, self.version, self.metrics = spec, version, metrics
         self.check = check_contents
+        self.ladder = BucketLadder((Bucket(8, 1), Bucket(32, 1), Bucket(32, 32)))
         self.requests = []
+        self.options = []  # of each request
         self.held = None  # a list of (future, request) while holding
         self.error = None
         self.features = None  # a FeatureStore, for requests by candidate id
@@ -70,6 +84,7 @@ class FakeEngine:
     def submit(self, request, options=None):
         future = concurrent.futures.Future()
         self.requests.append(request)
+        self.options.append(options)
         if self.error is not None:
             future.set_exception(self.error)
         elif self.held is not None:
@@ -96,6 +111,9 @@ class FakeRepository:
         self.metrics = metrics
         self.engines = {}
         self.loading = set()
+        self.failed = []  # VersionStatus of versions that couldn't be loaded
+        self.calls = []  # of load and unload
+        self.keys = []  # of leases
         self.is_closed = False
 
     def add(self, spec, version):
@@ -109,6 +127,25 @@ class FakeRepository:
 
     def models(self):
         return [(name, version, (name, version) not in self.loading) for name, version in self.engines]
+
+    def index(self):
+        return [
+            VersionStatus(name, version, "LOADING" if (name, version) in self.loading else "READY", "")
+            for name, version in self.engines
+        ] + self.failed
+
+    def load(self, name):
+        if name not in {own for own, _ in self.engines}:
+            raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+        self.calls.append(("load", name))
+
+    def unload(self, name):
+        self.calls.append(("unload", name))
+
+    @contextlib.contextmanager
+    def lease(self, name, version, key=None):
+        self.keys.append(key)
+        yield self.engine(name, version)
 
     def engine(self, name, version):
         versions = [own for own_name, own in self.engines if own_name == name]
@@ -249,7 +286,6 @@ def candidates():
 
 def raw_request(model="feed", **inputs):
     """A ModelInferRequest with raw contents; each input is an array, or (datatype, shape, bytes)."""
-    names = {"float32": "FP32", "float64": "FP64", "int32": "INT32", "int64": "INT64"}
     request = messages.ModelInferRequest(model_name=model)
     for name, value in inputs.items():
         name = name.replace("__", ".")
@@ -259,7 +295,7 @@ def raw_request(model="feed", **inputs):
             datatype, shape = "BYTES", [len(value)]
             raw = b"".join(len(v).to_bytes(4, "little") + v for v in value)
         else:
-            datatype, shape, raw = names[str(value.dtype)], value.shape, value.tobytes()
+            datatype, shape, raw = np_to_triton_dtype(value.dtype), value.shape, value.tobytes()
         request.inputs.add(name=name, datatype=datatype, shape=shape)
         request.raw_input_contents.append(raw)
     return request
@@ -283,7 +319,7 @@ def valid_inputs(n=3):
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def wire():
     """Helpers to write requests by hand."""
     return SimpleNamespace(
@@ -292,6 +328,7 @@ def wire():
         valid=valid_inputs,
         expected=expected_scores,
         spec=FEED,
+        repository=lambda: FakeRepository(Metrics()),
         start=start,
         start_at=start_at,
     )

@@ -37,23 +37,45 @@ CASES = {
     "missing context": ({"age": None}, r"feature 'age' is missing: expected float32 of shape \[1\]"),
     "float ids": (
         {"video": f32(3)},
-        r"feature 'video': expected INT64 or INT32 of shape \[N\], got FP32 of shape \[3\]$",
+        r"feature 'video': expected INT64 or another integer of shape \[N\], got FP32 of shape \[3\]$",
     ),
-    "string ids": ({"video": [b"a", b"b", b"c"]}, "feature 'video': expected INT64 or INT32 .*, got BYTES"),
+    "string ids": (
+        {"video": [b"a", b"b", b"c"]},
+        "feature 'video': expected INT64 or another integer .*, got BYTES",
+    ),
     "int strings": (
         {"country": i64(1)},
         r"feature 'country': expected BYTES of shape \[1\], got INT64 of shape \[1\]",
     ),
-    "int floats": ({"likes": i64(1, 2, 3)}, "feature 'likes': expected FP32 or FP64 of shape .*, got INT64"),
-    "half floats": (
-        {"likes": ("FP16", [3], bytes(6))},
-        r"feature 'likes': expected FP32 or FP64 of shape \[N\] or \[N, 1\], got FP16 of shape \[3\]",
+    "int floats": (
+        {"likes": i64(1, 2, 3)},
+        "feature 'likes': expected FP32 or another float of shape .*, got INT64",
     ),
     "no such datatype": ({"likes": ("FLOAT", [3], bytes(12))}, "feature 'likes': expected FP32.*, got FLOAT"),
     "no datatype": ({"likes": ("", [3], bytes(12))}, "feature 'likes': expected FP32"),
-    "long lengths": (
-        {"topics__lengths": i64(2, 2, 2)},
-        r"feature 'topics': input 'topics.lengths': expected INT32 of shape \[N\], got INT64",
+    "float lengths": (
+        {"topics__lengths": f32(3)},
+        r"feature 'topics': input 'topics.lengths': expected INT32 or .* of shape \[N\], got FP32",
+    ),
+    "lengths beyond int32": (
+        {"topics__lengths": i64(2, 2**31, 2)},
+        "feature 'topics': input 'topics.lengths': expected lengths that INT32 holds, got 2147483648 at",
+    ),
+    "id beyond int64": (
+        {"video": np.array([0, 2**63, 1], np.uint64)},
+        "feature 'video': expected integers that INT64 holds, got 9223372036854775808 at position 1",
+    ),
+    "bool that is none": (
+        {"likes": ("BOOL", [3], b"\x00\x01\x02")},
+        "feature 'likes': expected BOOL values of 0 or 1, got 2 at position 2",
+    ),
+    "half floats of the wrong size": (
+        {"likes": ("BF16", [3], bytes(12))},
+        r"feature 'likes': input byte size mismatch: expected 6 bytes for BF16 of shape \[3\], got 12",
+    ),
+    "infinite half float": (
+        {"likes": np.array([0, np.inf, 0], np.float16)},
+        "feature 'likes': expected finite floats, got inf in row 1",
     ),
     "rank too high": (
         {"video": ("INT64", [3, 1], bytes(24))},
@@ -61,7 +83,7 @@ CASES = {
     ),
     "rank too low": (
         {"vector": f32(9)},
-        r"feature 'vector': expected FP32 or FP64 of shape \[N, 3\], got FP32 of shape \[9\]",
+        r"feature 'vector': expected FP32 or another float of shape \[N, 3\], got FP32 of shape \[9\]",
     ),
     "wrong width": (
         {"vector": f32(3, 4)},
@@ -74,12 +96,12 @@ CASES = {
     ),
     "context sent N times": (
         {"age": f32(3)},
-        r"feature 'age': expected FP32 or FP64 of shape \[1\] or \[1, 1\], got FP32 of shape \[3\]; "
+        r"feature 'age': expected FP32 or another float of shape \[1\] or \[1, 1\], got FP32 of shape \[3\]; "
         "its scope is context, so it is sent once a request",
     ),
     "context lengths N times": (
         {"watched__lengths": i32(1, 1, 1)},
-        r"feature 'watched': input 'watched.lengths': expected INT32 of shape \[1\].*scope is context",
+        r"feature 'watched': input 'watched.lengths': expected INT32 or .* of shape \[1\].*scope is context",
     ),
     "other number of rows": (
         {"video": i64(1, 2)},
@@ -122,7 +144,8 @@ CASES = {
     ),
     "values without lengths": (
         {"topics__lengths": None},
-        r"feature 'topics': expected input 'topics.lengths' beside input 'topics', got none; it is INT32 of "
+        r"feature 'topics': expected input 'topics.lengths' beside input 'topics', got none; it is "
+        r"INT32 or another integer of "
         r"shape \[N\]",
     ),
     "lengths without values": (
@@ -174,23 +197,24 @@ CASES = {
     ),
     "packed of the wrong width": (
         {"candidate__dense": f32(3, 4)},
-        r"input 'candidate.dense': expected FP32 or FP64 of shape \[N, 5\], got FP32 of shape \[3, 4\]",
+        r"input 'candidate.dense': expected FP32 or .* of shape \[N, 5\], got FP32 of shape \[3, 4\]",
     ),
     "packed context N times": (
         {"context__dense": f32(3, 3)},
-        r"input 'context.dense': expected FP32 or FP64 of shape \[1, 3\], got FP32 of shape \[3, 3\]; its",
+        r"input 'context.dense': expected FP32 or .* of shape \[1, 3\], got FP32 of shape \[3, 3\]; its",
     ),
     "packed values without lengths": (
         {"candidate__values": i64(1, 2, 3)},
-        r"input 'candidate.lengths': expected INT32 of shape \[3, N\] beside 'candidate.values', got none",
+        r"input 'candidate.lengths': expected INT32 or .* of shape \[3, N\] beside "
+        r"'candidate.values', got none",
     ),
     "packed lengths without values": (
         {"candidate__lengths": np.ones((3, 3), np.int32)},
-        r"input 'candidate.values': expected INT64 or INT32 of shape \[V\] beside 'candidate.lengths', got",
+        r"input 'candidate.values': expected INT64 or .* of shape \[V\] beside 'candidate.lengths', got",
     ),
     "packed lengths of another number of features": (
         {"candidate__values": i64(1), "candidate__lengths": np.ones((2, 3), np.int32)},
-        r"input 'candidate.lengths': expected INT32 of shape \[3, N\], got INT32 of shape \[2, 3\]",
+        r"input 'candidate.lengths': expected INT32 or .* of shape \[3, N\], got INT32 of shape \[2, 3\]",
     ),
     "packed lengths negative": (
         {"candidate__values": i64(1), "candidate__lengths": np.array([[1, 1], [1, -7], [0, 0]], np.int32)},

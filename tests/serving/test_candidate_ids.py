@@ -210,7 +210,7 @@ def test_what_is_wrong_with_ids_is_said(running):
         for tensors, message in [
             (
                 {"age": np.float32([3]), "candidate_ids": np.array([[1003]])},
-                r"INT64 or INT32 of shape \[N\], got",
+                r"INT64 or another integer of shape \[N\], got",
             ),
             ({"candidate_ids": np.array([1003])}, "feature 'age' is missing"),
             (

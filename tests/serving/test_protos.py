@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from google.protobuf import descriptor_pool
+from tritonclient.grpc import model_config_pb2 as triton_config
 from tritonclient.grpc import service_pb2 as triton_messages
 from xlarank_serving._proto import grpc_service_pb2 as messages
 
@@ -34,14 +35,24 @@ def test_generated_code_is_what_the_proto_file_gives(generator):
 
 @pytest.mark.parametrize("name", sorted(messages.DESCRIPTOR.message_types_by_name))
 def test_field_numbers_and_types_are_those_of_tritonclient(name):
-    theirs = triton_messages.DESCRIPTOR.message_types_by_name[name]
+    files = [triton_messages.DESCRIPTOR, triton_config.DESCRIPTOR]
+    (theirs,) = [f.message_types_by_name[name] for f in files if name in f.message_types_by_name]
     compare(messages.DESCRIPTOR.message_types_by_name[name], theirs)
+
+
+def test_enums_are_those_of_tritonclient():
+    (ours,) = messages.DESCRIPTOR.enum_types_by_name.values()
+    theirs = triton_config.DESCRIPTOR.enum_types_by_name[ours.name]
+    assert [(v.name, v.number) for v in ours.values] == [(v.name, v.number) for v in theirs.values]
 
 
 def compare(ours, theirs):
     for field in ours.fields:
         other = theirs.fields_by_name[field.name]
         assert (field.number, field.type, field.is_repeated) == (other.number, other.type, other.is_repeated)
+    for enum in ours.enum_types:
+        other = theirs.enum_types_by_name[enum.name]
+        assert [(v.name, v.number) for v in enum.values] == [(v.name, v.number) for v in other.values]
     for nested in ours.nested_types:
         compare(nested, theirs.nested_types_by_name[nested.name])
 

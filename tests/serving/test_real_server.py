@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -209,6 +210,50 @@ def test_a_burst_with_bad_requests_in_it_is_answered_right_and_counted(folder, m
     assert [after[name] for name in infinite] == [after[f"{histogram}_count{LABELS}"]]
     assert after["nv_inference_pending_request_count" + LABELS] == 0
     assert after["xlarank_request_path_compiles_total" + LABELS] == 0
+
+
+def test_the_rest_of_the_protocol_over_a_real_engine(server, model):
+    """Other datatypes, top_k, timings, a stream, configuration and statistics, by the published client."""
+    features = features_of(5, 40)
+    price = features["price"].astype(np.float16)
+    features["price"] = price.astype(np.float32)  # what the server makes of it
+    others = {"price": ("FP16", price), "item": ("UINT8", features["item"].astype(np.uint8))}
+    inputs = [tensor for tensor in triton_inputs(features) if tensor.name() not in others]
+    for name, (datatype, array) in others.items():
+        inputs.append(triton.InferInput(name, array.shape, datatype))
+        inputs[-1].set_data_from_numpy(array)
+    expected = expected_scores(model, features)
+    outputs = {task.output: expected[task.name] for task in SPEC.tasks}
+    with triton.InferenceServerClient(server["grpc"]) as client:
+        before = client.get_inference_statistics("shop").model_stats[0]
+        every = client.infer("shop", inputs, parameters={"xlarank_timings": True, "user": "u1"}, priority=1)
+        weights = ",".join(f"{name}:{i + 0.5}" for i, name in enumerate(outputs))
+        best = client.infer("shop", inputs, parameters={"top_k": 7, "top_k_weights": weights}, timeout=10**7)
+        answers: queue.Queue[Any] = queue.Queue()
+        client.start_stream(lambda result, error: answers.put(error or result))
+        for number in range(5):
+            client.async_stream_infer("shop", inputs, request_id=str(number))
+        client.stop_stream()
+        streamed = [answers.get(timeout=60) for _ in range(5)]
+        after = client.get_inference_statistics("shop").model_stats[0]
+        config = client.get_model_config("shop").config
+    for answer in (every, *streamed):
+        for name, scores in outputs.items():
+            np.testing.assert_allclose(answer.as_numpy(name), scores, rtol=TOLERANCE, atol=TOLERANCE)
+    assert [answer.get_response().id for answer in streamed] == list("01234")
+    timings = {name: value.int64_param for name, value in every.get_response().parameters.items()}
+    assert 0 < timings["execute_us"] <= timings["total_us"]
+    mixed = sum((i + 0.5) * scores for i, scores in enumerate(outputs.values()))
+    indices, scores = best.as_numpy("top_k.indices"), best.as_numpy("top_k.scores")
+    np.testing.assert_allclose(scores, mixed[indices], rtol=TOLERANCE, atol=TOLERANCE)
+    assert sorted(scores, reverse=True) == list(scores)
+    assert len(set(indices)) == 7
+    assert scores.min() >= np.sort(mixed)[-7] - TOLERANCE
+    assert after.inference_stats.success.count - before.inference_stats.success.count == 7
+    assert after.inference_count - before.inference_count == 7 * 40
+    assert after.execution_count > before.execution_count
+    assert sum(one.compute_infer.count for one in after.batch_stats) == after.execution_count
+    assert list(config.dynamic_batching.preferred_batch_size) == [8, LARGEST_BUCKET]
 
 
 def test_a_second_server_on_the_port_ends_with_one_line_and_the_first_goes_on(server, folder, model):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from xlarank_serving.client import RankingClient
 
-from xlarank.errors import FeatureError, ModelNotFoundError, RequestError, UnavailableError, XlarankError
+from xlarank.errors import DeadlineError, FeatureError, ModelNotFoundError, RequestError, UnavailableError
 from xlarank.spec import FeatureSpec, Ragged, RankRequest, StringColumn
 
 TYPED = {
@@ -239,7 +239,7 @@ def test_client_learns_of_inputs_that_a_newer_version_dropped(serving, wire, can
 def test_a_deadline_that_passes_is_told_and_cancels_the_request(serving, candidates):
     serving.client.score("feed", candidates)  # so that the inputs are known
     serving.engine.hold()
-    with pytest.raises(XlarankError, match="DEADLINE_EXCEEDED"):
+    with pytest.raises(DeadlineError, match="Deadline Exceeded"):
         serving.client.score("feed", candidates, timeout=0.5)
     ((future, _),) = serving.engine.held
     gone = threading.Event()

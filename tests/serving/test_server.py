@@ -138,6 +138,12 @@ def test_reflection_describes_what_is_served(shared):
         "ModelReady",
         "ModelMetadata",
         "ModelInfer",
+        "ModelStreamInfer",
+        "ModelConfig",
+        "ModelStatistics",
+        "RepositoryIndex",
+        "RepositoryModelLoad",
+        "RepositoryModelUnload",
     }
     assert database.FindFileContainingSymbol("grpc.health.v1.Health").package == "grpc.health.v1"
     del database

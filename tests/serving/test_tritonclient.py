@@ -119,6 +119,7 @@ def test_refusals_keep_code_and_text(client, inputs):
 
 
 def test_what_is_not_served_is_unimplemented(client):
-    with pytest.raises(triton.InferenceServerException) as info:
-        client.get_model_config("feed")
-    assert info.value.status() == "StatusCode.UNIMPLEMENTED"
+    for ask in (client.get_trace_settings, client.get_system_shared_memory_status):
+        with pytest.raises(triton.InferenceServerException) as info:
+            ask()
+        assert info.value.status() == "StatusCode.UNIMPLEMENTED"

@@ -7,7 +7,7 @@ from xlarank.runtime.engine import Engine
 from xlarank.runtime.features import FeatureOptions
 from xlarank.runtime.lifecycle import ModelRepository
 from xlarank.runtime.loading import LoadReport
-from xlarank.runtime.metrics import Metrics, ModelMetrics
+from xlarank.runtime.metrics import Metrics, ModelMetrics, ModelStatistics
 from xlarank.runtime.pool import DevicePool
 from xlarank.runtime.queue_config import DispatchPolicy, QueueConfig
 
@@ -24,6 +24,7 @@ __all__ = [
     "Metrics",
     "ModelMetrics",
     "ModelRepository",
+    "ModelStatistics",
     "QueueConfig",
     "Timings",
 ]

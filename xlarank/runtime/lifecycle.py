@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from xlarank import device
@@ -16,7 +18,20 @@ from xlarank.runtime.metrics import Metrics
 from xlarank.runtime.pool import DevicePool
 from xlarank.runtime.tables import TableBytes
 
-__all__ = ["ModelRepository"]
+__all__ = ["ModelRepository", "VersionStatus"]
+
+
+@dataclasses.dataclass(frozen=True)
+class VersionStatus:
+    """One version of a model, as the repository's index has it."""
+
+    model: str
+    version: int
+    state: str
+    """READY, LOADING, UNLOADING or UNAVAILABLE."""
+
+    reason: str
+    """Why it isn't ready; "" if there is nothing to say."""
 
 
 class ModelRepository:
@@ -146,6 +161,25 @@ class ModelRepository:
         if engine.fault is not None:
             raise UnavailableError(f"model '{name}' version {engine.version} has failed: {engine.fault}")
         return engine
+
+    def index(self) -> list[VersionStatus]:
+        """Every version that was loaded and its state."""
+        return [
+            VersionStatus(
+                name, version, "READY" if is_ready else "UNAVAILABLE", self._engines[name].fault or ""
+            )
+            for name, version, is_ready in self.models()
+        ]
+
+    @contextlib.contextmanager
+    def lease(self, name: str, version: str = "", key: str | None = None) -> Iterator[Engine]:
+        """The engine for a request, kept open until the request is submitted; errors as `engine`.
+
+        Args:
+          name, version: see `engine`.
+          key: requests of one key go to one version; there is one here.
+        """
+        yield self.engine(name, version)
 
     def close(self) -> None:
         """Finishes what was accepted, then stops everything."""

@@ -47,6 +47,7 @@ import dataclasses
 import itertools
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -62,7 +63,7 @@ from xlarank.runtime.table_versions import TableVersion
 from xlarank.spec import Bucket
 from xlarank.spec.ladder import CANDIDATES_METRIC
 
-__all__ = ["FAILURE_REASONS", "Metrics", "ModelMetrics"]
+__all__ = ["FAILURE_REASONS", "BatchTime", "Metrics", "ModelMetrics", "ModelStatistics"]
 
 FAILURE_REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 """Triton's: refused unrun or timed out in the queue; given up by the caller; failed while running; else."""
@@ -130,6 +131,45 @@ _STORE_HELP = {
     "xlarank_feature_store_age_seconds": "Seconds since the newest update of the feature store",
 }
 
+
+@dataclasses.dataclass(frozen=True)
+class BatchTime:
+    """Batches of buckets of one size."""
+
+    num_batches: int = 0
+    gather_seconds: float = 0.0
+    """Summed."""
+
+    execute_seconds: float = 0.0
+    """Summed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelStatistics:
+    """What one model version did since it was loaded, of one moment."""
+
+    num_successes: int
+    num_failures: int
+    num_rows: int
+    """Of requests answered."""
+
+    num_batches: int
+    failure_seconds: float
+    """Until failures were told, summed."""
+
+    stage_seconds: Mapping[str, float]
+    """Summed over successes: request (the whole), queue, compute_input, compute_infer, compute_output."""
+
+    batches: Mapping[int, BatchTime]
+    """By rows of the bucket."""
+
+    last_success_at: float
+    """Seconds since 1970; 0: none yet."""
+
+    table_bytes: int
+    """Of the embedding tables."""
+
+
 # prometheus_client writes counters' headers with the suffix _total, which Triton's names don't have.
 _TRITON_HEADER = re.compile(r"^(# (?:HELP|TYPE) nv_inference_\w+)_total ", re.MULTILINE)
 
@@ -164,7 +204,10 @@ class ModelMetrics:
         # All below guarded by _lock.
         self._values = dict.fromkeys(_HELP, 0.0)  # by metric name
         self._failures: Counter[str] = Counter(dict.fromkeys(FAILURE_REASONS, 0))
+        self._failure_seconds = 0.0
+        self._last_success_at = 0.0
         self._batches: Counter[Bucket] = Counter()
+        self._batch_seconds: dict[Bucket, tuple[float, float]] = {}  # of gather and execute
         self._sums_us = [0.0] * len(_STAGES)
         self._histograms = [[0] * (len(_BOUNDS_US) + 1) for _ in _STAGES]  # not cumulative
         self._num_candidates = 0  # of all accepted requests
@@ -201,6 +244,8 @@ class ModelMetrics:
             values["xlarank_gather_seconds_total"] += gather_seconds
             values["xlarank_execute_seconds_total"] += execute_seconds
             self._batches[bucket] += 1
+            before = self._batch_seconds.get(bucket, (0.0, 0.0))
+            self._batch_seconds[bucket] = (before[0] + gather_seconds, before[1] + execute_seconds)
 
     def record_success(self, num_rows: int, timings: Timings) -> None:
         """Counts one answered request; its share of a batch counts as the whole batch's time, as in Triton.
@@ -216,17 +261,24 @@ class ModelMetrics:
         with self._lock:
             self._values["nv_inference_request_success"] += 1
             self._values["nv_inference_count"] += num_rows
+            self._last_success_at = time.time()
             for stage, seconds in enumerate(durations):
                 duration_us = seconds * 1e6
                 self._sums_us[stage] += duration_us
                 self._histograms[stage][bisect.bisect_left(_BOUNDS_US, duration_us)] += 1
 
-    def record_failure(self, reason: str) -> None:
-        """Counts one refused or failed request; `reason` is one of FAILURE_REASONS."""
+    def record_failure(self, reason: str, seconds: float = 0.0) -> None:
+        """Counts one refused or failed request.
+
+        Args:
+          reason: one of FAILURE_REASONS.
+          seconds: from its arrival until the caller was told.
+        """
         if reason not in FAILURE_REASONS:
             raise ConfigError(f"failure reason: expected one of {list(FAILURE_REASONS)}, got {reason!r}")
         with self._lock:
             self._failures[reason] += 1
+            self._failure_seconds += seconds
 
     def set_compiles(self, count: int) -> None:
         """States how many compiles happened on the request path so far."""
@@ -250,6 +302,29 @@ class ModelMetrics:
         """States whom to ask, at each scrape, how often the updatable tables were updated."""
         with self._lock:
             self._table_versions = now
+
+    def statistics(self) -> ModelStatistics:
+        """What was counted so far, for those who ask by RPC."""
+        with self._lock:
+            batches: dict[int, BatchTime] = {}
+            for bucket, (gather, execute) in sorted(self._batch_seconds.items()):
+                one = batches.get(bucket.rows, BatchTime())
+                batches[bucket.rows] = BatchTime(
+                    one.num_batches + self._batches[bucket],
+                    one.gather_seconds + gather,
+                    one.execute_seconds + execute,
+                )
+            return ModelStatistics(
+                num_successes=int(self._values["nv_inference_request_success"]),
+                num_failures=self._failures.total(),
+                num_rows=int(self._values["nv_inference_count"]),
+                num_batches=int(self._values["nv_inference_exec_count"]),
+                failure_seconds=self._failure_seconds,
+                stage_seconds={s: us * 1e-6 for s, us in zip(_STAGES, self._sums_us, strict=True)},
+                batches=batches,
+                last_success_at=self._last_success_at,
+                table_bytes=int(self._values["xlarank_table_bytes"]),
+            )
 
     def samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
         """Name, labels and value of every series but the histograms', of one moment."""

@@ -1,0 +1,284 @@
+"""The protocol over HTTP, as an ASGI app: `http_app`.
+
+    GET   v2                                                server metadata
+    GET   v2/health/live, v2/health/ready                   200, or 400 when not
+    GET   v2/models/stats                                   statistics of every model
+    GET   v2/models/MODEL[/versions/VERSION]                metadata
+    GET   v2/models/MODEL[/versions/VERSION]/ready          200, or 400 when not
+    GET   v2/models/MODEL[/versions/VERSION]/config         configuration
+    GET   v2/models/MODEL[/versions/VERSION]/stats          statistics
+    POST  v2/models/MODEL[/versions/VERSION]/infer          scores
+    POST  v2/repository/index                               versions and their states
+    POST  v2/repository/models/MODEL/load, .../unload       refused; the administrative port does that
+
+Every request becomes the message that gRPC would have brought and is answered by the same methods; an error
+is `{"error": text}` with the text that gRPC's caller would get, under the code that `status` has for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import math
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from xlarank.errors import OverloadError, RequestError, UnavailableError
+from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.http_messages import HEADER_LENGTH, encode_response, json_of, parse_object, parse_request
+from xlarank_serving.layout import SERVICE_NAME
+from xlarank_serving.repository_rpcs import IndexedRepository, RepositoryService
+from xlarank_serving.service import InferenceService, RankCall
+from xlarank_serving.status import http_status_of
+from xlarank_serving.threads import ServerThreads
+
+__all__ = ["Authorize", "http_app"]
+
+_log = logging.getLogger(__name__)
+
+Authorize = Callable[[str, str | None], None]
+"""Raises AccessError if the bearer of an Authorization header (None: there is none) may not call a gRPC
+method, named in full."""
+
+_NOT_READY = 400  # the protocol asks for a 4xx
+
+
+def http_app(
+    service: InferenceService,
+    repository: IndexedRepository,
+    threads: ServerThreads,
+    *,
+    max_body_bytes: int,
+    max_receive_seconds: float,
+    authorize: Authorize | None = None,
+) -> Starlette:
+    """The app.
+
+    Args:
+      service: answers.
+      repository: has the index.
+      threads: that the answers are made on.
+      max_body_bytes: largest request; 413 beyond.
+      max_receive_seconds: longest that a body may take to come; 408 beyond.
+      authorize: who may call what; everybody everything by default.
+    """
+    app = _App(
+        service, RepositoryService(repository), threads, max_body_bytes, max_receive_seconds, authorize
+    )
+    routes = [
+        app.get("/v2", "ServerMetadata", app.server_metadata),
+        app.get("/v2/health/live", "ServerLive", service.server_live),
+        app.get("/v2/health/ready", "ServerReady", service.server_ready),
+        app.get("/v2/models/stats", "ModelStatistics", service.model_statistics),
+        app.post("/v2/repository/index", "RepositoryIndex", app.repository.index),
+        app.post("/v2/repository/models/{model_name}/load", "RepositoryModelLoad", app.repository.load),
+        app.post("/v2/repository/models/{model_name}/unload", "RepositoryModelUnload", app.repository.unload),
+    ]
+    for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+        routes += [
+            app.get(prefix, "ModelMetadata", service.model_metadata),
+            app.get(f"{prefix}/ready", "ModelReady", service.model_ready),
+            app.get(f"{prefix}/config", "ModelConfig", service.model_config),
+            app.get(f"{prefix}/stats", "ModelStatistics", service.model_statistics),
+            app.infer(f"{prefix}/infer"),
+        ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _on_http_error})
+
+
+class _App:
+    def __init__(
+        self,
+        service: InferenceService,
+        repository: RepositoryService,
+        threads: ServerThreads,
+        max_body_bytes: int,
+        max_receive_seconds: float,
+        authorize: Authorize | None,
+    ) -> None:
+        self.repository = repository
+        self._service = service
+        self._threads = threads
+        self._max_body_bytes = max_body_bytes
+        self._max_receive_seconds = max_receive_seconds
+        self._authorize = authorize
+
+    def server_metadata(self, request: Any, context: Any) -> messages.ServerMetadataResponse:
+        """gRPC's, and the extension that HTTP alone has."""
+        metadata = self._service.server_metadata(request, context)
+        metadata.extensions.append("binary_tensor_data")
+        return metadata
+
+    def get(self, path: str, method: str, function: Callable[[Any, Any], Any]) -> Route:
+        """A route that asks by its path alone."""
+
+        async def answer(request: Request) -> Response:
+            message = getattr(messages, f"{method}Request")(**request.path_params)
+            return _response(method, await self._on_control(function, message))
+
+        return Route(path, self._answering(method, answer), methods=["GET"])
+
+    def post(self, path: str, method: str, function: Callable[[Any, Any], Any]) -> Route:
+        """A route whose body is a JSON object of settings, or empty."""
+
+        async def answer(request: Request) -> Response:
+            body = await self._body(request)
+            message = getattr(messages, f"{method}Request")(**request.path_params)
+            if body:
+                _set_from_json(message, body)
+            return _response(method, await self._on_control(function, message))
+
+        return Route(path, self._answering(method, answer), methods=["POST"])
+
+    def infer(self, path: str) -> Route:
+        """A route that ranks."""
+
+        async def answer(request: Request) -> Response:
+            body = await self._body(request)
+            ranking = _Ranking(self._service, request, body)
+            loop = asyncio.get_running_loop()
+            watch = asyncio.create_task(_wait_for_disconnect(request, ranking.cancel))
+            try:
+                content, header_length = await loop.run_in_executor(self._threads.rank, ranking.run)
+            finally:
+                watch.cancel()
+            if header_length is None:
+                return Response(content, media_type="application/json")
+            headers = {HEADER_LENGTH: str(header_length)}
+            return Response(content, media_type="application/octet-stream", headers=headers)
+
+        return Route(path, self._answering("ModelInfer", answer), methods=["POST"])
+
+    def _answering(
+        self, method: str, endpoint: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """Refuses who may not call, and answers exceptions."""
+
+        @functools.wraps(endpoint)
+        async def answer(request: Request) -> Response:
+            try:
+                if self._authorize is not None:
+                    self._authorize(f"/{SERVICE_NAME}/{method}", request.headers.get("authorization"))
+                return await endpoint(request)
+            except HTTPException:
+                raise
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody reads it
+            except Exception as error:
+                return _error_response(error)
+
+        return answer
+
+    async def _on_control(self, function: Callable[[Any, Any], Any], message: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads.control, function, message, None)
+
+    async def _body(self, request: Request) -> bytes:
+        if encoding := request.headers.get("content-encoding"):
+            raise HTTPException(415, f"expected a body without Content-Encoding, got {encoding[:100]!r}")
+        limit = self._max_body_bytes
+        too_large = HTTPException(413, f"expected a body of at most {limit} bytes, got more")
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > limit:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._max_receive_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise HTTPException(
+                408, f"expected the whole body within {self._max_receive_seconds:g} s, got {len(body)} bytes"
+            ) from None
+        return bytes(body)
+
+
+class _Ranking:
+    """One infer request, run on a thread and cancelled from the event loop."""
+
+    def __init__(self, service: InferenceService, request: Request, body: bytes) -> None:
+        self._service = service
+        self._header_length = request.headers.get(HEADER_LENGTH)
+        self._path = request.path_params
+        self._body = body
+        self._lock = threading.Lock()
+        self._call: RankCall | None = None  # guarded by _lock
+        self._is_cancelled = False  # guarded by _lock; moves one way
+
+    def run(self) -> tuple[bytes, int | None]:
+        """The body of the answer, and how much of it is JSON if tensors follow."""
+        if self._service.is_stopping:
+            raise UnavailableError("the server is stopping")
+        request = parse_request(
+            self._body, self._header_length, model=self._path["name"], version=self._path.get("version", "")
+        )
+        call = self._service.begin(request.message)
+        with self._lock:
+            self._call = call
+            is_cancelled = self._is_cancelled
+        if is_cancelled:
+            call.cancel()
+        return encode_response(self._service.finish(call), request)
+
+    def cancel(self) -> None:
+        """The caller has left."""
+        with self._lock:
+            self._is_cancelled = True
+            call = self._call
+        if call is not None:
+            call.cancel()
+
+
+async def _wait_for_disconnect(request: Request, on_disconnect: Callable[[], None]) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    on_disconnect()
+
+
+def _set_from_json(message: Any, body: bytes) -> None:
+    """Settings of a repository request; an unknown one is let pass, as parameters are."""
+    settings = parse_object(body)
+    if "ready" in settings and isinstance(message, messages.RepositoryIndexRequest):
+        if type(settings["ready"]) is not bool:
+            raise RequestError(f"expected 'ready' to be a bool, got {settings['ready']!r:.100}")
+        message.ready = settings["ready"]
+
+
+def _response(method: str, message: Any) -> Response:
+    if method == "ServerLive":
+        return Response(status_code=200 if message.live else _NOT_READY)
+    if method in ("ServerReady", "ModelReady"):
+        return Response(status_code=200 if message.ready else _NOT_READY)
+    content = json_of(message)
+    if method == "ModelConfig":
+        content = content["config"]
+    elif method == "RepositoryIndex":
+        content = content["models"]
+    return JSONResponse(content)
+
+
+def _error_response(error: Exception) -> Response:
+    code, details = http_status_of(error)
+    if code == 500:
+        _log.error("request failed: %s", details, exc_info=error)
+    headers = {}
+    if isinstance(error, OverloadError):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
+    elif code == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": details}, code, headers)
+
+
+async def _on_http_error(_: Request, error: Exception) -> Response:
+    """What the framework refuses: unknown paths, other methods, bodies that are too large."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)

@@ -1,0 +1,146 @@
+"""The HTTP port beside gRPC's: `HttpServer`. It needs the extra `http`: starlette and uvicorn."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import ssl
+import threading
+
+import uvicorn
+
+from xlarank.errors import ConfigError
+from xlarank_serving.http_app import Authorize, http_app
+from xlarank_serving.service import InferenceService, Repository
+from xlarank_serving.threads import ServerThreads
+
+__all__ = ["HttpConfig", "HttpServer"]
+
+_BACKLOG = 2048
+_GRACE_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HttpConfig:
+    """The protocol over HTTP, for curl and for clients without gRPC."""
+
+    host: str = "127.0.0.1"
+    """Address. The default can't be reached from other machines; 0.0.0.0 can."""
+
+    port: int = 8000
+    """0 for a free one."""
+
+    max_connections: int = 1024
+    """Past this a request is answered 503."""
+
+    max_body_mib: int = 64
+    """Largest request; 413 beyond."""
+
+    max_receive_seconds: float = 30.0
+    """Longest that a request's body may take to come; 408 beyond."""
+
+    idle_seconds: int = 60
+    """How long a connection without a request stays open."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ConfigError(f"http: port must be in [0, 65535]; was {self.port}")
+        for name in ("max_connections", "max_body_mib", "idle_seconds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"http: {name} must be >= 1; was {getattr(self, name)}")
+        if not self.max_receive_seconds > 0:
+            raise ConfigError(f"http: max_receive_seconds must be > 0; was {self.max_receive_seconds}")
+
+
+class HttpServer:
+    """Listens once constructed, until `stop`; one thread for all connections.
+
+    Attributes:
+      port: where.
+    """
+
+    def __init__(
+        self,
+        service: InferenceService,
+        repository: Repository,
+        threads: ServerThreads,
+        config: HttpConfig,
+        *,
+        authorize: Authorize | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """
+        Args:
+          service: answers.
+          repository: has the index.
+          threads: that the answers are made on, gRPC's.
+          config: where and how much.
+          authorize: who may call what, see `http_app`.
+          tls: certificates; None for plain HTTP.
+
+        Raises:
+          ConfigError: if the port is in use or the address can't be had.
+        """
+        app = http_app(
+            service,
+            repository,
+            threads,
+            max_body_bytes=config.max_body_mib << 20,
+            max_receive_seconds=config.max_receive_seconds,
+            authorize=authorize,
+        )
+        self._host = config.host
+        self._socket = _listen(config.host, config.port)
+        self.port: int = self._socket.getsockname()[1]
+        options = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=config.max_connections,
+            timeout_keep_alive=config.idle_seconds,
+            backlog=_BACKLOG,
+        )
+        options.load()
+        options.ssl = tls
+        self._options = options
+        self._server = uvicorn.Server(options)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="http", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return f"[{self._host}]:{self.port}" if ":" in self._host else f"{self._host}:{self.port}"
+
+    def stop(self, grace_seconds: float = _GRACE_SECONDS) -> None:
+        """Closes the port; requests under way have so long to be answered, whole seconds."""
+        self._options.timeout_graceful_shutdown = round(grace_seconds)
+        self._server.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.socket(family)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((host.strip("[]"), port))
+            listening.listen(_BACKLOG)  # from now on a client waits rather than being refused
+        except OSError:
+            listening.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"http port {port} on {host}: expected a free port, got {error.strerror or error}"
+        ) from error
+    return listening

@@ -1,0 +1,217 @@
+"""ModelStreamInfer: order, errors, bounds, callers who leave, and the stop."""
+
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from xlarank_serving.layout import SERVICE_NAME
+from xlarank_serving.streams import _Stream
+from xlarank_serving.threads import ServerThreads
+
+from xlarank.errors import OverloadError
+
+METHOD = f"/{SERVICE_NAME}/ModelStreamInfer"
+
+
+class Caller:
+    """One stream, spoken by hand."""
+
+    def __init__(self, serving, wire):
+        self._requests = queue.Queue()
+        self.num_taken = 0
+        self.answers = serving.channel.stream_stream(
+            METHOD,
+            request_serializer=lambda message: (
+                message if isinstance(message, bytes) else message.SerializeToString()
+            ),
+            response_deserializer=wire.messages.ModelStreamInferResponse.FromString,
+        )(self._take(), timeout=60)
+
+    def _take(self):
+        while (request := self._requests.get()) is not None:
+            self.num_taken += 1
+            yield request
+
+    def send(self, *requests):
+        for request in requests:
+            self._requests.put(request)
+
+    def end(self):
+        self._requests.put(None)
+
+
+@pytest.fixture
+def caller(serving, wire):
+    caller = Caller(serving, wire)
+    yield caller
+    caller.answers.cancel()
+    caller.end()
+
+
+def request_of(wire, request_id, n=2):
+    request = wire.raw(**wire.valid(n))
+    request.id = request_id
+    return request
+
+
+def test_answers_come_in_order_and_carry_the_id(serving, wire, caller):
+    caller.send(*(request_of(wire, str(i), n=i) for i in range(10)))
+    caller.end()
+    answers = list(caller.answers)
+    assert [answer.infer_response.id for answer in answers] == [str(i) for i in range(10)]
+    assert [answer.infer_response.outputs[0].shape[0] for answer in answers] == list(range(10))
+    assert {answer.error_message for answer in answers} == {""}
+    assert caller.answers.code() is grpc.StatusCode.OK
+    alone = serving.infer(request_of(wire, "3", n=3))
+    assert answers[3].infer_response == alone
+
+
+def test_a_request_that_fails_is_told_and_the_stream_goes_on(serving, wire, caller):
+    bad = request_of(wire, "bad")
+    bad.inputs[0].datatype = "BYTES"
+    unknown = request_of(wire, "unknown")
+    unknown.model_name = "food"
+    caller.send(request_of(wire, "1"), bad, b"\xff\xff\xff", unknown, request_of(wire, "2"))
+    caller.end()
+    answers = list(caller.answers)
+    assert [answer.infer_response.id for answer in answers] == ["1", "bad", "", "unknown", "2"]
+    assert [bool(answer.error_message) for answer in answers] == [False, True, True, True, False]
+    assert "feature 'age': expected FP32" in answers[1].error_message
+    assert "that aren't one" in answers[2].error_message
+    assert answers[3].error_message == "Request for unknown model: 'food' is not found"
+    codes = [answer.infer_response.parameters["xlarank_status"].string_param for answer in answers[1:4]]
+    assert codes == ["INVALID_ARGUMENT", "INVALID_ARGUMENT", "NOT_FOUND"]
+    assert serving.engine.metrics.statistics().num_failures == 1  # of this model
+
+
+def test_an_engines_error_is_told_on_the_stream(serving, wire, caller):
+    serving.engine.error = OverloadError("model 'feed': the queue is full", 0.02)
+    caller.send(request_of(wire, "1"))
+    answer = next(caller.answers)
+    assert answer.error_message == "model 'feed': the queue is full"
+    assert answer.infer_response.parameters["xlarank_status"].string_param == "RESOURCE_EXHAUSTED"
+    serving.engine.error = None
+    caller.send(request_of(wire, "2"))
+    assert next(caller.answers).infer_response.id == "2"
+
+
+def test_several_requests_are_under_way_at_a_time_but_not_any_number(serving, wire, caller):
+    serving.engine.hold()
+    caller.send(*(request_of(wire, str(i)) for i in range(100)))
+    for _ in range(32):
+        assert serving.engine.arrived.acquire(timeout=10)
+    assert not serving.engine.arrived.acquire(timeout=0.3)
+    serving.engine.release()
+    caller.end()
+    assert [answer.infer_response.id for answer in caller.answers] == [str(i) for i in range(100)]
+
+
+def test_a_caller_who_leaves_cancels_what_is_under_way(serving, wire, caller):
+    serving.engine.hold()
+    caller.send(*(request_of(wire, str(i)) for i in range(3)))
+    for _ in range(3):
+        assert serving.engine.arrived.acquire(timeout=10)
+    gone = threading.Semaphore(0)
+    for future, _ in serving.engine.held:
+        future.add_done_callback(lambda _: gone.release())
+    caller.answers.cancel()
+    for _ in range(3):
+        assert gone.acquire(timeout=10)
+    assert all(future.cancelled() for future, _ in serving.engine.held)
+    serving.engine.release()
+    assert serving.infer(request_of(wire, "after")).id == "after"
+
+
+def test_idle_streams_hold_up_nobody_and_are_bounded(wire, monkeypatch, candidates):
+    monkeypatch.setattr(ServerThreads, "max_streams", 3)
+    running = wire.start(num_threads=1)
+    callers = [Caller(running, wire) for _ in range(3)]
+    for i, caller in enumerate(callers):
+        caller.send(request_of(wire, str(i)))
+        assert next(caller.answers).infer_response.id == str(i)
+    assert len(running.client.score("feed", candidates)["finish"]) == 3  # the one ranking thread is free
+    late = Caller(running, wire)
+    with pytest.raises(grpc.RpcError, match="3 open streams") as info:
+        next(late.answers)
+    assert info.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert dict(info.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+    late.end()
+    for caller in callers:
+        caller.end()
+        assert list(caller.answers) == []
+    assert running.server._threads.streams.wait_until_idle(10)
+    again = Caller(running, wire)
+    again.send(request_of(wire, "again"))
+    again.end()
+    assert [answer.infer_response.id for answer in again.answers] == ["again"]
+    running.channel.close()
+    running.client.close()
+    running.server.stop(0)
+
+
+def test_a_stop_answers_what_was_read_and_ends_the_streams(wire):
+    running = wire.start()
+    idle, busy = Caller(running, wire), Caller(running, wire)
+    idle.send(request_of(wire, "0"))
+    assert next(idle.answers).infer_response.id == "0"
+    running.engine.hold()
+    busy.send(request_of(wire, "1"))
+    assert running.engine.arrived.acquire(timeout=10)
+    stopping = threading.Thread(target=running.server.stop, args=(20,))
+    stopping.start()
+    with pytest.raises(grpc.RpcError, match="the server is stopping") as info:
+        next(idle.answers)
+    assert info.value.code() is grpc.StatusCode.UNAVAILABLE
+    running.engine.release()
+    assert next(busy.answers).infer_response.id == "1"
+    with pytest.raises(grpc.RpcError, match="the server is stopping"):
+        next(busy.answers)
+    stopping.join(timeout=20)
+    assert not stopping.is_alive()
+    for caller in (idle, busy):
+        caller.end()
+    running.channel.close()
+    running.client.close()
+
+
+def test_a_stop_waits_for_a_request_that_is_being_read(wire):
+    stream, answer = _Stream(), wire.messages.ModelStreamInferResponse(error_message="1")
+    stream.expect()
+    stream.stop()
+    with ThreadPoolExecutor(1) as pool:
+        oldest = pool.submit(stream.oldest)
+        with pytest.raises(TimeoutError):
+            oldest.result(timeout=0.2)
+        stream.add(answer)
+        assert oldest.result(timeout=10) is answer
+    stream.remove_oldest()
+    assert stream.oldest() is None
+
+
+def test_tritonclient_streams(serving, wire):
+    tensors = []
+    for name, value in wire.valid(3).items():
+        array = np.array(value, np.object_) if isinstance(value, list) else value
+        datatype = wire.raw(**{name: value}).inputs[0].datatype
+        tensors.append(triton.InferInput(name.replace("__", "."), array.shape, datatype))
+        tensors[-1].set_data_from_numpy(array)
+    answers = queue.Queue()
+    with triton.InferenceServerClient(serving.server.address) as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        for i in range(3):
+            model = "food" if i == 1 else "feed"
+            client.async_stream_infer(model, tensors, request_id=str(i), enable_empty_final_response=True)
+        client.stop_stream()
+        got = [answers.get(timeout=10) for _ in range(3)]
+    expected = wire.expected(serving.engine.requests[0])
+    for i in (0, 2):
+        result, error = got[i]
+        assert error is None
+        assert result.get_response().id == str(i)
+        assert result.get_response().parameters["triton_final_response"].bool_param
+        np.testing.assert_array_equal(result.as_numpy("finish"), expected["finish"])
+    assert "Request for unknown model: 'food' is not found" in str(got[1][1])
