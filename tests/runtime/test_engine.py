@@ -17,6 +17,7 @@ from xlarank.errors import (
     BundleError,
     ConfigError,
     DeadlineError,
+    ExecutionError,
     FeatureError,
     ModelNotFoundError,
     OverloadError,
@@ -244,7 +245,7 @@ def test_a_failing_batch_fails_its_requests_and_not_the_engine(repository, monke
             broken.setattr(
                 type(engine._gatherer), "gather", lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
             )
-            with pytest.raises(RuntimeError, match="broken"):
+            with pytest.raises(ExecutionError, match="the request fails on every device, by row 0: broken"):
                 engine.score(request)
         assert_same(engine.score(request), expected)
 

@@ -97,7 +97,7 @@ class Engine:
           pool: device threads to share with other engines; its own by default.
           metrics: registry to count in; its own by default.
           features: candidate features by id, made for this model's spec; it may outlive the engine.
-          queue: how requests wait and how many may; `QueueConfig()` by default.
+          queue: how requests wait and how many may; by default nothing is refused for its sake.
           captures: keeps requests that fail or are slow; by default those that fail, in memory.
           on_progress: told each step in words.
           on_table_bytes: told the bytes of tables read so far, and of how many.
@@ -126,7 +126,7 @@ class Engine:
             on_table_bytes=on_table_bytes,
         )
         return cls(
-            loader, pool, metrics or Metrics(), features, queue or QueueConfig(), captures or Captures()
+            loader, pool, metrics or Metrics(), features, queue or QueueConfig.unbounded(), captures or Captures()
         )
 
     def __init__(
@@ -199,7 +199,11 @@ class Engine:
             for profile in loaded.profiles
         }
         self._queue = self._pool.attach(
-            self._workload, self.spec.name, [plans[id(profile)] for profile in loaded.profiles], queue
+            self._workload,
+            self.spec.name,
+            [plans[id(profile)] for profile in loaded.profiles],
+            queue,
+            version=self.version,
         )
         self._table_check.start()
 
@@ -364,7 +368,7 @@ class Engine:
 
     def _on_done(self, pending: Pending) -> None:
         if pending.future.cancelled():
-            self._pool.drop(self._queue, pending)
+            self._pool.cancel(self._queue, pending)
         with self._idle:
             self._num_open -= 1
             if self._num_open == 0:

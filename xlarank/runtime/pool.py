@@ -6,13 +6,15 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from xlarank.errors import ExecutionError, UnavailableError
+from xlarank.errors import DeadlineError, ExecutionError, OverloadError, UnavailableError
 from xlarank.runtime.batcher import Batch
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.device_health import DeviceHealth, DeviceState, DeviceStatus, FaultConfig, Suspicion
+from xlarank.runtime.pool_metrics import REFUSALS, DeviceSnapshot, PoolSnapshot, QueueSnapshot
 from xlarank.runtime.queue_config import QueueConfig
 from xlarank.runtime.scheduler import ModelQueue, Scheduler, Turn
 from xlarank.spec import RequestOptions
@@ -22,6 +24,8 @@ __all__ = ["DevicePool", "Workload"]
 _log = logging.getLogger(__name__)
 
 _LEAST_TICK_SECONDS = 0.001
+
+_REFUSAL_OF = {OverloadError: "queue_full", DeadlineError: "deadline", UnavailableError: "no_device"}
 
 
 class Workload(Protocol):
@@ -83,6 +87,7 @@ class DevicePool:
         self._health = DeviceHealth(num_devices, faults or FaultConfig())
         self._suspicions: list[Suspicion] = []  # to be judged by another device
         self._workloads: dict[ModelQueue, Workload] = {}
+        self._refusals: dict[ModelQueue, Counter[str]] = {}
         self._timer_at = math.inf  # when the timer wakes by itself
         self._is_closed = False  # moves one way
         self._threads = [
@@ -109,12 +114,19 @@ class DevicePool:
             return self._health.statuses()
 
     def attach(
-        self, workload: Workload, name: str, plans: Sequence[BucketPlan], config: QueueConfig
+        self,
+        workload: Workload,
+        name: str,
+        plans: Sequence[BucketPlan],
+        config: QueueConfig,
+        *,
+        version: int = 0,
     ) -> ModelQueue:
         """Lets a model take part; see `Scheduler.attach`."""
         with self._lock:
-            queue = self._scheduler.attach(name, plans, config)
+            queue = self._scheduler.attach(name, plans, config, version=version)
             self._workloads[queue] = workload
+            self._refusals[queue] = Counter(dict.fromkeys(REFUSALS, 0))
             return queue
 
     def detach(self, queue: ModelQueue) -> None:
@@ -122,6 +134,7 @@ class DevicePool:
         with self._lock:
             self._scheduler.detach(queue)
             self._workloads.pop(queue, None)
+            self._refusals.pop(queue, None)
 
     def submit(self, queue: ModelQueue, item: Any, num_rows: int, options: RequestOptions) -> None:
         """Queues a request and wakes a device.
@@ -133,16 +146,46 @@ class DevicePool:
         with self._lock:
             if self._is_closed or queue not in self._workloads:
                 raise UnavailableError(f"model {queue.name!r} is closed")
-            self._scheduler.submit(queue, item, num_rows, options, self._clock())
+            try:
+                self._scheduler.submit(queue, item, num_rows, options, self._clock())
+            except tuple(_REFUSAL_OF) as error:
+                self._refusals[queue][_REFUSAL_OF[type(error)]] += 1
+                raise
             if self._scheduler.is_uniform:
                 self._work.notify()
             self._on_change()
             self._set_timer()
 
     def drop(self, queue: ModelQueue, item: Any) -> None:
-        """Forgets what is still queued of a request whose caller has gone."""
+        """Forgets what is still queued of a request whose caller has gone, or that has been answered."""
         with self._lock:
             queue.batcher.drop(item)
+
+    def cancel(self, queue: ModelQueue, item: Any) -> None:
+        """As `drop`, for a caller that has gone; counted if it was queued."""
+        with self._lock:
+            if queue.batcher.drop(item) and queue in self._refusals:
+                self._refusals[queue]["canceled"] += 1
+
+    def snapshot(self) -> PoolSnapshot:
+        """For metrics."""
+        with self._lock:
+            queues = [
+                QueueSnapshot(
+                    queue.name,
+                    queue.version,
+                    queue.batcher.num_queued_rows,
+                    queue.batcher.num_queued_requests,
+                    queue.batcher.queued_seconds,
+                    dict(self._refusals[queue]),
+                )
+                for queue in self._scheduler.queues
+            ]
+            devices = [
+                DeviceSnapshot(status, *self._scheduler.use_of(index))
+                for index, status in enumerate(self._health.statuses())
+            ]
+        return PoolSnapshot(queues, devices)
 
     def close(self) -> None:
         """Finishes what is queued, then stops the threads; one that hangs is left behind."""
@@ -336,7 +379,10 @@ class DevicePool:
         while True:
             with self._lock:
                 now = self._clock()
-                late = [(self._workloads[queue], item) for queue, item in self._scheduler.take_late(now)]
+                taken = self._scheduler.take_late(now)
+                late = [(self._workloads[queue], item) for queue, item in taken]
+                for queue, _ in taken:
+                    self._refusals[queue]["late"] += 1
                 since = now - self._health.config.watchdog_seconds
                 hung = [turn for turn in self._scheduler.turns() if turn.started_at <= since]
                 if not late and not hung:

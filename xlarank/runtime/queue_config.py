@@ -49,6 +49,11 @@ class QueueConfig:
     policy: DispatchPolicy = DispatchPolicy.AFFINITY
     """Whether a request runs on one device (affinity) or is split over all (spread)."""
 
+    @classmethod
+    def unbounded(cls) -> QueueConfig:
+        """Nothing is refused: for callers in the same process, who hold what they submit anyhow."""
+        return cls(max_queued_rows=2**62, max_queue_ms=1e15)
+
     def __post_init__(self) -> None:
         set_enum(self, "policy", DispatchPolicy, "queue")
         to_integer("queue", "max_queued_rows", self.max_queued_rows, least=1)

@@ -57,6 +57,7 @@ class ModelQueue(Generic[Item]):
     plans: Sequence[BucketPlan]
     """By device; the same object for devices that are alike."""
 
+    version: int = 0
     used_seconds: float = 0.0
     """Device time since it was attached; one that was idle is brought level with the least served."""
 
@@ -89,6 +90,8 @@ class _Device:
         self.is_suspended = False
         self.turn: Turn | None = None
         self.ratio = 1.0  # measured over predicted seconds
+        self.num_turns = 0
+        self.busy_seconds = 0.0
 
     def free_at(self, now: float) -> float:
         """When it is predicted to be free."""
@@ -128,18 +131,21 @@ class Scheduler(Generic[Item]):
         """Devices that are given work."""
         return sum(device.is_healthy for device in self._devices)
 
-    def attach(self, name: str, plans: Sequence[BucketPlan], config: QueueConfig) -> ModelQueue[Item]:
+    def attach(
+        self, name: str, plans: Sequence[BucketPlan], config: QueueConfig, *, version: int = 0
+    ) -> ModelQueue[Item]:
         """A queue for a model; it starts level with the least served one.
 
         Args:
-          name: for messages.
+          name: for messages and metrics.
           plans: prices by device, the same object for devices that are alike.
           config: how its requests wait.
+          version: of the model, for metrics.
         """
         assert len(plans) == len(self._devices)
         fastest = min(plans, key=lambda plan: plan.seconds_a_row)
         batcher: Batcher[Item] = Batcher(fastest, config, num_devices=len(plans))
-        queue = ModelQueue(name, batcher, plans)
+        queue = ModelQueue(name, batcher, plans, version)
         queue.used_seconds = min((other.used_seconds for other in self._queues), default=0.0)
         self._queues.append(queue)
         self._is_uniform = self._is_uniform and not queue.has_kinds
@@ -233,6 +239,8 @@ class Scheduler(Generic[Item]):
         low, high = _RATIOS
         ratio = min(high, max(low, seconds / turn.predicted_seconds))
         device.ratio += _ADAPT * (ratio - device.ratio)
+        device.num_turns += 1
+        device.busy_seconds += seconds
 
     def turn_of(self, device_index: int) -> Turn[Item] | None:
         """What a device runs now."""
@@ -241,6 +249,16 @@ class Scheduler(Generic[Item]):
     def turns(self) -> list[Turn[Item]]:
         """What all devices run now."""
         return [device.turn for device in self._devices if device.turn is not None]
+
+    @property
+    def queues(self) -> Sequence[ModelQueue[Item]]:
+        """Of the models that take part."""
+        return self._queues
+
+    def use_of(self, device_index: int) -> tuple[int, float, float]:
+        """Turns that a device has ended, their seconds, and what late ones took over what was predicted."""
+        device = self._devices[device_index]
+        return device.num_turns, device.busy_seconds, device.ratio
 
     def is_healthy(self, device_index: int) -> bool:
         """Whether a device is given work."""

@@ -1,0 +1,126 @@
+"""What devices and queues are doing, for Prometheus: `PoolMetrics`.
+
+xlarank_queue_rows                    rows accepted and not yet running, by `model` and `version`
+xlarank_queue_requests                requests of which some are
+xlarank_queue_seconds                 device time that they are predicted to take
+xlarank_queue_refusals_total          requests that were refused or dropped unrun, by `reason`:
+                                      queue_full, deadline (refused on arrival), late (dropped from the
+                                      queue), canceled (by the caller), no_device
+xlarank_device_state                  1 for the state that a `device` is in, 0 for the others, by `state`
+xlarank_device_busy_seconds_total     time that it ran batches, by `device`
+xlarank_device_batches_total          batches that it ran
+xlarank_device_slowdown               what its batches take, over what was measured at the load
+xlarank_device_quarantines_total      times that it was taken out of service
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from xlarank.runtime.device_health import DeviceState, DeviceStatus
+
+__all__ = ["REFUSALS", "DeviceSnapshot", "PoolMetrics", "PoolSnapshot", "QueueSnapshot"]
+
+
+REFUSALS = ("queue_full", "deadline", "late", "canceled", "no_device")
+"""Why a request isn't run: refused on arrival for the queue's or its deadline's sake; dropped from the queue
+at its deadline, or as its caller left; no device is healthy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QueueSnapshot:
+    """One model's queue."""
+
+    name: str
+    version: int
+    num_rows: int
+    num_requests: int
+    seconds: float
+    """Device time that they are predicted to take."""
+
+    refusals: Mapping[str, int]
+    """Requests refused or dropped unrun, by reason; see `REFUSALS`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceSnapshot:
+    """One device."""
+
+    status: DeviceStatus
+    num_batches: int
+    busy_seconds: float
+    slowdown: float
+    """What its batches take, over what was measured at the load."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolSnapshot:
+    """A pool at one moment."""
+
+    queues: Sequence[QueueSnapshot]
+    devices: Sequence[DeviceSnapshot]
+
+
+class PoolMetrics(Collector):
+    """Asks a pool at each scrape."""
+
+    def __init__(self, snapshot: Callable[[], PoolSnapshot]) -> None:
+        """
+        Args:
+          snapshot: `DevicePool.snapshot`.
+        """
+        self._snapshot = snapshot
+
+    def describe(self) -> Iterable[Metric]:
+        """For prometheus_client: nothing to compare at registration."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """For prometheus_client."""
+        snapshot = self._snapshot()
+        labels = ["model", "version"]
+        rows = GaugeMetricFamily("xlarank_queue_rows", "Rows accepted and not yet running", labels=labels)
+        requests = GaugeMetricFamily("xlarank_queue_requests", "Requests with such rows", labels=labels)
+        seconds = GaugeMetricFamily(
+            "xlarank_queue_seconds", "Device time that queued rows are predicted to take", labels=labels
+        )
+        refusals = CounterMetricFamily(
+            "xlarank_queue_refusals", "Requests refused or dropped unrun", labels=[*labels, "reason"]
+        )
+        for queue in snapshot.queues:
+            own = [queue.name, str(queue.version)]
+            rows.add_metric(own, queue.num_rows)
+            requests.add_metric(own, queue.num_requests)
+            seconds.add_metric(own, queue.seconds)
+            for reason, count in queue.refusals.items():
+                refusals.add_metric([*own, reason], count)
+        yield from (rows, requests, seconds, refusals)
+        states = GaugeMetricFamily(
+            "xlarank_device_state", "1 for the state that a device is in", labels=["device", "state"]
+        )
+        busy = CounterMetricFamily(
+            "xlarank_device_busy_seconds", "Seconds that a device ran batches", labels=["device"]
+        )
+        batches = CounterMetricFamily(
+            "xlarank_device_batches", "Batches that a device ran", labels=["device"]
+        )
+        slowdown = GaugeMetricFamily(
+            "xlarank_device_slowdown", "Time of a device's batches over that at the load", labels=["device"]
+        )
+        quarantines = CounterMetricFamily(
+            "xlarank_device_quarantines", "Times that a device was taken out of service", labels=["device"]
+        )
+        for index, device in enumerate(snapshot.devices):
+            own = [str(index)]
+            for state in DeviceState:
+                states.add_metric([*own, state.value], float(device.status.state is state))
+            busy.add_metric(own, device.busy_seconds)
+            batches.add_metric(own, device.num_batches)
+            slowdown.add_metric(own, device.slowdown)
+            quarantines.add_metric(own, device.status.num_quarantines)
+        yield from (states, busy, batches, slowdown, quarantines)
