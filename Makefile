@@ -27,7 +27,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-native test-aarch64 test-sanitizers check format movielens protos clean
-.PHONY: bench bench-main bench-compiler bench-embedding
+.PHONY: fuzz bench bench-main bench-compiler bench-embedding
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -88,6 +88,11 @@ $(PEERS): $(STAMP)
 
 bench-embedding: $(PEERS)  ## figures of the embedding engine against torch and fbgemm → bench/embedding.json
 	@$(BIN)/python tools/bench_embedding.py --out bench/embedding.json
+
+# A hundred thousand broken requests to a real server process; FUZZ_FLAGS="--seed 2 --case 17" shows one again.
+FUZZ_FLAGS ?= --cases 100000
+fuzz: $(STAMP)  ## broken ranking requests to a real server: statuses, scores, memory
+	@$(BIN)/python tools/fuzz_model_infer.py $(FUZZ_FLAGS)
 
 clean:  ## remove what make made, but data/
 	rm -rf $(VENV) $(ARTIFACTS) bench build

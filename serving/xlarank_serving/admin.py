@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import numpy as np
@@ -11,31 +11,33 @@ import numpy as np
 from xlarank.errors import ConfigError, RequestError
 from xlarank_serving._proto import admin_pb2 as messages
 from xlarank_serving._proto import grpc_service_pb2 as inference_messages
+from xlarank_serving.access import ADMIN_SERVICE_NAME as SERVICE_NAME
+from xlarank_serving.channel import ClientTls, open_channel, token_metadata
+from xlarank_serving.config import ConnectionConfig, LimitConfig
 from xlarank_serving.layout import SERVICE_NAME as INFERENCE_SERVICE_NAME
 from xlarank_serving.parsing import unary_handler
 from xlarank_serving.repository_rpcs import ManagedRepository, RepositoryService
+from xlarank_serving.service import Repository
 from xlarank_serving.status import error_of
+from xlarank_serving.transport import address_of, bind, server_options
 
-__all__ = ["AdminClient", "AdminServer"]
-
-SERVICE_NAME = "xlarank.admin.v1.Admin"
+__all__ = ["SERVICE_NAME", "AdminClient", "AdminServer", "handlers"]
 
 _HOST = "127.0.0.1"
 """Whoever may log in to the machine may change the model; nobody else can."""
 
 _NUM_THREADS = 2
-_MAX_MESSAGE_BYTES = 64 << 20
 
 
-class _Engine(Protocol):
-    @property
-    def version(self) -> int: ...
+def handlers(
+    repository: Repository, pool: concurrent.futures.ThreadPoolExecutor
+) -> dict[str, grpc.RpcMethodHandler]:
+    """A handler a method of the service, by name, run on the pool; who may call is another's affair."""
 
-    def update_rows(self, table: str, rows: np.ndarray, values: np.ndarray) -> int: ...
+    def update_rows(request: messages.UpdateRowsRequest, _: grpc.ServicerContext) -> Any:
+        return _update_rows(repository, request)
 
-
-class _Repository(Protocol):
-    def engine(self, name: str, version: str) -> _Engine: ...
+    return {"UpdateRows": unary_handler(messages, "UpdateRows", update_rows, pool)}
 
 
 class AdminServer:
@@ -49,7 +51,7 @@ class AdminServer:
     """
 
     def __init__(
-        self, repository: _Repository, port: int, *, manager: ManagedRepository | None = None
+        self, repository: Repository, port: int, *, manager: ManagedRepository | None = None
     ) -> None:
         """
         Args:
@@ -60,50 +62,28 @@ class AdminServer:
         Raises:
           ConfigError: if the port is in use.
         """
-        self._repository = repository
         self._threads = concurrent.futures.ThreadPoolExecutor(_NUM_THREADS, "grpc-admin")
-        self._server = grpc.server(
-            self._threads,
-            options=[
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-            ],
-        )
-        services = {SERVICE_NAME: {"UpdateRows": unary_handler(messages, "UpdateRows", self.update_rows)}}
+        self._server = grpc.server(self._threads, options=server_options(LimitConfig(), ConnectionConfig()))
+        services = {SERVICE_NAME: handlers(repository, self._threads)}
         if manager is not None:
             services[INFERENCE_SERVICE_NAME] = {
                 name: unary_handler(inference_messages, name, method)
                 for name, method in RepositoryService(manager, manager=manager).methods().items()
             }
         self._server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(name, handlers) for name, handlers in services.items()]
+            [grpc.method_handlers_generic_handler(name, own) for name, own in services.items()]
         )
         try:
-            self.port = self._server.add_insecure_port(f"{_HOST}:{port}")
-        except RuntimeError as error:
+            self.port = bind(self._server, "admin", _HOST, port)
+        except ConfigError:
             self._threads.shutdown()
-            raise ConfigError(f"admin port {port} on {_HOST}: expected a free port, got: {error}") from error
+            raise
         self._server.start()
 
     @property
     def address(self) -> str:
         """host:port."""
-        return f"{_HOST}:{self.port}"
-
-    def update_rows(
-        self, request: messages.UpdateRowsRequest, context: grpc.ServicerContext
-    ) -> messages.UpdateRowsResponse:
-        """Writes rows of a table; see the proto file."""
-        engine = self._repository.engine(request.model_name, request.model_version)
-        rows, num_bytes = np.array(request.rows, np.int64), len(request.values)
-        if num_bytes % 4 or (len(rows) and num_bytes // 4 % len(rows)):
-            raise RequestError(
-                f"table {request.table!r}: expected values as float32 of shape [{len(rows)}, D], got "
-                f"{num_bytes} bytes"
-            )
-        values = np.frombuffer(request.values, "<f4").astype(np.float32).reshape(max(1, len(rows)), -1)
-        version = engine.update_rows(request.table, rows, values[: len(rows)])
-        return messages.UpdateRowsResponse(model_version=str(engine.version), table_version=version)
+        return address_of(_HOST, self.port)
 
     def stop(self) -> None:
         """Answers what has arrived, then closes the port."""
@@ -124,14 +104,27 @@ class AdminClient:
         admin.update_rows("feed", "videos", rows, values)
     """
 
-    def __init__(self, address: str, *, timeout: float | None = 60.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout: float | None = 60.0,
+        tls: ClientTls | None = None,
+        token: str | None = None,
+    ) -> None:
         """
         Args:
-          address: host:port of the server's admin port.
+          address: host:port of the server's admin port, or of its gRPC port if it has admin tokens.
           timeout: seconds a call may take; None for no limit.
+          tls: for the gRPC port of a server with TLS.
+          token: an admin token, for the gRPC port.
+
+        Raises:
+          ConfigError: if a file of `tls` can't be read.
         """
         self._timeout = timeout
-        self._channel = grpc.insecure_channel(address)
+        self._metadata = token_metadata(token)
+        self._channel = open_channel(address, tls)
         self._update_rows: Any = self._channel.unary_unary(
             f"/{SERVICE_NAME}/UpdateRows",
             request_serializer=messages.UpdateRowsRequest.SerializeToString,
@@ -155,6 +148,7 @@ class AdminClient:
 
         Raises:
           RequestError: for what the server refuses.
+          AccessError: for a missing token, or one that may not do this.
           UnavailableError: if there is no server, or it is stopping.
         """
         request = messages.UpdateRowsRequest(
@@ -165,7 +159,7 @@ class AdminClient:
             values=np.ascontiguousarray(values, "<f4").tobytes(),
         )
         try:
-            return self._update_rows(request, timeout=self._timeout).table_version
+            return self._update_rows(request, timeout=self._timeout, metadata=self._metadata).table_version
         except grpc.RpcError as error:
             call: Any = error
             raise error_of(call.code(), call.details() or "") from error
@@ -179,3 +173,17 @@ class AdminClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _update_rows(repository: Repository, request: messages.UpdateRowsRequest) -> Any:
+    """See the proto file."""
+    engine = repository.engine(request.model_name, request.model_version)
+    rows, num_bytes = np.array(request.rows, np.int64), len(request.values)
+    if num_bytes % 4 or (len(rows) and num_bytes // 4 % len(rows)):
+        raise RequestError(
+            f"table {request.table!r}: expected values as float32 of shape [{len(rows)}, D], got "
+            f"{num_bytes} bytes"
+        )
+    values = np.frombuffer(request.values, "<f4").astype(np.float32).reshape(max(1, len(rows)), -1)
+    version = engine.update_rows(request.table, rows, values[: len(rows)])
+    return messages.UpdateRowsResponse(model_version=str(engine.version), table_version=version)

@@ -27,6 +27,7 @@ from xlarank.spec import (
     check_candidate_ids,
 )
 from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.channel import ClientTls, open_channel, token_metadata
 from xlarank_serving.encoding import add_inputs
 from xlarank_serving.layout import LENGTHS_SUFFIX, SERVICE_NAME
 from xlarank_serving.parameters import AFFINITY_KEY
@@ -54,17 +55,27 @@ class RankingClient:
             scores = client.score("feed", {"age": 31.0}, candidate_ids=[5, 8, 13])  # with a feature store
     """
 
-    def __init__(self, address: str, *, timeout: float | None = 60.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout: float | None = 60.0,
+        tls: ClientTls | None = None,
+        token: str | None = None,
+    ) -> None:
         """
         Args:
           address: host:port. Nothing is sent until a method is called.
           timeout: seconds a call may take unless it says otherwise; None for no limit.
+          tls: for a server with TLS; None for one without.
+          token: what the server knows this client by.
+
+        Raises:
+          ConfigError: if a file of `tls` can't be read.
         """
         self._timeout = timeout
-        self._channel = grpc.insecure_channel(
-            address,
-            options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
-        )
+        self._metadata = token_metadata(token)
+        self._channel = open_channel(address, tls)
         self._calls = {
             name: self._channel.unary_unary(
                 f"/{SERVICE_NAME}/{name}",
@@ -192,7 +203,8 @@ class RankingClient:
 
     def _call(self, name: str, request: Any, timeout: float | None) -> Any:
         try:
-            return self._calls[name](request, timeout=self._timeout if timeout is None else timeout)
+            seconds = self._timeout if timeout is None else timeout
+            return self._calls[name](request, timeout=seconds, metadata=self._metadata)
         except grpc.RpcError as error:
             call: Any = error  # a failed call is its own status
             raise error_of(call.code(), call.details() or "") from None

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import http.server
+import logging
 import socket
 import threading
 from collections.abc import Callable
+from typing import Any
 
-from xlarank.errors import ConfigError
+from xlarank.errors import AccessError, ConfigError
+from xlarank_serving.tls import ServerTls
 
 __all__ = ["MetricsServer"]
+
+_log = logging.getLogger(__name__)
+
+_MAX_SCRAPES = 16
+"""At a time, each on a thread; one more is closed at once."""
 
 _POLL_SECONDS = 0.1
 """How often the listening thread looks whether it shall stop."""
@@ -22,19 +30,29 @@ class MetricsServer:
     counters. One scrape a thread; they never touch the threads that rank.
     """
 
-    def __init__(self, text: Callable[[], bytes], *, host: str, port: int) -> None:
+    def __init__(
+        self,
+        text: Callable[[], bytes],
+        *,
+        host: str,
+        port: int,
+        tls: ServerTls | None = None,
+        check: Callable[[str | None], None] = lambda _: None,
+    ) -> None:
         """
         Args:
           text: writes the metrics; called once a scrape.
           host: address to listen on.
           port: 0 for a free one.
+          tls: None for plain HTTP.
+          check: told a scrape's authorization header, None for none; raises AccessError to refuse it.
 
         Raises:
           ConfigError: if the port is in use or the address can't be had.
         """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self._server = _Server((host, port), _handler(text), family=family)
+            self._server = _Server((host, port), _handler(text, check), family=family, tls=tls)
         except OSError as error:
             raise ConfigError(
                 f"http port {port} on {host}: expected a free port, got {error.strerror or error}"
@@ -62,16 +80,44 @@ class _Server(http.server.ThreadingHTTPServer):
         handler: type[http.server.BaseHTTPRequestHandler],
         *,
         family: socket.AddressFamily,
+        tls: ServerTls | None,
     ) -> None:
         self.address_family = family
+        self._tls = None if tls is None else tls.http_context()
+        self._free = threading.BoundedSemaphore(_MAX_SCRAPES)
         super().__init__(address, handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        if self._tls is not None:
+            # The handshake comes with the first read, on the scrape's own thread and within its time.
+            connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever hangs up or fails a handshake did so by itself."""
+        _log.info("a scrape by %s failed", client_address, exc_info=True)
 
     def server_bind(self) -> None:
         # Skips HTTPServer's own, which asks DNS for the host's name and may hang.
         super(http.server.HTTPServer, self).server_bind()
 
 
-def _handler(text: Callable[[], bytes]) -> type[http.server.BaseHTTPRequestHandler]:
+def _handler(
+    text: Callable[[], bytes], check: Callable[[str | None], None]
+) -> type[http.server.BaseHTTPRequestHandler]:
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = 10  # seconds for a client to say what it wants
 
@@ -79,9 +125,19 @@ def _handler(text: Callable[[], bytes]) -> type[http.server.BaseHTTPRequestHandl
             if self.path.partition("?")[0] != "/metrics":
                 self.send_error(404, "expected /metrics")
                 return
+            try:
+                check(self.headers.get("Authorization"))
+            except AccessError as error:
+                self.send_response(http.HTTPStatus.UNAUTHORIZED)
+                self.send_header("WWW-Authenticate", "Bearer")
+                self._end(str(error).encode() + b"\n")
+                return
             body = text()
             self.send_response(200)
             self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self._end(body)
+
+        def _end(self, body: bytes) -> None:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

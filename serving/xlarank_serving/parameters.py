@@ -33,6 +33,9 @@ TIMINGS = "xlarank_timings"
 _KEY_NAMES = (AFFINITY_KEY, "user")
 _MAX_KEY_LENGTH = 1024
 
+_NO_TIMEOUT_US = 10**15
+"""Thirty years. What is longer is no limit: the system's clocks can't count as far."""
+
 _SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
 
 _INTEGERS = ("int64_param", "uint64_param")
@@ -83,7 +86,7 @@ def read_parameters(parameters: Mapping[str, Any], spec: ModelSpec) -> InferPara
         raise RequestError(f"parameter 'timeout': expected microseconds >= 0, got {timeout_us}")
     return InferParameters(
         priority=priority if 1 <= priority <= NUM_PRIORITIES else DEFAULT_PRIORITY,
-        timeout_seconds=timeout_us * 1e-6 or math.inf,
+        timeout_seconds=timeout_us * 1e-6 if 0 < timeout_us < _NO_TIMEOUT_US else math.inf,
         affinity_key=_affinity_key(parameters),
         top_k=_top_k(parameters, spec),
         wants_timings=_read(parameters, TIMINGS, ("bool_param",), "a bool", False),

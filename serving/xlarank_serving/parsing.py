@@ -10,6 +10,8 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from xlarank.errors import RequestError
+from xlarank_serving.config import LimitConfig
+from xlarank_serving.limits import check_message
 from xlarank_serving.status import answering
 from xlarank_serving.threads import on_threads
 
@@ -18,14 +20,21 @@ __all__ = ["parse", "unary_handler"]
 _Message = TypeVar("_Message", bound=Message)
 
 
-def parse(message: type[_Message], data: bytes) -> _Message:
+def parse(message: type[_Message], data: bytes, limits: LimitConfig | None = None) -> _Message:
     """A message of its bytes.
 
     It stands in for a deserializer of gRPC's, which would answer a malformed message INTERNAL.
 
+    Args:
+      message: its type.
+      data: serialised.
+      limits: of ranking requests, the one message that takes far more memory parsed; None for others.
+
     Raises:
-      RequestError: for bytes that aren't such a message.
+      RequestError: for bytes that aren't such a message, or one beyond the limits.
     """
+    if limits is not None:
+        check_message(data, limits)
     try:
         return message.FromString(data)
     except DecodeError as error:
@@ -38,6 +47,8 @@ def unary_handler(
     name: str,
     method: Callable[[Any, Any], Any],
     pool: concurrent.futures.ThreadPoolExecutor | None = None,
+    *,
+    limits: LimitConfig | None = None,
 ) -> grpc.RpcMethodHandler:
     """gRPC's handler of an RPC with one request and one response; its exceptions become statuses.
 
@@ -46,11 +57,12 @@ def unary_handler(
       name: of the RPC.
       method: from a request and the call's context to the response.
       pool: threads that it runs on; the server's by default.
+      limits: see `parse`.
     """
     request_type = getattr(messages, f"{name}Request")
 
     def parse_and_call(data: bytes, context: grpc.ServicerContext) -> Any:
-        return method(parse(request_type, data), context)
+        return method(parse(request_type, data, limits), context)
 
     behavior = answering(parse_and_call)
     return grpc.unary_unary_rpc_method_handler(

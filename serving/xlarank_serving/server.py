@@ -2,73 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import grpc
 
-from xlarank.errors import ConfigError
-from xlarank_serving import health, reflection
+from xlarank_serving import admin, health, reflection
+from xlarank_serving.access import Authorizer, Gatekeeper
+from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig, ServerConfig
 from xlarank_serving.gate import Gate
 from xlarank_serving.health import HealthService
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.metrics_http import MetricsServer
+from xlarank_serving.receiving import ReceiveWatch
 from xlarank_serving.service import InferenceService, Repository
 from xlarank_serving.streams import InferStreams
 from xlarank_serving.threads import ServerThreads
+from xlarank_serving.tls import ServerTls
+from xlarank_serving.transport import address_of, bind, server_options
 
-__all__ = ["RankingServer", "ServerConfig", "stop_on_signals"]
-
-_MIB = 2**20
-
+__all__ = ["RankingServer", "stop_on_signals"]
 
 # Once every ranking request is done: how long those that still arrive are turned away in words, and how long
 # open streams (a health Watch, reflection) may stay.
 _TURN_AWAY_SECONDS = 0.3
 _LAST_GRACE_SECONDS = 0.2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """How a server listens."""
-
-    host: str = "127.0.0.1"
-    """Address of both ports. The default can't be reached from other machines; 0.0.0.0 can."""
-
-    port: int = 8001
-    """gRPC; 0 for a free one."""
-
-    http_port: int = 8002
-    """/metrics; 0 for a free one."""
-
-    num_threads: int = 64
-    """Requests in decode, in the queue or running at a time; each waits on a thread."""
-
-    max_concurrent_rpcs: int = 1024
-    """Calls in progress or waiting for a thread; past this gRPC answers RESOURCE_EXHAUSTED."""
-
-    max_message_mib: int = 64
-    """Largest request."""
-
-    grace_seconds: float = 30.0
-    """How long a stop waits for accepted requests."""
-
-    def __post_init__(self) -> None:
-        for name in ("port", "http_port"):
-            if not 0 <= getattr(self, name) < 2**16:
-                raise ConfigError(f"server: {name} must be in [0, 65535]; was {getattr(self, name)}")
-        for name in ("num_threads", "max_concurrent_rpcs", "max_message_mib"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"server: {name} must be >= 1; was {getattr(self, name)}")
-        if self.max_message_mib > 2047:
-            raise ConfigError(f"server: max_message_mib must be <= 2047; was {self.max_message_mib}")
-        if self.grace_seconds < 0:
-            raise ConfigError(f"server: grace_seconds must be >= 0; was {self.grace_seconds}")
 
 
 class HttpPort(Protocol):
@@ -99,55 +61,73 @@ class RankingServer:
         metrics_text: Callable[[], bytes],
         config: ServerConfig | None = None,
         *,
+        limits: LimitConfig | None = None,
+        connections: ConnectionConfig | None = None,
+        security: SecurityConfig | None = None,
         http: HttpStarter | None = None,
     ) -> None:
         """
         Args:
           repository: answers; `stop` closes it.
           metrics_text: what /metrics answers.
-          config: `ServerConfig()` by default.
+          config: where to listen; it and the others are their defaults where they aren't given.
+          limits: how much a caller may send.
+          connections: how long clients may stay.
+          security: who may call.
           http: starts the protocol's own HTTP port, a `HttpServer`; None for gRPC alone.
 
         Raises:
-          ConfigError: if a port is in use. The repository is left open then.
+          ConfigError: if a port is in use, or certificates or tokens aren't right. The repository is left
+            open then.
         """
         config = config or ServerConfig()
+        limits = limits or LimitConfig()
+        security = security or SecurityConfig()
         self._config = config
         self._repository = repository
-        self._service = InferenceService(repository)
-        self._threads = ServerThreads(config.num_threads)
-        self._streams = InferStreams(self._service, self._threads)
+        authorizer = Authorizer(security)
+        tls = ServerTls(security) if security.has_tls else None
+        self._service = InferenceService(repository, limits=limits)
         self._health = HealthService(repository)
-        self._server = grpc.server(
-            self._threads.rank,
-            options=[
-                ("grpc.so_reuseport", 0),  # by default a second server would share the port silently
-                ("grpc.max_receive_message_length", config.max_message_mib * _MIB),
-                ("grpc.max_send_message_length", -1),
-            ],
-            maximum_concurrent_rpcs=config.max_concurrent_rpcs,
-        )
-        self._register()
-        self.port = self._bind()
-        try:
-            self._http = MetricsServer(metrics_text, host=config.host, port=config.http_port)
-        except ConfigError:
-            self._server.stop(None).wait()
-            self._threads.close()
-            raise
+        with contextlib.ExitStack() as undo:
+            self._threads = ServerThreads(config.num_threads)
+            undo.callback(self._threads.close)
+            self._streams = InferStreams(self._service, self._threads)
+            self._receive_watch = ReceiveWatch(limits.max_receive_seconds, self._threads.rank)
+            undo.callback(self._receive_watch.close)
+            self._server = grpc.server(
+                self._threads.rank,
+                options=server_options(limits, connections or ConnectionConfig()),
+                maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
+                interceptors=[Gatekeeper(authorizer, self._threads)],
+            )
+            undo.callback(lambda: self._server.stop(None).wait())
+            self._register(has_administration=authorizer.answers_administration)
+            self.port = bind(self._server, "grpc", config.host, config.port, tls)
+            self._http = MetricsServer(
+                metrics_text,
+                host=config.host,
+                port=config.http_port,
+                tls=None if security.plain_http else tls,
+                check=authorizer.check_metrics,
+            )
+            undo.callback(self._http.close)
+            self.rest = None
+            if http is not None:
+                self.rest = http(self._service, self._repository, self._threads)
+            undo.pop_all()
         self.http_port = self._http.port
-        self.rest = None if http is None else self._start_http(http)
         self._server.start()
 
     @property
     def address(self) -> str:
         """host:port of gRPC."""
-        return _address(self._config.host, self.port)
+        return address_of(self._config.host, self.port)
 
     @property
     def http_address(self) -> str:
         """host:port of /metrics."""
-        return _address(self._config.host, self.http_port)
+        return address_of(self._config.host, self.http_port)
 
     def stop(self, grace_seconds: float | None = None) -> None:
         """Takes no more requests, answers those accepted, then closes the repository.
@@ -169,6 +149,7 @@ class RankingServer:
         try:
             self._repository.close()
         finally:
+            self._receive_watch.close()
             self._threads.close()
             self._http.close()
 
@@ -178,14 +159,18 @@ class RankingServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _register(self) -> None:
+    def _register(self, *, has_administration: bool) -> None:
+        inference = self._service.handlers(self._threads)
         services = {
-            SERVICE_NAME: {
-                **self._service.handlers(self._threads),
+            SERVICE_NAME: inference
+            | {
+                "ModelInfer": self._receive_watch.watched(inference["ModelInfer"]),
                 "ModelStreamInfer": self._streams.handler(),
             },
             health.SERVICE_NAME: self._health.handlers(self._threads),
         }
+        if has_administration:
+            services[admin.SERVICE_NAME] = admin.handlers(self._repository, self._threads.control)
         services[reflection.SERVICE_NAME] = reflection.reflection_handlers(services, self._threads)
         for name, handlers in services.items():
             generic = grpc.method_handlers_generic_handler(name, handlers)
@@ -193,33 +178,8 @@ class RankingServer:
                 generic = Gate(self._service, handlers, self._threads)
             self._server.add_generic_rpc_handlers((generic,))
 
-    def _start_http(self, http: HttpStarter) -> HttpPort:
-        try:
-            return http(self._service, self._repository, self._threads)
-        except ConfigError:
-            self._http.close()
-            self._server.stop(None).wait()
-            self._threads.close()
-            raise
 
-    def _bind(self) -> int:
-        address = _address(self._config.host, self._config.port)
-        try:
-            port = self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            port, reason = 0, str(error)
-        else:
-            reason = "it can't be bound"
-        if not port:
-            self._server.stop(None).wait()
-            self._threads.close()
-            raise ConfigError(
-                f"grpc port {self._config.port} on {self._config.host}: expected a free port, got: {reason}"
-            )
-        return port
-
-
-@contextmanager
+@contextlib.contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
     """Sets the event on SIGTERM or SIGINT; a second one ends the process at once, as without this.
 
@@ -242,8 +202,3 @@ def stop_on_signals() -> Iterator[threading.Event]:
     finally:
         for each in signals:
             signal.signal(each, before[each])
-
-
-def _address(host: str, port: int) -> str:
-    host = host.removeprefix("[").removesuffix("]")
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

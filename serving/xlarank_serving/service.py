@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
+import numpy as np
 
 from xlarank.errors import DeadlineError, ModelNotFoundError, UnavailableError
 from xlarank.host import FeatureStore
@@ -20,6 +21,8 @@ from xlarank.runtime import Answer, ModelStatistics
 from xlarank.spec import BucketLadder, ContentCheck, ModelSpec, RankRequest, RequestOptions
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.codec import ModelCodec
+from xlarank_serving.config import LimitConfig
+from xlarank_serving.limits import check_request
 from xlarank_serving.model_info import config_of, statistics_of
 from xlarank_serving.parameters import InferParameters, read_parameters, routing_key
 from xlarank_serving.parsing import unary_handler
@@ -76,6 +79,10 @@ class Engine(Protocol):
         """Queues a request; DeadlineError, OverloadError, UnavailableError."""
         ...
 
+    def update_rows(self, table: str, rows: np.ndarray, values: np.ndarray) -> int:
+        """Writes rows of a table, returns its version; RequestError, UnavailableError."""
+        ...
+
 
 class Repository(IndexedRepository, Protocol):
     """The models that a server answers for."""
@@ -127,16 +134,28 @@ class RankCall:
 
 
 class InferenceService:
-    """Answers the RPCs from a repository. Any thread."""
+    """Answers the RPCs from a repository. Any thread.
 
-    def __init__(self, repository: Repository, *, default_timeout_seconds: float = math.inf) -> None:
+    Attributes:
+      limits: of ranking requests.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        *,
+        default_timeout_seconds: float = math.inf,
+        limits: LimitConfig | None = None,
+    ) -> None:
         """
         Args:
           repository: answers.
+          limits: how much a ranking request may hold; `LimitConfig()` by default.
           default_timeout_seconds: longest that a request may take which names no `timeout`, or a longer one.
         """
         self._repository = repository
         self._default_timeout_seconds = default_timeout_seconds
+        self.limits = limits or LimitConfig()
         # One codec an engine, dropped with it. A lost race builds one twice, and they are equal.
         self._codecs: weakref.WeakKeyDictionary[Engine, ModelCodec] = weakref.WeakKeyDictionary()
         self._is_stopping = False  # set once, read by any thread
@@ -174,7 +193,12 @@ class InferenceService:
         }
         repository_methods = RepositoryService(self._repository, manager=manager).methods()
         methods |= {name: (method, threads.control) for name, method in repository_methods.items()}
-        return {name: unary_handler(messages, name, method, pool) for name, (method, pool) in methods.items()}
+        return {
+            name: unary_handler(
+                messages, name, method, pool, limits=self.limits if name == "ModelInfer" else None
+            )
+            for name, (method, pool) in methods.items()
+        }
 
     def server_live(self, request: Any, context: grpc.ServicerContext) -> messages.ServerLiveResponse:
         """Whether the process runs."""
@@ -258,6 +282,7 @@ class InferenceService:
           DeadlineError, OverloadError, UnavailableError: the engine doesn't take it.
         """
         arrived_at = time.monotonic()
+        check_request(request, self.limits)
         key = routing_key(request.parameters) or request.id or None
         with self._repository.lease(request.model_name, request.model_version, key) as engine:
             try:

@@ -16,10 +16,15 @@ _MAX_STREAMS = 64
 
 
 class CountingThreadPool(concurrent.futures.ThreadPoolExecutor):
-    """A thread pool that can be waited for while it stays open."""
+    """A thread pool that can be waited for while it stays open.
+
+    Attributes:
+      num_threads: at most.
+    """
 
     def __init__(self, num_threads: int, name: str) -> None:
         super().__init__(num_threads, name)
+        self.num_threads = num_threads
         self._changed = threading.Condition()
         self._num_open = 0  # guarded by _changed: submitted and not yet done
 
@@ -39,6 +44,11 @@ class CountingThreadPool(concurrent.futures.ThreadPoolExecutor):
     def num_open(self) -> int:
         """Submitted and not yet done."""
         return self._num_open
+
+    @property
+    def is_short(self) -> bool:
+        """Whether work waits for a thread."""
+        return self._num_open > self.num_threads
 
     def wait_until_idle(self, timeout_seconds: float) -> bool:
         """Waits until nothing is open; False when that took too long."""

@@ -68,7 +68,6 @@ def test_every_subcommand_s_help_has_an_example_that_parses(run, name):
         "compile c.toml": "the following arguments are required: --checkpoint, --out",
         "score models/feed": "the following arguments are required: --data, --out",
         "evaluate c.toml": "the following arguments are required: --data",
-        "serve": "the following arguments are required: repository",
         "inspect models/feed --spam": "unrecognized arguments: --spam",
         "compile c.toml --checkpoint c --out o --buckets 8,x": (
             "expected row counts like 8,32,128, or auto, got '8,x'"
@@ -86,9 +85,12 @@ def test_every_subcommand_s_help_has_an_example_that_parses(run, name):
         "compile c.toml --checkpoint c --out o --buckets 8,8": "ascending row counts >= 1, got '8,8'",
         "compile c.toml --checkpoint c --out o --buckets 0,8": "ascending row counts >= 1, got '0,8'",
         "score b --data d --out s.csv --split best": "invalid choice: 'best'",
-        "serve models --devices none": "expected all or a number >= 1, got 'none'",
-        "serve models --devices 0": "expected all or a number >= 1, got '0'",
-        "serve models --port http": "invalid int value: 'http'",
+        "serve models --devices none": "argument --devices: expected an integer or 'all', got 'none'",
+        "serve models --port http": "argument --port: expected an integer, got 'http'",
+        "serve models --grace soon": "argument --grace: expected a number, got 'soon'",
+        "serve models --table-memory swap": (
+            "argument --table-memory: expected one of ['huge', 'mmap'] or 'auto', got 'swap'"
+        ),
     }.items(),
 )
 def test_wrong_usage_ends_with_2_and_says_what_is_wrong(run, words, told):
@@ -117,6 +119,12 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(run, words, told):
         "evaluate none.toml --checkpoint c --data d": "none.toml: no such config file",
         "evaluate empty --data d": "empty: expected a bundle or a model, found neither",
         "evaluate tiny.toml --checkpoint none --data d": "none: no checkpoint here; expected spec.json",
+        "serve": "expected a repository, named on the command line or as repository in [models] of the file",
+        "serve --config none.toml": "none.toml: no such config file",
+        "serve --config broken.toml": "broken.toml: expected a TOML file",
+        "serve --config spam.toml": "spam.toml: sections: unknown keys ['model', 'name', 'spam', 'tasks']",
+        "serve none --devices 0": "models: devices must be >= 1; was 0",
+        "serve none --feature-memory 9": "features: memory_bytes bounds the cache of misses 'fetch'; misses",
         "serve none": "repository none: expected a folder of models, found none",
         "serve empty": "repository empty: expected bundles as <model>/<version>, found none",
         "serve empty --port 65536": "server: port must be in [0, 65535]; was 65536",

@@ -14,8 +14,9 @@ import pytest
 from tritonclient.utils import np_to_triton_dtype
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.client import RankingClient
+from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig, ServerConfig
 from xlarank_serving.layout import SERVICE_NAME
-from xlarank_serving.server import RankingServer, ServerConfig
+from xlarank_serving.server import RankingServer
 
 from xlarank.errors import ModelNotFoundError, UnavailableError
 from xlarank.runtime import Answer, Metrics, Timings
@@ -53,7 +54,11 @@ def expected_scores(request):
     total = np.zeros(request.num_candidates)
     for place, column in enumerate(request.columns, start=1):
         total = total + place * column_sum(column)
-    return {"finish": total.astype(np.float32), "share": (2 * total).astype(np.float32)}
+    largest = np.finfo(np.float32).max
+    return {
+        task: np.clip(scale * total, -largest, largest).astype(np.float32)
+        for task, scale in (("finish", 1), ("share", 2))
+    }
 
 
 def answer_to(request):
@@ -231,12 +236,21 @@ class Serving:
         return info.value.details()
 
 
+def config_of(cls, options):
+    """A config of those options that are its fields."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: options[name] for name in names if name in options})
+
+
 def start_at(**options):
     """A running server; ConfigError if it can't listen."""
     metrics = Metrics()
     repository = FakeRepository(metrics)
     engine = repository.add(FEED, 3)
-    server = RankingServer(repository, metrics.text, ServerConfig(**options))
+    parts = [config_of(cls, options) for cls in (ServerConfig, LimitConfig, ConnectionConfig, SecurityConfig)]
+    server = RankingServer(
+        repository, metrics.text, parts[0], limits=parts[1], connections=parts[2], security=parts[3]
+    )
     client = RankingClient(server.address, timeout=10)
     return Serving(server, repository, engine, client, metrics, grpc.insecure_channel(server.address))
 

@@ -74,6 +74,7 @@ def test_the_deadline_is_the_earliest_of_the_callers_the_requests_and_the_server
     assert seconds_left(plain, 5.0, timeout=1_000_000) == pytest.approx(1)
     assert seconds_left(plain, 0.5, timeout=("uint64_param", 1_000_000)) == pytest.approx(0.5)
     assert seconds_left(plain, math.inf, timeout=0) == math.inf
+    assert seconds_left(plain, math.inf, timeout=2**63 - 1) == math.inf
     assert seconds_left(limited, math.inf) == pytest.approx(2)
     assert seconds_left(limited, 5.0, timeout=3_000_000) == pytest.approx(2)
     assert seconds_left(limited, 5.0, timeout=1_000) == pytest.approx(1e-3)

@@ -12,12 +12,15 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+import trustme
 from flax import nnx
 from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.admin import AdminClient
+from xlarank_serving.channel import ClientTls
 from xlarank_serving.client import RankingClient
 
 from xlarank.compiler import build_bundle
-from xlarank.errors import ModelNotFoundError, RequestError
+from xlarank.errors import AccessError, ModelNotFoundError, RequestError
 from xlarank.spec import FeatureSpec, ModelSpec, TableSpec, TaskKind, TaskSpec
 
 SPEC = ModelSpec(
@@ -55,11 +58,26 @@ def folder(tmp_path_factory):
     return folder
 
 
-@contextlib.contextmanager
 def started(folder, *options):
+    """A server process of the folder's models."""
+    return served_by(str(folder / "models"), "--compile-cache", str(folder / "cache"), *options)
+
+
+@contextlib.contextmanager
+def served_by(*options):
     """A server process; what is left of it at the end is killed."""
-    command = [sys.executable, "-m", "xlarank.cli", "serve", str(folder / "models"), "--json"]
-    command += ["--port", "0", "--http-port", "0", "--compile-cache", str(folder / "cache"), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "xlarank.cli",
+        "serve",
+        "--json",
+        "--port",
+        "0",
+        "--http-port",
+        "0",
+        *options,
+    ]
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -175,6 +193,50 @@ def test_a_second_server_on_the_same_port_ends_with_an_error(running, folder):
         _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert f"xlarank serve: grpc port {port} on 127.0.0.1: expected a free port" in err
+
+
+CONFIG = """
+[security]
+tls_certificate = "server.pem"
+tls_key = "server.key"
+tokens = "tokens"
+admin_tokens = "admin-tokens"
+open_metrics = true
+plain_http = true
+
+[models]
+repository = "models"
+compile_cache = "cache"
+"""
+
+
+def test_a_config_file_turns_on_tls_and_tokens(folder):
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_pem.write_to_path(folder / "server.key")
+    issued.cert_chain_pems[0].write_to_path(folder / "server.pem")
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    (folder / "tokens").write_text("a-token-of-rankers\n")
+    (folder / "admin-tokens").write_text("a-token-of-admins\n")
+    (folder / "server.toml").write_text(CONFIG)
+    tls = ClientTls(server_ca=folder / "ca.pem")
+    with served_by("--config", str(folder / "server.toml"), "--grace", "5") as process:
+        ready = json.loads(process.stdout.readline())
+        with RankingClient(ready["grpc"], tls=tls, token="a-token-of-rankers") as client:
+            scores = client.score("linear", features(9))["value"]
+        np.testing.assert_allclose(scores, expected(9), rtol=1e-5, atol=1e-4)
+        with RankingClient(ready["grpc"], tls=tls) as client, pytest.raises(AccessError, match="got none"):
+            client.score("linear", features(9))
+        rows, values = np.array([1]), np.ones((1, 3))
+        for token, error, told in (
+            ("a-token-of-rankers", AccessError, "expected an admin token"),
+            ("a-token-of-admins", RequestError, "'topics' .*updatable"),
+        ):
+            with AdminClient(ready["grpc"], tls=tls, token=token) as admin, pytest.raises(error, match=told):
+                admin.update_rows("linear", "topics", rows, values)
+        assert float(metrics_of(ready)['nv_inference_request_success{model="linear",version="1"}']) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
 
 
 def test_sigterm_lets_accepted_requests_finish(folder):

@@ -1,12 +1,14 @@
 """Health, reflection, metadata, ports, metrics over HTTP, statuses, and the stop."""
 
 import http.client
+import math
 import os
 import signal
 import socket
 import threading
 import urllib.request
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -15,7 +17,8 @@ from grpc_reflection.v1alpha import proto_reflection_descriptor_database
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from prometheus_client.parser import text_string_to_metric_families
-from xlarank_serving.server import RankingServer, ServerConfig, stop_on_signals
+from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig, ServerConfig
+from xlarank_serving.server import RankingServer, stop_on_signals
 from xlarank_serving.status import error_of, failure_reason, status_of
 
 from xlarank.errors import (
@@ -254,14 +257,50 @@ def test_an_address_that_is_not_ours_is_an_error(wire):
     [
         ({"port": 65536}, r"port must be in \[0, 65535\]; was 65536"),
         ({"http_port": -1}, r"http_port must be in \[0, 65535\]; was -1"),
+        ({"admin_port": 2**16}, r"admin_port must be in \[0, 65535\]; was 65536"),
         ({"num_threads": 0}, "num_threads must be >= 1; was 0"),
-        ({"max_message_mib": 4096}, "max_message_mib must be <= 2047; was 4096"),
         ({"grace_seconds": -1.0}, "grace_seconds must be >= 0; was -1.0"),
+        ({"grace_seconds": math.nan}, "grace_seconds must be a finite number; was nan"),
     ],
 )
 def test_a_bad_config_is_refused(fields, text):
     with pytest.raises(ConfigError, match=text):
         ServerConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "text"),
+    [
+        (LimitConfig, {"max_message_mib": 4096}, "limits: max_message_mib must be <= 2047; was 4096"),
+        (LimitConfig, {"max_inputs": 0}, "limits: max_inputs must be >= 1; was 0"),
+        (LimitConfig, {"max_receive_seconds": 0.0}, "limits: max_receive_seconds must be >= 0.1; was 0.0"),
+        (ConnectionConfig, {"max_streams": 0}, "connections: max_streams must be >= 1; was 0"),
+        (
+            ConnectionConfig,
+            {"max_idle_seconds": -1.0},
+            "connections: max_idle_seconds must be >= 0; was -1.0",
+        ),
+        (
+            ConnectionConfig,
+            {"keepalive_timeout_seconds": 0.0},
+            "connections: keepalive_timeout_seconds must be > 0; was 0.0",
+        ),
+        (
+            SecurityConfig,
+            {"tls_key": Path("k")},
+            "security: expected tls_certificate beside tls_key, got none",
+        ),
+        (SecurityConfig, {"tls_certificate": Path("c")}, "expected tls_key beside tls_certificate, got none"),
+        (
+            SecurityConfig,
+            {"client_ca": Path("c")},
+            "client_ca asks clients for certificates, which takes TLS",
+        ),
+    ],
+)
+def test_a_bad_limit_is_refused(config, fields, text):
+    with pytest.raises(ConfigError, match=text):
+        config(**fields)
 
 
 def test_stop_answers_what_was_accepted_and_then_closes_the_repository(wire, candidates):

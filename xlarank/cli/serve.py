@@ -6,13 +6,19 @@ import argparse
 import contextlib
 import json
 import os
-import socket
+import resource
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from xlarank.cli.table_memory import add_table_memory, table_progress
+from xlarank.cli.sections import add_flags, config_text, options_of, read_sections
+from xlarank.cli.serve_check import NO_REPOSITORY, port_problem, problems_of
+from xlarank.cli.serve_config import ServeConfig
+from xlarank.cli.table_memory import table_progress
 from xlarank.errors import ConfigError
+
+if TYPE_CHECKING:
+    from xlarank.runtime import Metrics, ModelRepository
 
 __all__ = ["add_parser", "run"]
 
@@ -20,6 +26,10 @@ _EPILOG = """\
 example:
   xlarank serve /models --devices 2 --host 0.0.0.0
   xlarank serve /models --features /data/feed.features
+  xlarank serve --config server.toml --check
+
+Every option may stand in a TOML file, in the section that its group below is named after; a flag goes before
+the file. --print-config writes such a file, with all there is and what each option means.
 
 When every model is ready it prints one line, "ready: grpc HOST:PORT http HOST:PORT models NAME/VERSION ..."
 (with --json an object with these keys), and serves until SIGTERM or SIGINT; then it takes no more requests,
@@ -36,119 +46,98 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("repository", type=Path, help="folder of <model>/<version> bundles")
+    (repository,) = (option for option in options_of(ServeConfig) if option.name == "repository")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all"
-    )
-    parser.add_argument("--port", type=int, default=8001, help="gRPC port (%(default)s); 0 for a free one")
-    parser.add_argument(
-        "--http-port", type=int, default=8002, help="port of /metrics (%(default)s); 0 for a free one"
-    )
-    parser.add_argument(
-        "--admin-port",
-        type=int,
-        help="port of the administrative RPCs (update rows), on 127.0.0.1 alone (none); 0 for a free one",
-    )
-    parser.add_argument(
-        "--port-file", type=Path, help="write the ready line's JSON object here once ready, for scripts"
-    )
-    parser.add_argument(
-        "--devices", type=_devices, default=None, metavar="all|N", help="devices to serve on (all)"
-    )
-    parser.add_argument("--host-threads", type=int, help="threads of the gather (CPUs, 4 at most)")
-    parser.add_argument("--compile-cache", type=Path, help="folder of compiled code")
-    parser.add_argument(
-        "--no-bundle-code",
-        action="store_true",
-        help="leave compiled code in bundles untouched; compile programs/",
-    )
-    add_table_memory(parser)
-    parser.add_argument(
-        "--allow-reference-gather", action="store_true", help="serve without the native kernel, slowly"
-    )
-    parser.add_argument(
-        "--features",
+        "repository",
         type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="candidate features by id, of `xlarank features build`; once for each model that has some",
+        nargs="?",
+        help=f"{repository.doc.removesuffix('.')}; needed unless the file names it",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of the options below")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check the config, certificates, tokens, ports and bundles, tell every problem, and end: with "
+        "status 0 if there is none",
     )
     parser.add_argument(
-        "--feature-misses",
-        choices=["error", "default", "fetch"],
-        default="error",
-        help="what becomes of ids that aren't there: refused, defaults, or (fetch) read from the file into a "
-        "cache in memory (%(default)s)",
+        "--print-config", action="store_true", help="print the config as a TOML file, and end"
     )
-    parser.add_argument(
-        "--feature-memory", type=int, metavar="BYTES", help="most bytes of the cache of fetch (1 GiB)"
-    )
-    parser.add_argument("--threads", type=int, default=64, help="requests worked on at a time (%(default)s)")
-    parser.add_argument(
-        "--grace", type=float, default=30.0, metavar="SECONDS", help="longest stop (%(default)s)"
-    )
+    add_flags(parser, ServeConfig)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Serves until a signal; returns what it served.
+    """Serves until a signal; returns what it served, or what --check and --print-config found.
 
     Raises:
       ConfigError: for a port in use, or options or a repository that can't be served.
       BundleError: if a bundle is damaged.
+      SystemExit: with 1 if --check finds a problem.
     """
+    if args.repository is not None:  # a positional one can't be left out of the namespace
+        setattr(args, "models.repository", args.repository)
+    config, problems = read_sections(ServeConfig, args, args.config)
+    if args.check:
+        return _check(config, problems, is_json=args.json)
+    if config is None:
+        raise ConfigError(problems[0])
+    if args.print_config:
+        print(config_text(config), end="")
+        return {"config": config_text(config)} if args.json else {}
+    return _serve(config, is_json=args.json)
+
+
+def _check(config: ServeConfig | None, problems: list[str], *, is_json: bool) -> dict[str, Any]:
+    if config is not None:
+        problems = problems_of(config)
+    for problem in problems:
+        print(f"xlarank serve: {problem}", file=sys.stderr)
+    result = {"ok": not problems, "problems": problems}
+    if problems:
+        if is_json:
+            print(json.dumps(result), flush=True)
+        raise SystemExit(1)
+    if not is_json:
+        print("ok")
+    return result
+
+
+def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
     from xlarank_serving.admin import AdminServer
-    from xlarank_serving.server import RankingServer, ServerConfig, stop_on_signals
+    from xlarank_serving.server import RankingServer, stop_on_signals
 
-    from xlarank.host import MissPolicy
-    from xlarank.runtime import FeatureOptions, Metrics, ModelRepository
+    from xlarank.runtime import Metrics
 
-    args.host = args.host.removeprefix("[").removesuffix("]")
-    config = ServerConfig(
-        host=args.host,
-        port=args.port,
-        http_port=args.http_port,
-        num_threads=args.threads,
-        grace_seconds=args.grace,
-    )
-    misses = MissPolicy(args.feature_misses)
-    features = [
-        FeatureOptions(path=path, misses=misses, memory_bytes=args.feature_memory) for path in args.features
-    ]
-    for what, port in (("grpc", args.port), ("http", args.http_port)):
-        _check_free(what, args.host, port)
-    if args.admin_port is not None:
-        _check_free("admin", "127.0.0.1", args.admin_port)
+    # Before models load; binding the ports for good, after that, refuses a late comer.
+    for port in config.server.ports:
+        if problem := port_problem(*port):
+            raise ConfigError(problem)
+    _raise_file_limit()
     metrics = Metrics()
-    with table_progress() as on_table_bytes:
-        repository = ModelRepository.open(
-            args.repository,
-            num_devices=args.devices,
-            host_threads=args.host_threads,
-            compile_cache=args.compile_cache,
-            use_bundle_code=not args.no_bundle_code,
-            table_memory=args.table_memory,
-            allow_reference_gather=args.allow_reference_gather,
-            metrics=metrics,
-            features=features,
-            on_progress=lambda step: print(f"loading {step}", file=sys.stderr, flush=True),
-            on_table_bytes=on_table_bytes,
-        )
+    repository = _open_repository(config, metrics)
     with stop_on_signals() as stop:
         try:
-            server = RankingServer(repository, metrics.text, config)
+            server = RankingServer(
+                repository,
+                metrics.text,
+                config.server,
+                limits=config.limits,
+                connections=config.connections,
+                security=config.security,
+            )
         except ConfigError:
             repository.close()
             raise
         with server, contextlib.ExitStack() as stack:
             models = [f"{name}/{version}" for name, version, _ in repository.models()]
             ready = {"grpc": server.address, "http": server.http_address, "models": models}
-            if args.admin_port is not None:
-                ready["admin"] = stack.enter_context(AdminServer(repository, args.admin_port)).address
-            if args.port_file is not None:
-                _write_whole(args.port_file, json.dumps(ready))
-            if getattr(args, "json", False):
+            if config.server.admin_port is not None:
+                admin = AdminServer(repository, config.server.admin_port)
+                ready["admin"] = stack.enter_context(admin).address
+            if config.server.port_file is not None:
+                _write_whole(config.server.port_file, json.dumps(ready))
+            if is_json:
                 print(json.dumps(ready), flush=True)
             else:
                 print(
@@ -158,26 +147,37 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return ready
 
 
-def _check_free(what: str, host: str, port: int) -> None:
-    """Refuses a port in use before models load; binding it for good, after that, refuses a late comer."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family) as probe:
-            # As servers do: else a port that one has just left would look taken.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise ConfigError(
-            f"{what} port {port} on {host}: expected a free port, got {error.strerror or error}"
-        ) from error
+def _open_repository(config: ServeConfig, metrics: Metrics) -> ModelRepository:
+    from xlarank.runtime import FeatureOptions, ModelRepository
+
+    models, features = config.models, config.features
+    if models.repository is None:
+        raise ConfigError(NO_REPOSITORY)
+    with table_progress() as on_table_bytes:
+        return ModelRepository.open(
+            models.repository,
+            num_devices=models.devices,
+            host_threads=models.host_threads,
+            compile_cache=models.compile_cache,
+            use_bundle_code=models.bundle_code,
+            table_memory=config.tables.memory,
+            allow_reference_gather=models.allow_reference_gather,
+            metrics=metrics,
+            features=[
+                FeatureOptions(path=path, misses=features.misses, memory_bytes=features.memory_bytes)
+                for path in features.paths
+            ],
+            on_progress=lambda step: print(f"loading {step}", file=sys.stderr, flush=True),
+            on_table_bytes=on_table_bytes,
+        )
 
 
-def _devices(text: str) -> int | None:
-    if text == "all":
-        return None
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected all or a number >= 1, got {text!r}")
-    return int(text)
+def _raise_file_limit() -> None:
+    """A connection is an open file; shells still hand out 1,024 of a limit that is far above."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # some systems call a limit what they don't allow
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _write_whole(path: Path, text: str) -> None:

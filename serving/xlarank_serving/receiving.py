@@ -1,0 +1,98 @@
+"""Requests that are long in coming: `ReceiveWatch`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import grpc
+
+from xlarank.errors import RequestError
+from xlarank_serving.status import answering
+from xlarank_serving.threads import CountingThreadPool
+
+__all__ = ["ReceiveWatch"]
+
+_log = logging.getLogger(__name__)
+
+_HURRY_SECONDS = 0.25
+"""What a request gets to arrive in while half of the threads wait like its own and calls wait for one."""
+
+_LOOK_SECONDS = 0.05
+
+
+class ReceiveWatch:
+    """Ends calls whose request doesn't arrive.
+
+    gRPC waits for a request's bytes on the thread that is to answer it, so as many requests as there are
+    threads, sent by half, would end all service. Here a request has `max_receive_seconds` to arrive, and far
+    less while that is what the threads are short for. The caller of one that is ended sees CANCELLED.
+    """
+
+    def __init__(
+        self,
+        max_receive_seconds: float,
+        threads: CountingThreadPool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_seconds = max_receive_seconds
+        self._threads = threads
+        self._clock = clock
+        # Calls whose request is awaited, and since when. Single operations of a dict need no lock.
+        self._since: dict[grpc.ServicerContext, float] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="grpc-receive-watch", daemon=True)
+        self._thread.start()
+
+    def watched(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        """A unary method of the same pool that waits for its request here, where the call can be ended."""
+        method = handler.unary_unary
+        assert method is not None
+
+        def receive_and_call(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+            self._since[context] = self._clock()
+            try:
+                request = next(requests, None)
+            finally:
+                self._since.pop(context, None)
+            if request is None:
+                return _refuse(request, context)
+            return method(request, context)
+
+        pool = getattr(method, "experimental_thread_pool", None)
+        receive_and_call.experimental_thread_pool = pool  # type: ignore[attr-defined]
+        return grpc.stream_unary_rpc_method_handler(
+            receive_and_call, response_serializer=handler.response_serializer
+        )
+
+    def end_late_calls(self) -> int:
+        """Cancels the calls that have waited too long; returns how many."""
+        limit = self._max_seconds
+        if self._threads.is_short and 2 * len(self._since) >= self._threads.num_threads:
+            limit = min(limit, _HURRY_SECONDS)
+        before = self._clock() - limit
+        late = [context for context, since in list(self._since.items()) if since < before]
+        for context in late:
+            self._since.pop(context, None)
+            context.cancel()
+        if late:
+            _log.warning("%d calls ended: their requests didn't arrive within %g s", len(late), limit)
+        return len(late)
+
+    def close(self) -> None:
+        """Ends its thread; calls are left alone from then on."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(_LOOK_SECONDS):
+            if self._since:
+                self.end_late_calls()
+
+
+@answering
+def _refuse(request: object, context: grpc.ServicerContext) -> NoReturn:
+    raise RequestError("expected one request message, got none")

@@ -1,0 +1,177 @@
+"""The server's config file, and `xlarank serve --check`."""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import socket
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundles import publish
+
+from xlarank.cli import main
+from xlarank.cli.sections import config_text, options_of, read_sections
+from xlarank.cli.serve_config import ServeConfig
+
+EXAMPLE = Path(__file__).parents[2] / "configs" / "server.toml"
+
+# Every option that the command line had before there was a file.
+KNOWN_FLAGS = (
+    "--host --port --http-port --admin-port --port-file --devices --host-threads --compile-cache "
+    "--no-bundle-code --table-memory --allow-reference-gather --features --feature-misses --feature-memory "
+    "--threads --grace"
+)
+
+
+def parse(*words):
+    return main.parse(["xlarank", "serve", *words])
+
+
+@pytest.fixture
+def check(capsys):
+    """Runs `serve --check`; gives its status and the problems told."""
+
+    def check(*words):
+        try:
+            status = main.main(parse(*words, "--check"))
+        except SystemExit as ended:
+            status = ended.code
+        out, err = capsys.readouterr()
+        assert all(line.startswith("xlarank serve: ") for line in err.splitlines())
+        return status, out, [line.removeprefix("xlarank serve: ") for line in err.splitlines()]
+
+    return check
+
+
+@pytest.fixture
+def repository(tmp_path):
+    publish(tmp_path / "models", {"items": np.zeros((4, 2), np.float32)})
+    return tmp_path / "models"
+
+
+FREE = ("--port", "0", "--http-port", "0")
+
+
+def test_the_example_says_every_option_and_is_the_defaults():
+    assert read_sections(ServeConfig, parse(), EXAMPLE) == (ServeConfig(), [])
+    text = EXAMPLE.read_text(encoding="utf-8")
+    assert text.endswith(config_text(ServeConfig())), (
+        "after a change: xlarank serve --print-config, below the opening comment of configs/server.toml"
+    )
+
+
+def test_sections_are_small_frozen_and_documented():
+    for cls in typing.get_type_hints(ServeConfig).values():
+        assert cls.__dataclass_params__.frozen
+        assert len(dataclasses.fields(cls)) <= 8
+        assert inspect.getdoc(cls)
+    flags = {option.flag for option in options_of(ServeConfig)} | {"--no-bundle-code"}
+    assert set(KNOWN_FLAGS.split()) <= flags
+
+
+def test_print_config_prints_what_would_be_used(capsys, tmp_path):
+    file = tmp_path / "server.toml"
+    file.write_text('[models]\nrepository = "models"\n[limits]\nmax_inputs = 7\n')
+    assert main.main(parse("--config", str(file), "--port", "5", "--print-config")) == 0
+    printed = tmp_path / "printed.toml"
+    printed.write_text(capsys.readouterr().out)
+    config, problems = read_sections(ServeConfig, parse(), printed)
+    assert problems == []
+    assert (config.server.port, config.limits.max_inputs) == (5, 7)
+    assert config.models.repository == tmp_path / "models"
+
+
+def test_a_repository_that_could_be_served_is_ok(check, repository):
+    assert check(str(repository), *FREE) == (0, "ok\n", [])
+    status, out, problems = check(str(repository), *FREE, "--json")
+    assert (status, json.loads(out), problems) == (0, {"ok": True, "problems": []}, [])
+
+
+def test_a_check_loads_no_jax(repository):
+    words = ["serve", str(repository), *FREE, "--check"]
+    code = (
+        "import sys; from xlarank.cli import main; "
+        f"main.main(main.parse(['xlarank', *{words!r}])); "
+        "print([name for name in ('jax', 'flax') if name in sys.modules])"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path), "PATH": ""}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ended.stdout == "ok\n[]\n"
+
+
+def test_every_problem_is_told_in_a_line_of_its_own(check, repository, tmp_path):
+    manifest = repository / "bare" / "1" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-20])
+    (tmp_path / "tokens").write_text("short\n")
+    (tmp_path / "key.pem").write_text("no key")
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        file = tmp_path / "server.toml"
+        file.write_text(
+            f"""
+            [server]
+            port = {port}
+            http_port = 0
+            port_file = "nowhere/ports.json"
+            [security]
+            tls_certificate = "none.pem"
+            tls_key = "key.pem"
+            tokens = "tokens"
+            [models]
+            repository = "models"
+            [features]
+            paths = ["none.features"]
+            """
+        )
+        status, out, problems = check("--config", str(file))
+        assert (
+            check("--config", str(file), "--json")[1]
+            == json.dumps({"ok": False, "problems": problems}) + "\n"
+        )
+    assert (status, out) == (1, "")
+    expected = [
+        f"grpc port {port} on 127.0.0.1: expected a free port, got Address already in use",
+        f"security: tokens {tmp_path}/tokens: line 1: expected a token of at least 16 printable ASCII ",
+        f"security: tls_certificate {tmp_path}/none.pem: can't be read: No such file or directory",
+        f"server: port_file {tmp_path}/nowhere/ports.json: expected a path in a folder, got none",
+        f"{manifest}: ",
+        f"{tmp_path}/none.features",
+    ]
+    assert len(problems) == len(expected)
+    for problem, opening in zip(problems, expected, strict=True):
+        assert problem.startswith(opening)
+
+
+def test_a_config_that_can_t_be_read_is_told_whole(check, tmp_path):
+    (tmp_path / "server.toml").write_text("[servers]\n[limits]\nmax_inputs = 0\n")
+    status, _, problems = check("--config", str(tmp_path / "server.toml"), "--port", "-1")
+    assert status == 1
+    assert [problem.rpartition("server.toml: ")[2] for problem in problems] == [
+        "sections: unknown keys ['servers']; expected of ['server', 'limits', 'connections', 'security', "
+        "'models', 'tables', 'features']",
+        "server: port must be in [0, 65535]; was -1",
+        "limits: max_inputs must be >= 1; was 0",
+    ]
+
+
+@pytest.mark.parametrize("words", [(), ("none",), (".",)])
+def test_a_repository_that_can_t_be_served_is_a_problem(check, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    status, _, (problem,) = check(*words, *FREE)
+    assert status == 1
+    assert "expected" in problem
+    assert "repository" in problem
+
+
+def test_a_bundle_in_a_folder_of_another_name_is_a_problem(check, repository):
+    (repository / "bare").rename(repository / "other")
+    assert check(str(repository), *FREE)[2] == [
+        f"{repository}/other/1: expected model 'other', as the folder is named, got 'bare'"
+    ]

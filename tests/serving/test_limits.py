@@ -1,0 +1,338 @@
+"""What a caller sends too much of, too slowly or never: refused before it costs memory or a thread."""
+
+import contextlib
+import resource
+import threading
+import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
+
+import grpc
+import numpy as np
+import pytest
+from raw_http2 import RawClient
+from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.codec import ModelCodec
+from xlarank_serving.config import LimitConfig
+from xlarank_serving.limits import check_message, check_request
+from xlarank_serving.receiving import ReceiveWatch
+
+from xlarank.errors import FeatureError, RequestError
+
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+LIMITS = LimitConfig()
+
+
+@contextlib.contextmanager
+def running_server(wire, **options):
+    running = wire.start(**options)
+    try:
+        yield running
+    finally:
+        running.channel.close()
+        running.client.close()
+        running.server.stop(0)
+
+
+def peak_bytes(function):
+    """Most bytes that Python and NumPy held at a time beyond those before."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+SHAPES = {
+    "video": ("INT64", [2**40], bytes(8)),
+    "topics__lengths": ("INT32", [2**40], bytes(4)),
+    "tags": ("BYTES", [2**40], b"\0\0\0\0"),
+    "vector": ("FP32", [2**40, 3], bytes(12)),
+    "candidate__dense": ("FP32", [2**40, 5], bytes(20)),
+    "candidate__lengths": ("INT32", [3, 2**40], bytes(12)),
+}
+
+
+@pytest.mark.parametrize("is_typed", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_declared_shape_allocates_nothing(wire, name, is_typed):
+    request = wire.raw(**wire.valid(3) | {name: SHAPES[name]})
+    if is_typed:
+        del request.raw_input_contents[:]
+        tensor = next(tensor for tensor in request.inputs if tensor.name == name.replace("__", "."))
+        del request.inputs[:]
+        request.inputs.append(tensor)
+    codec = ModelCodec(wire.spec)
+
+    def refused():
+        with pytest.raises(FeatureError):
+            codec.decode(request)
+
+    refused()  # caches of the codec
+    assert peak_bytes(refused) < 2**16
+
+
+def fields(number, payload, count):
+    """A message of `count` equal fields."""
+    size = len(payload)
+    assert size < 128
+    return (bytes([number << 3 | 2, size]) + payload) * count
+
+
+FIELDS, BYTES = "expected at most 16384 fields, got more", "expected at most 4 MiB beside raw_input_contents"
+MANY = {
+    "inputs": (fields(5, b"", 2**22), FIELDS),
+    "outputs": (fields(6, b"", 2**22), FIELDS),
+    "raw contents": (fields(7, b"", 2**22), FIELDS),
+    "parameters": (fields(4, b"\n\x01a", 2**20), FIELDS),
+    "names": (fields(1, b"", 2**22), FIELDS),
+    "unknown fields": (b"\x78\x01" * 2**22, BYTES),
+    "fields of two bytes": (b"\xfa\x01\0" * 2**21, BYTES),
+    "raw contents after an unknown field": (b"\x78\x01" + (b"\x3a\x7f" + bytes(127)) * 2**16, BYTES),
+    "a length that lies": (b"\x3a\xff\xff\xff\xff\x0f" + bytes(2**23), BYTES),
+}
+
+
+@pytest.mark.parametrize(("data", "told"), MANY.values(), ids=MANY)
+def test_a_message_of_millions_of_fields_is_refused_unparsed(data, told):
+    def refused():
+        with pytest.raises(RequestError, match=told):
+            check_message(data, LIMITS)
+
+    assert peak_bytes(refused) < 2**20
+
+
+def test_much_beside_raw_contents_is_refused_unparsed():
+    request = messages.ModelInferRequest(model_name="feed")
+    tensor = request.inputs.add(name="tags", datatype="BYTES", shape=[2**22 + 1])
+    tensor.contents.bytes_contents.extend([b""] * (2**22 + 1))
+    with pytest.raises(
+        RequestError, match=r"expected at most 4 MiB beside raw_input_contents, got 838\d+ bytes"
+    ):
+        check_message(request.SerializeToString(), LIMITS)
+
+
+def test_large_raw_contents_are_let_pass():
+    request = messages.ModelInferRequest(model_name="feed", id="x")
+    for i in range(100):
+        request.inputs.add(name=f"f{i}", datatype="FP32", shape=[2**18])
+        request.raw_input_contents.append(bytes(2**20))
+    check_message(request.SerializeToString(), LIMITS)
+    check_request(request, LIMITS)
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x3a\xff\xff\xff\xff\x0f", b"\xff" * 12, b"\x3a" + b"\xff" * 12, b"\x0b", b"\x08", b"\x3a"]
+)
+def test_what_is_no_message_is_left_to_the_parser(data):
+    large = b"\x3a\x80\x80\x50" + bytes(5 * 2**18)
+    check_message(large + data, LIMITS)
+    check_message(data + large, LIMITS)
+
+
+def test_small_requests_with_too_much_in_them_are_refused(shared, wire):
+    request = wire.raw(**wire.valid(1))
+    request.id = "i" * 1025
+    assert shared.refusal(request) == "id: expected at most 1024 characters, got 1025"
+    request.id = "i" * 1024
+    assert shared.infer(request).id == request.id
+    for i in range(65):
+        request.parameters[f"p{i}"].int64_param = i
+    assert shared.refusal(request) == "expected at most 64 parameters, got more"
+    request = messages.ModelInferRequest(model_name="feed")
+    request.inputs.extend([messages.ModelInferRequest.InferInputTensor()] * 4097)
+    assert shared.refusal(request) == "expected at most 4096 inputs, got more"
+
+
+HOSTILE = (
+    "../feed",
+    "feed/3",
+    "/etc/passwd",
+    "feed\0",
+    "feed\n",
+    "..",
+    ".",
+    "",
+    "C:\\feed",
+    "%2e%2e",
+    "～",
+    "-rf",
+)
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelReady", "ModelMetadata"])
+def test_names_of_models_are_looked_up_and_never_become_paths(shared, method):
+    kind = getattr(messages, f"{method}Request")
+    field = "model_name" if method == "ModelInfer" else "name"
+    for name in (*HOSTILE, "n" * (10 * 2**20)):
+        with pytest.raises(grpc.RpcError) as caught:
+            shared.call(method, kind(**{field: name}))
+        expected = ("NOT_FOUND", "INVALID_ARGUMENT") if method == "ModelInfer" else ("NOT_FOUND",)
+        assert caught.value.code().name in expected
+        assert len(caught.value.details()) < 3000
+    version = {field: "feed", f"{field.removesuffix('name')}version": "../3"}
+    with pytest.raises(grpc.RpcError, match=r"version ../3 is not found"):
+        shared.call(method, kind(**version))
+
+
+def test_requests_sent_by_half_hold_no_thread(wire):
+    data = wire.raw(**wire.valid(3)).SerializeToString()
+    with running_server(wire, num_threads=2) as running, contextlib.ExitStack() as stack:
+        for _ in range(4):
+            client = stack.enter_context(contextlib.closing(RawClient(running.server.address)))
+            client.call(INFER, data, num_sent=len(data) // 2)
+            client.wait_for_settings()
+        for _ in range(3):
+            assert len(running.infer(wire.raw(**wire.valid(3))).outputs) == 2
+
+
+def test_answers_that_nobody_reads_hold_no_thread(wire):
+    data = wire.raw(**wire.valid(3)).SerializeToString()
+    with running_server(wire, num_threads=2) as running, contextlib.ExitStack() as stack:
+        for _ in range(4):
+            client = stack.enter_context(contextlib.closing(RawClient(running.server.address, window=0)))
+            client.call(INFER, data)
+            client.wait_for_settings()
+        for _ in range(3):
+            assert len(running.infer(wire.raw(**wire.valid(3))).outputs) == 2
+        assert len(running.engine.requests) >= 3
+
+
+def test_a_call_without_a_message_is_refused(shared):
+    call = shared.channel.stream_unary(INFER)
+    with pytest.raises(grpc.RpcError, match="expected one request message, got none") as caught:
+        call(iter(()), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+class Call:
+    """What the watch asks of a call; its request arrives when `arrive` is set."""
+
+    def __init__(self, watch):
+        self.cancelled, self.arrive, self.answers = threading.Event(), threading.Event(), []
+        handler = watch.watched(grpc.unary_unary_rpc_method_handler(lambda data, context: data * 2))
+        self.thread = threading.Thread(
+            target=lambda: self.answers.append(handler.stream_unary(self.arriving(), self))
+        )
+        self.thread.start()
+
+    def arriving(self):
+        self.arrive.wait()
+        yield b"ab"
+
+    def cancel(self):
+        self.cancelled.set()
+
+    def end(self):
+        self.arrive.set()
+        self.thread.join()
+        return self.answers
+
+
+def wait_until_waiting(watch, count):
+    while len(watch._since) < count:
+        pass
+
+
+def test_a_request_has_long_to_arrive_unless_threads_are_short_for_that():
+    now = [0.0]
+    threads = SimpleNamespace(is_short=False, num_threads=4)
+    watch = ReceiveWatch(10.0, threads, lambda: now[0])
+    watch.close()  # its thread; looked at by hand here
+    calls = [Call(watch)]
+    wait_until_waiting(watch, 1)
+    now[0] = 9.9
+    threads.is_short = True  # but three of four threads rank
+    assert watch.end_late_calls() == 0
+    calls.append(Call(watch))
+    wait_until_waiting(watch, 2)
+    threads.is_short = False
+    assert watch.end_late_calls() == 0
+    threads.is_short = True
+    assert watch.end_late_calls() == 1
+    assert [call.cancelled.is_set() for call in calls] == [True, False]
+    threads.is_short = False
+    now[0] = 20.0
+    assert watch.end_late_calls() == 1
+    assert calls[1].cancelled.is_set()
+    assert watch.end_late_calls() == 0
+    assert [call.end() for call in calls] == [[b"abab"], [b"abab"]]
+
+
+def test_connections_beyond_the_limit_are_closed_and_others_served(wire):
+    with running_server(wire, max_connections=3) as running, contextlib.ExitStack() as stack:
+        assert len(running.infer(wire.raw(**wire.valid(3))).outputs) == 2
+        clients = [
+            stack.enter_context(contextlib.closing(RawClient(running.server.address))) for _ in range(6)
+        ]
+        num_closed = 0
+        for client in clients:
+            try:
+                client.wait_for_settings()
+            except ConnectionError:
+                num_closed += 1
+        assert num_closed >= 3
+        assert len(running.infer(wire.raw(**wire.valid(3))).outputs) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"max_idle_seconds": 0.1}, b"idle"),
+        ({"max_age_seconds": 0.1}, b"age"),
+        ({"keepalive_seconds": 0.1, "keepalive_timeout_seconds": 0.1}, b"ping"),
+    ],
+)
+def test_clients_that_stay_too_long_or_are_gone_are_disconnected(wire, options, told):
+    with (
+        running_server(wire, **options) as running,
+        contextlib.closing(RawClient(running.server.address)) as client,
+    ):
+        client.wait_for_settings()
+        assert told in client.wait_for_goodbye()  # within the socket's 10 s
+        assert len(running.infer(wire.raw(**wire.valid(3))).outputs) == 2
+
+
+def test_clients_that_ask_too_often_are_disconnected(wire):
+    with (
+        running_server(wire, min_ping_seconds=60.0) as running,
+        contextlib.closing(RawClient(running.server.address)) as client,
+    ):
+        client.wait_for_settings()
+        client.ping(10)
+        # What it says may be lost with the connection.
+        assert client.wait_for_goodbye() in (b"too_many_pings", b"")
+
+
+def test_headers_beyond_the_limit_are_refused(wire):
+    with running_server(wire, max_metadata_kib=4) as running:
+        with pytest.raises(grpc.RpcError) as caught:
+            running.infer(wire.raw(**wire.valid(1)), metadata=(("x", "y" * 5000),))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        running.infer(wire.raw(**wire.valid(1)), metadata=(("x", "y" * 1000),))
+
+
+def test_a_thousand_idle_connections_take_no_thread(shared, wire):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 4096:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    shared.infer(wire.raw(**wire.valid(1)))
+    before = num_threads()
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(contextlib.closing(RawClient(shared.server.address))) for _ in range(1000)
+        ]
+        for client in clients:
+            client.wait_for_settings()
+        n = 5
+        answer = shared.infer(wire.raw(**wire.valid(n)))
+        assert num_threads() - before < 50
+        expected = wire.expected(shared.engine.requests[-1])
+        scores = np.frombuffer(answer.raw_output_contents[0], np.float32)
+        np.testing.assert_array_equal(scores, expected["finish"])
+
+
+def num_threads():
+    """Of this process, those of gRPC's core included."""
+    return len(list(Path("/proc/self/task").iterdir()))

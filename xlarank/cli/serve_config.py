@@ -1,0 +1,94 @@
+"""Everything that `xlarank serve` may be told: `ServeConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig, ServerConfig
+
+from xlarank.errors import ConfigError
+from xlarank.host import MissPolicy, TableMemory
+
+__all__ = ["FeaturesConfig", "ModelsConfig", "ServeConfig", "TablesConfig"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelsConfig:
+    """What is served, and on what."""
+
+    repository: Path | None = dataclasses.field(default=None, metadata={"flag": None})
+    """Folder of <model>/<version> bundles."""
+
+    devices: int | None = dataclasses.field(default=None, metadata={"none": "all"})
+    """Devices to serve on."""
+
+    host_threads: int | None = dataclasses.field(default=None, metadata={"none": "auto"})
+    """Threads of the gather; auto for the CPUs, 4 at most."""
+
+    compile_cache: Path | None = None
+    """Folder of compiled code."""
+
+    bundle_code: bool = True
+    """Whether compiled code in bundles is used; else programs/ is compiled."""
+
+    allow_reference_gather: bool = False
+    """Whether to serve without the native kernel, slowly."""
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "host_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"models: {name} must be >= 1; was {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TablesConfig:
+    """Where embedding tables are kept."""
+
+    memory: TableMemory | None = dataclasses.field(
+        default=None, metadata={"flag": "table-memory", "none": "auto"}
+    )
+    """huge: read into huge pages; mmap: used from their files, shared between processes and larger than
+    memory if need be; auto: huge where the kernel has such pages and the tables fit."""
+
+    def __post_init__(self) -> None:
+        if self.memory is not None:
+            object.__setattr__(self, "memory", TableMemory.named(self.memory))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """Candidate features by id, from files of `xlarank features build`."""
+
+    paths: tuple[Path, ...] = dataclasses.field(default=(), metadata={"flag": "features"})
+    """Feature files, one for each model that has some."""
+
+    misses: MissPolicy = dataclasses.field(default=MissPolicy.ERROR, metadata={"flag": "feature-misses"})
+    """What becomes of ids that aren't there: refused (error), defaults (default), or read from the file
+    into a cache in memory (fetch)."""
+
+    memory_bytes: int | None = dataclasses.field(default=None, metadata={"flag": "feature-memory"})
+    """Most bytes of the cache of fetch; 1 GiB by default."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "misses", MissPolicy(self.misses))
+        if self.memory_bytes is not None and self.memory_bytes < 1:
+            raise ConfigError(f"features: memory_bytes must be >= 1; was {self.memory_bytes}")
+        if self.memory_bytes is not None and self.misses is not MissPolicy.FETCH:
+            raise ConfigError(
+                f"features: memory_bytes bounds the cache of misses 'fetch'; misses is {self.misses.value!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The server's config: a field is a section of the file, and its class says what may stand there."""
+
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+    limits: LimitConfig = dataclasses.field(default_factory=LimitConfig)
+    connections: ConnectionConfig = dataclasses.field(default_factory=ConnectionConfig)
+    security: SecurityConfig = dataclasses.field(default_factory=SecurityConfig)
+    models: ModelsConfig = dataclasses.field(default_factory=ModelsConfig)
+    tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
+    features: FeaturesConfig = dataclasses.field(default_factory=FeaturesConfig)
