@@ -12,7 +12,7 @@ from typing import Any
 from xlarank.errors import ConfigError
 from xlarank.spec.fields import to_number
 
-__all__ = ["ConnectionConfig", "LimitConfig", "SecurityConfig", "ServerConfig"]
+__all__ = ["ConnectionConfig", "HttpConfig", "LimitConfig", "SecurityConfig", "ServerConfig"]
 
 _MAX_PORT = 2**16 - 1
 
@@ -183,6 +183,36 @@ class SecurityConfig:
     def has_tls(self) -> bool:
         """Whether the gRPC port speaks TLS."""
         return self.tls_certificate is not None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HttpConfig:
+    """The protocol over HTTP, for curl and for clients without gRPC. Needs the extra xlarank[http]."""
+
+    port: int | None = dataclasses.field(default=None, metadata={"flag": "rest-port"})
+    """Where, beside gRPC's; 0 for a free one, none for gRPC alone."""
+
+    max_connections: int = dataclasses.field(default=1024, metadata={"flag": "rest-max-connections"})
+    """Past this a request is answered 503."""
+
+    max_body_mib: int = dataclasses.field(default=64, metadata={"flag": "rest-max-body-mib"})
+    """Largest request; 413 beyond."""
+
+    max_receive_seconds: float = dataclasses.field(
+        default=30.0, metadata={"flag": "rest-max-receive-seconds"}
+    )
+    """Longest that a request's body may take to come; 408 beyond."""
+
+    idle_seconds: int = dataclasses.field(default=60, metadata={"flag": "rest-idle-seconds"})
+    """How long a connection without a request stays open."""
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 0 <= self.port <= _MAX_PORT:
+            raise ConfigError(f"http: port must be in [0, {_MAX_PORT}]; was {self.port}")
+        for name in ("max_connections", "max_body_mib", "idle_seconds"):
+            _check_range(self, "http", name, 1)
+        if not self.max_receive_seconds > 0:
+            raise ConfigError(f"http: max_receive_seconds must be > 0; was {self.max_receive_seconds}")
 
 
 def _check_range(config: Any, section: str, name: str, least: float, most: float | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 import ssl
 import threading
@@ -10,46 +9,15 @@ import threading
 import uvicorn
 
 from xlarank.errors import ConfigError
+from xlarank_serving.config import HttpConfig
 from xlarank_serving.http_app import Authorize, http_app
 from xlarank_serving.service import InferenceService, Repository
 from xlarank_serving.threads import ServerThreads
 
-__all__ = ["HttpConfig", "HttpServer"]
+__all__ = ["HttpServer"]
 
 _BACKLOG = 2048
 _GRACE_SECONDS = 1.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HttpConfig:
-    """The protocol over HTTP, for curl and for clients without gRPC."""
-
-    host: str = "127.0.0.1"
-    """Address. The default can't be reached from other machines; 0.0.0.0 can."""
-
-    port: int = 8000
-    """0 for a free one."""
-
-    max_connections: int = 1024
-    """Past this a request is answered 503."""
-
-    max_body_mib: int = 64
-    """Largest request; 413 beyond."""
-
-    max_receive_seconds: float = 30.0
-    """Longest that a request's body may take to come; 408 beyond."""
-
-    idle_seconds: int = 60
-    """How long a connection without a request stays open."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port < 2**16:
-            raise ConfigError(f"http: port must be in [0, 65535]; was {self.port}")
-        for name in ("max_connections", "max_body_mib", "idle_seconds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"http: {name} must be >= 1; was {getattr(self, name)}")
-        if not self.max_receive_seconds > 0:
-            raise ConfigError(f"http: max_receive_seconds must be > 0; was {self.max_receive_seconds}")
 
 
 class HttpServer:
@@ -66,6 +34,7 @@ class HttpServer:
         threads: ServerThreads,
         config: HttpConfig,
         *,
+        host: str = "127.0.0.1",
         authorize: Authorize | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
@@ -74,7 +43,8 @@ class HttpServer:
           service: answers.
           repository: has the index.
           threads: that the answers are made on, gRPC's.
-          config: where and how much.
+          config: its port, and how much it takes.
+          host: address to listen on.
           authorize: who may call what, see `http_app`.
           tls: certificates; None for plain HTTP.
 
@@ -89,8 +59,10 @@ class HttpServer:
             max_receive_seconds=config.max_receive_seconds,
             authorize=authorize,
         )
-        self._host = config.host
-        self._socket = _listen(config.host, config.port)
+        if config.port is None:
+            raise ConfigError("http: expected a port, got none")
+        self._host = host
+        self._socket = _listen(host, config.port)
         self.port: int = self._socket.getsockname()[1]
         options = uvicorn.Config(
             app,
@@ -141,6 +113,6 @@ def _listen(host: str, port: int) -> socket.socket:
             raise
     except OSError as error:
         raise ConfigError(
-            f"http port {port} on {host}: expected a free port, got {error.strerror or error}"
+            f"rest port {port} on {host}: expected a free port, got {error.strerror or error}"
         ) from error
     return listening

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from xlarank.errors import ConfigError
 from xlarank_serving import admin, health, reflection
 from xlarank_serving.access import Authorizer, Gatekeeper
-from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig, ServerConfig
+from xlarank_serving.config import ConnectionConfig, HttpConfig, LimitConfig, SecurityConfig, ServerConfig
 from xlarank_serving.gate import Gate
 from xlarank_serving.health import HealthService
 from xlarank_serving.layout import SERVICE_NAME
@@ -25,25 +27,16 @@ from xlarank_serving.threads import ServerThreads
 from xlarank_serving.tls import ServerTls
 from xlarank_serving.transport import address_of, bind, server_options
 
+if TYPE_CHECKING:
+    from xlarank_serving.http_server import HttpServer
+    from xlarank_serving.repository_rpcs import ManagedRepository
+
 __all__ = ["RankingServer", "stop_on_signals"]
 
 # Once every ranking request is done: how long those that still arrive are turned away in words, and how long
 # open streams (a health Watch, reflection) may stay.
 _TURN_AWAY_SECONDS = 0.3
 _LAST_GRACE_SECONDS = 0.2
-
-
-class HttpPort(Protocol):
-    """A port that `RankingServer.stop` closes."""
-
-    @property
-    def address(self) -> str: ...
-
-    def stop(self) -> None: ...
-
-
-HttpStarter = Callable[[InferenceService, Repository, ServerThreads], HttpPort]
-"""Makes a port from a server's parts."""
 
 
 class RankingServer:
@@ -64,7 +57,9 @@ class RankingServer:
         limits: LimitConfig | None = None,
         connections: ConnectionConfig | None = None,
         security: SecurityConfig | None = None,
-        http: HttpStarter | None = None,
+        http: HttpConfig | None = None,
+        manager: ManagedRepository | None = None,
+        default_timeout_seconds: float = math.inf,
     ) -> None:
         """
         Args:
@@ -74,11 +69,13 @@ class RankingServer:
           limits: how much a caller may send.
           connections: how long clients may stay.
           security: who may call.
-          http: starts the protocol's own HTTP port, a `HttpServer`; None for gRPC alone.
+          http: the protocol's own HTTP port; off by default.
+          manager: the repository once more if callers with an admin token may load and unload models.
+          default_timeout_seconds: longest that a request may take which asks for no less.
 
         Raises:
-          ConfigError: if a port is in use, or certificates or tokens aren't right. The repository is left
-            open then.
+          ConfigError: if a port is in use, certificates or tokens aren't right, or HTTP's libraries aren't
+            installed. The repository is left open then.
         """
         config = config or ServerConfig()
         limits = limits or LimitConfig()
@@ -87,7 +84,9 @@ class RankingServer:
         self._repository = repository
         authorizer = Authorizer(security)
         tls = ServerTls(security) if security.has_tls else None
-        self._service = InferenceService(repository, limits=limits)
+        self._service = InferenceService(
+            repository, limits=limits, default_timeout_seconds=default_timeout_seconds
+        )
         self._health = HealthService(repository)
         with contextlib.ExitStack() as undo:
             self._threads = ServerThreads(config.num_threads)
@@ -102,7 +101,7 @@ class RankingServer:
                 interceptors=[Gatekeeper(authorizer, self._threads)],
             )
             undo.callback(lambda: self._server.stop(None).wait())
-            self._register(has_administration=authorizer.answers_administration)
+            self._register(manager if authorizer.answers_administration else None, authorizer)
             self.port = bind(self._server, "grpc", config.host, config.port, tls)
             self._http = MetricsServer(
                 metrics_text,
@@ -112,9 +111,17 @@ class RankingServer:
                 check=authorizer.check_metrics,
             )
             undo.callback(self._http.close)
-            self.rest = None
-            if http is not None:
-                self.rest = http(self._service, self._repository, self._threads)
+            self.rest: HttpServer | None = None
+            if http is not None and http.port is not None:
+                self.rest = _http_server()(
+                    self._service,
+                    repository,
+                    self._threads,
+                    http,
+                    host=config.host,
+                    authorize=authorizer.check_method,
+                    tls=None if tls is None or security.plain_http else tls.http_context(),
+                )
             undo.pop_all()
         self.http_port = self._http.port
         self._server.start()
@@ -159,8 +166,8 @@ class RankingServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _register(self, *, has_administration: bool) -> None:
-        inference = self._service.handlers(self._threads)
+    def _register(self, manager: ManagedRepository | None, authorizer: Authorizer) -> None:
+        inference = self._service.handlers(self._threads, manager=manager)
         services = {
             SERVICE_NAME: inference
             | {
@@ -169,7 +176,7 @@ class RankingServer:
             },
             health.SERVICE_NAME: self._health.handlers(self._threads),
         }
-        if has_administration:
+        if authorizer.answers_administration:
             services[admin.SERVICE_NAME] = admin.handlers(self._repository, self._threads.control)
         services[reflection.SERVICE_NAME] = reflection.reflection_handlers(services, self._threads)
         for name, handlers in services.items():
@@ -177,6 +184,18 @@ class RankingServer:
             if name == SERVICE_NAME:
                 generic = Gate(self._service, handlers, self._threads)
             self._server.add_generic_rpc_handlers((generic,))
+
+
+def _http_server() -> type[HttpServer]:
+    """Loaded by those who ask for it."""
+    try:
+        from xlarank_serving.http_server import HttpServer
+    except ImportError as error:
+        raise ConfigError(
+            f"http: expected {error.name} to be installed, for the protocol over HTTP: pip install "
+            f"'xlarank[http]'"
+        ) from error
+    return HttpServer
 
 
 @contextlib.contextmanager

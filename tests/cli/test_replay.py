@@ -9,7 +9,8 @@ from flax import nnx
 
 from xlarank.cli import main
 from xlarank.compiler import build_bundle, random_requests
-from xlarank.runtime import CaptureConfig, Captures, Engine
+from xlarank.runtime import Captures, Engine
+from xlarank.spec import CaptureConfig
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def kept(tmp_path_factory):
     build_bundle(
         shop.Shop(rngs=nnx.Rngs(0)), shop.SPEC, shop.make_tables(), out=folder, buckets=[8], tune_seconds=0
     )
-    captures = Captures(CaptureConfig(folder=str(folder / "captures"), slow_ms=1e-6))
+    captures = Captures(CaptureConfig(folder=folder / "captures", slow_ms=1e-6))
     with Engine.load(folder / "shop", num_devices=1, captures=captures) as engine:
         first, second = random_requests(shop.SPEC, 2, num_candidates=20)
         engine.score(first)

@@ -11,8 +11,8 @@ import pytest
 from xlarank.errors import BucketError
 from xlarank.runtime.batcher import Batch, Batcher
 from xlarank.runtime.bucket_plan import BucketPlan
-from xlarank.runtime.queue_config import QueueConfig
 from xlarank.spec import Bucket, BucketLadder, LatencyProfile
+from xlarank.spec.serving import QueueConfig
 
 LADDER = BucketLadder.of_rows((8, 32, 128))
 

@@ -9,7 +9,8 @@ import shop
 from xlarank.bundle import read_requests
 from xlarank.compiler import random_requests
 from xlarank.errors import ConfigError
-from xlarank.runtime import CaptureConfig, Captures, Timings
+from xlarank.runtime import Captures, Timings
+from xlarank.spec import CaptureConfig
 
 TIMINGS = Timings(queue=0.001, gather=0.002, execute=0.003, total=0.0075)
 
@@ -41,7 +42,7 @@ def test_what_is_slow_is_what_the_config_says(slow_ms, expected):
 def test_files_are_written_whole_and_the_oldest_go_those_of_an_earlier_process_included(tmp_path):
     folder = tmp_path / "kept"
     for _ in range(2):
-        captures = Captures(CaptureConfig(folder=str(folder), num_kept=4))
+        captures = Captures(CaptureConfig(folder=folder, num_kept=4))
         requests = keep(captures, 3)
         captures.close()
     files = sorted(folder.glob("*.safetensors"))
@@ -54,7 +55,7 @@ def test_files_are_written_whole_and_the_oldest_go_those_of_an_earlier_process_i
 
 
 def test_nothing_is_kept_where_none_is_wanted(tmp_path):
-    captures = Captures(CaptureConfig(folder=str(tmp_path / "kept"), num_kept=0))
+    captures = Captures(CaptureConfig(folder=tmp_path / "kept", num_kept=0))
     keep(captures, 2)
     captures.close()
     assert captures.kept() == []
@@ -64,6 +65,6 @@ def test_nothing_is_kept_where_none_is_wanted(tmp_path):
 def test_a_folder_that_can_not_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"captures: folder .*file/kept: "):
-        Captures(CaptureConfig(folder=str(tmp_path / "file" / "kept")))
+        Captures(CaptureConfig(folder=tmp_path / "file" / "kept"))
     with pytest.raises(ConfigError, match=r"captures: slow_ms must be >= 0; was -1"):
         CaptureConfig(slow_ms=-1)

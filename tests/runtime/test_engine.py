@@ -24,8 +24,17 @@ from xlarank.errors import (
     RequestError,
     UnavailableError,
 )
-from xlarank.runtime import Engine, Metrics, ModelRepository, QueueConfig
-from xlarank.spec import FeatureSpec, ModelSpec, RankRequest, RequestOptions, Scope, TaskSpec, take
+from xlarank.runtime import Engine, Metrics, ModelRepository
+from xlarank.spec import (
+    FeatureSpec,
+    ModelSpec,
+    QueueConfig,
+    RankRequest,
+    RequestOptions,
+    Scope,
+    TaskSpec,
+    take,
+)
 
 MAX_ROWS = 1024
 

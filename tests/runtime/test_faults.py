@@ -13,9 +13,9 @@ from flax import nnx
 from xlarank.bundle import read_requests
 from xlarank.compiler import build_bundle, random_requests
 from xlarank.errors import ConfigError, ExecutionError, UnavailableError
-from xlarank.runtime import CaptureConfig, Captures, DevicePool, Engine, FaultConfig
+from xlarank.runtime import Captures, DevicePool, Engine
 from xlarank.runtime.device_health import DeviceState
-from xlarank.spec import RankRequest
+from xlarank.spec import CaptureConfig, FaultConfig, RankRequest
 
 QUICK = FaultConfig(watchdog_seconds=0.5, probe_seconds=0.01)
 
@@ -139,7 +139,7 @@ def raise_where_poisoned(bucket, leaves, scores):
 def test_requests_that_fail_everywhere_fail_alone_and_no_device_is_quarantined(
     serve, num_devices, tmp_path, fault, message
 ):
-    captures = Captures(CaptureConfig(folder=str(tmp_path / "kept")))
+    captures = Captures(CaptureConfig(folder=tmp_path / "kept"))
     engine, executors = serve(num_devices, captures=captures)
     requests = requests_of(12)
     expected = [engine.score(request) for request in requests]

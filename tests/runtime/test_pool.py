@@ -7,8 +7,8 @@ import pytest
 from xlarank.errors import UnavailableError
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.pool import DevicePool
-from xlarank.runtime.queue_config import QueueConfig
 from xlarank.spec import Bucket, BucketLadder, LatencyProfile, RequestOptions
+from xlarank.spec.serving import QueueConfig
 
 ONE_ROW = BucketPlan(BucketLadder((Bucket(1, 1),)), LatencyProfile({Bucket(1, 1): 1e-3}))
 

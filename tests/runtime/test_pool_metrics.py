@@ -10,8 +10,8 @@ from xlarank.errors import DeadlineError, OverloadError
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.pool import DevicePool
 from xlarank.runtime.pool_metrics import REFUSALS, PoolMetrics
-from xlarank.runtime.queue_config import QueueConfig
 from xlarank.spec import Bucket, BucketLadder, LatencyProfile, RequestOptions
+from xlarank.spec.serving import QueueConfig
 
 PLAN = BucketPlan(BucketLadder((Bucket(8, 8),)), LatencyProfile({Bucket(8, 8): 1.0}), seconds_a_run=0.0)
 

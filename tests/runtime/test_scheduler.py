@@ -8,9 +8,9 @@ import pytest
 
 from xlarank.errors import DeadlineError, OverloadError, UnavailableError
 from xlarank.runtime.bucket_plan import BucketPlan
-from xlarank.runtime.queue_config import QueueConfig
 from xlarank.runtime.scheduler import Scheduler
 from xlarank.spec import BucketLadder, LatencyProfile, RequestOptions
+from xlarank.spec.serving import QueueConfig
 
 LADDER = BucketLadder.of_rows((8, 32))
 

@@ -7,10 +7,10 @@ import pytest
 
 from xlarank.errors import ConfigError
 from xlarank.runtime.bucket_plan import BucketPlan
-from xlarank.runtime.queue_config import QueueConfig
 from xlarank.runtime.scheduler import Scheduler
 from xlarank.runtime.simulation import Arrival, poisson_arrivals, simulate
 from xlarank.spec import Bucket, BucketLadder, LatencyProfile
+from xlarank.spec.serving import QueueConfig
 
 
 def plan_of(buckets, seconds, **options):

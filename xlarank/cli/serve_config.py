@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig, ServerConfig
+from xlarank_serving.config import ConnectionConfig, HttpConfig, LimitConfig, SecurityConfig, ServerConfig
 
 from xlarank.errors import ConfigError
 from xlarank.host import MissPolicy, TableMemory
+from xlarank.spec import CaptureConfig, FaultConfig, QueueConfig
 
 __all__ = ["FeaturesConfig", "ModelsConfig", "ServeConfig", "TablesConfig"]
 
@@ -89,6 +90,10 @@ class ServeConfig:
     limits: LimitConfig = dataclasses.field(default_factory=LimitConfig)
     connections: ConnectionConfig = dataclasses.field(default_factory=ConnectionConfig)
     security: SecurityConfig = dataclasses.field(default_factory=SecurityConfig)
+    http: HttpConfig = dataclasses.field(default_factory=HttpConfig)
     models: ModelsConfig = dataclasses.field(default_factory=ModelsConfig)
     tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
     features: FeaturesConfig = dataclasses.field(default_factory=FeaturesConfig)
+    queue: QueueConfig = dataclasses.field(default_factory=QueueConfig)
+    faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
+    captures: CaptureConfig = dataclasses.field(default_factory=CaptureConfig)

@@ -91,9 +91,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       ConfigError: for traffic that can't be read, or numbers that make no sense.
     """
     from xlarank.runtime.bucket_plan import BucketPlan
-    from xlarank.runtime.queue_config import QueueConfig
     from xlarank.runtime.scheduler import Scheduler
     from xlarank.runtime.simulation import simulate
+    from xlarank.spec.serving import QueueConfig
 
     bundle = open_bundle(resolve_bundle(args.bundle), verify=Verify.SIZES)
     manifest = bundle.manifest

@@ -1,30 +1,24 @@
 """Online: engine, batcher, device pool, lifecycle, metrics. No Flax, no compiler."""
 
 from xlarank.runtime.answer import Answer, Timings
-from xlarank.runtime.captures import CaptureConfig, Captures
-from xlarank.runtime.device_health import FaultConfig
+from xlarank.runtime.captures import Captures
 from xlarank.runtime.engine import Engine
 from xlarank.runtime.features import FeatureOptions
 from xlarank.runtime.lifecycle import ModelRepository
 from xlarank.runtime.loading import LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics, ModelStatistics
 from xlarank.runtime.pool import DevicePool
-from xlarank.runtime.queue_config import DispatchPolicy, QueueConfig
 
 __all__ = [
     "Answer",
-    "CaptureConfig",
     "Captures",
     "DevicePool",
-    "DispatchPolicy",
     "Engine",
-    "FaultConfig",
     "FeatureOptions",
     "LoadReport",
     "Metrics",
     "ModelMetrics",
     "ModelRepository",
     "ModelStatistics",
-    "QueueConfig",
     "Timings",
 ]

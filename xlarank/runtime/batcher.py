@@ -34,8 +34,8 @@ from typing import Generic, TypeVar
 
 from xlarank.errors import BucketError
 from xlarank.runtime.bucket_plan import LEAST_GAIN, BucketPlan
-from xlarank.runtime.queue_config import QueueConfig
 from xlarank.spec import DEFAULT_PRIORITY, Bucket
+from xlarank.spec.serving import QueueConfig
 
 __all__ = ["Batch", "Batcher", "Part", "Ticket"]
 

@@ -18,10 +18,9 @@ import numpy as np
 from xlarank.bundle import write_requests
 from xlarank.errors import BundleError, ConfigError
 from xlarank.runtime.answer import Timings
-from xlarank.spec import RankRequest
-from xlarank.spec.fields import to_integer, to_number
+from xlarank.spec import CaptureConfig, RankRequest
 
-__all__ = ["Capture", "CaptureConfig", "CaptureReason", "Captures"]
+__all__ = ["Capture", "CaptureReason", "Captures"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,25 +33,6 @@ class CaptureReason(enum.StrEnum):
 
     SLOW = "slow"
     """Its answer took long."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CaptureConfig:
-    """Which requests are kept, with their inputs, for `xlarank replay`."""
-
-    folder: str = ""
-    """Where they are written; empty keeps them in memory alone."""
-
-    num_kept: int = 16
-    """Of each reason: the last so many. 0 keeps none."""
-
-    slow_ms: float = 0.0
-    """Requests that took longer are kept as slow, in milliseconds; 0 for none."""
-
-    def __post_init__(self) -> None:
-        to_integer("captures", "num_kept", self.num_kept, least=0)
-        if to_number("captures", "slow_ms", self.slow_ms) < 0:
-            raise ConfigError(f"captures: slow_ms must be >= 0; was {self.slow_ms}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,8 +76,8 @@ class Captures:
         }
         self._to_write: queue.Queue[Capture | None] = queue.Queue(maxsize=max(1, self.config.num_kept))
         self._writer: threading.Thread | None = None
-        if self.config.folder and self.config.num_kept:
-            self._folder = Path(self.config.folder)
+        if self.config.folder is not None and self.config.num_kept:
+            self._folder = self.config.folder
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:

@@ -20,29 +20,12 @@ import enum
 import math
 from typing import Any
 
-from xlarank.errors import ConfigError
 from xlarank.runtime.scheduler import Turn
-from xlarank.spec.fields import to_number
+from xlarank.spec import FaultConfig
 
-__all__ = ["DeviceHealth", "DeviceState", "DeviceStatus", "FaultConfig", "Suspicion"]
+__all__ = ["DeviceHealth", "DeviceState", "DeviceStatus", "Suspicion"]
 
 _MAX_PROBE_SECONDS = 60.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FaultConfig:
-    """When a device is given up, and when it is tried again."""
-
-    watchdog_seconds: float = 10.0
-    """A batch that takes longer than this has hung its device."""
-
-    probe_seconds: float = 1.0
-    """First wait before a quarantined device is tried again."""
-
-    def __post_init__(self) -> None:
-        for name in ("watchdog_seconds", "probe_seconds"):
-            if to_number("faults", name, getattr(self, name)) <= 0:
-                raise ConfigError(f"faults: {name} must be > 0; was {getattr(self, name)}")
 
 
 class DeviceState(enum.StrEnum):

@@ -25,7 +25,6 @@ from xlarank.runtime.loading import Loader, LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pending import Pending
 from xlarank.runtime.pool import DevicePool
-from xlarank.runtime.queue_config import QueueConfig
 from xlarank.runtime.table_versions import TableVersion, TableVersions
 from xlarank.runtime.tables import TableBytes
 from xlarank.runtime.workload import ModelWorkload
@@ -38,6 +37,7 @@ from xlarank.spec import (
     RequestOptions,
     check_candidate_ids,
 )
+from xlarank.spec.serving import QueueConfig
 
 __all__ = ["Engine"]
 

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 from xlarank.errors import DeadlineError, ExecutionError, OverloadError, UnavailableError
 from xlarank.runtime.batcher import Batch
 from xlarank.runtime.bucket_plan import BucketPlan
-from xlarank.runtime.device_health import DeviceHealth, DeviceState, DeviceStatus, FaultConfig, Suspicion
+from xlarank.runtime.device_health import DeviceHealth, DeviceState, DeviceStatus, Suspicion
 from xlarank.runtime.pool_metrics import REFUSALS, DeviceSnapshot, PoolSnapshot, QueueSnapshot
-from xlarank.runtime.queue_config import QueueConfig
 from xlarank.runtime.scheduler import ModelQueue, Scheduler, Turn
-from xlarank.spec import RequestOptions
+from xlarank.spec import FaultConfig, RequestOptions
+from xlarank.spec.serving import QueueConfig
 
 __all__ = ["DevicePool", "Workload"]
 

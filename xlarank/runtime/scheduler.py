@@ -29,8 +29,8 @@ from typing import Generic, TypeVar
 from xlarank.errors import DeadlineError, OverloadError, UnavailableError
 from xlarank.runtime.batcher import Batch, Batcher, Part, Ticket
 from xlarank.runtime.bucket_plan import BucketPlan
-from xlarank.runtime.queue_config import DispatchPolicy, QueueConfig
 from xlarank.spec import DEFAULT_PRIORITY, RequestOptions
+from xlarank.spec.serving import DispatchPolicy, QueueConfig
 
 __all__ = ["ModelQueue", "Scheduler", "Turn"]
 

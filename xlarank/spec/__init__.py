@@ -41,6 +41,7 @@ from xlarank.spec.request import (
     default_column,
 )
 from xlarank.spec.row_format import RowFormat
+from xlarank.spec.serving import CaptureConfig, DispatchPolicy, FaultConfig, QueueConfig
 from xlarank.spec.signature import (
     MASK_SUFFIX,
     REQUEST_OF_ROW,
@@ -61,13 +62,16 @@ __all__ = [
     "Bucket",
     "BucketLadder",
     "Bucketise",
+    "CaptureConfig",
     "Clip",
     "Column",
     "Combiner",
     "ContentCheck",
     "DeviceLookup",
     "DeviceTable",
+    "DispatchPolicy",
     "ErrorBudget",
+    "FaultConfig",
     "FeatureKind",
     "FeatureSpec",
     "Hash",
@@ -80,6 +84,7 @@ __all__ = [
     "Placement",
     "Precision",
     "PrecisionPolicy",
+    "QueueConfig",
     "Ragged",
     "RankRequest",
     "RequestOptions",

@@ -1,14 +1,15 @@
-"""How requests wait: `QueueConfig`."""
+"""How requests wait, when devices are given up, which requests are kept: sections of a server's config."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+from pathlib import Path
 
 from xlarank.errors import ConfigError
 from xlarank.spec.fields import set_enum, to_integer, to_number
 
-__all__ = ["DispatchPolicy", "QueueConfig"]
+__all__ = ["CaptureConfig", "DispatchPolicy", "FaultConfig", "QueueConfig"]
 
 
 class DispatchPolicy(enum.StrEnum):
@@ -46,7 +47,9 @@ class QueueConfig:
     max_defer_ms: float = 0.0
     """Longest time that a free device waits for company under high load; 0 for never."""
 
-    policy: DispatchPolicy = DispatchPolicy.AFFINITY
+    policy: DispatchPolicy = dataclasses.field(
+        default=DispatchPolicy.AFFINITY, metadata={"flag": "dispatch-policy"}
+    )
     """Whether a request runs on one device (affinity) or is split over all (spread)."""
 
     @classmethod
@@ -63,3 +66,38 @@ class QueueConfig:
                 raise ConfigError(f"queue: {name} must be >= 0; was {getattr(self, name)}")
         if self.max_queue_ms == 0:
             raise ConfigError("queue: max_queue_ms must be > 0; was 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """When a device is given up, and when it is tried again."""
+
+    watchdog_seconds: float = 10.0
+    """A batch that takes longer than this has hung its device."""
+
+    probe_seconds: float = 1.0
+    """First wait before a quarantined device is tried again."""
+
+    def __post_init__(self) -> None:
+        for name in ("watchdog_seconds", "probe_seconds"):
+            if to_number("faults", name, getattr(self, name)) <= 0:
+                raise ConfigError(f"faults: {name} must be > 0; was {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptureConfig:
+    """Which requests are kept, with their inputs, for `xlarank replay`."""
+
+    folder: Path | None = dataclasses.field(default=None, metadata={"flag": "captures"})
+    """Where they are written; without one they are kept in memory alone."""
+
+    num_kept: int = dataclasses.field(default=16, metadata={"flag": "captures-kept"})
+    """Of each reason: the last so many. 0 keeps none."""
+
+    slow_ms: float = dataclasses.field(default=0.0, metadata={"flag": "capture-slow-ms"})
+    """Requests that took longer are kept as slow, in milliseconds; 0 for none."""
+
+    def __post_init__(self) -> None:
+        to_integer("captures", "num_kept", self.num_kept, least=0)
+        if to_number("captures", "slow_ms", self.slow_ms) < 0:
+            raise ConfigError(f"captures: slow_ms must be >= 0; was {self.slow_ms}")
