@@ -167,6 +167,7 @@ def _open_repository(config: ServeConfig, metrics: Metrics) -> ModelRepository:
                 FeatureOptions(path=path, misses=features.misses, memory_bytes=features.memory_bytes)
                 for path in features.paths
             ],
+            versions=config.versions,
             on_progress=lambda step: print(f"loading {step}", file=sys.stderr, flush=True),
             on_table_bytes=on_table_bytes,
         )

@@ -9,6 +9,7 @@ from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig
 
 from xlarank.errors import ConfigError
 from xlarank.host import MissPolicy, TableMemory
+from xlarank.spec.versions import VersionOptions
 
 __all__ = ["FeaturesConfig", "ModelsConfig", "ServeConfig", "TablesConfig"]
 
@@ -90,5 +91,6 @@ class ServeConfig:
     connections: ConnectionConfig = dataclasses.field(default_factory=ConnectionConfig)
     security: SecurityConfig = dataclasses.field(default_factory=SecurityConfig)
     models: ModelsConfig = dataclasses.field(default_factory=ModelsConfig)
+    versions: VersionOptions = dataclasses.field(default_factory=VersionOptions)
     tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
     features: FeaturesConfig = dataclasses.field(default_factory=FeaturesConfig)

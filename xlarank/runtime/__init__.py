@@ -10,6 +10,14 @@ from xlarank.runtime.loading import LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics, ModelStatistics
 from xlarank.runtime.pool import DevicePool
 from xlarank.runtime.queue_config import DispatchPolicy, QueueConfig
+from xlarank.spec.versions import (
+    ModelPolicy,
+    Policy,
+    VersionLabel,
+    VersionOptions,
+    VersionState,
+    VersionStatus,
+)
 
 __all__ = [
     "Answer",
@@ -23,8 +31,14 @@ __all__ = [
     "LoadReport",
     "Metrics",
     "ModelMetrics",
+    "ModelPolicy",
     "ModelRepository",
     "ModelStatistics",
+    "Policy",
     "QueueConfig",
     "Timings",
+    "VersionLabel",
+    "VersionOptions",
+    "VersionState",
+    "VersionStatus",
 ]

@@ -126,7 +126,12 @@ class Engine:
             on_table_bytes=on_table_bytes,
         )
         return cls(
-            loader, pool, metrics or Metrics(), features, queue or QueueConfig.unbounded(), captures or Captures()
+            loader,
+            pool,
+            metrics or Metrics(),
+            features,
+            queue or QueueConfig.unbounded(),
+            captures or Captures(),
         )
 
     def __init__(
