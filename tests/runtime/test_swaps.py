@@ -6,12 +6,12 @@ import weakref
 import linear
 import numpy as np
 import pytest
-from xlarank.runtime.turns import DeviceTurns
 
 from xlarank import device
 from xlarank.errors import ModelError, UnavailableError
 from xlarank.runtime import DevicePool, Metrics, ModelRepository, VersionOptions, warming
 from xlarank.runtime.compile_helper import CompileHelper
+from xlarank.runtime.pacing import PacedRuns
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_request_that_got_the_old_engine_just_before_the_swap_is_answered_by_i
 
 def parts_of(engine):
     """What holds an engine's memory."""
-    replica = engine._replicas[0]
+    replica = engine._execution._executors[0]
     tables = [table.rows for table in engine._gatherer._tables.values()]
     return [weakref.ref(part) for part in (engine, replica, engine._gatherer, *tables, *replica.prepared)]
 
@@ -183,8 +183,8 @@ def test_new_weights_take_the_compiled_programs_and_the_times_of_the_version_tha
     publish(1, with_code=False)
     repository = opened(use_bundle_code=False)
     old = repository.engine("linear")
-    programs = [e.compiled for replica in old._replicas for e in replica.executables.values()]
-    profile = old.profile
+    programs = [e.compiled for replica in old._execution._executors for e in replica.executables.values()]
+    profiles = old.profiles
     for file in cold_cache.iterdir():  # nothing there is read
         file.unlink()
     before = device.num_compiled()
@@ -192,8 +192,10 @@ def test_new_weights_take_the_compiled_programs_and_the_times_of_the_version_tha
     repository.poll()
     new = repository.engine("linear")
     assert ask(repository, 3) == 2
-    assert [e.compiled for replica in new._replicas for e in replica.executables.values()] == programs
-    assert new.profile is profile
+    assert [
+        e.compiled for replica in new._execution._executors for e in replica.executables.values()
+    ] == programs
+    assert new.profiles is profiles
     assert device.num_compiled() == before
 
 
@@ -234,40 +236,30 @@ def test_code_is_compiled_for_nothing_if_the_cache_does_not_keep_it(linear_versi
         warming.compile_into_cache(open_bundle(linear_version), num_devices=1)
 
 
-class Work:
-    """A workload with a job that a test ends."""
-
-    def __init__(self):
-        self.started, self.end = threading.Event(), threading.Event()
-        self._jobs = [self._run]
-
-    def next_job(self, device_index):
-        return self._jobs.pop() if self._jobs and device_index == 0 else None
-
-    def _run(self):
-        self.started.set()
-        self.end.wait(60)
-
-
-def test_runs_that_prove_a_version_come_between_batches_and_take_a_small_share_of_the_time():
+def test_runs_that_prove_a_version_come_between_turns_and_take_a_small_share_of_the_time():
     pauses = []
-    times = iter([0.0, 2.0])
+    times = iter([0.0, 2.0, 2.0])
     pool = DevicePool(2)
-    turns = DeviceTurns(pool, share=0.1, wait=pauses.append, clock=lambda: next(times))
-    batch = Work()
-    pool.attach(batch)
-    pool.submit(batch, lambda: None)
-    batch.started.wait(60)
+    paced = PacedRuns(pool, share=0.1, wait=pauses.append, clock=lambda: next(times))
+    started, end = threading.Event(), threading.Event()
+
+    def turn():
+        started.set()
+        end.wait(60)
+
+    pool.run_between(0, turn)
+    started.wait(60)
     ran = []
-    asking = threading.Thread(target=lambda: turns.on(0)(lambda: ran.append(threading.current_thread().name)))
+    asking = threading.Thread(target=lambda: paced.on(0)(lambda: ran.append(threading.current_thread().name)))
     asking.start()
     asking.join(0.05)
-    assert ran == []  # the batch has the device
-    batch.end.set()
+    assert ran == []  # the device is busy
+    end.set()
     asking.join(60)
     assert ran == ["xlarank-device-0"]
     assert pauses == [pytest.approx(18.0)]  # 2 s of every 20
-    times = iter([0.0])
     with pytest.raises(ZeroDivisionError):
-        turns.on(1)(lambda: 1 / 0)
+        paced.on(1)(lambda: 1 / 0)
     pool.close()
+    with pytest.raises(UnavailableError, match=r"the devices' threads have ended"):
+        paced.on(1)(lambda: 1)

@@ -18,11 +18,13 @@ from xlarank import device
 from xlarank.bundle import list_versions
 from xlarank.errors import BundleError, ConfigError, ModelNotFoundError, UnavailableError
 from xlarank.host import TableMemory, native_available
+from xlarank.runtime.captures import Captures
 from xlarank.runtime.engine import Engine
 from xlarank.runtime.features import FeatureOptions, stores_by_model
 from xlarank.runtime.metrics import Metrics
 from xlarank.runtime.model_versions import ModelVersions
 from xlarank.runtime.pool import DevicePool
+from xlarank.runtime.queue_config import QueueConfig
 from xlarank.runtime.routes import ServedVersion
 from xlarank.runtime.tables import TableBytes
 from xlarank.runtime.version_loading import LoadOptions, VersionLoader
@@ -61,6 +63,8 @@ class ModelRepository:
         metrics: Metrics | None = None,
         features: Sequence[FeatureOptions] = (),
         versions: VersionOptions | None = None,
+        queue: QueueConfig | None = None,
+        captures: Captures | None = None,
         on_progress: Callable[[str], None] | None = None,
         on_table_bytes: TableBytes | None = None,
         stop: Stop | None = None,
@@ -72,8 +76,8 @@ class ModelRepository:
 
         Args:
           path: ``<path>/<model>/<version>`` are the bundles.
-          num_devices, host_threads, compile_cache, use_bundle_code, table_memory, metrics, on_progress,
-            on_table_bytes: see `Engine.load`.
+          num_devices, host_threads, compile_cache, use_bundle_code, table_memory, metrics, queue, captures,
+            on_progress, on_table_bytes: see `Engine.load`.
           allow_reference_gather: serve without the native kernel, slowly.
           features: feature files to open, each for the model that it was built for.
           versions: which versions, and whether to look for new ones; the latest, and no, by default.
@@ -98,6 +102,8 @@ class ModelRepository:
             host_threads=host_threads,
             use_bundle_code=use_bundle_code,
             table_memory=None if table_memory is None else TableMemory.named(table_memory),
+            queue=queue or QueueConfig.unbounded(),
+            captures=captures or Captures(),
             on_progress=on_progress,
             on_table_bytes=on_table_bytes,
         )
@@ -199,7 +205,10 @@ class ModelRepository:
             is closing.
         """
         model = self._known(name)
-        return self._pick(model, version, self._position(model, key)).engine
+        engine = self._pick(model, version, self._position(model, key)).engine
+        if engine.fault is not None:
+            raise UnavailableError(f"model '{name}' version {engine.version} has failed: {engine.fault}")
+        return engine
 
     @contextlib.contextmanager
     def lease(self, name: str, version: str = "", key: str | None = None) -> Iterator[Engine]:
@@ -312,6 +321,8 @@ class ModelRepository:
             raise UnavailableError(f"repository {self._root} is shutting down") from None
 
     def _look(self) -> None:
+        if self._pool.fault is not None:
+            return  # a version would be found to fail that does not
         try:
             found = list_versions(self._root)
         except BundleError as error:

@@ -232,8 +232,8 @@ class ModelVersions:
         with self._lock:
             self._on_disk = tuple(on_disk)
             for version, served in self._loaded.items():
-                if served.engine.fault is not None and version not in self._failed:
-                    self._failed[version] = _Blocked(stamps[version], served.engine.fault)
+                if served.engine.damage is not None and version not in self._failed:
+                    self._failed[version] = _Blocked(stamps[version], served.engine.damage)
             for blocked in (self._failed, self._rolled_back):
                 for version in [v for v, b in blocked.items() if stamps.get(v) != b.stamp]:
                     if version not in self._loaded:
@@ -308,7 +308,7 @@ class ModelVersions:
           found_at: when the version that was loaded just now was found, for the metrics.
         """
         wanted = {version: self._loaded[version] for version in self._wanted() if version in self._loaded}
-        served = wanted if any(s.engine.fault is None for s in wanted.values()) else dict(self._loaded)
+        served = wanted if any(s.engine.damage is None for s in wanted.values()) else dict(self._loaded)
         before = self.routes.versions
         if self.routes.policy is not self._policy:
             self._put_routes(served)

@@ -83,7 +83,7 @@ class Routes:
         number = label.version if label else _number(version)
         what = f"'{self.model}' version {version}" + (f", which is {number}," if label else "")
         if number is not None and number in self.versions:
-            return self._without_fault(number)
+            return self._undamaged(number)
         others = self.others()
         if number is not None and (label or number in others):
             why = f": {others[number]}" if others.get(number) else ""
@@ -94,22 +94,24 @@ class Routes:
         raise ModelNotFoundError(f"Request for unknown model: {what} is not found{hint}")
 
     def _default(self, position: float) -> ServedVersion:
-        healthy = [number for number, served in self.versions.items() if served.engine.fault is None]
+        healthy = [number for number, served in self.versions.items() if served.engine.damage is None]
         number = self.policy.version_for(position, healthy)
         if number is not None:
             return self.versions[number]
         if self.versions:
-            return self._without_fault(max(self.versions))
+            return self._undamaged(max(self.versions))
         if others := self.others():
             reasons = "; ".join(f"version {other}: {why}" for other, why in others.items() if why)
             why = f": {reasons}" if reasons else ""
             raise UnavailableError(f"Request for unknown model: '{self.model}' is not at ready state{why}")
         raise ModelNotFoundError(f"Request for unknown model: '{self.model}' has no available versions")
 
-    def _without_fault(self, number: int) -> ServedVersion:
+    def _undamaged(self, number: int) -> ServedVersion:
         served = self.versions[number]
-        if served.engine.fault is not None:
-            raise UnavailableError(f"model '{self.model}' version {number} has failed: {served.engine.fault}")
+        if served.engine.damage is not None:
+            raise UnavailableError(
+                f"model '{self.model}' version {number} has failed: {served.engine.damage}"
+            )
         return served
 
 

@@ -15,12 +15,14 @@ from xlarank.bundle import Bundle, Verify, open_bundle
 from xlarank.errors import ConfigError
 from xlarank.host import FeatureStore, TableMemory
 from xlarank.runtime.background import in_background
+from xlarank.runtime.captures import Captures
 from xlarank.runtime.compile_helper import CompileHelper
 from xlarank.runtime.engine import Engine
 from xlarank.runtime.loading import Loader, program_key
 from xlarank.runtime.metrics import Metrics
 from xlarank.runtime.pacing import PacedRuns
 from xlarank.runtime.pool import DevicePool
+from xlarank.runtime.queue_config import QueueConfig
 from xlarank.runtime.tables import TableBytes
 from xlarank.spec import ModelSpec
 
@@ -43,6 +45,12 @@ class LoadOptions:
 
     table_memory: TableMemory | None = None
     """Where tables are kept."""
+
+    queue: QueueConfig = dataclasses.field(default_factory=QueueConfig.unbounded)
+    """How requests of each engine wait and how many may."""
+
+    captures: Captures = dataclasses.field(default_factory=Captures)
+    """Keeps requests that fail or are slow, of all versions."""
 
     on_progress: Callable[[str], None] | None = None
     """Told each step in words."""
@@ -136,7 +144,8 @@ class VersionLoader:
             paces=self._paced.on if is_beside else None,
             profiles=None if twin is None else twin.profiles,
         )
-        engine = Engine(loader, self._pool, self._metrics, self._store(path, bundle.spec))
+        store = self._store(path, bundle.spec)
+        engine = Engine(loader, self._pool, self._metrics, store, options.queue, options.captures)
         self._keys[engine] = key
         self._in_cache.add(key)
         if not is_beside:
