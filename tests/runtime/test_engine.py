@@ -401,7 +401,7 @@ def test_a_damaged_table_found_while_it_serves_makes_the_model_unready_and_says_
     with pytest.raises(BundleError, match=r"items\.npy: damaged: bytes 448 to 512"):
         Engine.load(tmp_path / "shop", table_memory="huge")
     served = ModelRepository.open(tmp_path, num_devices=1, table_memory="mmap")
-    engine = served._engines["shop"]
+    engine = served._models["shop"].routes.versions[1].engine
     engine._table_check.join()
     assert engine.fault is not None
     assert not served.is_ready

@@ -141,7 +141,7 @@ def test_tritonclient_asks_about_server_and_models(over):
     assert client.get_inference_statistics()["model_stats"][0]["name"] == "feed"
     index = client.get_model_repository_index()
     assert index == [{"name": "feed", "version": "3", "state": "READY", "reason": ""}]
-    with pytest.raises(triton.InferenceServerException, match="administrative port"):
+    with pytest.raises(triton.InferenceServerException, match="administrative RPCs are off on this port"):
         client.load_model("feed")
     client.close()
 

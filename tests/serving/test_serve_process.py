@@ -9,41 +9,18 @@ import sys
 import urllib.request
 
 import grpc
+import linear
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
 import trustme
-from flax import nnx
+from linear import expected, features
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.admin import AdminClient
 from xlarank_serving.channel import ClientTls
 from xlarank_serving.client import RankingClient
 
-from xlarank.compiler import build_bundle
 from xlarank.errors import AccessError, ModelNotFoundError, RequestError
-from xlarank.spec import FeatureSpec, ModelSpec, TableSpec, TaskKind, TaskSpec
-
-SPEC = ModelSpec(
-    name="linear",
-    features=(
-        FeatureSpec(name="age", kind="dense", scope="context"),
-        FeatureSpec(name="likes", kind="dense", scope="candidate", width=2),
-        FeatureSpec(name="topics", kind="id_list", scope="candidate", table="topics", combiner="sum"),
-    ),
-    tables=(TableSpec(name="topics", rows=10, dim=3),),
-    tasks=(TaskSpec(name="value", kind=TaskKind.REGRESSION),),
-)
-
-
-class Linear(nnx.Module):
-    """value = age * 2 + likes[0] - likes[1] + sum of the topics' vectors."""
-
-    def __init__(self):
-        self.scale = nnx.Param(np.float32([2.0]))
-
-    def __call__(self, features):
-        value = features["age"][:, 0] * self.scale[...][0]
-        return {"value": value + features["likes"] @ np.float32([1.0, -1.0]) + features["topics"].sum(axis=1)}
 
 
 def environment():
@@ -53,8 +30,7 @@ def environment():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
-    table = np.arange(30, dtype=np.float32).reshape(10, 3)
-    build_bundle(Linear(), SPEC, {"topics": table}, out=folder / "models", buckets=[4, 16], tune_seconds=0)
+    linear.build(folder / "models")
     return folder
 
 
@@ -99,22 +75,6 @@ def running(folder):
     assert json.loads(out.splitlines()[-1])["models"] == ["linear/1"]
 
 
-def features(num_candidates):
-    return {
-        "age": 3.0,
-        "likes": np.stack([np.arange(num_candidates) % 7, np.arange(num_candidates) % 5], 1).astype(
-            np.float32
-        ),
-        "topics": [[i % 10, 1] for i in range(num_candidates)],
-    }
-
-
-def expected(num_candidates):
-    # Row t of the table sums to 9t + 3, row 1 to 12.
-    rows = np.arange(num_candidates)
-    return 6.0 + rows % 7 - rows % 5 + (9 * (rows % 10) + 3) + 12.0
-
-
 def test_the_ready_line_and_the_port_file_say_the_same(running, folder):
     assert json.loads((folder / "ports.json").read_text()) == running
     assert running["models"] == ["linear/1"]
@@ -128,19 +88,24 @@ def test_scores_over_the_wire_are_the_model_s(running, num_candidates, packed):
     np.testing.assert_allclose(scores["value"], expected(num_candidates), rtol=1e-5, atol=1e-4)
 
 
-def test_tritonclient_gets_the_same_scores(running):
-    values = features(5)
+def tensors_of(num_candidates):
+    """A request for tritonclient."""
+    values = features(num_candidates)
     tensors = {
         "age": ("FP32", np.float32([3.0])),
         "likes": ("FP32", values["likes"]),
         "topics": ("INT64", np.array(values["topics"]).reshape(-1)),
-        "topics.lengths": ("INT32", np.full(5, 2, np.int32)),
+        "topics.lengths": ("INT32", np.full(num_candidates, 2, np.int32)),
     }
     inputs = [triton.InferInput(name, array.shape, datatype) for name, (datatype, array) in tensors.items()]
     for tensor, (_, array) in zip(inputs, tensors.values(), strict=True):
         tensor.set_data_from_numpy(array)
+    return inputs
+
+
+def test_tritonclient_gets_the_same_scores(running):
     with triton.InferenceServerClient(running["grpc"]) as client:
-        scores = client.infer("linear", inputs).as_numpy("value")
+        scores = client.infer("linear", tensors_of(5)).as_numpy("value")
     np.testing.assert_allclose(scores, expected(5), rtol=1e-5, atol=1e-4)
 
 
@@ -266,5 +231,81 @@ def test_sigterm_lets_accepted_requests_finish(folder):
                 (raw,) = answer.result().raw_output_contents
                 scores = np.frombuffer(raw, np.float32)
                 np.testing.assert_allclose(scores, expected(num_candidates), rtol=1e-5, atol=1e-4)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+
+
+VERSIONS = """
+[versions]
+watch_seconds = 0.05
+
+[[versions.models]]
+name = "linear"
+policy = "all"
+labels = [{ name = "first", version = 1 }]
+"""
+
+
+def read_until(stream, word):
+    """Reads a process's output up to the line with a word in it."""
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if word in line:
+            return
+    raise AssertionError(f"expected {word!r}, got {lines}")
+
+
+def test_a_server_swaps_to_a_version_that_is_published_while_it_serves(folder):
+    first, watched = folder / "models" / "linear" / "1", folder / "watched"
+    linear.publish(first, watched, 1)
+    (folder / "versions.toml").write_text(VERSIONS)
+    options = ("--compile-cache", str(folder / "cache"), "--config", str(folder / "versions.toml"))
+    with (
+        served_by(str(watched), *options, "--admin-port", "0") as process,
+        contextlib.ExitStack() as stack,
+    ):
+        ready = json.loads(process.stdout.readline())
+        client = stack.enter_context(triton.InferenceServerClient(ready["grpc"]))
+
+        def answer(version=""):
+            result = client.infer("linear", tensors_of(5), model_version=version)
+            answered_by = int(result.get_response().model_version)
+            np.testing.assert_allclose(result.as_numpy("value"), expected(5, answered_by), rtol=1e-6)
+            return answered_by
+
+        def index():
+            models = client.get_model_repository_index().models
+            return {model.version: (model.state, model.reason) for model in models}
+
+        assert answer() == 1
+        with pytest.raises(triton.InferenceServerException, match="'linear' version 2 is not found"):
+            answer("2")
+        linear.publish(first, watched, 2)
+        read_until(process.stderr, "loading linear 2: profile")
+        while not client.is_model_ready("linear", "2"):
+            assert answer() == 1  # the server says nothing of the moment, and answers until then
+        assert answer() == 2
+        assert answer("1") == answer("first") == 1
+        assert client.get_model_metadata("linear").versions == ["1", "2"]
+        linear.publish(first, watched, 3, golden_error=0.5)
+        read_until(process.stderr, "model linear version 3 isn't served: model 'linear', task 'value'")
+        assert answer() == 2
+        with pytest.raises(
+            triton.InferenceServerException, match=r"version 3 is not at ready state: .*golden"
+        ):
+            answer("3")
+        assert [index()[version][0] for version in "123"] == ["READY", "READY", "UNAVAILABLE"]
+        assert "golden replay on" in index()["3"][1]
+        admin = stack.enter_context(triton.InferenceServerClient(ready["admin"]))
+        admin.unload_model("linear")
+        with pytest.raises(triton.InferenceServerException, match="'linear' has no available versions"):
+            answer()
+        with pytest.raises(
+            triton.InferenceServerException, match="failed to load 'linear': version 3: model"
+        ):
+            admin.load_model("linear")
+        assert answer() == 2
+        process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import resource
 import sys
@@ -18,7 +19,7 @@ from xlarank.cli.table_memory import table_progress
 from xlarank.errors import ConfigError
 
 if TYPE_CHECKING:
-    from xlarank.runtime import Metrics, ModelRepository
+    from xlarank.runtime import Captures, Metrics, ModelRepository
 
 __all__ = ["add_parser", "run"]
 
@@ -107,7 +108,7 @@ def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
     from xlarank_serving.admin import AdminServer
     from xlarank_serving.server import RankingServer, stop_on_signals
 
-    from xlarank.runtime import Metrics
+    from xlarank.runtime import Captures, Metrics
 
     # Before models load; binding the ports for good, after that, refuses a late comer.
     for port in config.server.ports:
@@ -115,8 +116,11 @@ def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
             raise ConfigError(problem)
     _raise_file_limit()
     metrics = Metrics()
-    repository = _open_repository(config, metrics)
-    with stop_on_signals() as stop:
+    timeout_ms = config.queue.default_timeout_ms
+    with contextlib.ExitStack() as outer:
+        captures = outer.enter_context(contextlib.closing(Captures(config.captures)))
+        repository = _open_repository(config, metrics, captures)
+        stop = outer.enter_context(stop_on_signals())  # while models load, a signal ends the process at once
         try:
             server = RankingServer(
                 repository,
@@ -125,6 +129,9 @@ def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
                 limits=config.limits,
                 connections=config.connections,
                 security=config.security,
+                http=config.http,
+                manager=repository,
+                default_timeout_seconds=timeout_ms / 1e3 if timeout_ms else math.inf,
             )
         except ConfigError:
             repository.close()
@@ -132,8 +139,10 @@ def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
         with server, contextlib.ExitStack() as stack:
             models = [f"{name}/{version}" for name, version, _ in repository.models()]
             ready = {"grpc": server.address, "http": server.http_address, "models": models}
+            if server.rest is not None:
+                ready["rest"] = server.rest.address
             if config.server.admin_port is not None:
-                admin = AdminServer(repository, config.server.admin_port)
+                admin = AdminServer(repository, config.server.admin_port, manager=repository)
                 ready["admin"] = stack.enter_context(admin).address
             if config.server.port_file is not None:
                 _write_whole(config.server.port_file, json.dumps(ready))
@@ -147,7 +156,7 @@ def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
     return ready
 
 
-def _open_repository(config: ServeConfig, metrics: Metrics) -> ModelRepository:
+def _open_repository(config: ServeConfig, metrics: Metrics, captures: Captures) -> ModelRepository:
     from xlarank.runtime import FeatureOptions, ModelRepository
 
     models, features = config.models, config.features
@@ -167,6 +176,10 @@ def _open_repository(config: ServeConfig, metrics: Metrics) -> ModelRepository:
                 FeatureOptions(path=path, misses=features.misses, memory_bytes=features.memory_bytes)
                 for path in features.paths
             ],
+            versions=config.versions,
+            queue=config.queue,
+            captures=captures,
+            faults=config.faults,
             on_progress=lambda step: print(f"loading {step}", file=sys.stderr, flush=True),
             on_table_bytes=on_table_bytes,
         )

@@ -10,6 +10,7 @@ from xlarank_serving.config import ConnectionConfig, HttpConfig, LimitConfig, Se
 from xlarank.errors import ConfigError
 from xlarank.host import MissPolicy, TableMemory
 from xlarank.spec import CaptureConfig, FaultConfig, QueueConfig
+from xlarank.spec.versions import VersionOptions
 
 __all__ = ["FeaturesConfig", "ModelsConfig", "ServeConfig", "TablesConfig"]
 
@@ -92,6 +93,7 @@ class ServeConfig:
     security: SecurityConfig = dataclasses.field(default_factory=SecurityConfig)
     http: HttpConfig = dataclasses.field(default_factory=HttpConfig)
     models: ModelsConfig = dataclasses.field(default_factory=ModelsConfig)
+    versions: VersionOptions = dataclasses.field(default_factory=VersionOptions)
     tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
     features: FeaturesConfig = dataclasses.field(default_factory=FeaturesConfig)
     queue: QueueConfig = dataclasses.field(default_factory=QueueConfig)

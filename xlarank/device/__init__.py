@@ -4,9 +4,11 @@ What the compiler proves and what the server runs is this code.
 """
 
 from xlarank.device.buffers import BatchBuffers, BufferRing
-from xlarank.device.compiles import CompileCounter
+from xlarank.device.compiles import CompileCounter, num_compiled
+from xlarank.device.pace import Pace, at_once
 from xlarank.device.platform import (
     compile_cache_at,
+    compile_cache_folder,
     compiler_options,
     configure,
     default_compile_cache,
@@ -17,31 +19,45 @@ from xlarank.device.platform import (
     half_precision,
     seed_compile_cache,
 )
+from xlarank.device.programs import (
+    PREPARE_NAME,
+    PROGRAM_NAME,
+    ProgramLibrary,
+    compile_program,
+    deserialize_program,
+)
 from xlarank.device.replay import GoldenReplay, ScoreError, check_errors, row_errors, score_errors
 from xlarank.device.replica import (
     BucketProgram,
     Executable,
     ProgramCost,
     Replica,
-    deserialize_program,
     prepare_weights,
 )
-from xlarank.device.table_writer import TableWriter
+from xlarank.device.table_writer import TableWriter, compile_update
 from xlarank.device.timing import measure_profile, time_in_turns
 
 __all__ = [
+    "PREPARE_NAME",
+    "PROGRAM_NAME",
     "BatchBuffers",
     "BucketProgram",
     "BufferRing",
     "CompileCounter",
     "Executable",
     "GoldenReplay",
+    "Pace",
     "ProgramCost",
+    "ProgramLibrary",
     "Replica",
     "ScoreError",
     "TableWriter",
+    "at_once",
     "check_errors",
     "compile_cache_at",
+    "compile_cache_folder",
+    "compile_program",
+    "compile_update",
     "compiler_options",
     "configure",
     "default_compile_cache",
@@ -52,6 +68,7 @@ __all__ = [
     "fingerprint",
     "half_precision",
     "measure_profile",
+    "num_compiled",
     "prepare_weights",
     "row_errors",
     "score_errors",

@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 __all__ = [
     "compile_cache_at",
+    "compile_cache_folder",
     "compiler_options",
     "configure",
     "default_compile_cache",
@@ -102,6 +103,11 @@ def half_precision(device: Device) -> Precision:
     return Precision.BFLOAT16
 
 
+def compile_cache_folder() -> Path:
+    """The process's compilation cache, as `configure` set it."""
+    return Path(jax.config.jax_compilation_cache_dir or default_compile_cache())
+
+
 @contextlib.contextmanager
 def compile_cache_at(folder: Path) -> Iterator[None]:
     """Compiles into `folder` for a while: how a bundle's cache/ is filled."""
@@ -120,7 +126,7 @@ def seed_compile_cache(files: Iterable[Path]) -> None:
     Args:
       files: as JAX wrote them into another cache folder, from a source as trusted as this program.
     """
-    folder = Path(jax.config.jax_compilation_cache_dir or default_compile_cache())
+    folder = compile_cache_folder()
     for file in files:
         target = folder / file.name
         if target.exists():

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax import export
 
-from xlarank.device.platform import compiler_options
+from xlarank.device.programs import PREPARE_NAME, PROGRAM_NAME, compile_program
 from xlarank.spec import REQUEST_OF_ROW, Bucket, Signature
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
@@ -21,18 +21,14 @@ __all__ = [
     "Executable",
     "ProgramCost",
     "Replica",
-    "deserialize_program",
     "prepare_weights",
 ]
 
 
-def deserialize_program(data: bytes) -> export.Exported:
-    """Reads a program as `xlarank.compiler.lower` wrote it (StableHLO in jax.export's container)."""
-    return export.deserialize(bytearray(data))
-
-
 def prepare_weights(
-    device: Device, prepare: export.Exported | None, params: Sequence[np.ndarray]
+    device: Device,
+    prepare: export.Exported | jax.stages.Compiled | None,
+    params: Sequence[np.ndarray],
 ) -> tuple[jax.Array, ...]:
     """Places the dense weights and lays them out for the row programs, once.
 
@@ -47,14 +43,18 @@ def prepare_weights(
     placed = tuple(jax.device_put(param, device) for param in params)
     if prepare is None:
         return placed
-    return tuple(_compile(prepare, device, "xlarank_prepare")(*placed))
+    if isinstance(prepare, export.Exported):
+        prepare = compile_program(prepare, device, PREPARE_NAME)
+    return tuple(prepare(*placed))
 
 
 @dataclasses.dataclass(frozen=True)
 class BucketProgram:
     """The row program of a bucket and the prepared arrays that it takes."""
 
-    exported: export.Exported
+    program: export.Exported | jax.stages.Compiled
+    """Exported, or compiled for the replica's device already."""
+
     takes: tuple[int, ...]
     """Places among the prepared arrays, in the order of the program's first argument."""
 
@@ -122,6 +122,7 @@ class Replica:
         signature: Signature,
         programs: Mapping[Bucket, BucketProgram],
         prepared: Sequence[jax.Array],
+        prepare: jax.stages.Compiled | None = None,
     ) -> None:
         """Compiles (or finds in the compilation cache) every bucket.
 
@@ -130,8 +131,10 @@ class Replica:
           signature: the programs' inputs.
           programs: one a bucket.
           prepared: arrays of `prepare_weights` on the device.
+          prepare: what made them, held for the next weights of the model; see `ProgramLibrary`.
         """
         self.device = device
+        self.prepare = prepare
         self._prepared = tuple(prepared)
         self._takes = {bucket: program.takes for bucket, program in programs.items()}
         context = tuple(leaf.name for leaf in signature.context_leaves)
@@ -139,7 +142,7 @@ class Replica:
         self.executables = {
             bucket: Executable(
                 bucket,
-                _compile(program.exported, device, "xlarank_program"),
+                _compiled(program.program, device),
                 tuple(prepared[place] for place in program.takes),
                 context,
                 candidate,
@@ -173,13 +176,7 @@ class Replica:
         return self.executables[bucket](leaves)
 
 
-def _compile(program: export.Exported, device: Device, name: str) -> jax.stages.Compiled:
-    def call(*args):
-        return program.call(*args)
-
-    call.__name__ = name  # shows in profiles and in the names of cache files
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in program.in_avals]
-    args, _ = jax.tree.unflatten(program.in_tree, avals)
-    lowered = jax.jit(call, in_shardings=sharding, out_shardings=sharding).lower(*args)
-    return lowered.compile(compiler_options=compiler_options(device.platform))
+def _compiled(program: export.Exported | jax.stages.Compiled, device: Device) -> jax.stages.Compiled:
+    if isinstance(program, export.Exported):
+        return compile_program(program, device, PROGRAM_NAME)
+    return program

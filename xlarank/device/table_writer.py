@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -10,7 +11,10 @@ import numpy as np
 from xlarank.device.platform import compiler_options
 from xlarank.device.replica import Replica
 
-__all__ = ["TableWriter"]
+if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
+    from jaxlib._jax import Device
+
+__all__ = ["TableWriter", "compile_update"]
 
 _ROWS_A_STEP = 1024
 """The one size that is compiled: larger updates take several steps, smaller ones repeat their last row."""
@@ -34,7 +38,8 @@ class TableWriter:
         self._programs: dict[tuple[int, str], jax.stages.Compiled] = {}
         for index, replica in enumerate(replicas):
             for name, place in self._tables.items():
-                self._programs[index, name] = _compile(replica, replica.prepared[place])
+                array = replica.prepared[place]
+                self._programs[index, name] = compile_update(replica.device, array.shape, array.dtype)
 
     def write(self, table: str, places: np.ndarray, rows: np.ndarray) -> None:
         """Every batch that starts after this returns reads the new rows. One thread at a time.
@@ -54,15 +59,23 @@ class TableWriter:
             replica.replace(self._tables[table], array)
 
 
-def _compile(replica: Replica, array: jax.Array) -> jax.stages.Compiled:
+def compile_update(device: Device, shape: Sequence[int], dtype: np.dtype) -> jax.stages.Compiled:
+    """The program that writes rows of an array on a device, compiled or found in the compilation cache.
+
+    Args:
+      device: where the array is.
+      shape: [K, ...], of it.
+      dtype: of it.
+    """
+
     def xlarank_update(array, places, rows):
         return array.at[places].set(rows, mode="promise_in_bounds")
 
-    sharding = jax.sharding.SingleDeviceSharding(replica.device)
+    sharding = jax.sharding.SingleDeviceSharding(device)
     shapes = (
-        jax.ShapeDtypeStruct(array.shape, array.dtype),
+        jax.ShapeDtypeStruct(tuple(shape), dtype),
         jax.ShapeDtypeStruct((_ROWS_A_STEP,), np.dtype(np.int32)),
-        jax.ShapeDtypeStruct((_ROWS_A_STEP, *array.shape[1:]), array.dtype),
+        jax.ShapeDtypeStruct((_ROWS_A_STEP, *shape[1:]), dtype),
     )
     lowered = jax.jit(xlarank_update, in_shardings=sharding, out_shardings=sharding).lower(*shapes)
-    return lowered.compile(compiler_options=compiler_options(replica.device.platform))
+    return lowered.compile(compiler_options=compiler_options(device.platform))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
 
+import numpy as np
+
 from xlarank.device.buffers import BatchBuffers
+from xlarank.device.pace import Pace, at_once
 from xlarank.device.replay import GoldenReplay
 from xlarank.device.replica import Replica
 from xlarank.spec import Bucket, LatencyProfile
@@ -26,6 +30,7 @@ def measure_profile(
     buffers: BatchBuffers,
     *,
     on_bucket: Callable[[Bucket], None] | None = None,
+    pace: Pace = at_once,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyProfile:
     """Times every bucket: the median of 3 runs, or of up to 7 within 0.1 s, after one that is not counted.
@@ -35,18 +40,24 @@ def measure_profile(
       golden: fills the batches.
       buffers: written and read here.
       on_bucket: called after each bucket, for progress.
+      pace: makes each run.
       clock: seconds, monotonic.
     """
+
+    def seconds_of(bucket: Bucket, leaves: Mapping[str, np.ndarray]) -> float:
+        start = clock()
+        replica.run(bucket, leaves)
+        return clock() - start
+
     seconds: dict[Bucket, float] = {}
     for bucket in replica.executables:
         leaves = buffers.leaves(bucket)
         golden.fill(leaves, bucket, bucket.rows)
-        replica.run(bucket, leaves)
+        timed = functools.partial(seconds_of, bucket, leaves)
+        pace(timed)
         runs: list[float] = []
         while len(runs) < _MIN_RUNS or (len(runs) < _MAX_RUNS and sum(runs) < _BUDGET_SECONDS):
-            start = clock()
-            replica.run(bucket, leaves)
-            runs.append(clock() - start)
+            runs.append(pace(timed))
         seconds[bucket] = max(statistics.median(runs), 1e-9)
         if on_bucket is not None:
             on_bucket(bucket)

@@ -222,11 +222,14 @@ def _cgroup_left(root: Path, path: str, limit: str, usage: str, reclaimable: str
 def _mappings(smaps: str) -> Iterator[tuple[int, int, int]]:
     """Begin, end and bytes in huge pages of each mapping."""
     first = last = 0
+    # A process has thousands of mappings of twenty lines each, and threads that serve wait for this one:
+    # most lines are told by their first letter. Those that begin a mapping begin with a lower case digit.
     for line in smaps.splitlines():
-        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            first, last = int(found[1], 16), int(found[2], 16)
-        elif found := re.match(r"AnonHugePages:\s+(\d+) kB", line):
-            yield first, last, 1024 * int(found[1])
+        if line < "A" or line > "Z":
+            begin, _, rest = line.partition("-")
+            first, last = int(begin, 16), int(rest.partition(" ")[0], 16)
+        elif line.startswith("AnonHugePages:"):
+            yield first, last, 1024 * int(line.split()[1])
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -8,6 +8,14 @@ from xlarank.runtime.lifecycle import ModelRepository
 from xlarank.runtime.loading import LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics, ModelStatistics
 from xlarank.runtime.pool import DevicePool
+from xlarank.spec.versions import (
+    ModelPolicy,
+    Policy,
+    VersionLabel,
+    VersionOptions,
+    VersionState,
+    VersionStatus,
+)
 
 __all__ = [
     "Answer",
@@ -18,7 +26,13 @@ __all__ = [
     "LoadReport",
     "Metrics",
     "ModelMetrics",
+    "ModelPolicy",
     "ModelRepository",
     "ModelStatistics",
+    "Policy",
     "Timings",
+    "VersionLabel",
+    "VersionOptions",
+    "VersionState",
+    "VersionStatus",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,7 +23,7 @@ from xlarank.runtime.answer import Answer
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.captures import Captures
 from xlarank.runtime.execution import Execution, Executor
-from xlarank.runtime.loading import Loader, LoadReport
+from xlarank.runtime.loading import GoldenCheck, Loader, LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pending import Pending
 from xlarank.runtime.pool import DevicePool
@@ -182,8 +184,16 @@ class Engine:
         self._device_writer = loaded.device_writer
         self._updates = threading.Lock()
         self._tasks = tuple(task.name for task in self.spec.tasks)
-        self._golden_check = loaded.golden_check
-        self._execution = Execution(self._gatherer, self.ladder, loaded.replicas, check=self._check_golden)
+        check = functools.partial(_check_golden, loaded.golden_check, self._table_versions)
+        self._execution = Execution(self._gatherer, self.ladder, loaded.replicas, check=check)
+        # Weakly: in a cycle with its workload an engine that has ended would keep its tables until the
+        # collector comes by.
+        own = weakref.ref(self)
+
+        def drop(pending: Pending) -> None:
+            if (engine := own()) is not None:
+                engine._pool.drop(engine._queue, pending)
+
         self._workload = ModelWorkload(
             self.spec.name,
             self.version,
@@ -191,7 +201,7 @@ class Engine:
             self._execution,
             self.metrics,
             captures,
-            drop=lambda pending: self._pool.drop(self._queue, pending),
+            drop=drop,
         )
         self._owns_pool = pool is None
         self._pool = pool or DevicePool(len(loaded.replicas))
@@ -211,6 +221,11 @@ class Engine:
             version=self.version,
         )
         self._table_check.start()
+
+    @property
+    def damage(self) -> str | None:
+        """What was found to be wrong with the bundle since loading, such as a damaged table."""
+        return self._table_check.fault
 
     @property
     def fault(self) -> str | None:
@@ -289,7 +304,10 @@ class Engine:
             if not self._is_open:
                 raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed")
             self._num_open += 1
-        pending.future.add_done_callback(lambda _: self._on_done(pending))
+        # Weakly: a future keeps its callbacks, and a request that refers to itself stays until the collector
+        # comes by, with its engine.
+        own = weakref.ref(pending)
+        pending.future.add_done_callback(lambda future: self._on_done(future, own()))
         if request.num_candidates == 0:  # nothing to run, but answered and counted like any other
             self._workload.respond(pending)
             return pending.future
@@ -362,19 +380,22 @@ class Engine:
             )
         return self.features
 
-    def _check_golden(self, executor: Executor, buffers: device.BatchBuffers) -> None:
-        """For devices that are suspected while serving."""
-        if any(state.version for state in self.table_versions.values()):
-            # Golden scores are those of the tables as they were loaded; what can still be told is whether
-            # the device runs and its scores are finite, which any batch tells.
-            self._golden_check(executor.run, buffers, where="", is_any_score_right=True)
-        else:
-            self._golden_check(executor.run, buffers, where="golden replay")
-
-    def _on_done(self, pending: Pending) -> None:
-        if pending.future.cancelled():
+    def _on_done(self, future: Future[Answer], pending: Pending | None) -> None:
+        if pending is not None and future.cancelled():
             self._pool.cancel(self._queue, pending)
         with self._idle:
             self._num_open -= 1
             if self._num_open == 0:
                 self._idle.notify_all()
+
+
+def _check_golden(
+    check: GoldenCheck, versions: TableVersions, executor: Executor, buffers: device.BatchBuffers
+) -> None:
+    """For devices that are suspected while serving."""
+    if any(state.version for state in versions.now().values()):
+        # Golden scores are those of the tables as they were loaded; what can still be told is whether the
+        # device runs and its scores are finite, which any batch tells.
+        check(executor.run, buffers, where="", is_any_score_right=True)
+    else:
+        check(executor.run, buffers, where="golden replay")

@@ -55,13 +55,13 @@ class FeatureOptions:
 
 
 def stores_by_model(
-    features: Sequence[FeatureOptions], models: Collection[str]
+    features: Sequence[FeatureOptions], models: Collection[str] | None
 ) -> dict[str, Callable[[ModelSpec], FeatureStore]]:
     """Opens feature files, before anything slow is done.
 
     Args:
       features: at most one a model.
-      models: names of those that are served.
+      models: names of those that are served; None where others may come.
 
     Returns:
       For the name of each model that has a file, what makes its store.
@@ -73,7 +73,7 @@ def stores_by_model(
     stores: dict[str, Callable[[ModelSpec], FeatureStore]] = {}
     for options in features:
         file = FeatureFile.open(options.path)
-        if file.model not in models:
+        if models is not None and file.model not in models:
             raise ConfigError(
                 f"features {options.path}: was built for model {file.model!r}; served are {sorted(models)}"
             )

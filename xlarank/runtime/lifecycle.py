@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from xlarank import device
-from xlarank.bundle import Verify, list_versions, open_bundle
-from xlarank.errors import ConfigError, ModelNotFoundError, UnavailableError
+from xlarank.bundle import list_versions
+from xlarank.errors import BundleError, ConfigError, ModelNotFoundError, UnavailableError
 from xlarank.host import TableMemory, native_available
+from xlarank.runtime.captures import Captures
 from xlarank.runtime.engine import Engine
 from xlarank.runtime.features import FeatureOptions, stores_by_model
 from xlarank.runtime.metrics import Metrics
+from xlarank.runtime.model_versions import ModelVersions
 from xlarank.runtime.pool import DevicePool
+from xlarank.runtime.pool_metrics import PoolMetrics
+from xlarank.runtime.routes import ServedVersion
 from xlarank.runtime.tables import TableBytes
+from xlarank.runtime.version_loading import LoadOptions, VersionLoader
+from xlarank.runtime.version_metrics import VersionMetrics
+from xlarank.runtime.watching import Stop, Watcher
+from xlarank.spec.serving import FaultConfig, QueueConfig
+from xlarank.spec.versions import ModelPolicy, VersionOptions, VersionStatus
 
-__all__ = ["ModelRepository", "VersionStatus"]
+__all__ = ["ModelRepository"]
 
+_log = logging.getLogger(__name__)
 
-@dataclasses.dataclass(frozen=True)
-class VersionStatus:
-    """One version of a model, as the repository's index has it."""
+Result = TypeVar("Result")
 
-    model: str
-    version: int
-    state: str
-    """READY, LOADING, UNLOADING or UNAVAILABLE."""
-
-    reason: str
-    """Why it isn't ready; "" if there is nothing to say."""
+# Positions of requests without a key: multiples of the golden ratio fill [0, 1) most evenly, so that even a
+# few requests keep a label's share.
+_GOLDEN = 0.6180339887498949
 
 
 class ModelRepository:
-    """The latest version of every model in a folder, on shared devices. Any thread may call it."""
+    """The models in a folder, each in the versions that its policy says, on shared devices.
+
+    Any thread may call it. Versions are loaded and swapped one at a time, in one thread.
+    """
 
     @classmethod
     def open(
@@ -50,17 +63,28 @@ class ModelRepository:
         allow_reference_gather: bool = False,
         metrics: Metrics | None = None,
         features: Sequence[FeatureOptions] = (),
+        versions: VersionOptions | None = None,
+        queue: QueueConfig | None = None,
+        captures: Captures | None = None,
+        faults: FaultConfig | None = None,
         on_progress: Callable[[str], None] | None = None,
         on_table_bytes: TableBytes | None = None,
+        stop: Stop | None = None,
     ) -> ModelRepository:
         """Loads every model; when this returns all of them are ready.
 
+        A repository that is watched may be empty, and a version that fails doesn't stop it: it is not ready
+        until every model has a version that answers, and what is wrong is in `index`.
+
         Args:
           path: ``<path>/<model>/<version>`` are the bundles.
-          num_devices, host_threads, compile_cache, use_bundle_code, table_memory, metrics, on_progress,
-            on_table_bytes: see `Engine.load`.
+          num_devices, host_threads, compile_cache, use_bundle_code, table_memory, metrics, queue, captures,
+            on_progress, on_table_bytes: see `Engine.load`.
           allow_reference_gather: serve without the native kernel, slowly.
           features: feature files to open, each for the model that it was built for.
+          versions: which versions, and whether to look for new ones; the latest, and no, by default.
+          faults: when a device is given up; `FaultConfig()` by default.
+          stop: the watcher's clock; see `Watcher`.
 
         Raises:
           ConfigError: if the folder holds no bundle, the native kernel isn't built, memory doesn't suffice,
@@ -73,57 +97,83 @@ class ModelRepository:
                 "the native gather kernel isn't built and the NumPy one is far slower: build it with "
                 "`pip install .`, or serve all the same with --allow-reference-gather"
             )
+        versions = versions or VersionOptions()
+        is_watched = versions.watch_seconds is not None
+        if host_threads is not None and host_threads < 1:
+            raise ConfigError(f"host_threads must be >= 1; was {host_threads}")
+        options = LoadOptions(
+            host_threads=host_threads,
+            use_bundle_code=use_bundle_code,
+            table_memory=None if table_memory is None else TableMemory.named(table_memory),
+            queue=queue or QueueConfig.unbounded(),
+            captures=captures or Captures(),
+            on_progress=on_progress,
+            on_table_bytes=on_table_bytes,
+        )
         root = Path(path)
-        if not root.is_dir():
-            raise ConfigError(f"repository {root}: expected a folder of models, found none")
-        versions = {model: numbers[-1] for model, numbers in list_versions(root).items() if numbers}
-        if not versions and any(path.name.isdigit() for path in (root.resolve(), *root.iterdir())):
+        found = _models_in(root, may_be_empty=is_watched)
+        if not is_watched and (unknown := {policy.name for policy in versions.models} - {"", *found}):
             raise ConfigError(
-                f"repository {root}: expected a folder of models, found a model; serve its parent"
+                f"repository {root}: versions: policies of models {sorted(unknown)}, found {sorted(found)}"
             )
-        if not versions:
-            raise ConfigError(
-                f"repository {root}: expected bundles as <model>/<version>, found none; "
-                f"`xlarank compile` writes them"
-            )
-        stores = stores_by_model(features, versions)
+        stores = stores_by_model(features, None if is_watched else found)
         device.configure(num_devices=num_devices, compile_cache=compile_cache)
-        pool = DevicePool(len(device.devices(num_devices)))
-        repository = cls(pool)
+        metrics = metrics or Metrics()
+        pool = DevicePool(len(device.devices(num_devices)), faults=faults)
+        metrics.register(PoolMetrics(pool.snapshot))
+        stopping = threading.Event()
+        loader = VersionLoader(
+            pool, metrics, options, stores, warm_share=versions.warm_share, wait=stopping.wait
+        )
+        repository = cls(root, pool, metrics, versions, loader, stopping)
         try:
-            for model, version in sorted(versions.items()):
-                spec = open_bundle(root / model / str(version), verify=Verify.SIZES).spec
-                if spec.name != model:
-                    raise ConfigError(
-                        f"repository {root}: folder {model!r} holds model {spec.name!r}; clients ask by "
-                        f"folder and metrics count by name, so the two must be equal"
-                    )
-                repository._engines[model] = Engine.load(
-                    root / model / str(version),
-                    host_threads=host_threads,
-                    use_bundle_code=use_bundle_code,
-                    table_memory=table_memory,
-                    pool=pool,
-                    metrics=metrics,
-                    features=stores[model](spec) if model in stores else None,
-                    on_progress=on_progress,
-                    on_table_bytes=on_table_bytes,
-                )
+            repository._follow(found, strict=not is_watched)
+            loader.settle()
+            repository._start(stop)
         except BaseException:
             repository.close()
             raise
         return repository
 
-    def __init__(self, pool: DevicePool) -> None:
+    def __init__(
+        self,
+        root: Path,
+        pool: DevicePool,
+        metrics: Metrics,
+        versions: VersionOptions,
+        loader: VersionLoader,
+        stopping: threading.Event,
+    ) -> None:
         """Use `open`."""
+        self._root = root
         self._pool = pool
-        self._engines: dict[str, Engine] = {}  # by model; complete before anybody else sees it
-        self._is_open = True  # moves one way
+        self._metrics = metrics
+        self._versions = versions  # replaced whole by the thread that changes versions
+        self._loader = loader
+        # By name; replaced whole by the thread that changes versions, read by any.
+        self._models: dict[str, ModelVersions] = {}
+        self._required: set[str] = set()  # models that have answered, or were there at the start
+        self._changes = ThreadPoolExecutor(1, thread_name_prefix="xlarank-versions")
+        self._watcher: Watcher | None = None
+        self._counter = itertools.count()
+        self._stopping = stopping  # set once
+        self._is_closed = False  # for `close` alone
+        self._is_serving = False  # moves one way
+        self._is_listed = True  # whether the folder could be listed at the last look
+        self._version_metrics = VersionMetrics(
+            lambda: self._statuses(with_idle=False), lambda: loader.num_serving_compiles
+        )
+        metrics.register(self._version_metrics)
 
     @property
     def is_ready(self) -> bool:
-        """Whether every model is loaded, none has failed and none is draining."""
-        return all(is_ready for _, _, is_ready in self.models()) and self._is_open
+        """Whether every model that was there at the start, or has answered since, has a version that answers.
+
+        Models that were unloaded by hand don't count, and a version that is loading beside another or has
+        failed changes nothing. False while there is no model.
+        """
+        required = [m for m in self._models.values() if m.model in self._required and not m.is_unloaded]
+        return not self._stopping.is_set() and bool(required) and all(m.is_ready for m in required)
 
     @property
     def num_devices(self) -> int:
@@ -131,59 +181,234 @@ class ModelRepository:
         return self._pool.num_devices
 
     def models(self) -> list[tuple[str, int, bool]]:
-        """Name, version and readiness of every loaded model."""
+        """Name, version and readiness of every version that requests may go to."""
+        is_open = not self._stopping.is_set()
         return [
-            (name, engine.version, self._is_open and engine.fault is None)
-            for name, engine in self._engines.items()
+            (name, version, is_open and served.engine.fault is None)
+            for name, model in sorted(self._models.items())
+            for version, served in sorted(model.routes.versions.items())
         ]
 
-    def engine(self, name: str, version: str = "") -> Engine:
-        """The engine that answers for a model.
+    def index(self) -> list[VersionStatus]:
+        """Every version on disk or in memory, as of the last look: by model, then by version."""
+        return self._statuses(with_idle=True)
+
+    def engine(self, name: str, version: str = "", key: str | None = None) -> Engine:
+        """The engine that answers for a model now. To submit to it use `lease`, which keeps it open.
 
         Args:
           name: of the model.
-          version: a number, or "" for the latest.
+          version: a number, a label, or "" for what the traffic of the model's labels says; without any, the
+            newest.
+          key: of the request: its affinity key if it has one, else its id if it has one; requests of one key
+            go to the same version while shares of traffic stay. None or "" without.
 
         Raises:
           ModelNotFoundError: if there is no such model or version.
-          UnavailableError: if the repository is closing, or the model has failed since it was loaded.
+          UnavailableError: if the version isn't ready, or has failed since it was loaded, or the repository
+            is closing.
         """
-        engine = self._engines.get(name)
-        if engine is None:
-            raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
-        if version and version != str(engine.version):
-            raise ModelNotFoundError(
-                f"Request for unknown model: '{name}' version {version} is not found; "
-                f"version {engine.version} is served"
-            )
-        if not self._is_open:
-            raise UnavailableError(f"model '{name}' is shutting down")
+        model = self._known(name)
+        engine = self._pick(model, version, self._position(model, key)).engine
         if engine.fault is not None:
             raise UnavailableError(f"model '{name}' version {engine.version} has failed: {engine.fault}")
         return engine
 
-    def index(self) -> list[VersionStatus]:
-        """Every version that was loaded and its state."""
-        return [
-            VersionStatus(
-                name, version, "READY" if is_ready else "UNAVAILABLE", self._engines[name].fault or ""
-            )
-            for name, version, is_ready in self.models()
-        ]
-
     @contextlib.contextmanager
     def lease(self, name: str, version: str = "", key: str | None = None) -> Iterator[Engine]:
-        """The engine for a request, kept open until the request is submitted; errors as `engine`.
+        """The engine for a request, which stays open meanwhile; see `engine`.
+
+        Hold it until the request is submitted: what was accepted is answered, whatever becomes of the
+        version.
+        """
+        model = self._known(name)
+        position = self._position(model, key)
+        while not (served := self._pick(model, version, position)).try_lease():
+            pass  # another version has just taken its place
+        try:
+            yield served.engine
+        finally:
+            served.release()
+
+    def poll(self) -> None:
+        """Looks at the folder, loads what is new and swaps to it, as the watcher does; waits for all that."""
+        self._change(self._look)
+
+    def load(self, name: str) -> None:
+        """Loads a model by its policy, whatever was unloaded, has failed or was rolled back before.
+
+        Raises:
+          ModelNotFoundError: if the folder has no such model.
+          ModelError: if a version of it can't be served; says why.
+        """
+
+        def load() -> None:
+            found = list_versions(self._root)
+            if name not in found and name not in self._models:
+                raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+            self._model(name).load(found.get(name, ()))
+            self._required.add(name)
+
+        self._change(load)
+
+    def unload(self, name: str) -> None:
+        """Ends a model until `load`; when this returns what it had accepted is answered.
+
+        Raises:
+          ModelNotFoundError: if there is no such model.
+        """
+        model = self._known(name)
+        for thread in self._change(model.unload):
+            thread.join()
+
+    def rollback(self, name: str, version: int | None = None) -> int:
+        """Goes back to an older version; see `ModelVersions.roll_back`."""
+        model = self._known(name)
+        return self._change(lambda: model.roll_back(list_versions(self._root).get(name, ()), version))
+
+    def set_policy(self, policy: ModelPolicy) -> None:
+        """Serves by another policy from now on: the way to pin a version, to go back, to move a label.
+
+        When this returns the versions that it wants answer, as far as they can; `index` says why not. What no
+        wanted version can replace goes on.
 
         Args:
-          name, version: see `engine`.
-          key: requests of one key go to one version; there is one here.
+          policy: of one model, or, without a name, of all that have none of their own.
         """
-        yield self.engine(name, version)
+
+        def change() -> None:
+            others = [other for other in self._versions.models if other.name != policy.name]
+            self._versions = dataclasses.replace(self._versions, models=(*others, policy))
+            found = list_versions(self._root)
+            for name, model in self._models.items():
+                model.set_policy(self._versions.policy_of(name))
+            self._follow(found, strict=False)
+
+        self._change(change)
 
     def close(self) -> None:
-        """Finishes what was accepted, then stops everything."""
-        self._is_open = False
-        for engine in self._engines.values():
-            engine.close()
+        """Finishes what was accepted, then stops everything. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._stopping.set()
+        self._loader.close()
+        if self._watcher is not None:
+            self._watcher.stop()
+        self._changes.shutdown(cancel_futures=True)
+        models = list(self._models.values())
+        for model in models:
+            for served in model.routes.versions.values():
+                served.drain()
+        for model in models:
+            model.wait_until_drained()
         self._pool.close()
+        self._metrics.unregister(self._version_metrics)
+
+    def _start(self, stop: Stop | None) -> None:
+        self._required |= set(self._models)
+        self._is_serving = True
+        if self._versions.watch_seconds is not None:
+            self._watcher = Watcher(self.poll, self._versions.watch_seconds, stop)
+
+    def _change(self, work: Callable[[], Result]) -> Result:
+        """Does it in the one thread that changes versions, and waits.
+
+        Raises:
+          UnavailableError: if the repository is closing.
+        """
+        try:
+            return self._changes.submit(work).result()
+        except (RuntimeError, CancelledError):
+            if not self._stopping.is_set():
+                raise
+            raise UnavailableError(f"repository {self._root} is shutting down") from None
+
+    def _look(self) -> None:
+        if self._pool.fault is not None:
+            return  # a version would be found to fail that does not
+        try:
+            found = list_versions(self._root)
+        except BundleError as error:
+            if self._is_listed:
+                _log.error("the repository can't be looked at, what is loaded goes on serving: %s", error)
+            self._is_listed = False
+            return
+        self._is_listed = True
+        with contextlib.suppress(UnavailableError):  # the repository is closing
+            self._follow(found, strict=False)
+
+    def _follow(self, found: dict[str, list[int]], *, strict: bool) -> None:
+        for name in sorted({*found, *self._models}):
+            if self._stopping.is_set():
+                return
+            model = self._model(name)
+            model.follow(found.get(name, ()), strict=strict)
+            if strict and not model.is_ready:
+                raise ConfigError(
+                    f"model {name!r}: no version is served under its policy: "
+                    + "; ".join(f"version {s.version}: {s.reason}" for s in model.statuses())
+                )
+            if model.is_ready:
+                self._required.add(name)
+            elif model.is_gone:
+                self._models = {other: m for other, m in self._models.items() if other != name}
+                self._required.discard(name)
+
+    def _model(self, name: str) -> ModelVersions:
+        if name not in self._models:
+            model = ModelVersions(
+                name,
+                self._root / name,
+                self._versions.policy_of(name),
+                functools.partial(self._load_version, name),
+                metrics=self._version_metrics,
+                on_end=functools.partial(self._let_go, name),
+                drain_seconds=self._versions.drain_seconds,
+            )
+            self._models = {**self._models, name: model}
+        return self._models[name]
+
+    def _load_version(self, name: str, version: int, peers: Sequence[Engine]) -> Engine:
+        is_beside = self._is_serving and any(model.routes.versions for model in self._models.values())
+        return self._loader.load(self._root / name / str(version), peers, is_beside=is_beside)
+
+    def _known(self, name: str) -> ModelVersions:
+        model = self._models.get(name)
+        if model is None:
+            raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+        return model
+
+    def _statuses(self, *, with_idle: bool) -> list[VersionStatus]:
+        models = sorted(self._models.items())
+        return [status for _, model in models for status in model.statuses(with_idle=with_idle)]
+
+    def _position(self, model: ModelVersions, key: str | None) -> float:
+        policy = model.routes.policy
+        if not policy.labels:
+            return 0.0  # for nothing
+        return policy.position(key) if key else next(self._counter) * _GOLDEN % 1.0
+
+    def _pick(self, model: ModelVersions, version: str, position: float) -> ServedVersion:
+        if self._stopping.is_set():
+            raise UnavailableError(f"model '{model.model}' is shutting down")
+        return model.routes.pick(version, position)
+
+    def _let_go(self, model: str, version: int) -> None:
+        self._loader.remove(model, version)
+        self._version_metrics.remove(model, version)
+
+
+def _models_in(root: Path, *, may_be_empty: bool) -> dict[str, list[int]]:
+    """Versions by model; ConfigError for a folder that can't be a repository."""
+    if not root.is_dir():
+        raise ConfigError(f"repository {root}: expected a folder of models, found none")
+    found = list_versions(root)
+    if not found and any(path.name.isdigit() for path in (root.resolve(), *root.iterdir())):
+        raise ConfigError(f"repository {root}: expected a folder of models, found a model; serve its parent")
+    if not found and not may_be_empty:
+        raise ConfigError(
+            f"repository {root}: expected bundles as <model>/<version>, found none; "
+            f"`xlarank compile` writes them"
+        )
+    return found

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 import logging
 import math
 import threading
@@ -16,14 +19,25 @@ from xlarank import device
 from xlarank.bundle import Bundle
 from xlarank.errors import VerifyError
 from xlarank.host import DeviceRows, Gatherer, HugePages, TableMemory
+from xlarank.runtime.background import in_background
 from xlarank.runtime.table_check import TableCheck
 from xlarank.runtime.tables import LoadedTables, TableBytes, load_tables
-from xlarank.spec import Bucket, BucketLadder, LatencyProfile, ModelSpec
+from xlarank.spec import Bucket, BucketLadder, LatencyProfile, ModelSpec, Signature
+from xlarank.spec.signature import DeviceTable
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
+    from jax.stages import Compiled
     from jaxlib._jax import Device
 
-__all__ = ["LoadReport", "LoadedModel", "Loader"]
+__all__ = [
+    "ExportedProgram",
+    "LoadReport",
+    "LoadedModel",
+    "Loader",
+    "program_key",
+    "read_programs",
+    "updatable_tables",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -138,8 +152,18 @@ class Loader:
         table_memory: TableMemory | None = None,
         on_progress: Callable[[str], None] | None = None,
         on_table_bytes: TableBytes | None = None,
+        library: device.ProgramLibrary | None = None,
+        paces: Callable[[int], device.Pace] | None = None,
+        profiles: Sequence[LatencyProfile] | None = None,
     ) -> None:
-        """See `xlarank.runtime.Engine.load`."""
+        """See `xlarank.runtime.Engine.load`, and:
+
+        Args:
+          library: programs that are compiled already.
+          paces: by index of the device, what makes the runs that prove and time; given where others serve
+            meanwhile, and then tables are read by one thread of low priority.
+          profiles: by device, of the same programs on the same devices; they are timed without it.
+        """
         self._bundle = bundle
         self._devices = devices
         self._host_threads = host_threads
@@ -148,6 +172,9 @@ class Loader:
         self._table_memory = table_memory
         self._on_progress = on_progress
         self._on_table_bytes = on_table_bytes
+        self._library = library
+        self._paces = paces
+        self._known_profiles = profiles
         self._seconds: dict[str, float] = {}
 
     @property
@@ -170,7 +197,7 @@ class Loader:
         tables = self._timed("tables", self._tables)
         gatherer = self._gatherer(tables)
         replicas = self._timed("compile", self._replicas, gatherer, not differences)
-        writer = self._timed("row updates", self._device_writer, gatherer, replicas)
+        writer = self._timed("row updates", self._device_writer, replicas)
         golden, buffers = self._golden(gatherer), device.BatchBuffers(gatherer.signature, manifest.ladder)
         limits = {entry.bucket: manifest.error_limits(entry) for entry in manifest.programs}
         check = GoldenCheck(self._bundle.spec, golden, limits)
@@ -213,12 +240,10 @@ class Loader:
         return differences
 
     def _tables(self) -> LoadedTables:
-        return load_tables(
-            self._bundle,
-            self._table_memory,
-            num_threads=self._host_threads,
-            on_bytes=self._on_table_bytes,
-        )
+        load = functools.partial(load_tables, self._bundle, self._table_memory, on_bytes=self._on_table_bytes)
+        if self._paces is None:
+            return load(num_threads=self._host_threads)
+        return in_background(lambda: load(num_threads=1))
 
     def _gatherer(self, tables: LoadedTables) -> Gatherer:
         manifest, numbers = self._bundle.manifest, self._bundle.device_rows()
@@ -235,26 +260,33 @@ class Loader:
     def _replicas(self, gatherer: Gatherer, is_same_place: bool) -> list[device.Replica]:
         if self._use_bundle_code and is_same_place:
             device.seed_compile_cache(self._bundle.cache_files())
-        programs = {
+        programs, prepare = read_programs(self._bundle)
+        weights = [*self._bundle.params().values(), *gatherer.device_arrays()]
+        return [self._replica(d, gatherer, programs, prepare, weights) for d in self._devices]
+
+    def _replica(
+        self,
+        target: Device,
+        gatherer: Gatherer,
+        programs: Mapping[Bucket, ExportedProgram],
+        prepare: ExportedProgram | None,
+        weights: Sequence[np.ndarray],
+    ) -> device.Replica:
+        library = self._library or device.ProgramLibrary()
+        lay_out = None if prepare is None else prepare.compiled(library, target, device.PREPARE_NAME)
+        prepared = device.prepare_weights(target, lay_out, weights)
+        compiled = {
             entry.bucket: device.BucketProgram(
-                device.deserialize_program(self._bundle.program(entry)), entry.prepared
+                programs[entry.bucket].compiled(library, target, device.PROGRAM_NAME), entry.prepared
             )
             for entry in self._bundle.manifest.programs
         }
-        data = self._bundle.prepare()
-        prepare = None if data is None else device.deserialize_program(data)
-        weights = [*self._bundle.params().values(), *gatherer.device_arrays()]
-        return [
-            device.Replica(d, gatherer.signature, programs, device.prepare_weights(d, prepare, weights))
-            for d in self._devices
-        ]
+        return device.Replica(target, gatherer.signature, compiled, prepared, lay_out)
 
-    def _device_writer(self, gatherer: Gatherer, replicas: Sequence[device.Replica]) -> device.TableWriter:
+    def _device_writer(self, replicas: Sequence[device.Replica]) -> device.TableWriter:
         """For row updates of the tables that devices hold rows of."""
-        spec = self._bundle.spec
-        places = zip(gatherer.signature.device_tables, self._bundle.manifest.placed_at, strict=True)
-        updatable = {t.name: place for t, place in places if spec.table_by_name[t.name].updatable}
-        return device.TableWriter(replicas, updatable)
+        tables = updatable_tables(self._bundle)
+        return device.TableWriter(replicas, {name: place for name, (_, place) in tables.items()})
 
     def _golden(self, gatherer: Gatherer) -> device.GoldenReplay:
         requests, values = self._bundle.golden()
@@ -266,23 +298,82 @@ class Loader:
         self, replicas: Sequence[device.Replica], check: GoldenCheck, buffers: device.BatchBuffers
     ) -> dict[str, float]:
         worst = dict.fromkeys((task.name for task in self._bundle.spec.tasks), 0.0)
-        for replica in replicas:
-            errors = check(replica.run, buffers, where=f"golden replay on {replica.device}")
+        for index, replica in enumerate(replicas):
+            run = functools.partial(self._run, index, replica)
+            errors = check(run, buffers, where=f"golden replay on {replica.device}")
             worst = {task: max(worst[task], errors[task]) for task in worst}
         return worst
 
-    @staticmethod
+    def _run(
+        self, index: int, replica: device.Replica, bucket: Bucket, leaves: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        return self._pace(index)(functools.partial(replica.run, bucket, leaves))
+
     def _profiles(
+        self,
         replicas: Sequence[device.Replica],
         golden: device.GoldenReplay,
         buffers: device.BatchBuffers,
-    ) -> list[LatencyProfile]:
+    ) -> Sequence[LatencyProfile]:
+        if self._known_profiles is not None:
+            return self._known_profiles
         by_kind: dict[str, list[LatencyProfile]] = {}
-        for replica in replicas:
-            measured = device.measure_profile(replica, golden, buffers)
+        for index, replica in enumerate(replicas):
+            measured = device.measure_profile(replica, golden, buffers, pace=self._pace(index))
             by_kind.setdefault(replica.device.device_kind, []).append(measured)
         slowest = {
             kind: LatencyProfile({b: max(p.seconds_of(b) for p in measured) for b in measured[0].seconds})
             for kind, measured in by_kind.items()
         }
         return [slowest[replica.device.device_kind] for replica in replicas]
+
+    def _pace(self, index: int) -> device.Pace:
+        return device.at_once if self._paces is None else self._paces(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedProgram:
+    """A program of a bundle, read and not yet compiled."""
+
+    digest: str
+    """sha256 of its file."""
+
+    data: bytes
+
+    def compiled(self, library: device.ProgramLibrary, target: Device, name: str) -> Compiled:
+        """Compiled for a device; see `xlarank.device.compile_program`."""
+        return library.compiled(self.digest, lambda: device.deserialize_program(self.data), target, name)
+
+
+def read_programs(bundle: Bundle) -> tuple[dict[Bucket, ExportedProgram], ExportedProgram | None]:
+    """Row programs by bucket, and the one that prepares weights if there is one.
+
+    Raises:
+      BundleError: if a file can't be read.
+    """
+    files, data = bundle.manifest.files, bundle.prepare()
+    programs = {
+        entry.bucket: ExportedProgram(files[entry.file].sha256, bundle.program(entry))
+        for entry in bundle.manifest.programs
+    }
+    if data is None:
+        return programs, None
+    return programs, ExportedProgram(files[bundle.manifest.prepare or ""].sha256, data)
+
+
+def updatable_tables(bundle: Bundle) -> dict[str, tuple[DeviceTable, int]]:
+    """Tables whose rows devices hold and that are updated while they serve: by name, the rows' array and its
+    place among the prepared."""
+    spec, manifest = bundle.spec, bundle.manifest
+    signature = Signature.of_model(spec, manifest.unused_features, manifest.activations, manifest.placements)
+    places = zip(signature.device_tables, manifest.placed_at, strict=True)
+    return {t.name: (t, place) for t, place in places if spec.table_by_name[t.name].updatable}
+
+
+def program_key(bundle: Bundle) -> str:
+    """Equal for bundles of which one's compiled programs serve the other too, in one process."""
+    manifest = bundle.manifest
+    files = sorted(manifest.files[entry.file].sha256 for entry in manifest.programs)
+    prepare = "" if manifest.prepare is None else manifest.files[manifest.prepare].sha256
+    updates = [[name, *table.shape, table.dtype] for name, (table, _) in updatable_tables(bundle).items()]
+    return hashlib.sha256(json.dumps([files, prepare, updates]).encode()).hexdigest()

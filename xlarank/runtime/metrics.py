@@ -326,16 +326,25 @@ class ModelMetrics:
                 table_bytes=int(self._values["xlarank_table_bytes"]),
             )
 
+    def detach(self) -> None:
+        """Asks nobody any more: who holds these metrics doesn't hold the engine that they are of."""
+        with self._lock:
+            self._pending = lambda: 0
+            self._features = None
+            self._checked_table_bytes = lambda: 0
+            self._table_versions = dict
+
     def samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
         """Name, labels and value of every series but the histograms', of one moment."""
         with self._lock:
             values, failures = self._values.copy(), self._failures.copy()
             batches, sums_us = self._batches.copy(), list(self._sums_us)
             checked_table_bytes, table_versions = self._checked_table_bytes, self._table_versions
+            pending, features = self._pending, self._features
         values["xlarank_table_checked_bytes"] = checked_table_bytes()
         for stage, total_us in zip(_STAGES, sums_us, strict=True):
             values[f"nv_inference_{stage}_duration_us"] = total_us
-        values["nv_inference_pending_request_count"] = self._pending()
+        values["nv_inference_pending_request_count"] = pending()
         tables = table_versions()
         for name in _HELP:
             if name == "nv_inference_request_failure":
@@ -349,8 +358,8 @@ class ModelMetrics:
                     yield name, {**self.labels, "bucket": str(bucket)}, count
             else:
                 yield name, self.labels, values[name]
-        if self._features is not None:
-            fields = dataclasses.asdict(self._features())
+        if features is not None:
+            fields = dataclasses.asdict(features())
             for name in _STORE_HELP:
                 field = name.removeprefix("xlarank_feature_store_").removesuffix("_total")
                 yield name, self.labels, fields[field]
@@ -396,9 +405,19 @@ class Metrics(Collector):
         return metrics
 
     def remove(self, name: str, version: int) -> None:
-        """Forgets an unloaded version."""
+        """Forgets an unloaded version, and lets go of its engine."""
         with self._lock:
-            self._models.pop((name, version), None)
+            metrics = self._models.pop((name, version), None)
+        if metrics is not None:
+            metrics.detach()
+
+    def register(self, collector: Collector) -> None:
+        """Lets /metrics say what another collector has to say."""
+        self._registry.register(collector)
+
+    def unregister(self, collector: Collector) -> None:
+        """Ends what `register` began."""
+        self._registry.unregister(collector)
 
     def text(self) -> bytes:
         """Prometheus text format 0.0.4, with the names exactly as above."""

@@ -22,6 +22,7 @@ class Pending:
     """
 
     __slots__ = (
+        "__weakref__",
         "_execute",
         "_gather",
         "_is_claimed",

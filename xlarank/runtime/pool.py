@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -88,6 +88,7 @@ class DevicePool:
         self._suspicions: list[Suspicion] = []  # to be judged by another device
         self._workloads: dict[ModelQueue, Workload] = {}
         self._refusals: dict[ModelQueue, Counter[str]] = {}
+        self._errands: list[deque[Callable[[], None]]] = [deque() for _ in range(num_devices)]
         self._timer_at = math.inf  # when the timer wakes by itself
         self._is_closed = False  # moves one way
         self._threads = [
@@ -156,6 +157,22 @@ class DevicePool:
             self._on_change()
             self._set_timer()
 
+    def run_between(self, device_index: int, errand: Callable[[], None]) -> None:
+        """Has a device's thread do something after the turn that it is at, before the next one.
+
+        Args:
+          device_index: which; where it hangs, the errand waits for it to come back.
+          errand: never raises; short, as requests wait meanwhile.
+
+        Raises:
+          UnavailableError: if the pool is closed.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise UnavailableError("the devices' threads have ended")
+            self._errands[device_index].append(errand)
+            self._work.notify_all()
+
     def drop(self, queue: ModelQueue, item: Any) -> None:
         """Forgets what is still queued of a request whose caller has gone, or that has been answered."""
         with self._lock:
@@ -206,13 +223,14 @@ class DevicePool:
     def _serve(self, index: int) -> None:
         while (task := self._take(index)) is not None:
             task()
+            del task  # it refers to a model, whose memory must not wait for this device's next task
 
     def _take(self, index: int) -> Callable[[], None] | None:
         """What a device's thread does next; None when it ends."""
         with self._lock:
             while True:
                 now = self._clock()
-                task = self._judgement(index) or self._probing(index, now)
+                task = self._judgement(index) or self._probing(index, now) or self._errand(index)
                 if task is None and (turn := self._scheduler.next_turn(index, now)) is not None:
                     workload = self._workloads[turn.queue]
                     task = lambda turn=turn, workload=workload: self._run(turn, workload)  # noqa: E731
@@ -223,6 +241,9 @@ class DevicePool:
                 if self._is_closed and not self._scheduler.num_queued_requests and not self._suspicions:
                     return None
                 self._work.wait()
+
+    def _errand(self, index: int) -> Callable[[], None] | None:
+        return self._errands[index].popleft() if self._errands[index] else None
 
     def _run(self, turn: Turn, workload: Workload) -> None:
         """One turn of the scheduler."""

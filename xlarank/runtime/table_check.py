@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 from collections.abc import Iterable
 
@@ -12,13 +10,13 @@ import numpy as np
 
 from xlarank.bundle import TableFile
 from xlarank.errors import BundleError
+from xlarank.runtime.background import lower_priority
 
 __all__ = ["TableCheck"]
 
 _log = logging.getLogger(__name__)
 
 _SAMPLES_A_FILE = 4
-_LOWEST_PRIORITY = 19
 
 
 class TableCheck:
@@ -91,10 +89,7 @@ class TableCheck:
             self._thread.join()
 
     def _run(self) -> None:
-        # Linux keeps priorities by thread. Elsewhere this would slow the whole process down.
-        if hasattr(os, "sched_getaffinity"):
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        lower_priority()
         for file, chunk in self._left:
             if self._is_stopping:
                 return

@@ -1,0 +1,418 @@
+"""Versions that come, fail, are rolled back and vanish in a repository's folder, with real engines."""
+
+import queue
+import shutil
+import threading
+
+import linear
+import numpy as np
+import pytest
+
+from xlarank.errors import (
+    BundleError,
+    ConfigError,
+    ModelError,
+    ModelNotFoundError,
+    UnavailableError,
+)
+from xlarank.runtime import (
+    Metrics,
+    ModelPolicy,
+    ModelRepository,
+    Policy,
+    VersionLabel,
+    VersionOptions,
+)
+
+READY, UNAVAILABLE = "READY", "UNAVAILABLE"
+
+
+class Looks:
+    """A watcher's clock: each look happens when the test says so."""
+
+    def __init__(self):
+        self.seconds = []
+        self._ends = queue.SimpleQueue()
+        self._waiting = threading.Semaphore(0)
+
+    def wait(self, timeout):
+        self.seconds.append(timeout)
+        self._waiting.release()
+        return self._ends.get()
+
+    def set(self):
+        self._ends.put(True)
+
+    def look(self):
+        """Returns when the look is done."""
+        self._waiting.acquire()
+        self._ends.put(False)
+        self._waiting.acquire()
+        self._waiting.release()
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def publish(linear_version, root):
+    def publish(number, **options):
+        return linear.publish(linear_version, root, number, **options)
+
+    return publish
+
+
+@pytest.fixture
+def opened(root):
+    """Opens the repository; closed at the end."""
+    repositories = []
+
+    def opened(policy=None, *, metrics=None, stop=None, **options):
+        options = {"watch_seconds": 10.0, "warm_share": 1.0, "models": (policy,) if policy else ()} | options
+        root.mkdir(exist_ok=True)
+        repository = ModelRepository.open(
+            root, num_devices=2, versions=VersionOptions(**options), metrics=metrics, stop=stop or Looks()
+        )
+        repositories.append(repository)
+        return repository
+
+    yield opened
+    for repository in repositories:
+        repository.close()
+
+
+def scores(repository, version="", key=None):
+    """The version that a request went to, by its answer's scores and by what the engine says."""
+    with repository.lease("linear", version, key) as engine:
+        future = engine.submit(engine.request(linear.features(5)))
+    value = future.result().scores["value"]
+    np.testing.assert_allclose(value, linear.expected(5, engine.version), rtol=1e-6)
+    return engine.version
+
+
+def states(repository):
+    return {status.version: status.state for status in repository.index()}
+
+
+def reason(repository, version):
+    (status,) = [status for status in repository.index() if status.version == version]
+    return status.reason
+
+
+def values_of(metrics, name):
+    lines = [line.rpartition(" ") for line in metrics.text().decode().splitlines()]
+    return {series.removeprefix(name): float(value) for series, _, value in lines if series.startswith(name)}
+
+
+def test_the_watcher_finds_a_new_version_and_swaps_to_it(publish, opened):
+    publish(1)
+    looks, metrics = Looks(), Metrics()
+    repository = opened(stop=looks, metrics=metrics)
+    assert scores(repository) == 1
+    looks.look()
+    assert scores(repository) == 1
+    publish(2)
+    assert scores(repository) == 1
+    looks.look()
+    assert scores(repository) == 2
+    assert set(looks.seconds) == {10.0}
+    repository._models["linear"].wait_until_drained()
+    assert states(repository) == {1: UNAVAILABLE, 2: READY}
+    assert reason(repository, 1) == "not served under policy latest"
+    assert repository.models() == [("linear", 2, True)]
+    with pytest.raises(ModelNotFoundError, match=r"'linear' version 1 is not found; version 2 is served"):
+        repository.engine("linear", "1")
+    assert values_of(metrics, "xlarank_swaps_total") == {'{model="linear"}': 1}
+    assert values_of(metrics, "xlarank_swap_seconds")['{model="linear"}'] > 0
+    assert set(values_of(metrics, "nv_model_load_duration_secs")) == {'{model="linear",version="2"}'}
+    assert values_of(metrics, "xlarank_model_version_state") == {
+        '{model="linear",state="READY",version="2"}': 1
+    }
+    assert values_of(metrics, "xlarank_serving_compiles_total") == {"": 0}
+
+
+def test_an_empty_repository_that_is_watched_is_not_ready_until_a_model_comes(publish, opened):
+    repository = opened()
+    assert not repository.is_ready
+    assert repository.index() == repository.models() == []
+    with pytest.raises(ModelNotFoundError, match=r"unknown model: 'linear' is not found"):
+        repository.engine("linear")
+    publish(3)
+    repository.poll()
+    assert repository.is_ready
+    assert scores(repository) == 3
+
+
+def test_a_version_that_fails_its_golden_check_is_not_served_and_says_why_once(publish, opened, caplog):
+    publish(1)
+    metrics = Metrics()
+    repository = opened(metrics=metrics)
+    publish(2, golden_error=0.5)
+    for _ in range(3):
+        repository.poll()
+    assert scores(repository) == 1
+    assert repository.is_ready
+    assert states(repository) == {1: READY, 2: UNAVAILABLE}
+    why = "model 'linear', task 'value', bucket"
+    assert why in reason(repository, 2)
+    assert caplog.text.count("model linear version 2 isn't served") == 1
+    assert values_of(metrics, "xlarank_model_load_failures_total") == {'{model="linear"}': 1}
+    with pytest.raises(UnavailableError, match=r"'linear' version 2 is not at ready state: .*golden replay"):
+        repository.engine("linear", "2")
+    with pytest.raises(ModelError, match=r"failed to load 'linear': version 2: .*golden replay on"):
+        repository.load("linear")
+    assert scores(repository) == 1
+    publish(3)
+    repository.poll()
+    assert scores(repository) == 3
+
+
+def test_a_damaged_version_is_tried_again_when_its_folder_changes_and_not_before(publish, opened, caplog):
+    publish(1)
+    path = publish(2)
+    program = next((path / "programs").glob("4x1*"))
+    whole = program.read_bytes()
+    program.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    repository = opened()  # the next older one is served then
+    assert scores(repository) == 1
+    assert str(program) in reason(repository, 2)
+    assert "expected sha256" in reason(repository, 2)
+    repository.poll()
+    assert caplog.text.count("isn't served") == 1
+    program.write_bytes(whole)
+    repository.poll()
+    assert scores(repository) == 2
+
+
+def test_without_watching_a_damaged_version_is_an_error_at_the_start(publish, opened):
+    publish(1)
+    (publish(2) / "params.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"linear/2/params\.safetensors"):
+        opened(watch_seconds=None)
+
+
+def test_another_model_s_bundle_is_refused_by_name(publish, opened, root):
+    publish(1)
+    repository = opened()
+    shutil.copytree(root / "linear", root / "other")
+    repository.poll()
+    other = [status for status in repository.index() if status.model == "other"]
+    assert [status.state for status in other] == [UNAVAILABLE]
+    assert "folder 'other' holds model 'linear'" in other[0].reason
+    assert repository.is_ready  # a model that has never answered takes no traffic away from the others
+    assert scores(repository) == 1
+
+
+def test_tables_that_do_not_fit_beside_the_others_are_refused_with_figures(publish, opened, monkeypatch):
+    from xlarank.host.memory import AvailableMemory
+    from xlarank.runtime import tables
+
+    publish(1)
+    repository = opened()
+    memory = repository.engine("linear").load_report.table_memory
+    publish(2)
+    little = AvailableMemory(machine=100, cgroup=None)
+    monkeypatch.setattr(tables.load_tables, "__kwdefaults__", {"on_bytes": None, "available": lambda: little})
+    repository.poll()
+    if memory == "huge":  # where there are no huge pages, tables are mapped, and that always fits
+        assert scores(repository) == 1
+        assert "need 0.00 GiB of memory, available are 0.00 GiB (MemAvailable 0.00" in reason(repository, 2)
+    else:
+        assert scores(repository) == 2
+
+
+def test_rollback_goes_back_and_the_version_that_was_left_is_not_picked_up_again(publish, opened):
+    publish(1)
+    publish(2)
+    repository = opened()
+    with pytest.raises(ModelNotFoundError, match=r"rollback: expected version 2 below 2, there are \[1, 2\]"):
+        repository.rollback("linear", 2)
+    assert repository.rollback("linear") == 1
+    assert scores(repository) == 1
+    repository.poll()
+    assert scores(repository) == 1
+    assert reason(repository, 2) == "rolled back from, to version 1"
+    with pytest.raises(UnavailableError, match=r"version 2 is not at ready state: rolled back from"):
+        repository.engine("linear", "2")
+    publish(3)
+    repository.poll()
+    assert scores(repository) == 3
+    repository.rollback("linear", 1)
+    repository.load("linear")  # forgets both
+    assert scores(repository) == 3
+
+
+def test_a_rollback_to_a_version_that_fails_changes_nothing(publish, opened):
+    publish(1, golden_error=0.5)
+    publish(2)
+    repository = opened()
+    with pytest.raises(ModelError, match=r"rollback to version 1 failed: model 'linear', task 'value'"):
+        repository.rollback("linear")
+    repository.poll()
+    assert scores(repository) == 2
+    assert states(repository)[2] == READY
+
+
+def test_a_model_unloaded_by_hand_stays_so_until_it_is_loaded(publish, opened):
+    publish(1)
+    repository = opened()
+    repository.unload("linear")
+    assert states(repository) == {1: UNAVAILABLE}
+    assert reason(repository, 1) == "unloaded by hand"
+    publish(2)
+    repository.poll()
+    assert repository.models() == []
+    with pytest.raises(ModelNotFoundError, match=r"unknown model: 'linear' has no available versions"):
+        repository.engine("linear")
+    assert not repository.is_ready  # nothing is left that could answer
+    repository.load("linear")
+    assert scores(repository) == 2
+    for verb in (repository.load, repository.unload, repository.rollback):
+        with pytest.raises(ModelNotFoundError, match=r"unknown model: 'nothing' is not found"):
+            verb("nothing")
+
+
+def test_a_version_whose_folder_vanishes_goes_on_serving_and_the_log_says_so_once(
+    publish, opened, root, caplog
+):
+    publish(1)
+    publish(2)
+    repository = opened()
+    shutil.rmtree(root / "linear" / "2")
+    for _ in range(2):
+        repository.poll()
+    assert scores(repository) == 2
+    assert caplog.text.count("linear/2: was removed; model linear version 2 goes on serving") == 1
+    shutil.rmtree(root / "linear")
+    repository.poll()
+    assert scores(repository) == 2
+    publish(3)
+    repository.poll()
+    assert scores(repository) == 3
+
+
+def test_a_version_that_was_changed_under_its_number_is_named_and_goes_on(publish, opened, root, caplog):
+    publish(1)
+    repository = opened()
+    shutil.rmtree(root / "linear" / "1")
+    publish(1, scale=7.0)
+    repository.poll()
+    assert scores(repository) == 1
+    assert "linear/1: was changed; what was loaded goes on serving" in caplog.text
+
+
+def test_a_repository_that_cannot_be_listed_changes_nothing(publish, opened, root, caplog):
+    publish(1)
+    repository = opened()
+    root.rename(root.with_name("away"))
+    for _ in range(2):
+        repository.poll()
+    assert scores(repository) == 1
+    assert caplog.text.count("the repository can't be looked at") == 1
+    root.with_name("away").rename(root)
+    publish(2)
+    repository.poll()
+    assert scores(repository) == 2
+
+
+def test_policy_all_serves_every_version_by_number_and_ends_those_whose_folders_go(publish, opened, root):
+    publish(1)
+    publish(2)
+    repository = opened(ModelPolicy(policy=Policy.ALL))
+    assert [scores(repository, version) for version in ("", "1", "2")] == [2, 1, 2]
+    publish(3)
+    repository.poll()
+    shutil.rmtree(root / "linear" / "1")
+    repository.poll()
+    repository._models["linear"].wait_until_drained()
+    assert [version for _, version, _ in repository.models()] == [2, 3]
+    with pytest.raises(ModelNotFoundError, match=r"version 1 is not found; versions 2, 3 are served"):
+        repository.engine("linear", "1")
+
+
+def test_policy_specific_serves_what_it_lists_and_says_what_is_not_there(publish, opened):
+    for version in (1, 2, 3):
+        publish(version)
+    repository = opened(ModelPolicy(name="linear", policy=Policy.SPECIFIC, versions=(2, 5)))
+    assert scores(repository) == 2
+    assert states(repository) == {1: UNAVAILABLE, 2: READY, 3: UNAVAILABLE, 5: UNAVAILABLE}
+    assert reason(repository, 5).endswith("linear/5: expected a version, found none")
+    with pytest.raises(ConfigError, match=r"policy specific names its versions"):
+        repository.rollback("linear")
+
+
+def test_another_policy_pins_a_version_goes_back_and_moves_a_label(publish, opened):
+    for version in (1, 2, 3):
+        publish(version)
+    repository = opened()
+
+    def pin(version):
+        repository.set_policy(ModelPolicy(name="linear", policy=Policy.SPECIFIC, versions=(version,)))
+
+    pin(2)
+    assert scores(repository) == 2
+    pin(1)
+    assert scores(repository) == 1
+    pin(7)  # not there: what serves goes on
+    assert scores(repository) == 1
+    publish(7)
+    repository.poll()
+    assert scores(repository) == 7
+    for traffic in (0.25, 1.0):
+        stable = VersionLabel(name="stable", version=2, traffic=1 - traffic)
+        canary = VersionLabel(name="canary", version=3, traffic=traffic)
+        repository.set_policy(
+            ModelPolicy(name="linear", versions=(2,), policy=Policy.SPECIFIC, labels=(stable, canary))
+        )
+        counted = [repository.engine("linear").version for _ in range(100)]
+        assert counted.count(3) == pytest.approx(100 * traffic, abs=2)
+
+
+def test_a_version_found_damaged_while_it_serves_makes_room_for_the_next_older_one(publish, opened, caplog):
+    publish(1)
+    publish(2)
+    repository = opened()
+    repository.engine("linear")._table_check._fault = "tables/topics.npy: damaged"
+    with pytest.raises(UnavailableError, match=r"'linear' version 2 has failed: tables/topics\.npy: damaged"):
+        repository.engine("linear")
+    assert not repository.is_ready
+    repository.poll()
+    assert scores(repository) == 1
+    assert repository.is_ready
+    repository._models["linear"].wait_until_drained()
+    assert reason(repository, 2) == "tables/topics.npy: damaged"
+
+
+def test_without_watching_what_a_policy_asks_for_must_be_there(publish, opened):
+    publish(1)
+    with pytest.raises(ConfigError, match=r"policies of models \['other'\], found \['linear'\]"):
+        opened(ModelPolicy(name="other"), watch_seconds=None)
+    with pytest.raises(
+        ConfigError, match=r"'linear': no version is served under its policy: version 1: not serv"
+    ):
+        opened(ModelPolicy(policy=Policy.SPECIFIC, versions=(5,)), watch_seconds=None)
+
+
+def test_labels_share_the_traffic_and_a_key_stays_on_its_side(publish, opened):
+    publish(3)
+    publish(4)
+    labels = (
+        VersionLabel(name="stable", version=3, traffic=0.75),
+        VersionLabel(name="canary", version=4, traffic=0.25),
+    )
+    repository = opened(ModelPolicy(name="linear", labels=labels))
+    assert scores(repository, "stable") == 3
+    assert scores(repository, "canary") == 4
+    counted = [repository.engine("linear").version for _ in range(400)]
+    assert counted.count(4) == pytest.approx(100, abs=3)
+    sides = {f"user{i}": repository.engine("linear", "", f"user{i}").version for i in range(400)}
+    assert list(sides.values()).count(4) == pytest.approx(100, abs=30)
+    assert all(repository.engine("linear", "", key).version == side for key, side in sides.items())
+    with pytest.raises(ModelNotFoundError, match=r"'linear' version beta is not found"):
+        repository.engine("linear", "beta")
+    repository.rollback("linear", 3)
+    assert {repository.engine("linear", "", key).version for key in sides} == {3}
+    with pytest.raises(UnavailableError, match=r"'linear' version canary, which is 4, is not at ready state"):
+        repository.engine("linear", "canary")

@@ -1,0 +1,265 @@
+"""Swaps under load: nothing fails, nothing mixes, nothing compiles in the process, everything is freed."""
+
+import threading
+import weakref
+
+import linear
+import numpy as np
+import pytest
+
+from xlarank import device
+from xlarank.errors import ModelError, UnavailableError
+from xlarank.runtime import DevicePool, Metrics, ModelRepository, VersionOptions, warming
+from xlarank.runtime.compile_helper import CompileHelper
+from xlarank.runtime.pacing import PacedRuns
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def publish(linear_version, root):
+    def publish(number, **options):
+        return linear.publish(linear_version, root, number, **options)
+
+    return publish
+
+
+@pytest.fixture
+def opened(root):
+    repositories = []
+
+    def opened(**options):
+        repository = ModelRepository.open(
+            root, num_devices=2, versions=VersionOptions(warm_share=1.0), **options
+        )
+        repositories.append(repository)
+        return repository
+
+    yield opened
+    for repository in repositories:
+        repository.close()
+
+
+def drained(repository):
+    assert repository._models["linear"].wait_until_drained(60)
+
+
+def ask(repository, num_candidates, version=""):
+    """The engine's version, after a check that the scores are of that version alone."""
+    with repository.lease("linear", version) as engine:
+        future = engine.submit(engine.request(linear.features(num_candidates)))
+    scores = future.result(timeout=60).scores["value"]
+    np.testing.assert_allclose(scores, linear.expected(num_candidates, engine.version), rtol=1e-6)
+    return engine.version
+
+
+def test_under_load_no_request_fails_and_no_score_mixes_versions_while_they_swap(publish, opened):
+    publish(1)
+    repository = opened()
+    stop, problems, seen = threading.Event(), [], [set() for _ in range(6)]
+
+    def hammer(number):
+        try:
+            while not stop.is_set():
+                # 40 candidates run as three batches, in between which versions swap.
+                seen[number].add(ask(repository, 40 if number % 2 else 3))
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=hammer, args=(number,)) for number in range(len(seen))]
+    for thread in threads:
+        thread.start()
+    try:
+        for version in (2, 3):
+            publish(version)
+            repository.poll()
+            assert ask(repository, 3) == version
+            assert repository.rollback("linear", version - 1) == version - 1
+            assert ask(repository, 3) == version - 1
+            repository.load("linear")  # forgets the rollback
+            assert repository.is_ready
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert problems == []
+    assert all(versions <= {1, 2, 3} and len(versions) > 1 for versions in seen)
+    drained(repository)
+    assert repository.engine("linear").num_request_path_compiles == 0
+    assert [version for _, version, _ in repository.models()] == [3]
+
+
+def test_a_request_that_got_the_old_engine_just_before_the_swap_is_answered_by_it(publish, opened):
+    publish(1)
+    repository = opened()
+    with repository.lease("linear") as engine:
+        publish(2)
+        repository.poll()
+        assert ask(repository, 3) == 2
+        states = {status.version: status.state for status in repository.index()}
+        assert states == {1: "UNLOADING", 2: "READY"}
+        future = engine.submit(engine.request(linear.features(5)))
+    np.testing.assert_allclose(future.result().scores["value"], linear.expected(5, 1), rtol=1e-6)
+    drained(repository)
+    assert {status.version: status.state for status in repository.index()} == {1: "UNAVAILABLE", 2: "READY"}
+
+
+def parts_of(engine):
+    """What holds an engine's memory."""
+    replica = engine._execution._executors[0]
+    tables = [table.rows for table in engine._gatherer._tables.values()]
+    return [weakref.ref(part) for part in (engine, replica, engine._gatherer, *tables, *replica.prepared)]
+
+
+def test_an_old_version_is_freed_with_its_tables_and_weights(publish, opened):
+    publish(1)
+    metrics = Metrics()
+    repository = opened(metrics=metrics)
+    ask(repository, 40)
+    parts = parts_of(repository.engine("linear"))
+    publish(2)
+    repository.poll()
+    drained(repository)
+    assert [part() for part in parts] == [None] * len(parts)
+    assert b'version="1"' not in metrics.text()
+
+
+def test_a_model_unloaded_by_hand_is_freed_though_nothing_else_runs_on_the_devices(publish, opened):
+    publish(1)
+    repository = opened()
+    parts = parts_of(repository.engine("linear"))
+    ask(repository, 40)
+    repository.unload("linear")
+    assert [part() for part in parts] == [None] * len(parts)
+
+
+def test_metrics_do_not_grow_with_swaps(publish, opened):
+    publish(1)
+    metrics = Metrics()
+    repository = opened(metrics=metrics)
+    sizes = []
+    for version in (2, 3, 4):
+        publish(version)
+        repository.poll()
+        ask(repository, 3)
+        drained(repository)
+        sizes.append(len(metrics.text().splitlines()))
+    assert len(set(sizes)) == 1
+
+
+@pytest.fixture
+def cold_cache(tmp_path):
+    """The process compiles into an empty folder."""
+    folder = tmp_path / "cache"
+    with device.compile_cache_at(folder):
+        yield folder
+
+
+def test_a_swap_that_must_compile_compiles_nothing_in_the_process_that_serves(publish, opened, cold_cache):
+    publish(1, rows=[4], with_code=False)
+    repository = opened(use_bundle_code=False)
+    before, files = device.num_compiled(), set(cold_cache.iterdir())
+    publish(2, rows=[16], with_code=False)
+    repository.poll()
+    assert ask(repository, 16) == 2
+    assert repository.engine("linear").ladder.max_rows == 16
+    assert device.num_compiled() == before
+    assert repository._loader.num_serving_compiles == 0
+    # A helper compiled them: row programs of two buckets for two devices.
+    assert sum("xlarank_program" in file.name for file in set(cold_cache.iterdir()) - files) == 4
+    # Going back needs no helper: the programs are in the cache.
+    repository._loader._helper.close()
+    assert repository.rollback("linear") == 1
+    assert ask(repository, 4) == 1
+    assert device.num_compiled() == before
+
+
+def test_new_weights_take_the_compiled_programs_and_the_times_of_the_version_that_serves(
+    publish, opened, cold_cache
+):
+    publish(1, with_code=False)
+    repository = opened(use_bundle_code=False)
+    old = repository.engine("linear")
+    programs = [e.compiled for replica in old._execution._executors for e in replica.executables.values()]
+    profiles = old.profiles
+    for file in cold_cache.iterdir():  # nothing there is read
+        file.unlink()
+    before = device.num_compiled()
+    publish(2, with_code=False)
+    repository.poll()
+    new = repository.engine("linear")
+    assert ask(repository, 3) == 2
+    assert [
+        e.compiled for replica in new._execution._executors for e in replica.executables.values()
+    ] == programs
+    assert new.profiles is profiles
+    assert device.num_compiled() == before
+
+
+def test_a_helper_process_that_fails_is_reported_with_what_it_said(publish, opened, monkeypatch):
+    publish(1, rows=[4])
+    repository = opened()
+    monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
+    path = publish(2, rows=[16])
+    repository.poll()
+    assert ask(repository, 3) == 1
+    (status,) = [status for status in repository.index() if status.version == 2]
+    assert f"{path}: the process that compiles it ended with status 1" in status.reason
+    assert "nonsense" in status.reason
+
+
+def test_a_repository_that_closes_ends_the_helper_process(linear_version, cold_cache):
+    helper = CompileHelper(num_devices=1, use_bundle_code=False)
+    failed = []
+
+    def compile_version():
+        try:
+            helper.compile(linear_version)
+        except UnavailableError as error:
+            failed.append(str(error))
+
+    compiling = threading.Thread(target=compile_version)
+    compiling.start()
+    helper.close()
+    compiling.join(60)
+    assert failed == [f"{linear_version}: not compiled: the server is stopping"]
+
+
+def test_code_is_compiled_for_nothing_if_the_cache_does_not_keep_it(linear_version, cold_cache, monkeypatch):
+    from xlarank.bundle import open_bundle
+
+    monkeypatch.setattr(device, "seed_compile_cache", lambda files: None)
+    with pytest.raises(ModelError, match=r"expected it to keep what is compiled, \d+ programs weren't there"):
+        warming.compile_into_cache(open_bundle(linear_version), num_devices=1)
+
+
+def test_runs_that_prove_a_version_come_between_turns_and_take_a_small_share_of_the_time():
+    pauses = []
+    times = iter([0.0, 2.0, 2.0])
+    pool = DevicePool(2)
+    paced = PacedRuns(pool, share=0.1, wait=pauses.append, clock=lambda: next(times))
+    started, end = threading.Event(), threading.Event()
+
+    def turn():
+        started.set()
+        end.wait(60)
+
+    pool.run_between(0, turn)
+    started.wait(60)
+    ran = []
+    asking = threading.Thread(target=lambda: paced.on(0)(lambda: ran.append(threading.current_thread().name)))
+    asking.start()
+    asking.join(0.05)
+    assert ran == []  # the device is busy
+    end.set()
+    asking.join(60)
+    assert ran == ["xlarank-device-0"]
+    assert pauses == [pytest.approx(18.0)]  # 2 s of every 20
+    with pytest.raises(ZeroDivisionError):
+        paced.on(1)(lambda: 1 / 0)
+    pool.close()
+    with pytest.raises(UnavailableError, match=r"the devices' threads have ended"):
+        paced.on(1)(lambda: 1)

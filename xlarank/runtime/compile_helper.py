@@ -1,0 +1,75 @@
+"""Compiling in a process of its own, so that LLVM never runs in one that serves: `CompileHelper`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from xlarank import device
+from xlarank.errors import ModelError, UnavailableError
+
+__all__ = ["CompileHelper"]
+
+_MAX_REASON = 2000
+"""Bytes of what the process said last."""
+
+
+class CompileHelper:
+    """Runs the helper process, one at a time, at the lowest priority."""
+
+    def __init__(self, *, num_devices: int, use_bundle_code: bool) -> None:
+        """
+        Args:
+          num_devices: that the server uses.
+          use_bundle_code: whether compiled code in bundles may be used.
+        """
+        self._options = ["--devices", str(num_devices)] + ([] if use_bundle_code else ["--no-bundle-code"])
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None  # guarded by _lock
+        self._is_closed = False  # guarded by _lock; moves one way
+
+    def compile(self, path: Path) -> float:
+        """Fills the compilation cache for a bundle; returns the seconds that it took.
+
+        Raises:
+          ModelError: if the process fails; with the end of what it said.
+          UnavailableError: if `close` ended it.
+        """
+        start = time.monotonic()
+        command = [sys.executable, "-m", "xlarank.runtime.warming", *self._options]
+        command += ["--compile-cache", str(device.compile_cache_folder()), str(path.absolute())]
+        # A GPU's memory is the server's: this one takes what compiling needs, when it needs it.
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        with tempfile.TemporaryFile() as said:
+            with self._lock:
+                if self._is_closed:
+                    raise UnavailableError(f"{path}: not compiled: the server is stopping")
+                process = self._process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=said,
+                )
+            status = process.wait()
+            with self._lock:
+                self._process = None
+                if self._is_closed:
+                    raise UnavailableError(f"{path}: not compiled: the server is stopping")
+            if status:
+                said.seek(max(0, said.seek(0, os.SEEK_END) - _MAX_REASON))
+                reason = said.read().decode(errors="replace").strip()
+                raise ModelError(f"{path}: the process that compiles it ended with status {status}: {reason}")
+        return time.monotonic() - start
+
+    def close(self) -> None:
+        """Ends the process, if one runs, and starts no more."""
+        with self._lock:
+            self._is_closed = True
+            if self._process is not None:
+                self._process.kill()

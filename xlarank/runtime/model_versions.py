@@ -1,0 +1,384 @@
+"""Versions of one model as they come, serve and go: `ModelVersions`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+from xlarank.errors import ConfigError, ModelError, ModelNotFoundError, UnavailableError, XlarankError
+from xlarank.runtime.engine import Engine
+from xlarank.runtime.routes import Routes, ServedVersion
+from xlarank.runtime.version_metrics import VersionMetrics
+from xlarank.runtime.watching import folder_stamp
+from xlarank.spec.versions import ModelPolicy, Policy, VersionState, VersionStatus
+
+__all__ = ["ModelVersions"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocked:
+    """A version that isn't tried again before its folder changes."""
+
+    stamp: str | None
+    reason: str
+
+
+class ModelVersions:
+    """Loads what the policy wants, swaps to it, and drains what it no longer wants.
+
+    `follow`, `load`, `unload` and `roll_back` are for one thread at a time; any thread may call the others.
+
+    A version ends only when another of the model can answer: what fails leaves the model as it was. A version
+    whose folder vanishes goes on serving until another takes its place: a folder that isn't there may be a
+    file system that isn't, and whoever wants a version gone says so (`unload`, `roll_back`). Under policy
+    `all` it ends, if other versions are still there.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        folder: Path,
+        policy: ModelPolicy,
+        load: Callable[[int, Sequence[Engine]], Engine],
+        *,
+        metrics: VersionMetrics,
+        on_end: Callable[[int], None],
+        drain_seconds: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+          model: its name.
+          folder: of its versions.
+          policy: which of them to serve.
+          load: loads a version beside the given ones of this model.
+          metrics: where loads, failures and swaps are counted.
+          on_end: called with a version once nothing of it is in use.
+          drain_seconds: how long a load waits for what is draining, whose memory it may need.
+          clock: seconds, monotonic.
+        """
+        self.model = model
+        self._folder = folder
+        self._policy = policy
+        self._load = load
+        self._metrics = metrics
+        self._on_end = on_end
+        self._drain_seconds = drain_seconds
+        self._clock = clock
+        self._lock = threading.Lock()
+        # Guarded by _lock; all but _draining are written by the one thread that changes versions.
+        self._on_disk: tuple[int, ...] = ()
+        self._loaded: dict[int, ServedVersion] = {}
+        self._stamps: dict[int, str | None] = {}  # of the loaded ones
+        self._failed: dict[int, _Blocked] = {}
+        self._rolled_back: dict[int, _Blocked] = {}
+        self._draining: dict[int, threading.Thread] = {}
+        self._loading: int | None = None
+        self._is_unloaded = False  # by hand
+        self._warned: set[str] = set()  # what the log has said of the folder, until it is no longer so
+        self.routes = Routes(model, policy, {}, self._others)  # replaced whole; read without a lock
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a version answers."""
+        return any(served.engine.fault is None for served in self.routes.versions.values())
+
+    @property
+    def is_unloaded(self) -> bool:
+        """Whether it was unloaded by hand."""
+        return self._is_unloaded
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nothing is left of it, on disk or here."""
+        with self._lock:
+            return not (self._on_disk or self._loaded or self._draining)
+
+    def statuses(self, *, with_idle: bool = True) -> list[VersionStatus]:
+        """What every version does, ascending.
+
+        Args:
+          with_idle: with those on disk that nobody asked for.
+        """
+        with self._lock:
+            known = set(self._loaded) | set(self._draining) | set(self._failed) | set(self._rolled_back)
+            known |= {self._loading} if self._loading is not None else set()
+            wanted = set(self._policy.versions) | {label.version for label in self._policy.labels}
+            if with_idle:
+                known |= set(self._on_disk) | wanted
+            return [self._status(version) for version in sorted(known)]
+
+    def follow(self, on_disk: Sequence[int], *, strict: bool = False) -> None:
+        """Loads, swaps and drains by what there is now.
+
+        Args:
+          on_disk: versions in the folder, ascending.
+          strict: raise what a version fails with, instead of going on without it.
+        """
+        self._look(on_disk)
+        if self._is_unloaded:
+            return
+        while (version := self._next_missing()) is not None:
+            self._load_one(version, strict)
+        self._swap(None)
+
+    def set_policy(self, policy: ModelPolicy) -> None:
+        """From the next `follow` on, another policy says what is served."""
+        with self._lock:
+            self._policy = policy
+
+    def load(self, on_disk: Sequence[int]) -> None:
+        """Loads what the policy wants, whatever was unloaded, has failed or was rolled back from before.
+
+        Raises:
+          ModelError: if a wanted version fails; says why. Those that served go on.
+        """
+        with self._lock:
+            self._is_unloaded = False
+            self._failed.clear()
+            self._rolled_back.clear()
+        self.follow(on_disk)
+        if self._failed:
+            why = "; ".join(f"version {v}: {blocked.reason}" for v, blocked in sorted(self._failed.items()))
+            raise ModelError(f"failed to load '{self.model}': {why}")
+        if not self.is_ready:
+            raise ModelNotFoundError(f"Request for unknown model: '{self.model}' has no available versions")
+
+    def unload(self) -> list[threading.Thread]:
+        """Ends every version; the model stays so until `load`.
+
+        Returns:
+          What drains them.
+        """
+        with self._lock:
+            self._is_unloaded = True
+        self._put_routes({})
+        return self._retire(list(self._loaded))
+
+    def roll_back(self, on_disk: Sequence[int], version: int | None = None) -> int:
+        """Serves an older version; newer ones that are there now are left alone until their folder changes.
+
+        This holds for as long as the process runs: to make it last, remove the newer folders or set the
+        policy.
+
+        Args:
+          on_disk: versions in the folder, ascending.
+          version: to go back to; the next older one than the newest that answers by default.
+
+        Returns:
+          The version.
+
+        Raises:
+          ConfigError: under policy specific, which says itself what is served.
+          ModelNotFoundError: if there is no such older version.
+          ModelError: if it fails; says why. Nothing has changed then.
+        """
+        if self._policy.policy is Policy.SPECIFIC:
+            raise ConfigError(
+                f"model {self.model!r}: rollback is for policies latest and all; policy specific names its "
+                f"versions: name another one"
+            )
+        self._look(on_disk)
+        newest = max(self.routes.versions, default=None)
+        if newest is None:
+            raise ModelNotFoundError(f"Request for unknown model: '{self.model}' has no available versions")
+        there = set(on_disk) | set(self._loaded)
+        older = [
+            v for v in there if v < newest and (v == version or (version is None and v not in self._failed))
+        ]
+        if not older:
+            what = "an older version" if version is None else f"version {version} below {newest}"
+            raise ModelNotFoundError(
+                f"model {self.model!r}: rollback: expected {what}, there are {sorted(there)}"
+            )
+        target = max(older)
+        before = self._failed, self._rolled_back
+        reason = f"rolled back from, to version {target}"
+        marks = {v: _Blocked(folder_stamp(self._folder / str(v)), reason) for v in there if v > target}
+        with self._lock:
+            self._failed = {v: blocked for v, blocked in self._failed.items() if v != target}
+            self._rolled_back = {v: b for v, b in self._rolled_back.items() if v != target} | marks
+        self.wait_until_drained(self._drain_seconds)
+        if target not in self._loaded and not self._load_one(target, strict=False):
+            why = self._failed[target].reason
+            with self._lock:
+                self._failed, self._rolled_back = before
+            raise ModelError(f"model {self.model!r}: rollback to version {target} failed: {why}")
+        self._swap(None)
+        self.follow(on_disk)
+        return target
+
+    def wait_until_drained(self, timeout: float | None = None) -> bool:
+        """Waits for versions that are ending; whether all of them have."""
+        end = None if timeout is None else self._clock() + timeout
+        with self._lock:
+            threads = list(self._draining.values())
+        for thread in threads:
+            thread.join(None if end is None else max(0.0, end - self._clock()))
+        return not any(thread.is_alive() for thread in threads)
+
+    def _look(self, on_disk: Sequence[int]) -> None:
+        """Takes note of the folder; what has changed there since it failed may be tried again."""
+        stamps = {
+            version: folder_stamp(self._folder / str(version))
+            for version in {*self._loaded, *self._failed, *self._rolled_back}
+        }
+        with self._lock:
+            self._on_disk = tuple(on_disk)
+            for version, served in self._loaded.items():
+                if served.engine.damage is not None and version not in self._failed:
+                    self._failed[version] = _Blocked(stamps[version], served.engine.damage)
+            for blocked in (self._failed, self._rolled_back):
+                for version in [v for v, b in blocked.items() if stamps.get(v) != b.stamp]:
+                    if version not in self._loaded:
+                        del blocked[version]
+        for version in self._loaded:
+            where = self._folder / str(version)
+            # Under policy all it ends, and the log says that.
+            is_kept = version not in on_disk and not (self._policy.policy is Policy.ALL and on_disk)
+            self._warn(
+                f"{where}: was removed; model {self.model} version {version} goes on serving until another "
+                f"version takes its place",
+                is_kept,
+            )
+            self._warn(
+                f"{where}: was changed; what was loaded goes on serving: publish changes as a new version",
+                version in on_disk and stamps[version] != self._stamps[version],
+            )
+
+    def _warn(self, text: str, is_so: bool) -> None:
+        """Logs once, and again when it wasn't so in between."""
+        if is_so and text not in self._warned:
+            _log.warning("%s", text)
+        (self._warned.add if is_so else self._warned.discard)(text)
+
+    def _wanted(self) -> list[int]:
+        available = set(self._on_disk) | set(self._loaded)
+        if self._policy.policy is Policy.ALL and self._on_disk:
+            available = set(self._on_disk)
+        return self._policy.wanted(available, [*self._failed, *self._rolled_back])
+
+    def _next_missing(self) -> int | None:
+        missing = [version for version in self._wanted() if version not in self._loaded]
+        if missing and not self.wait_until_drained(self._drain_seconds):
+            _log.error(
+                "model %s: a version still isn't drained; the next one is loaded beside it", self.model
+            )
+        with self._lock:  # one that is draining comes back at a later look
+            return next((version for version in missing if version not in self._draining), None)
+
+    def _load_one(self, version: int, strict: bool) -> bool:
+        start = self._clock()
+        stamp = folder_stamp(self._folder / str(version))
+        with self._lock:
+            self._loading = version
+        try:
+            engine = self._load(version, [served.engine for served in self._loaded.values()])
+        except UnavailableError:  # the repository is closing
+            raise
+        except Exception as error:
+            if strict:
+                raise
+            reason = str(error) if isinstance(error, XlarankError) else f"{type(error).__name__}: {error}"
+            with self._lock:
+                self._failed[version] = _Blocked(stamp, reason)
+            self._metrics.record_failure(self.model)
+            _log.error("model %s version %d isn't served: %s", self.model, version, reason)
+            return False
+        finally:
+            with self._lock:
+                self._loading = None
+        with self._lock:
+            self._loaded[version] = ServedVersion(engine)
+            self._stamps[version] = stamp
+        self._metrics.record_load(self.model, version, self._clock() - start)
+        self._swap(start)
+        return True
+
+    def _swap(self, found_at: float | None) -> None:
+        """Lets the wanted versions answer, and ends the others if any of those can.
+
+        Args:
+          found_at: when the version that was loaded just now was found, for the metrics.
+        """
+        wanted = {version: self._loaded[version] for version in self._wanted() if version in self._loaded}
+        served = wanted if any(s.engine.damage is None for s in wanted.values()) else dict(self._loaded)
+        before = self.routes.versions
+        if self.routes.policy is not self._policy:
+            self._put_routes(served)
+        if served.keys() != before.keys():
+            self._put_routes(served)
+            _log.info("model %s: versions %s answer, before %s", self.model, sorted(served), sorted(before))
+        ended = [version for version in self._loaded if version not in served]
+        self._retire(ended)
+        if ended and served.keys() - before.keys():
+            self._metrics.record_swap(self.model, self._clock() - (found_at or self._clock()))
+
+    def _put_routes(self, served: Mapping[int, ServedVersion]) -> None:
+        """The swap: one reference, read once by each request."""
+        self.routes = Routes(self.model, self._policy, served, self._others)
+
+    def _retire(self, versions: Collection[int]) -> list[threading.Thread]:
+        """Drains versions that no route leads to any more."""
+        threads: list[threading.Thread] = []
+        for version in versions:
+            name = f"xlarank-drain-{self.model}-{version}"
+            with self._lock:
+                served = self._loaded.pop(version)
+                del self._stamps[version]
+                thread = threading.Thread(target=self._drain, args=(version, served), name=name, daemon=True)
+                self._draining[version] = thread
+            del served
+            thread.start()
+            threads.append(thread)
+        return threads
+
+    def _drain(self, version: int, served: ServedVersion) -> None:
+        try:
+            served.drain()
+        except Exception:
+            _log.exception("model %s version %d: draining failed", self.model, version)
+        finally:
+            del served
+            self._on_end(version)
+            with self._lock:
+                del self._draining[version]
+            _log.info("model %s version %d has ended", self.model, version)
+
+    def _others(self) -> dict[int, str]:
+        """Versions that don't answer though somebody could expect it, and why."""
+        if self._is_unloaded:
+            return {}
+        statuses = self.statuses(with_idle=False)
+        return {s.version: s.reason for s in statuses if s.state is not VersionState.READY}
+
+    def _status(self, version: int) -> VersionStatus:
+        """Under _lock."""
+        reason = ""
+        if version in self._loaded:
+            fault = self._loaded[version].engine.fault
+            state = VersionState.READY if fault is None else VersionState.UNAVAILABLE
+            reason = fault or ""
+        elif version in self._draining:
+            state = VersionState.UNLOADING
+        elif version == self._loading:
+            state = VersionState.LOADING
+        else:
+            state, reason = VersionState.UNAVAILABLE, self._why_not(version)
+        return VersionStatus(self.model, version, state, reason)
+
+    def _why_not(self, version: int) -> str:
+        if self._is_unloaded:
+            return "unloaded by hand"
+        blocked = self._failed.get(version) or self._rolled_back.get(version)
+        if blocked is not None:
+            return blocked.reason
+        if version not in self._on_disk:
+            return f"{self._folder / str(version)}: expected a version, found none"
+        return f"not served under policy {self._policy.policy.value}"

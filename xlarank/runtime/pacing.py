@@ -1,0 +1,65 @@
+"""Runs of a version that is being proven, between the batches of those that serve: `PacedRuns`."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from xlarank import device
+from xlarank.runtime.pool import DevicePool
+
+__all__ = ["PacedRuns"]
+
+Result = TypeVar("Result")
+
+
+class PacedRuns:
+    """Single runs, each on a device's own thread and for at most a small share of its time.
+
+    A request waits at most for one of them, as it would for another request's batch; beside the batches they
+    would share the cores with them and slow all of them down. One thread at a time may ask for runs.
+    """
+
+    def __init__(
+        self,
+        pool: DevicePool,
+        *,
+        share: float,
+        wait: Callable[[float], object] = time.sleep,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """
+        Args:
+          pool: of the devices.
+          share: of a device's time, in (0, 1].
+          wait: pauses for some seconds.
+          clock: seconds, monotonic.
+        """
+        self._pool = pool
+        self._share = share
+        self._wait = wait
+        self._clock = clock
+
+    def on(self, device_index: int) -> device.Pace:
+        """What runs work on a device; after each run it waits as long as the share demands."""
+        return functools.partial(self._run, device_index)
+
+    def _run(self, device_index: int, work: Callable[[], Result], /) -> Result:
+        done: Future[tuple[Result, float]] = Future()
+
+        def errand() -> None:
+            start = self._clock()
+            try:
+                result = work()
+            except BaseException as error:  # the device's thread goes on; the caller is told
+                done.set_exception(error)
+            else:
+                done.set_result((result, self._clock() - start))
+
+        self._pool.run_between(device_index, errand)
+        result, seconds = done.result()
+        self._wait(seconds * (1 / self._share - 1))
+        return result

@@ -1,0 +1,206 @@
+"""Loading a version, beside others that serve or alone: `VersionLoader`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from xlarank import device
+from xlarank.bundle import Bundle, Verify, open_bundle
+from xlarank.errors import ConfigError
+from xlarank.host import FeatureStore, TableMemory
+from xlarank.runtime.background import in_background
+from xlarank.runtime.captures import Captures
+from xlarank.runtime.compile_helper import CompileHelper
+from xlarank.runtime.engine import Engine
+from xlarank.runtime.loading import Loader, program_key
+from xlarank.runtime.metrics import Metrics
+from xlarank.runtime.pacing import PacedRuns
+from xlarank.runtime.pool import DevicePool
+from xlarank.runtime.tables import TableBytes
+from xlarank.spec import ModelSpec
+from xlarank.spec.serving import QueueConfig
+
+__all__ = ["LoadOptions", "VersionLoader"]
+
+_log = logging.getLogger(__name__)
+
+StoreMaker = Callable[[ModelSpec], FeatureStore]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How the versions of a repository are loaded; see `Engine.load`."""
+
+    host_threads: int | None = None
+    """Threads of each engine's gather."""
+
+    use_bundle_code: bool = True
+    """Whether compiled code in bundles may be used."""
+
+    table_memory: TableMemory | None = None
+    """Where tables are kept."""
+
+    queue: QueueConfig = dataclasses.field(default_factory=QueueConfig.unbounded)
+    """How requests of each engine wait and how many may."""
+
+    captures: Captures = dataclasses.field(default_factory=Captures)
+    """Keeps requests that fail or are slow, of all versions."""
+
+    on_progress: Callable[[str], None] | None = None
+    """Told each step in words."""
+
+    on_table_bytes: TableBytes | None = None
+    """Told the bytes of tables read so far, and of how many."""
+
+
+class VersionLoader:
+    """Loads versions of all models of a repository, one at a time.
+
+    Beside versions that serve: programs that the process doesn't have are compiled by a helper process first;
+    files are read and checked by one thread of the lowest priority; what proves and times the version runs
+    between the batches of those that serve, for a small share of the time. New weights of programs in use
+    take the compiled code and the measured times as they are.
+    """
+
+    def __init__(
+        self,
+        pool: DevicePool,
+        metrics: Metrics,
+        options: LoadOptions,
+        stores: Mapping[str, StoreMaker],
+        *,
+        warm_share: float,
+        wait: Callable[[float], object] = time.sleep,
+    ) -> None:
+        """
+        Args:
+          pool: device threads of all engines.
+          metrics: registry that engines count in.
+          options: for each of them.
+          stores: by model, what makes its feature store.
+          warm_share: of a device's time, see `VersionOptions`.
+          wait: pauses for some seconds.
+        """
+        self._pool = pool
+        self._metrics = metrics
+        self._options = options
+        self._make_store = stores
+        self._stores: dict[str, FeatureStore] = {}  # by model: of the version loaded last
+        self._library = device.ProgramLibrary()
+        self._paced = PacedRuns(pool, share=warm_share, wait=wait)
+        self._helper = CompileHelper(
+            num_devices=len(device.devices()), use_bundle_code=options.use_bundle_code
+        )
+        self._keys: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
+        self._in_cache: set[str] = (
+            set()
+        )  # keys of programs that this process has put into the cache, or found
+        self._num_compiled_alone = 0
+        self.settle()
+
+    @property
+    def num_serving_compiles(self) -> int:
+        """Programs compiled in this process while it served; 0 is healthy."""
+        return device.num_compiled() - self._num_compiled_alone
+
+    def settle(self) -> None:
+        """What has been compiled so far was compiled while nothing served."""
+        self._num_compiled_alone = device.num_compiled()
+
+    def load(self, path: Path, peers: Sequence[Engine], *, is_beside: bool) -> Engine:
+        """Loads a version; when this returns it has been proven.
+
+        Args:
+          path: ``<repository>/<model>/<version>``.
+          peers: versions of the same model that are loaded.
+          is_beside: whether anything serves meanwhile.
+
+        Raises:
+          XlarankError: if it can't be served; says why, naming the file where one is at fault.
+        """
+        before = self.num_serving_compiles
+        bundle = self._open(path, is_beside)
+        key = program_key(bundle)
+        if is_beside and key not in self._in_cache:
+            seconds = self._helper.compile(path)
+            _log.info("%s: a process of its own has compiled it in %.1f s", path, seconds)
+        twin = next((peer for peer in peers if self._keys.get(peer) == key), None)
+        options = self._options
+        loader = Loader(
+            bundle,
+            devices=device.devices()[: self._pool.num_devices],
+            host_threads=options.host_threads or min(4, len(os.sched_getaffinity(0))),
+            use_bundle_code=options.use_bundle_code,
+            table_memory=self._table_memory(peers),
+            on_progress=options.on_progress,
+            on_table_bytes=options.on_table_bytes,
+            library=self._library,
+            paces=self._paced.on if is_beside else None,
+            profiles=None if twin is None else twin.profiles,
+        )
+        store = self._store(path, bundle.spec)
+        engine = Engine(loader, self._pool, self._metrics, store, options.queue, options.captures)
+        self._keys[engine] = key
+        self._in_cache.add(key)
+        if not is_beside:
+            self.settle()
+        elif compiled := self.num_serving_compiles - before:
+            _log.error("%s: %d programs were compiled in the process that serves", path, compiled)
+        return engine
+
+    def remove(self, model: str, version: int) -> None:
+        """Lets go of a version that has ended."""
+        self._metrics.remove(model, version)
+
+    def close(self) -> None:
+        """Ends what `load` waits for."""
+        self._helper.close()
+
+    def _open(self, path: Path, is_beside: bool) -> Bundle:
+        def read() -> Bundle:
+            # First the little that tells another model's bundle from a damaged one.
+            name = open_bundle(path, verify=Verify.SIZES).spec.name
+            if name != path.parent.name:
+                raise ConfigError(
+                    f"repository {path.parent.parent}: folder {path.parent.name!r} holds model {name!r}; "
+                    f"clients ask by folder and metrics count by name, so the two must be equal"
+                )
+            return open_bundle(path, verify=Verify.ALL_BUT_TABLES, num_threads=1 if is_beside else None)
+
+        return in_background(read) if is_beside else read()
+
+    def _table_memory(self, peers: Sequence[Engine]) -> TableMemory | None:
+        """A swap doesn't change silently where lookups go: beside tables in memory of their own the next
+        ones are refused if they don't fit, and not mapped instead."""
+        if self._options.table_memory is None and any(
+            peer.load_report.table_memory is TableMemory.HUGE for peer in peers
+        ):
+            return TableMemory.HUGE
+        return self._options.table_memory
+
+    def _store(self, path: Path, spec: ModelSpec) -> FeatureStore | None:
+        """One store for all versions with the same features, so that updates of it outlive a swap.
+
+        A version with other features gets a store of its own over the same file, if the file suits it,
+        without the rows that were put into the other one.
+        """
+        make = self._make_store.get(spec.name)
+        if make is None:
+            return None
+        store = self._stores.get(spec.name)
+        if store is None or store.spec.features != spec.features:
+            if store is not None and store.stats().version:
+                _log.warning(
+                    "%s: has other features than the version before: the %d updates of the feature store "
+                    "since the start are not in its store",
+                    path,
+                    store.stats().version,
+                )
+            store = self._stores[spec.name] = make(spec)
+        return store

@@ -1,0 +1,114 @@
+"""The process that compiles for one that serves (`CompileHelper` starts it), at the lowest priority:
+
+    python -m xlarank.runtime.warming --compile-cache FOLDER --devices 2 BUNDLE ...
+
+compiles every program of the bundles for every device into the compilation cache and reads no table. The
+server that started it then finds all of them there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from xlarank import device
+from xlarank.bundle import Bundle, Verify, open_bundle
+from xlarank.errors import ModelError, XlarankError
+from xlarank.runtime.loading import read_programs, updatable_tables
+
+__all__ = ["compile_into_cache", "main"]
+
+_NICENESS = 19
+_PRIVATE = ".warming-"
+_ABANDONED_SECONDS = 24 * 3600
+
+
+def compile_into_cache(bundle: Bundle, *, num_devices: int, use_bundle_code: bool = True) -> None:
+    """Compiles what loading a bundle compiles into the process's compilation cache.
+
+    Code becomes visible in the cache whole or not at all, also if the process is killed: JAX would keep a
+    file that was cut off, and compile anew each time.
+
+    Args:
+      bundle: its tables aren't read.
+      num_devices: the first ones; code is compiled for each.
+      use_bundle_code: whether compiled code in the bundle may be used where the fingerprint is the same.
+
+    Raises:
+      ModelError: if the cache doesn't keep what is compiled.
+    """
+    folder = device.compile_cache_folder()
+    if use_bundle_code and bundle.manifest.fingerprint == device.fingerprint():
+        device.seed_compile_cache(bundle.cache_files())
+    _remove_abandoned(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_PRIVATE) as private:
+        known = {file.name for file in folder.iterdir() if file.is_file()}
+        for name in known:
+            os.link(folder / name, Path(private) / name)
+        with device.compile_cache_at(Path(private)):
+            _compile(bundle, num_devices)
+        device.seed_compile_cache(file for file in Path(private).iterdir() if file.name not in known)
+    before = device.num_compiled()
+    _compile(bundle, num_devices)
+    if missed := device.num_compiled() - before:
+        raise ModelError(
+            f"{bundle.path}: compile cache {folder}: expected it to keep what is compiled, {missed} programs "
+            f"weren't there afterwards; is the disk full?"
+        )
+
+
+def _compile(bundle: Bundle, num_devices: int) -> None:
+    programs, prepare = read_programs(bundle)
+    updatable = updatable_tables(bundle)
+    for target in device.devices(num_devices):
+        library = device.ProgramLibrary()
+        if prepare is not None:
+            prepare.compiled(library, target, device.PREPARE_NAME)
+        for program in programs.values():
+            program.compiled(library, target, device.PROGRAM_NAME)
+        for table, _ in updatable.values():
+            device.compile_update(target, table.shape, np.dtype(table.dtype))
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """What a process that was killed left of its private cache."""
+    for path in folder.glob(f"{_PRIVATE}*"):
+        try:
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                for file in path.iterdir():
+                    file.unlink()
+                path.rmdir()
+        except OSError:  # another process does the same
+            continue
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The helper process; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m xlarank.runtime.warming", description=__doc__)
+    parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="folder of a version")
+    parser.add_argument("--compile-cache", type=Path, required=True, help="where compiled code goes")
+    parser.add_argument("--devices", type=int, required=True, help="compile for so many")
+    parser.add_argument("--no-bundle-code", action="store_true", help="compile programs/ whatever there is")
+    args = parser.parse_args(arguments)
+    # Not fewer cores: XLA:CPU compiles for as many as it may run on, and the server runs on all of its own.
+    os.nice(_NICENESS)
+    try:
+        device.configure(num_devices=args.devices, compile_cache=args.compile_cache)
+        for path in args.bundles:
+            bundle = open_bundle(path, verify=Verify.ALL_BUT_TABLES)
+            compile_into_cache(bundle, num_devices=args.devices, use_bundle_code=not args.no_bundle_code)
+    except XlarankError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Looking at a repository's folder now and then: `Watcher`, `folder_stamp`."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+__all__ = ["Stop", "Watcher", "folder_stamp"]
+
+_log = logging.getLogger(__name__)
+
+
+class Stop(Protocol):
+    """What a watcher waits on between looks; a `threading.Event` is one."""
+
+    def wait(self, timeout: float) -> bool:
+        """Waits; True if there is nothing more to do."""
+        ...
+
+    def set(self) -> None:
+        """Ends the wait of whoever waits, and all later ones."""
+        ...
+
+
+class Watcher:
+    """Calls a function every so many seconds, in a thread of its own, until it is stopped.
+
+    Asking beats being told: network file systems tell nobody, and a look costs a few system calls.
+    """
+
+    def __init__(self, look: Callable[[], None], seconds: float, stop: Stop | None = None) -> None:
+        """Starts; the first look comes after the first wait.
+
+        Args:
+          look: what is called; an exception of it is logged and the next look comes all the same.
+          seconds: from the end of a look to the next.
+          stop: the clock; a `threading.Event` by default.
+        """
+        self._look = look
+        self._seconds = seconds
+        self._stop = stop or threading.Event()
+        self._thread = threading.Thread(target=self._run, name="xlarank-watcher", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends after the look that is under way."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            try:
+                self._look()
+            except Exception:
+                _log.exception("the look at the repository failed; the next one comes in %g s", self._seconds)
+
+
+def folder_stamp(folder: Path) -> str | None:
+    """Differs once anything in a folder was written, replaced, added or removed; None without a folder.
+
+    Reads no file: names, sizes, inodes and times are what is compared.
+    """
+    found: list[tuple[object, ...]] = []
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted([*folders, *files]):
+            path = os.path.join(parent, name)
+            try:
+                state = os.stat(path)
+            except OSError:  # removed meanwhile, or a link to nothing
+                found.append((path,))
+                continue
+            found.append((path, state.st_ino, state.st_size, state.st_mtime_ns))
+    if not found and not folder.is_dir():
+        return None
+    return hashlib.sha256(repr(found).encode(errors="surrogatepass")).hexdigest()

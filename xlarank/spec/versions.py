@@ -1,0 +1,249 @@
+"""Which versions of a model are served, and who gets which: `VersionOptions`, `ModelPolicy`, `VersionStatus`.
+
+No threads, no clock and no disk here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import math
+from collections.abc import Collection
+
+from xlarank.errors import ConfigError
+from xlarank.spec.fields import (
+    check_name,
+    from_mapping,
+    set_enum,
+    to_integer,
+    to_number,
+    to_tuple,
+)
+
+__all__ = [
+    "ModelPolicy",
+    "Policy",
+    "VersionLabel",
+    "VersionOptions",
+    "VersionState",
+    "VersionStatus",
+]
+
+
+class Policy(enum.StrEnum):
+    """Which versions are served."""
+
+    LATEST = "latest"
+    """The newest ones."""
+
+    SPECIFIC = "specific"
+    """Those that are listed."""
+
+    ALL = "all"
+    """All that there are."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VersionLabel:
+    """A name for a version, such as stable or canary."""
+
+    name: str
+    """Requests may ask for it where they may ask for a version."""
+
+    version: int
+    """That it stands for; it is served whatever the policy is."""
+
+    traffic: float = 0.0
+    """Share of the requests that ask for no version, in [0, 1]; those of all labels sum to 1, or all are 0
+    and the newest version answers."""
+
+    def __post_init__(self) -> None:
+        check_name("version label", self.name)
+        where = f"version label {self.name!r}"
+        object.__setattr__(self, "version", to_integer(where, "version", self.version, least=1))
+        if not 0 <= to_number(where, "traffic", self.traffic) <= 1:
+            raise ConfigError(f"{where}: traffic must be in [0, 1]; was {self.traffic!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelPolicy:
+    """Which versions of one model are served."""
+
+    name: str = ""
+    """Of the model; "" for every model that has no policy of its own."""
+
+    policy: Policy = Policy.LATEST
+    """What `num_versions` or `versions` say."""
+
+    num_versions: int = 1
+    """Of policy latest: how many."""
+
+    versions: tuple[int, ...] = ()
+    """Of policy specific: which."""
+
+    labels: tuple[VersionLabel, ...] = ()
+    """Versions that are served under a name too."""
+
+    def __post_init__(self) -> None:
+        where = f"model {self.name!r}" if self.name else "models"
+        if self.name:
+            check_name("model", self.name)
+        set_enum(self, "policy", Policy, where)
+        object.__setattr__(
+            self, "num_versions", to_integer(where, "num_versions", self.num_versions, least=1)
+        )
+        numbers = to_tuple(where, "versions", self.versions)
+        numbers = tuple(sorted({to_integer(where, "versions", number, least=1) for number in numbers}))
+        object.__setattr__(self, "versions", numbers)
+        labels = tuple(
+            label if isinstance(label, VersionLabel) else from_mapping(VersionLabel, label, "version label")
+            for label in to_tuple(where, "labels", self.labels)
+        )
+        object.__setattr__(self, "labels", labels)
+        self._check(where)
+
+    def _check(self, where: str) -> None:
+        if (self.policy is Policy.SPECIFIC) != bool(self.versions):
+            raise ConfigError(
+                f"{where}: policy specific lists versions and no other does; policy is {self.policy.value!r} "
+                f"and versions are {list(self.versions)}"
+            )
+        if self.num_versions != 1 and self.policy is not Policy.LATEST:
+            raise ConfigError(
+                f"{where}: num_versions is for policy latest; policy is {self.policy.value!r} and "
+                f"num_versions {self.num_versions}"
+            )
+        names = [label.name for label in self.labels]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"{where}: expected distinct labels, got {names}")
+        traffic = {label.name: label.traffic for label in self.labels}
+        total = sum(traffic.values())
+        if total and not math.isclose(total, 1.0, abs_tol=1e-9):
+            raise ConfigError(
+                f"{where}: expected traffic of labels that sums to 1, got {total:g} of {traffic}"
+            )
+        if self.labels and not self.name:
+            raise ConfigError(f"{where}: labels are of one model: expected its name beside labels {names}")
+
+    def wanted(self, available: Collection[int], blocked: Collection[int]) -> list[int]:
+        """Versions to serve, newest first.
+
+        Args:
+          available: on disk or loaded.
+          blocked: that failed, or were rolled back from.
+        """
+        usable = sorted(set(available) - set(blocked), reverse=True)
+        if self.policy is Policy.LATEST:
+            picked = usable[: self.num_versions]
+        elif self.policy is Policy.SPECIFIC:
+            picked = [version for version in usable if version in self.versions]
+        else:
+            picked = usable
+        labelled = {label.version for label in self.labels}
+        return [version for version in usable if version in labelled or version in picked]
+
+    def label(self, name: str) -> VersionLabel | None:
+        """The label of that name."""
+        return next((label for label in self.labels if label.name == name), None)
+
+    def version_for(self, position: float, ready: Collection[int]) -> int | None:
+        """The version for a request that asks for none; None if none is ready.
+
+        The share of a label begins where that of the next newer version ends, from 0: while a new version's
+        share grows, whoever was on it stays on it.
+
+        Args:
+          position: of the request, in [0, 1).
+          ready: versions that may answer; the traffic of a label whose version may not goes to the others.
+        """
+        labels = sorted(
+            (label for label in self.labels if label.traffic and label.version in ready),
+            key=lambda label: (-label.version, label.name),
+        )
+        if not labels:
+            return max(ready, default=None)
+        position *= sum(label.traffic for label in labels)
+        for label in labels:
+            position -= label.traffic
+            if position < 0:
+                return label.version
+        return labels[-1].version
+
+    def position(self, key: str) -> float:
+        """Where a key lies in [0, 1): the same each time, evenly spread, unrelated between models."""
+        digest = hashlib.blake2b(f"{self.name}\0{key}".encode(errors="surrogatepass"), digest_size=8).digest()
+        return (int.from_bytes(digest) >> 11) / 2**53
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VersionOptions:
+    """How a server goes about versions. Policies and labels may be given as tables of TOML or JSON."""
+
+    watch_seconds: float | None = dataclasses.field(default=None, metadata={"none": "never"})
+    """How often the repository is looked at for new versions."""
+
+    models: tuple[ModelPolicy, ...] = ()
+    """Policies of models by name, and at most one without a name for all the others."""
+
+    warm_share: float = 0.05
+    """Most of a device's time that a new version may take to be proven and timed while others serve, in
+    (0, 1]."""
+
+    drain_seconds: float = 60.0
+    """How long the next version waits, before it is loaded, for the memory of those that end."""
+
+    def __post_init__(self) -> None:
+        where = "versions"
+        if self.watch_seconds is not None and to_number(where, "watch_seconds", self.watch_seconds) <= 0:
+            raise ConfigError(f"{where}: watch_seconds must be > 0; was {self.watch_seconds!r}")
+        if not 0 < to_number(where, "warm_share", self.warm_share) <= 1:
+            raise ConfigError(f"{where}: warm_share must be in (0, 1]; was {self.warm_share!r}")
+        if to_number(where, "drain_seconds", self.drain_seconds) < 0:
+            raise ConfigError(f"{where}: drain_seconds must be >= 0; was {self.drain_seconds!r}")
+        policies = tuple(
+            policy if isinstance(policy, ModelPolicy) else from_mapping(ModelPolicy, policy, "model")
+            for policy in to_tuple(where, "models", self.models)
+        )
+        object.__setattr__(self, "models", policies)
+        names = [policy.name for policy in policies]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"{where}: expected one policy a model, got policies of {names}")
+
+    def policy_of(self, model: str) -> ModelPolicy:
+        """The model's own policy, or the one of all others."""
+        by_name = {policy.name: policy for policy in self.models}
+        return by_name.get(model) or by_name.get("") or ModelPolicy()
+
+
+class VersionState(enum.StrEnum):
+    """Of a version, by the names of the model repository extension."""
+
+    READY = "READY"
+    """It answers."""
+
+    LOADING = "LOADING"
+    """It is being loaded, proven and warmed."""
+
+    UNLOADING = "UNLOADING"
+    """It finishes what it accepted."""
+
+    UNAVAILABLE = "UNAVAILABLE"
+    """It doesn't answer; the reason says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VersionStatus:
+    """One line of the repository's index."""
+
+    model: str
+    """Its folder's name."""
+
+    version: int
+    """Its number."""
+
+    state: VersionState
+    """What it does."""
+
+    reason: str = ""
+    """Of UNAVAILABLE."""
