@@ -216,7 +216,7 @@ def test_sigterm_lets_accepted_requests_finish(folder):
     ):
         request.inputs.add(name=name, datatype=datatype, shape=array.shape)
         request.raw_input_contents.append(array.tobytes())
-    with started(folder) as process:
+    with started(folder, "--max-queued-rows", "1000000", "--max-queue-ms", "60000") as process:
         ready = json.loads(process.stdout.readline())
         with grpc.insecure_channel(ready["grpc"]) as channel:
             infer = channel.unary_unary(
