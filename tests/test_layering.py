@@ -42,6 +42,7 @@ LIBRARIES = {
     "grpc_health": {"xlarank_serving"},
     "grpc_reflection": {"xlarank_serving"},
     "google": {"xlarank_serving"},
+    "opentelemetry": {"xlarank_serving"},
     "starlette": {"xlarank_serving"},
     "uvicorn": {"xlarank_serving"},
     "jax": {"xlarank.models", "xlarank.compiler", "xlarank.training", "xlarank.device"},

@@ -12,7 +12,15 @@ from typing import Any
 from xlarank.errors import ConfigError
 from xlarank.spec.fields import to_number
 
-__all__ = ["ConnectionConfig", "HttpConfig", "LimitConfig", "SecurityConfig", "ServerConfig"]
+__all__ = [
+    "AccessLogConfig",
+    "ConnectionConfig",
+    "HttpConfig",
+    "LimitConfig",
+    "SecurityConfig",
+    "ServerConfig",
+    "TracingConfig",
+]
 
 _MAX_PORT = 2**16 - 1
 
@@ -213,6 +221,36 @@ class HttpConfig:
             _check_range(self, "http", name, 1)
         if not self.max_receive_seconds > 0:
             raise ConfigError(f"http: max_receive_seconds must be > 0; was {self.max_receive_seconds}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AccessLogConfig:
+    """One line of JSON for requests that are answered or refused."""
+
+    path: Path | None = dataclasses.field(default=None, metadata={"flag": "access-log"})
+    """File to append to, - for the standard output; none by default. It may be moved away while in use."""
+
+    share: float = dataclasses.field(default=1.0, metadata={"flag": "access-log-share"})
+    """Of the requests answered; those that fail are all written."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ConfigError(f"access_log: share must be in [0, 1]; was {self.share}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TracingConfig:
+    """OpenTelemetry traces of requests. Needs the extra xlarank[otel]."""
+
+    endpoint: str | None = dataclasses.field(default=None, metadata={"flag": "otlp-endpoint"})
+    """Collector of OTLP over gRPC, such as http://localhost:4317; none by default."""
+
+    share: float = dataclasses.field(default=0.01, metadata={"flag": "trace-share"})
+    """Of the requests without a caller's trace; those with one do as it says."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ConfigError(f"tracing: share must be in [0, 1]; was {self.share}")
 
 
 def _check_range(config: Any, section: str, name: str, least: float, most: float | None = None) -> None:

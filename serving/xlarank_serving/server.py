@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -21,6 +21,7 @@ from xlarank_serving.health import HealthService
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.metrics_http import MetricsServer
 from xlarank_serving.receiving import ReceiveWatch
+from xlarank_serving.request_record import Observer
 from xlarank_serving.service import InferenceService, Repository
 from xlarank_serving.streams import InferStreams
 from xlarank_serving.threads import ServerThreads
@@ -60,6 +61,7 @@ class RankingServer:
         http: HttpConfig | None = None,
         manager: ManagedRepository | None = None,
         default_timeout_seconds: float = math.inf,
+        observers: Sequence[Observer] = (),
     ) -> None:
         """
         Args:
@@ -72,6 +74,7 @@ class RankingServer:
           http: the protocol's own HTTP port; off by default.
           manager: the repository once more if callers with an admin token may load and unload models.
           default_timeout_seconds: longest that a request may take which asks for no less.
+          observers: logs and traces, told of every ranking request.
 
         Raises:
           ConfigError: if a port is in use, certificates or tokens aren't right, or HTTP's libraries aren't
@@ -85,7 +88,10 @@ class RankingServer:
         authorizer = Authorizer(security)
         tls = ServerTls(security) if security.has_tls else None
         self._service = InferenceService(
-            repository, limits=limits, default_timeout_seconds=default_timeout_seconds
+            repository,
+            limits=limits,
+            default_timeout_seconds=default_timeout_seconds,
+            observers=observers,
         )
         self._health = HealthService(repository)
         with contextlib.ExitStack() as undo:

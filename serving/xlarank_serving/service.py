@@ -9,7 +9,7 @@ import importlib.metadata
 import math
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -17,7 +17,7 @@ import numpy as np
 
 from xlarank.errors import DeadlineError, ModelNotFoundError, UnavailableError
 from xlarank.host import FeatureStore
-from xlarank.runtime import Answer, ModelStatistics
+from xlarank.runtime import Answer, ModelStatistics, Timings
 from xlarank.spec import BucketLadder, ContentCheck, ModelSpec, RankRequest, RequestOptions
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.codec import ModelCodec
@@ -27,12 +27,16 @@ from xlarank_serving.model_info import config_of, statistics_of
 from xlarank_serving.parameters import InferParameters, read_parameters, routing_key
 from xlarank_serving.parsing import unary_handler
 from xlarank_serving.repository_rpcs import IndexedRepository, ManagedRepository, RepositoryService
-from xlarank_serving.status import failure_reason
+from xlarank_serving.request_record import Observer, RequestRecord
+from xlarank_serving.status import failure_reason, status_of
 from xlarank_serving.threads import ServerThreads
 
 __all__ = ["EXTENSIONS", "Engine", "InferenceService", "RankCall", "Repository", "seconds_left"]
 
 _NO_DEADLINE_SECONDS = 1e9
+
+MAX_SHOWN_NAME = 128
+"""Characters of a name or an id that logs and traces get."""
 
 EXTENSIONS = (
     "model_configuration",
@@ -127,6 +131,8 @@ class RankCall:
     """When the request's own timeout, or the server's, ends the wait."""
 
     decode_seconds: float
+    num_candidates: int
+    trace_parent: str | None
 
     def cancel(self) -> None:
         """The caller has left: the engine needn't run it, who waits for it needn't wait. Any thread."""
@@ -146,16 +152,19 @@ class InferenceService:
         *,
         default_timeout_seconds: float = math.inf,
         limits: LimitConfig | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         """
         Args:
           repository: answers.
           limits: how much a ranking request may hold; `LimitConfig()` by default.
+          observers: told of every ranking request that was answered or refused.
           default_timeout_seconds: longest that a request may take which names no `timeout`, or a longer one.
         """
         self._repository = repository
         self._default_timeout_seconds = default_timeout_seconds
         self.limits = limits or LimitConfig()
+        self._observers = tuple(observers)
         # One codec an engine, dropped with it. A lost race builds one twice, and they are equal.
         self._codecs: weakref.WeakKeyDictionary[Engine, ModelCodec] = weakref.WeakKeyDictionary()
         self._is_stopping = False  # set once, read by any thread
@@ -263,33 +272,47 @@ class InferenceService:
         self, request: messages.ModelInferRequest, context: grpc.ServicerContext
     ) -> messages.ModelInferResponse:
         """Scores one request; a caller who leaves or whose deadline passes cancels it."""
-        call = self.begin(request, seconds_left(context))
+        trace_parent = trace_parent_of(context) if self._observers else None
+        call = self.begin(request, seconds_left(context), trace_parent)
         # If the caller leaves or its deadline passes, the engine needn't run it and this thread needn't
         # wait. If that has happened already, no callback will come.
         if not context.add_callback(call.cancel):
             call.cancel()
         return self.finish(call)
 
-    def begin(self, request: messages.ModelInferRequest, seconds_left: float = math.inf) -> RankCall:
+    def begin(
+        self,
+        request: messages.ModelInferRequest,
+        seconds_left: float = math.inf,
+        trace_parent: str | None = None,
+    ) -> RankCall:
         """Reads a request and hands it to its engine; doesn't wait.
 
         Args:
           request: of ModelInfer.
           seconds_left: until the caller's own deadline.
+          trace_parent: the caller's span, as the traceparent header has it.
 
         Raises:
           RequestError: for what is wrong with it; ModelNotFoundError.
           DeadlineError, OverloadError, UnavailableError: the engine doesn't take it.
         """
         arrived_at = time.monotonic()
-        check_request(request, self.limits)
-        key = routing_key(request.parameters) or request.id or None
-        with self._repository.lease(request.model_name, request.model_version, key) as engine:
-            try:
-                return self._submit(engine, request, arrived_at, arrived_at + seconds_left)
-            except Exception as error:
-                engine.metrics.record_failure(failure_reason(error), time.monotonic() - arrived_at)
-                raise
+        version = request.model_version
+        try:
+            check_request(request, self.limits)
+            key = routing_key(request.parameters) or request.id or None
+            with self._repository.lease(request.model_name, request.model_version, key) as engine:
+                version = str(engine.version)
+                try:
+                    return self._submit(engine, request, arrived_at, arrived_at + seconds_left, trace_parent)
+                except Exception as error:
+                    engine.metrics.record_failure(failure_reason(error), time.monotonic() - arrived_at)
+                    raise
+        except Exception as error:
+            if self._observers:
+                self._observe(request, version, arrived_at, error=error, trace_parent=trace_parent)
+            raise
 
     def _submit(
         self,
@@ -297,6 +320,7 @@ class InferenceService:
         request: messages.ModelInferRequest,
         arrived_at: float,
         callers_deadline: float,
+        trace_parent: str | None,
     ) -> RankCall:
         codec = self._codec(engine)
         parameters = read_parameters(request.parameters, engine.spec)
@@ -311,7 +335,17 @@ class InferenceService:
         decode_seconds = time.monotonic() - arrived_at
         future = engine.submit(rank_request, options)
         return RankCall(
-            request, engine, codec, parameters, outputs, future, arrived_at, timeout_at, decode_seconds
+            request,
+            engine,
+            codec,
+            parameters,
+            outputs,
+            future,
+            arrived_at,
+            timeout_at,
+            decode_seconds,
+            rank_request.num_candidates,
+            trace_parent,
         )
 
     def finish(self, call: RankCall) -> messages.ModelInferResponse:
@@ -323,17 +357,67 @@ class InferenceService:
           XlarankError: whatever else the engine answered.
         """
         try:
-            return call.codec.encode_response(
+            answer = _answer(call)
+            response = call.codec.encode_response(
                 call.request,
                 version=call.engine.version,
                 outputs=call.outputs,
                 parameters=call.parameters,
-                answer=_answer(call),
+                answer=answer,
                 decode_seconds=call.decode_seconds,
             )
         except Exception as error:
             call.engine.metrics.record_failure(failure_reason(error), time.monotonic() - call.arrived_at)
+            if self._observers:
+                self._observe_call(call, error=error)
             raise
+        if self._observers:
+            self._observe_call(call, timings=answer.timings)
+        return response
+
+    def _observe_call(
+        self, call: RankCall, *, timings: Timings | None = None, error: Exception | None = None
+    ) -> None:
+        self._observe(
+            call.request,
+            str(call.engine.version),
+            call.arrived_at,
+            candidates=call.num_candidates,
+            decode_seconds=call.decode_seconds,
+            timings=timings,
+            error=error,
+            trace_parent=call.trace_parent,
+        )
+
+    def _observe(
+        self,
+        request: messages.ModelInferRequest,
+        version: str,
+        arrived_at: float,
+        *,
+        candidates: int | None = None,
+        decode_seconds: float | None = None,
+        timings: Timings | None = None,
+        error: Exception | None = None,
+        trace_parent: str | None = None,
+    ) -> None:
+        """Tells the observers of a request."""
+        status, message = ("OK", "") if error is None else _status(error)
+        record = RequestRecord(
+            ended_at=time.time(),
+            model=request.model_name[:MAX_SHOWN_NAME],
+            version=version[:MAX_SHOWN_NAME],
+            id=request.id[:MAX_SHOWN_NAME],
+            candidates=candidates,
+            status=status,
+            message=message,
+            total_seconds=time.monotonic() - arrived_at,
+            decode_seconds=decode_seconds,
+            timings=timings,
+            trace_parent=trace_parent,
+        )
+        for observe in self._observers:
+            observe(record)
 
     def _metadata(self, engine: Engine) -> messages.ModelMetadataResponse:
         return self._codec(engine).metadata(self._ready_versions(engine.spec.name))
@@ -365,6 +449,19 @@ def seconds_left(context: grpc.ServicerContext) -> float:
     """Until the caller's deadline; inf without one, which gRPC tells as some hundred billion years."""
     seconds = context.time_remaining()
     return math.inf if seconds is None or seconds > _NO_DEADLINE_SECONDS else seconds
+
+
+def trace_parent_of(context: grpc.ServicerContext) -> str | None:
+    """The caller's span, if its metadata names one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "traceparent" and isinstance(value, str):
+            return value
+    return None
+
+
+def _status(error: Exception) -> tuple[str, str]:
+    code, message = status_of(error)
+    return code.name, message
 
 
 def _answer(call: RankCall) -> Answer:

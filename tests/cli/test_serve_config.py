@@ -155,7 +155,8 @@ def test_a_config_that_can_t_be_read_is_told_whole(check, tmp_path):
     assert status == 1
     assert [problem.rpartition("server.toml: ")[2] for problem in problems] == [
         "sections: unknown keys ['servers']; expected of ['server', 'limits', 'connections', 'security', "
-        "'http', 'models', 'versions', 'tables', 'features', 'queue', 'faults', 'captures']",
+        "'http', 'access_log', 'tracing', 'models', 'versions', 'tables', 'features', 'queue', 'faults', "
+        "'captures']",
         "server: port must be in [0, 65535]; was -1",
         "limits: max_inputs must be >= 1; was 0",
     ]

@@ -19,6 +19,9 @@ from xlarank.cli.table_memory import table_progress
 from xlarank.errors import ConfigError
 
 if TYPE_CHECKING:
+    from xlarank_serving.access_log import AccessLog
+    from xlarank_serving.tracing import Tracer
+
     from xlarank.runtime import Captures, Metrics, ModelRepository
 
 __all__ = ["add_parser", "run"]
@@ -119,6 +122,7 @@ def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
     timeout_ms = config.queue.default_timeout_ms
     with contextlib.ExitStack() as outer:
         captures = outer.enter_context(contextlib.closing(Captures(config.captures)))
+        observers = [outer.enter_context(contextlib.closing(each)) for each in _observers(config)]
         repository = _open_repository(config, metrics, captures)
         stop = outer.enter_context(stop_on_signals())  # while models load, a signal ends the process at once
         try:
@@ -132,6 +136,7 @@ def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
                 http=config.http,
                 manager=repository,
                 default_timeout_seconds=timeout_ms / 1e3 if timeout_ms else math.inf,
+                observers=observers,
             )
         except ConfigError:
             repository.close()
@@ -154,6 +159,24 @@ def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
                 )
             stop.wait()
     return ready
+
+
+def _observers(config: ServeConfig) -> list[AccessLog | Tracer]:
+    """Logs and traces that are asked for, open."""
+    observers: list[AccessLog | Tracer] = []
+    if config.access_log.path is not None:
+        from xlarank_serving.access_log import AccessLog
+
+        observers.append(AccessLog(config.access_log))
+    if config.tracing.endpoint is not None:
+        try:
+            from xlarank_serving.tracing import Tracer
+        except ImportError as error:
+            raise ConfigError(
+                f"tracing: expected {error.name} to be installed: pip install 'xlarank[otel]'"
+            ) from error
+        observers.append(Tracer(config.tracing))
+    return observers
 
 
 def _open_repository(config: ServeConfig, metrics: Metrics, captures: Captures) -> ModelRepository:

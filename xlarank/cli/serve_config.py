@@ -5,7 +5,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from xlarank_serving.config import ConnectionConfig, HttpConfig, LimitConfig, SecurityConfig, ServerConfig
+from xlarank_serving.config import (
+    AccessLogConfig,
+    ConnectionConfig,
+    HttpConfig,
+    LimitConfig,
+    SecurityConfig,
+    ServerConfig,
+    TracingConfig,
+)
 
 from xlarank.errors import ConfigError
 from xlarank.host import MissPolicy, TableMemory
@@ -92,6 +100,8 @@ class ServeConfig:
     connections: ConnectionConfig = dataclasses.field(default_factory=ConnectionConfig)
     security: SecurityConfig = dataclasses.field(default_factory=SecurityConfig)
     http: HttpConfig = dataclasses.field(default_factory=HttpConfig)
+    access_log: AccessLogConfig = dataclasses.field(default_factory=AccessLogConfig)
+    tracing: TracingConfig = dataclasses.field(default_factory=TracingConfig)
     models: ModelsConfig = dataclasses.field(default_factory=ModelsConfig)
     versions: VersionOptions = dataclasses.field(default_factory=VersionOptions)
     tables: TablesConfig = dataclasses.field(default_factory=TablesConfig)
