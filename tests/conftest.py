@@ -19,6 +19,38 @@ from xlarank import device
 
 _CACHE = pytest.StashKey[Path]()
 
+# Marked `once` whole: pure Python, or sweeps of what the files beside them show on the oldest interpreter too.
+_ONCE = {
+    "cli/test_explain.py",
+    "cli/test_inspect.py",
+    "cli/test_own_model.py",
+    "cli/test_plan.py",
+    "cli/test_replay.py",
+    "cli/test_sections.py",
+    "cli/test_simulate.py",
+    "compiler/passes/test_fuse_experts.py",
+    "compiler/passes/test_lower_precision.py",
+    "compiler/passes/test_rows.py",
+    "compiler/test_autotune.py",
+    "compiler/test_costs.py",
+    "compiler/test_inputs.py",
+    "compiler/test_placement.py",
+    "compiler/test_refresh.py",
+    "compiler/test_table_formats.py",
+    "host/test_feature_store.py",
+    "host/test_gather_by_hand.py",
+    "runtime/test_captures.py",
+    "runtime/test_lifecycle.py",
+    "runtime/test_simulation.py",
+    "serving/test_fuzz.py",
+    "serving/test_limits.py",
+    "serving/test_security.py",
+    "training/test_auc_metric.py",
+    "training/test_fit.py",
+    "training/test_movielens.py",
+    "training/test_training.py",
+}
+
 # The machine's speed decides nothing, and a failure is found again by running again.
 hypothesis.settings.register_profile("xlarank", deadline=None, database=None, derandomize=True)
 
@@ -29,6 +61,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_CACHE] = Path(given or tempfile.mkdtemp(prefix="xlarank-tests-"))
     device.configure(num_devices=2, compile_cache=config.stash[_CACHE])
     hypothesis.settings.load_profile("xlarank")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix() in _ONCE:
+            item.add_marker("once")
 
 
 @pytest.hookimpl(optionalhook=True)
