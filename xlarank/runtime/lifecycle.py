@@ -129,7 +129,7 @@ class ModelRepository:
         try:
             repository._follow(found, strict=not is_watched)
             loader.settle()
-            repository._start(stop)
+            repository._serve(stop)
         except BaseException:
             repository.close()
             raise
@@ -161,7 +161,7 @@ class ModelRepository:
         self._is_serving = False  # moves one way
         self._is_listed = True  # whether the folder could be listed at the last look
         self._version_metrics = VersionMetrics(
-            lambda: self._statuses(with_idle=False), lambda: loader.num_serving_compiles
+            lambda: self.index(with_idle=False), lambda: loader.num_serving_compiles
         )
         metrics.register(self._version_metrics)
 
@@ -189,9 +189,14 @@ class ModelRepository:
             for version, served in sorted(model.routes.versions.items())
         ]
 
-    def index(self) -> list[VersionStatus]:
-        """Every version on disk or in memory, as of the last look: by model, then by version."""
-        return self._statuses(with_idle=True)
+    def index(self, *, with_idle: bool = True) -> list[VersionStatus]:
+        """Every version on disk or in memory, as of the last look: by model, then by version.
+
+        Args:
+          with_idle: with those on disk that nobody asked for.
+        """
+        models = sorted(self._models.items())
+        return [status for _, model in models for status in model.statuses(with_idle=with_idle)]
 
     def engine(self, name: str, version: str = "", key: str | None = None) -> Engine:
         """The engine that answers for a model now. To submit to it use `lease`, which keeps it open.
@@ -305,7 +310,7 @@ class ModelRepository:
         self._pool.close()
         self._metrics.unregister(self._version_metrics)
 
-    def _start(self, stop: Stop | None) -> None:
+    def _serve(self, stop: Stop | None) -> None:
         self._required |= set(self._models)
         self._is_serving = True
         if self._versions.watch_seconds is not None:
@@ -378,10 +383,6 @@ class ModelRepository:
         if model is None:
             raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
         return model
-
-    def _statuses(self, *, with_idle: bool) -> list[VersionStatus]:
-        models = sorted(self._models.items())
-        return [status for _, model in models for status in model.statuses(with_idle=with_idle)]
 
     def _position(self, model: ModelVersions, key: str | None) -> float:
         policy = model.routes.policy
