@@ -20,6 +20,7 @@ from xlarank.compiler.tracing import (
     authors_code,
     evaluate,
     flatten,
+    in_true_float32,
     inner_jaxpr,
     nested_equations,
     source_of,
@@ -67,7 +68,9 @@ def reference_scores(
     model runs under `jax.disable_jit()`, so that a fault of the compiler can't agree with itself. A model
     with loops (`lax.scan`, `map`, `while_loop`) is traced and run equation by equation instead, each loop
     compiled by XLA as the one operation that it is: without jit its body would be dispatched op by op for
-    every step, and a map over the rows took minutes. No pass of ours sees that trace either.
+    every step, and a map over the rows took minutes. So is one with a matmul whose author asked for less than
+    float32 (`precision=`), which is in true float32 here as in a program. No pass of ours sees that trace
+    either.
 
     Args:
       model: an nnx.Module in evaluation mode, or any function from activations to logits.
@@ -118,6 +121,15 @@ def _inputs(spec: ModelSpec, group: Sequence[RankRequest]) -> tuple[dict[str, ja
     return {name: jnp.asarray(value) for name, value in inputs.items()}, ends
 
 
+def _needs_trace(equation: core.JaxprEqn) -> bool:
+    """Whether an operation can't be left to the author's call: a loop, or a matmul that asks for less than
+    float32."""
+    if equation.primitive.name in _LOOPS:
+        return True
+    exact = in_true_float32(equation.params, [atom.aval for atom in equation.invars])
+    return exact.get("precision") is not equation.params.get("precision")
+
+
 class _Reference:
     """A model that runs op by op, but for its loops."""
 
@@ -125,14 +137,14 @@ class _Reference:
         self._model = model
         self._traced: dict[int, tuple[ClosedJaxpr, Any]] = {}  # by rows
         self._loops: dict[core.JaxprEqn, Callable] = {}  # each compiled once
-        self._has_loops: bool | None = None  # until the first call
+        self._is_traced: bool | None = None  # until the first call
 
     def __call__(self, activations: dict[str, jax.Array]) -> Any:
         """The model's answer to activations [rows, ...] by name."""
-        if self._has_loops is None:
+        if self._is_traced is None:
             closed, _ = self._at(activations)
-            self._has_loops = any(e.primitive.name in _LOOPS for e, _ in nested_equations(closed.jaxpr))
-        if not self._has_loops:
+            self._is_traced = any(_needs_trace(e) for e, _ in nested_equations(closed.jaxpr))
+        if not self._is_traced:
             with jax.disable_jit():
                 return self._model(activations)
         closed, structure = self._at(activations)
@@ -212,7 +224,7 @@ def _evaluate(closed: ClosedJaxpr, inputs: Sequence[Any], loops: dict[core.Jaxpr
         if inner is not None:
             outputs = _evaluate(inner, operands, loops)
         else:
-            bind = functools.partial(equation.primitive.bind, **equation.params)
+            bind = functools.partial(equation.primitive.bind, **in_true_float32(equation.params, operands))
             if equation.primitive.name in _LOOPS:
                 bind = loops.setdefault(equation, jax.jit(bind, compiler_options=compiler_options("cpu")))
             found = bind(*operands)

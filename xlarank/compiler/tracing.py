@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import operator
 import os
 import re
 import traceback
@@ -28,6 +29,7 @@ __all__ = [
     "equations_of",
     "evaluate",
     "flatten",
+    "in_true_float32",
     "inner_jaxpr",
     "nested_equations",
     "retrace",
@@ -158,7 +160,7 @@ def flatten(closed: ClosedJaxpr) -> ClosedJaxpr:
 
     What merely calls another program (jit, custom derivatives, remat) is written out; `scan`, `while` and
     `cond` stay whole. An equation keeps the author's line; one inside a function of JAX's own has its
-    caller's. Matmuls and convolutions of float32 are in true float32, whatever they asked for.
+    caller's. Matmuls and convolutions of float32 are in true float32, whatever they asked for, in loops too.
     """
 
     def run(*inputs: Any) -> list[Any]:
@@ -209,17 +211,60 @@ def evaluate(
     Returns:
       Its results.
     """
-    primitive, params = equation.primitive, {**equation.params, **changed_params}
-    if primitive.name in ("dot_general", "conv_general_dilated") and _are_float32(operands):
-        params["precision"] = (jax.lax.Precision.HIGHEST,) * 2
+    primitive, params = equation.primitive, in_true_float32({**equation.params, **changed_params}, operands)
     info = (place or equation).source_info
     with source_info_util.user_context(info.traceback, name_stack=info.name_stack):
         outputs = primitive.bind(*operands, **params)
     return list(outputs) if primitive.multiple_results else [outputs]
 
 
+def in_true_float32(params: dict[str, Any], operands: Sequence[Any]) -> dict[str, Any]:
+    """An equation's params, matmuls and convolutions of float32 in true float32, whatever they asked for.
+
+    Args:
+      params: of the equation; what has a precision is one of those.
+      operands: arrays, or their shapes.
+
+    Returns:
+      The same objects where nothing is to change; programs among them (loops, branches) are changed too.
+    """
+    changed = {name: _in_true_float32(value) for name, value in params.items()}
+    if params.get("precision", _EXACT) != _EXACT and _are_float32(operands):
+        changed["precision"] = _EXACT
+    return changed
+
+
+_EXACT = (jax.lax.Precision.HIGHEST,) * 2
+"""Of both operands."""
+
+
+def _in_true_float32(value: Any) -> Any:
+    """A param of an equation: programs, alone or several, with every equation in true float32."""
+    if isinstance(value, (ClosedJaxpr, core.Jaxpr)):
+        jaxpr = value.jaxpr if isinstance(value, ClosedJaxpr) else value
+        equations = [_equation_in_true_float32(equation) for equation in jaxpr.eqns]
+        if all(map(operator.is_, equations, jaxpr.eqns)):
+            return value
+        jaxpr = jaxpr.replace(eqns=equations)
+        return ClosedJaxpr(jaxpr, value.consts) if isinstance(value, ClosedJaxpr) else jaxpr
+    if isinstance(value, (tuple, list)):
+        items = [_in_true_float32(item) for item in value]
+        if all(map(operator.is_, items, value)):
+            return value
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)  # type: ignore[union-attr]
+    return value
+
+
+def _equation_in_true_float32(equation: core.JaxprEqn) -> core.JaxprEqn:
+    params = in_true_float32(equation.params, [atom.aval for atom in equation.invars])
+    is_same = all(params[name] is value for name, value in equation.params.items())
+    return equation if is_same else equation.replace(params=params)
+
+
 def _are_float32(operands: Sequence[Any]) -> bool:
-    return all(getattr(operand, "dtype", None) == np.float32 for operand in operands)
+    """Whether none is of another floating type; a ragged matmul takes sizes besides."""
+    dtypes = {jnp.result_type(operand) for operand in operands}
+    return {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)} == {np.dtype(np.float32)}
 
 
 def without_dead_code(closed: ClosedJaxpr) -> ClosedJaxpr:
