@@ -53,7 +53,9 @@ _OURS = _folder(__file__)
 _NOT_THE_AUTHORS = (_FLAX, _folder(jax.__file__), _OURS)
 
 
-def trace(model: str, program: Callable, avals: tuple[Any, ...], source: str = "") -> ClosedJaxpr:
+def trace(
+    model: str, program: Callable, avals: tuple[Any, ...], source: str = "", weights: Sequence[str] = ()
+) -> ClosedJaxpr:
     """Traces a program that calls a model author's module.
 
     Args:
@@ -61,6 +63,7 @@ def trace(model: str, program: Callable, avals: tuple[Any, ...], source: str = "
       program: what to trace.
       avals: shapes of its arguments.
       source: the author's line where an error has none.
+      weights: names of the arrays in the program's argument `params`.
 
     Returns:
       The program as a jaxpr, float32 matmuls in true float32.
@@ -68,7 +71,8 @@ def trace(model: str, program: Callable, avals: tuple[Any, ...], source: str = "
     Raises:
       ModelError: with the reason and the line of the author's source, whatever the module raised.
     """
-    with authors_code(f"model {model!r} can't be traced", source), jax.default_matmul_precision("highest"):
+    failed = f"model {model!r} can't be traced"
+    with authors_code(failed, source, weights), jax.default_matmul_precision("highest"):
         closed = jax.make_jaxpr(program)(*avals)
     lines: dict[int, str] = {-1: ""}  # by depth: inside a function of JAX's own it is the caller's
     for equation, depth in nested_equations(closed.jaxpr):
@@ -87,12 +91,13 @@ def trace(model: str, program: Callable, avals: tuple[Any, ...], source: str = "
 
 
 @contextlib.contextmanager
-def authors_code(what_failed: str, source: str = "") -> Iterator[None]:
+def authors_code(what_failed: str, source: str = "", weights: Sequence[str] = ()) -> Iterator[None]:
     """Runs a model author's code, which may raise anything.
 
     Args:
       what_failed: begins the message.
       source: the author's line where the error has none.
+      weights: names of the arrays in an argument `params`, which JAX knows by number.
 
     Raises:
       ModelError: with the reason and the line of the author's source.
@@ -102,14 +107,23 @@ def authors_code(what_failed: str, source: str = "") -> Iterator[None]:
     except XlarankError:
         raise
     except Exception as error:
+        line = _line_of(error) or source or "the module"
+        if weights and (number := _WEIGHT.search(str(error))):
+            raise ModelError(
+                f"{what_failed}: params {weights[int(number[1])]!r} is a traced weight, and no shape "
+                f"or choice can depend on its value (at {line}); close over it or use functools.partial: what is "
+                f"the same for every checkpoint is no weight"
+            ) from error
         reason = " ".join(_SEE.split(str(error))[0].split())
         hint = next((f"; {text}" for kinds, text in _HINTS if isinstance(error, kinds)), "")
-        line = _line_of(error) or source or "the module"
         raise ModelError(f"{what_failed}: {type(error).__name__}: {reason} (at {line}){hint}") from error
 
 
 _SEE = re.compile(r"\(?See https://|\(https://flax|The function being traced when")
 """Where JAX and Flax turn from the reason to the address of their pages, or to frames of ours."""
+
+_WEIGHT = re.compile(r"depends on the values? of the arguments? params\[(\d+)\]")
+"""How JAX names the array whose value it would have to know."""
 
 _HINTS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
     (
@@ -251,7 +265,8 @@ def _in_true_float32(value: Any) -> Any:
         items = [_in_true_float32(item) for item in value]
         if all(map(operator.is_, items, value)):
             return value
-        return value._make(items) if hasattr(value, "_make") else type(value)(items)  # type: ignore[union-attr]
+        make = getattr(type(value), "_make", type(value))  # a named tuple takes its items one by one
+        return make(items)
     return value
 
 

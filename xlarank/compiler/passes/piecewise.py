@@ -3,8 +3,8 @@
 A concatenation of several kinds stays a list of pieces through elementwise operations, layout changes,
 slices, padding, and reads and writes at constant indices. A matmul or a reduction over the concatenated axis
 then splits into a share of the context, computed once a request, and a share of the candidate; a matmul that
-leaves the axis gives pieces again. `apply` answers None where no rule fits: then the equation runs at B rows as
-the plain program would.
+leaves the axis gives pieces again. `apply` answers None where no rule fits: then the equation runs at B rows
+as the plain program would.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _MAX_LINES = 8
 
 def _pad(step: Step) -> list[Value] | None:
     value, filling = step.operands
-    config = [tuple(map(int, entry)) for entry in step.params["padding_config"]]
+    config = [(int(low), int(high), int(inside)) for low, high, inside in step.params["padding_config"]]
     padded = _padded(step, value, filling, config, *step.pair.result_shapes())
     return None if padded is None else [padded]
 
@@ -38,13 +38,13 @@ def _padded(
     step: Step,
     value: Value,
     filling: Value,
-    config: Sequence[tuple[int, ...]],
+    config: Sequence[tuple[int, int, int]],
     shape: tuple[int, ...],
     context_shape: tuple[int, ...],
 ) -> Value | None:
     """A value padded to `shape`; along the axis of its pieces the padding is one more piece at either end."""
     if value.pieces is None:
-        return mapped(step, [value, filling], lambda arrays, _: jax.lax.pad(*arrays, config))
+        return mapped(step, [value, filling], lambda arrays, _: jax.lax.pad(arrays[0], arrays[1], config))
     axis = value.pieces.axis
     low, high, inside = config[axis]
     if inside:
