@@ -111,8 +111,8 @@ def authors_code(what_failed: str, source: str = "", weights: Sequence[str] = ()
         if weights and (number := _WEIGHT.search(str(error))):
             raise ModelError(
                 f"{what_failed}: params {weights[int(number[1])]!r} is a traced weight, and no shape "
-                f"or choice can depend on its value (at {line}); close over it or use functools.partial: what is "
-                f"the same for every checkpoint is no weight"
+                f"or choice can depend on its value (at {line}); close over it or use functools.partial: "
+                f"what stays the same for every checkpoint is no weight"
             ) from error
         reason = " ".join(_SEE.split(str(error))[0].split())
         hint = next((f"; {text}" for kinds, text in _HINTS if isinstance(error, kinds)), "")
