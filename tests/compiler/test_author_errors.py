@@ -210,6 +210,7 @@ def test_a_number_among_params_that_makes_a_shape_is_named(tmp_path):
     refuse(tmp_path, shapes_by_params, ModelError, message, params)
 
 
+@pytest.mark.filterwarnings("ignore:Using .Module.sow:DeprecationWarning")
 def test_what_a_module_sows_is_left_out(tmp_path):
     """It is neither a weight nor a state, however often its author has called the module before."""
     module = Sowing()
@@ -219,10 +220,11 @@ def test_what_a_module_sows_is_left_out(tmp_path):
     assert not jax.tree.leaves(nnx.state(module, nnx.Intermediate)), "the reference's too"
 
 
+@pytest.mark.filterwarnings("ignore:Using .Module.sow:DeprecationWarning")
 def test_a_variable_made_by_a_call_is_named_with_its_line(tmp_path):
     message = (
         r"^model 'pair' makes a variable 'hidden.*' when it scores: max at .*test_author_errors\.py:\d+ "
-        r"\(__call__\); .* nnx\.Intermediate, which is left out$"
+        r"\(.*__call__\); .* nnx\.Intermediate, which is left out$"
     )
     refuse(tmp_path, Sowing(Seen), ModelError, message)
 
