@@ -372,6 +372,8 @@ def test_compile_tells_a_person_what_was_tried_chosen_and_explained(chain, capsy
     assert status == 0
     for text in (
         "plain ms",
+        "chosen ms",
+        "published ms",
         "gain",
         "rows/s",
         "error finish",

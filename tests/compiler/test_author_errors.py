@@ -1,5 +1,7 @@
 """What a model's author gets wrong is told by model, reason, line and remedy."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import linen, nnx
 from jax.experimental import checkify
 
+from xlarank.bundle import open_bundle
 from xlarank.compiler import build_bundle
 from xlarank.errors import ModelError, VerifyError
 from xlarank.spec import FeatureSpec, ModelSpec, TaskSpec
@@ -93,6 +96,38 @@ def make_leak(place):
     return leaks
 
 
+class Sowing(nnx.Module):
+    """Keeps what its author wants to look at, and with `as_variable` what a served model may not keep."""
+
+    def __init__(self, as_variable=nnx.Intermediate):
+        self.as_variable = as_variable
+        self.dense = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+    def __call__(self, features):
+        hidden = nnx.relu(self.dense(features["x"]))
+        self.sow(self.as_variable, "hidden", hidden)
+        return answer(hidden.sum(axis=1))
+
+
+class Seen(nnx.Variable):
+    """A kind of variable of the author's own."""
+
+
+CALLS = itertools.count(1)
+
+
+def counts_its_calls(params, features):
+    return answer(features["x"] @ params["kernel"] * next(CALLS))
+
+
+def draws_in_numpy(params, features):
+    return answer(features["x"] @ params["kernel"] + np.random.randn())
+
+
+def shapes_by_params(params, features):
+    return answer(features["x"].reshape(-1, params["sizes"]["n"], 2).sum(axis=(1, 2)) * params["kernel"][0])
+
+
 def bridged(module):
     return nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0))
 
@@ -151,6 +186,47 @@ KEPT = r"a call may leave nothing for the next one"
 )
 def test_what_goes_wrong_is_told_with_line_and_remedy(tmp_path, model, message):
     refuse(tmp_path, model, ModelError, r"^model 'pair'.*" + message)
+
+
+@pytest.mark.parametrize(
+    ("model", "operation"), [(counts_its_calls, "mul"), (draws_in_numpy, "add")], ids=["counter", "random"]
+)
+def test_a_model_that_answers_differently_each_call_is_told_so(tmp_path, model, operation):
+    message = (
+        r"task 'like': the model gives another answer each call \(a global, np\.random, the time\): called "
+        rf"twice with the same rows, its scores differ by [\d.e-]+, first by {operation} at "
+        rf".*test_author_errors\.py:\d+ \({model.__name__}\); .* give it as a feature or a weight$"
+    )
+    refuse(tmp_path, model, ModelError, "^model 'pair', " + message)
+
+
+def test_a_number_among_params_that_makes_a_shape_is_named(tmp_path):
+    params = {"kernel": np.ones(4, np.float32), "sizes": {"n": 2}}
+    message = (
+        r"^model 'pair' can't be traced: params 'sizes\.n' is a traced weight, and no shape or choice can "
+        r"depend on its value \(at .*test_author_errors\.py:\d+ \(shapes_by_params\)\); close over it or use "
+        r"functools\.partial"
+    )
+    refuse(tmp_path, shapes_by_params, ModelError, message, params)
+
+
+@pytest.mark.filterwarnings("ignore:Using .Module.sow:DeprecationWarning")
+def test_what_a_module_sows_is_left_out(tmp_path):
+    """It is neither a weight nor a state, however often its author has called the module before."""
+    module = Sowing()
+    module(X)
+    path = build_bundle(module, SPEC, {}, out=tmp_path, buckets=(4,), tune_seconds=0)
+    assert open_bundle(path).manifest.params == ("dense.bias", "dense.kernel")
+    assert not jax.tree.leaves(nnx.state(module, nnx.Intermediate)), "the reference's too"
+
+
+@pytest.mark.filterwarnings("ignore:Using .Module.sow:DeprecationWarning")
+def test_a_variable_made_by_a_call_is_named_with_its_line(tmp_path):
+    message = (
+        r"^model 'pair' makes a variable 'hidden.*' when it scores: max at .*test_author_errors\.py:\d+ "
+        r"\(.*__call__\); .* nnx\.Intermediate, which is left out$"
+    )
+    refuse(tmp_path, Sowing(Seen), ModelError, message)
 
 
 def test_batch_norm_that_trains_is_told_in_a_function_too(tmp_path):

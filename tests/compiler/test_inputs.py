@@ -413,10 +413,14 @@ def configured():
     device.configure()
 
 
-def test_without_labels_auto_is_float32_and_says_why(tmp_path):
+@pytest.mark.parametrize("labels", [None, {"like": np.full(96, np.nan, np.float32)}], ids=["none", "unknown"])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_without_labels_auto_is_float32_and_says_why(tmp_path, labels):
+    requests = random_requests(SPEC, 4, num_candidates=24)
     result = build(
-        apply, SPEC, {}, out=tmp_path, params=make_params(), options=options_of(None, error=0.5, auc=0.5)
-    )
+        apply, SPEC, {}, out=tmp_path, params=make_params(), golden=requests, labels=labels,
+        options=options_of(None, error=0.5, auc=0.5),
+    )  # fmt: skip
     assert {entry.precision for entry in result.manifest.programs} == {Precision.FLOAT32}
     assert "no labels of both classes for like" in result.tuning.precision_note
 

@@ -4,6 +4,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import io
 import re
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 import shop
 from flax import nnx
+from rich.console import Console
 
+from xlarank.cli.compile_output import show
 from xlarank.compiler import random_requests, reference_scores
 from xlarank.compiler.autotune import Trial
 from xlarank.compiler.build import BuildOptions, build
@@ -387,6 +390,22 @@ def test_a_busy_machine_is_told(tuned):
         result = with_trials(steady, tuned.results[0].bucket, trials)
         lead = Page(render_report(result, GOLDEN)).words("lead")
         assert ("changed by a factor of 3.0" in lead) == (factor == 3.0)
+        console = Console(file=io.StringIO(), width=200)
+        show(result, console)
+        printed = console.file.getvalue()
+        assert ("changed by a factor of 3.0 (bucket" in printed) == (factor == 3.0)
+        # Throughput and the time beside it are the published program's, as in the report.
+        (row,) = [
+            line for line in printed.splitlines() if str(tuned.results[0].bucket) in line and "│" in line
+        ]
+        cells = [cell.strip() for cell in row.split("│")]
+        assert cells[3:8] == [
+            f"{factor * seconds * 1e3:.3f}",
+            f"{factor * seconds * 1e3:.3f}",
+            "1.00x",
+            f"{seconds * 1e3:.3f}",
+            f"{tuned.results[0].bucket.rows / seconds:,.0f}",
+        ]
 
 
 def test_a_model_without_tables_labels_and_tuning_has_a_report(dense):

@@ -323,3 +323,28 @@ def counts_its_rows(params, features):
     centred = (features["user"] - features["user"].mean(axis=0)) + features["user"].mean(axis=0)
     normed = layer_norm(user + interests, params["scale"], 0.0)
     return _top(params, jnp.concatenate([normed, centred], axis=1), features)
+
+
+def _bilinear_params():
+    return random_params(40, w=(4, 4), **mlp_params("top", 24, 8, 2))
+
+
+@foreign(_bilinear_params)
+def fibinet(params, features):
+    """All pairs of fields, read at constant indices, in FiBiNET's shared bilinear form."""
+    fields = fields_of(features)
+    left, right = np.triu_indices(4, 1)
+    pairs = (fields[:, left] @ params["w"]) * fields[:, right]
+    return two_tasks(mlp(params, "top", pairs.reshape(len(pairs), -1)))
+
+
+@foreign(lambda: random_params(41, **mlp_params("top", 25, 8, 2)))
+def assembled(params, features):
+    """Columns written in place, padded and put in another order."""
+    x = jnp.zeros((len(features["item"]), 20))
+    for place, name in enumerate(("user", "item", "interests", "tags")):
+        x = x.at[:, 4 * place + 1 : 4 * place + 5].set(features[name])
+    x = lax.dynamic_update_slice(x, features["price"], (0, 17))
+    x = x.at[:, 19].set(features["age"][:, 0])
+    x = jnp.pad(jnp.tanh(x), ((0, 0), (2, 3)), constant_values=0.5)
+    return two_tasks(mlp(params, "top", x[:, np.random.default_rng(0).permutation(25)]))

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import shop
 from flax import nnx
+from jax.extend import core
 
 from xlarank.compiler.passes import Hoisted, hoist_context
+from xlarank.compiler.prepare import Parted
 from xlarank.compiler.program import Program, Traces, plain_program, run_equations
 from xlarank.compiler.split import DenseModel, split_function, split_module
 from xlarank.models import build_model
@@ -36,6 +38,8 @@ __all__ = [
     "case_of",
     "check_hoisted",
     "compiled",
+    "fed_by_weights",
+    "flops_of",
     "hoisted_of",
     "operations",
     "plain_of",
@@ -226,6 +230,31 @@ def check_hoisted(case: Case, buckets: Sequence[tuple[int, int]], **options: Any
     for ours, theirs, bucket in zip(scores, case.answers(batches), buckets, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=5e-6, err_msg=str(bucket))
     return found
+
+
+def fed_by_weights(parted: Parted) -> list[Any]:
+    """Equations that read prepared arrays and constants alone, but for repetitions of one."""
+    jaxpr = parted.row.jaxpr
+    known, constants = set(jaxpr.invars[: len(parted.keys)]), set(jaxpr.constvars)
+    found = []
+    for equation in jaxpr.eqns:
+        atoms = [atom for atom in equation.invars if not isinstance(atom, core.Literal)]
+        if all(atom in constants for atom in atoms):
+            constants |= set(equation.outvars)
+        elif all(atom in known or atom in constants for atom in atoms):
+            known |= set(equation.outvars)
+            (result,) = equation.outvars
+            is_wider = result.aval.size > atoms[0].aval.size
+            if equation.primitive.name != "broadcast_in_dim" or not is_wider:
+                found.append((equation.primitive.name, [tuple(atom.aval.shape) for atom in atoms]))
+    return found
+
+
+def flops_of(case: Case, program: Program, batch: Batch) -> float:
+    """As XLA counts them."""
+    inputs = batch.inputs(case.model.params)
+    lowered = jax.jit(lambda *inputs: run_equations(program.closed, inputs)).lower(*inputs)
+    return lowered.compile().cost_analysis()["flops"]
 
 
 def operations(program: Program, name: str = "dot_general") -> list[Any]:

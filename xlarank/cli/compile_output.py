@@ -83,7 +83,7 @@ def show(result: BuildResult, console: Console) -> None:
     table = Table(title=f"{manifest.spec.name} version {manifest.version}: {result.path}")
     table.add_column("bucket", justify="right")
     table.add_column("form")
-    for name in ("plain ms", "ms", "gain", "rows/s", *(f"error {t}" for t in tasks)):
+    for name in ("plain ms", "chosen ms", "gain", "published ms", "rows/s", *(f"error {t}" for t in tasks)):
         table.add_column(name, justify="right")
     table.add_column("tried (ms)", overflow="fold")
     for found, choice, _ in result.by_bucket:
@@ -108,9 +108,10 @@ def _cells(found: BucketResult, choice: Choice, tasks: list[str]) -> list[str]:
         str(found.bucket),
         found.form.label,
         "-" if before is None else f"{before * 1e3:.3f}",
-        f"{(found.seconds if after is None else after) * 1e3:.3f}",
+        "-" if after is None else f"{after * 1e3:.3f}",
         gain,
-        f"{found.bucket.rows / (found.seconds if after is None else after):,.0f}",
+        f"{found.seconds * 1e3:.3f}",
+        f"{found.bucket.rows / found.seconds:,.0f}",
         *(f"{e.p99:.0e} p99, {e.max:.0e}" if lowered else f"{e.max:.0e}" for e in errors),
         tried or choice.reason,
     ]
@@ -140,6 +141,8 @@ def _remarks(result: BuildResult) -> list[str]:
         lines.append(tuning.precision_note)
     lines += _table_remarks(result)
     lines += _refusals(result)
+    if result.timing_note:
+        lines.append(result.timing_note)
     return lines
 
 

@@ -207,7 +207,8 @@ class Builder:
 
     def _labelled(self) -> list[str]:
         """Tasks with labels of both classes: without them "auto" lowers nothing."""
-        return [task for task, values in self.labels.items() if np.nanmin(values) < np.nanmax(values)]
+        known = {task: values[~np.isnan(values)] for task, values in self.labels.items()}
+        return [task for task, values in known.items() if values.size and values.min() < values.max()]
 
     def _take_ladder(self, ladder: BucketLadder) -> None:
         """Makes buffers and golden batches for the buckets of a ladder."""

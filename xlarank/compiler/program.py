@@ -137,7 +137,8 @@ def _trace_model(model: DenseModel, spec: ModelSpec, num_rows: int) -> ModelTrac
         return [*(scores[task.name] for task in spec.tasks), *changed.values()]
 
     weights = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype) for p in model.params)
-    closed = flatten(trace(spec.name, apply, (weights, model.random_state, *avals.values()), model.source))
+    arguments = (weights, model.random_state, *avals.values())
+    closed = flatten(trace(spec.name, apply, arguments, model.source, model.names))
     if failures:
         origin = _origin(closed) or model.source
         raise ModelError(f"{failures[0]}{f'; it comes from {origin}' if origin else ''}")
@@ -165,6 +166,12 @@ def _without_written_state(
         if before.get(name) is not after:
             made_by = [e for e in closed.jaxpr.eqns if after in e.outvars]
             where = f"{made_by[0].primitive.name} at {source_of(made_by[0])}" if made_by else "its call"
+            if name not in before:
+                raise ModelError(
+                    f"model {spec.name!r} makes a variable {name!r} when it scores: {where}; a served "
+                    f"program keeps nothing between requests: make variables in __init__, and sow values to "
+                    f"look at as nnx.Intermediate, which is left out"
+                )
             raise ModelError(
                 f"model {spec.name!r} writes to its variable {name!r} when it scores: {where}; a "
                 f"served program keeps no state between requests: update statistics in training alone (for "

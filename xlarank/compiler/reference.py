@@ -14,15 +14,17 @@ from flax import nnx
 from jax.extend import core
 
 from xlarank.compiler.program import Traces, read, run_equations
-from xlarank.compiler.split import scores_of
+from xlarank.compiler.split import drop_intermediates, scores_of
 from xlarank.compiler.tracing import (
     ClosedJaxpr,
     authors_code,
     evaluate,
     flatten,
+    in_true_float32,
     inner_jaxpr,
     nested_equations,
     source_of,
+    structural_text,
 )
 from xlarank.device import compiler_options
 from xlarank.errors import ModelError
@@ -67,7 +69,9 @@ def reference_scores(
     model runs under `jax.disable_jit()`, so that a fault of the compiler can't agree with itself. A model
     with loops (`lax.scan`, `map`, `while_loop`) is traced and run equation by equation instead, each loop
     compiled by XLA as the one operation that it is: without jit its body would be dispatched op by op for
-    every step, and a map over the rows took minutes. No pass of ours sees that trace either.
+    every step, and a map over the rows took minutes. So is one with a matmul whose author asked for less than
+    float32 (`precision=`), which is in true float32 here as in a program. No pass of ours sees that trace
+    either.
 
     Args:
       model: an nnx.Module in evaluation mode, or any function from activations to logits.
@@ -118,6 +122,15 @@ def _inputs(spec: ModelSpec, group: Sequence[RankRequest]) -> tuple[dict[str, ja
     return {name: jnp.asarray(value) for name, value in inputs.items()}, ends
 
 
+def _needs_trace(equation: core.JaxprEqn) -> bool:
+    """Whether an operation can't be left to the author's call: a loop, or a matmul that asks for less than
+    float32."""
+    if equation.primitive.name in _LOOPS:
+        return True
+    exact = in_true_float32(equation.params, [atom.aval for atom in equation.invars])
+    return exact.get("precision") is not equation.params.get("precision")
+
+
 class _Reference:
     """A model that runs op by op, but for its loops."""
 
@@ -125,16 +138,18 @@ class _Reference:
         self._model = model
         self._traced: dict[int, tuple[ClosedJaxpr, Any]] = {}  # by rows
         self._loops: dict[core.JaxprEqn, Callable] = {}  # each compiled once
-        self._has_loops: bool | None = None  # until the first call
+        self._is_traced: bool | None = None  # until the first call
 
     def __call__(self, activations: dict[str, jax.Array]) -> Any:
         """The model's answer to activations [rows, ...] by name."""
-        if self._has_loops is None:
+        if self._is_traced is None:
             closed, _ = self._at(activations)
-            self._has_loops = any(e.primitive.name in _LOOPS for e, _ in nested_equations(closed.jaxpr))
-        if not self._has_loops:
+            self._is_traced = any(_needs_trace(e) for e, _ in nested_equations(closed.jaxpr))
+        if not self._is_traced:
             with jax.disable_jit():
-                return self._model(activations)
+                answer = self._model(activations)
+            drop_intermediates(self._model)
+            return answer
         closed, structure = self._at(activations)
         return jax.tree.unflatten(structure, _evaluate(closed, jax.tree.leaves(activations), self._loops))
 
@@ -212,7 +227,7 @@ def _evaluate(closed: ClosedJaxpr, inputs: Sequence[Any], loops: dict[core.Jaxpr
         if inner is not None:
             outputs = _evaluate(inner, operands, loops)
         else:
-            bind = functools.partial(equation.primitive.bind, **equation.params)
+            bind = functools.partial(equation.primitive.bind, **in_true_float32(equation.params, operands))
             if equation.primitive.name in _LOOPS:
                 bind = loops.setdefault(equation, jax.jit(bind, compiler_options=compiler_options("cpu")))
             found = bind(*operands)
@@ -236,16 +251,16 @@ def check_row_counts(
       tolerance: largest difference to let pass.
 
     Raises:
-      ModelError: names the task, the number of rows and the difference.
+      ModelError: names the task, the number of rows and the difference; if two calls with the same rows give
+        other scores, that.
     """
     spec = traces.spec
     among_many = _scores_at(traces, tables, request, _MANY_ROWS)
+    _check_repeats(traces, tables, request, tolerance, among_many)
     for num_rows in _FEW_ROWS:
         alone = _scores_at(traces, tables, request, num_rows)
         for task, found, many in zip(spec.tasks, alone, among_many, strict=True):
-            wanted = many[:num_rows]
-            scale = 1.0 if task.kind is TaskKind.BINARY else np.maximum(1.0, np.abs(wanted))
-            worst = float((np.abs(found - wanted) / scale).max())
+            worst = _difference(task.kind, found, many[:num_rows])
             if not worst <= tolerance.of(task.kind):
                 raise ModelError(
                     f"model {spec.name!r}, task {task.name!r}: a row's score depends on the number of rows: "
@@ -253,6 +268,61 @@ def check_row_counts(
                     f"rows among {_MANY_ROWS}, expected {tolerance.of(task.kind):.3g} or less; use no "
                     f"shape[0], no arange over the rows, and no reduction over them"
                 )
+
+
+def _difference(kind: TaskKind, found: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest, of other than probabilities relative to scores above one."""
+    scale = 1.0 if kind is TaskKind.BINARY else np.maximum(1.0, np.abs(wanted))
+    return float((np.abs(found - wanted) / scale).max())
+
+
+def _check_repeats(
+    traces: Traces,
+    tables: Mapping[str, np.ndarray],
+    request: RankRequest,
+    tolerance: Tolerance,
+    scores: Sequence[np.ndarray],
+) -> None:
+    """Calls the model once more with `_MANY_ROWS` rows; raises ModelError if it does something else then."""
+    again = Traces(traces.model, traces.spec)
+    where = _first_change(traces.at(_MANY_ROWS).closed, again.at(_MANY_ROWS).closed)
+    if where is None:
+        return
+    for task, one, other in zip(
+        traces.spec.tasks, scores, _scores_at(again, tables, request, _MANY_ROWS), strict=True
+    ):
+        worst = _difference(task.kind, one, other)
+        if not worst <= tolerance.of(task.kind):
+            raise ModelError(
+                f"model {traces.spec.name!r}, task {task.name!r}: the model gives another answer each call "
+                f"(a global, np.random, the time): called twice with the same rows, its scores differ by "
+                f"{worst:.3g}, first by {where or traces.model.source}; a served program is traced once and "
+                f"keeps what the call found then: take it out, or give it as a feature or a weight"
+            )
+
+
+def _first_change(one: ClosedJaxpr, other: ClosedJaxpr) -> str | None:
+    """Operation and author's line by which two traces part; empty where it isn't known, None where both do
+    the same."""
+    if structural_text(one) == structural_text(other):
+        return None
+    values = [
+        {v: structural_text(c) for v, c in zip(t.jaxpr.constvars, t.consts, strict=True)}
+        for t in (one, other)
+    ]
+    for equation, changed in zip(one.jaxpr.eqns, other.jaxpr.eqns, strict=False):
+        told = [
+            (e.primitive.name, structural_text(e.params), [_known(atom, known) for atom in e.invars])
+            for e, known in zip((equation, changed), values, strict=True)
+        ]
+        if told[0] != told[1]:
+            return f"{equation.primitive.name} at {source_of(equation)}"
+    return ""
+
+
+def _known(atom: Any, constants: Mapping[Any, str]) -> str:
+    """What of an operand is the same whatever a model reads."""
+    return str(atom.val) if isinstance(atom, core.Literal) else constants.get(atom, str(atom.aval))
 
 
 def _scores_at(

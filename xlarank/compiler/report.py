@@ -23,9 +23,6 @@ _DASH = "–"
 _SAME = 0.02
 """Share by which two times may differ and be told as equal."""
 
-_BUSY = 1.5
-"""Ratio of two times of one program that an idle machine doesn't show."""
-
 _NO_AUC_LOSS = 5e-7
 """Told as no loss: what float32 may do to the order of two rows."""
 
@@ -67,7 +64,7 @@ def verdict(result: BuildResult, facts: Facts) -> list[str]:
         _speed_sentence(facts),
         _precision_sentence(facts),
         *_error_sentences(result, facts),
-        *_timing_sentences(facts),
+        *filter(None, [result.timing_note]),
     ]
 
 
@@ -117,16 +114,6 @@ def _error_sentences(result: BuildResult, facts: Facts) -> Iterable[str]:
         )
     else:
         yield "No bucket loses AUC on the labelled golden rows."
-
-
-def _timing_sentences(facts: Facts) -> Iterable[str]:
-    drifts = [(bucket.drift, str(bucket.bucket)) for bucket in facts.buckets]
-    drift, at = max(drifts)
-    if drift > _BUSY:
-        yield (
-            f"Between tuning and publishing the time of one program changed by a factor of {drift:.1f} "
-            f"(bucket {at}): the machine was busy, and gains smaller than that may be noise."
-        )
 
 
 def _narrowest(buckets: Sequence[BucketFacts]) -> list[BucketFacts]:

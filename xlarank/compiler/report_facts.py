@@ -105,12 +105,6 @@ class BucketFacts:
         return self.bucket.rows / self.seconds
 
     @property
-    def drift(self) -> float:
-        """Ratio, at least 1, of the chosen form's times while tuning and as published; 1 if not tuned."""
-        tuned = self.tuned_seconds or self.seconds
-        return max(tuned / self.seconds, self.seconds / tuned)
-
-    @property
     def roofline_share(self) -> float:
         """Least time over measured time; over 1 when the machine was slower while its limits were taken."""
         return self.least_seconds / min(self.seconds, self.tuned_seconds or math.inf)

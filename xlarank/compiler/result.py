@@ -25,6 +25,9 @@ from xlarank.spec import Bucket
 
 __all__ = ["BucketResult", "BuildResult", "PassNotes", "Tuning"]
 
+_BUSY = 1.5
+"""Ratio of two times of one program that an idle machine doesn't show."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PassNotes:
@@ -202,3 +205,18 @@ class BuildResult:
     def by_bucket(self) -> list[tuple[BucketResult, Choice, PassNotes]]:
         """What was measured, how it was chosen and what the passes said, ascending by bucket."""
         return list(zip(self.results, self.tuning.choices, self.tuning.notes, strict=True))
+
+    @property
+    def timing_note(self) -> str:
+        """What a busy machine did to the times; empty where it was steady, or no form was timed."""
+        drift, at = max(
+            (max(tuned / found.seconds, found.seconds / tuned), str(found.bucket))
+            for found, choice, _ in self.by_bucket
+            for tuned in (choice.seconds_of(found.form) or found.seconds,)
+        )
+        if drift <= _BUSY:
+            return ""
+        return (
+            f"Between tuning and publishing the time of one program changed by a factor of {drift:.1f} "
+            f"(bucket {at}): the machine was busy, and gains smaller than that may be noise."
+        )

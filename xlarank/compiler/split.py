@@ -16,7 +16,15 @@ from xlarank.errors import ConfigError, ModelError
 from xlarank.spec import ModelSpec, TaskKind
 from xlarank.spec.wording import counted
 
-__all__ = ["Apply", "DenseModel", "refused_logit", "scores_of", "split_function", "split_module"]
+__all__ = [
+    "Apply",
+    "DenseModel",
+    "drop_intermediates",
+    "refused_logit",
+    "scores_of",
+    "split_function",
+    "split_module",
+]
 
 Apply = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
 """A model as a function: (params, activations by feature name) -> logits [B] by task name."""
@@ -51,7 +59,8 @@ class DenseModel:
 def split_module(module: nnx.Module) -> DenseModel:
     """Takes a module apart, in evaluation mode (dropout off, batch norm on its running averages).
 
-    Every Variable but the state of random number generators becomes a weight.
+    Every Variable becomes a weight, but the state of random number generators and what was sown for the
+    author to look at (`nnx.Intermediate`): that is taken out of the module.
 
     Raises:
       ModelError: if the module has no `eval`, isn't an nnx.Module, or holds keys of random numbers.
@@ -62,10 +71,11 @@ def split_module(module: nnx.Module) -> DenseModel:
             f"flax.nnx.bridge, a function apply(params, features) with its params"
         )
     module.eval()
+    drop_intermediates(module)
     graph, rng_state, state = nnx.split(module, nnx.RngState, ...)
     leaves, structure = jax.tree.flatten(state)
     rng_leaves, rng_structure = jax.tree.flatten(rng_state)
-    names = tuple(".".join(str(_key(k)) for k in path) for path, _ in nnx.to_flat_state(state))
+    names = _names(state)
     if len(names) != len(leaves):
         raise ModelError(
             f"{type(module).__name__} holds {counted(len(leaves), 'array')} in "
@@ -88,6 +98,12 @@ def split_module(module: nnx.Module) -> DenseModel:
         _line_of(type(module).__call__),  # type: ignore[arg-type]
         tuple(rng_leaves),  # type: ignore[arg-type]
     )
+
+
+def drop_intermediates(model: object) -> None:
+    """Takes what a module's calls have sown out of it: no score depends on it, and each call adds to it."""
+    if isinstance(model, nnx.Module):
+        nnx.pop(model, nnx.Intermediate)
 
 
 def split_function(function: Apply, params: Any) -> DenseModel:
@@ -127,12 +143,16 @@ def _line_of(function: Callable) -> str:
 def _changed(
     merged: nnx.Module, names: tuple[str, ...], params: tuple[jax.Array, ...]
 ) -> dict[str, jax.Array]:
-    """What a call wrote to its module's variables; new variables come as ``a new variable``."""
-    _, _, after = nnx.split(merged, nnx.RngState, ...)
-    leaves = jax.tree.leaves(after)
-    if len(leaves) != len(params):
-        return {"a new variable": leaves[-1]} if leaves else {}
-    return {name: b for name, a, b in zip(names, params, leaves, strict=True) if a is not b}
+    """What a call wrote to its module's variables, new ones too, but for what it sowed to be looked at."""
+    _, _, _, after = nnx.split(merged, nnx.RngState, nnx.Intermediate, ...)
+    before = dict(zip(names, params, strict=True))
+    leaves = zip(_names(after), jax.tree.leaves(after), strict=False)
+    return {name: leaf for name, leaf in leaves if before.get(name) is not leaf}
+
+
+def _names(state: nnx.State) -> tuple[str, ...]:
+    """Dotted paths of variables, in the order of their leaves."""
+    return tuple(".".join(str(_key(k)) for k in path) for path, _ in nnx.to_flat_state(state))
 
 
 def _as_weight(name: str, leaf: object) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import operator
 import os
 import re
 import traceback
@@ -28,6 +29,7 @@ __all__ = [
     "equations_of",
     "evaluate",
     "flatten",
+    "in_true_float32",
     "inner_jaxpr",
     "nested_equations",
     "retrace",
@@ -51,7 +53,9 @@ _OURS = _folder(__file__)
 _NOT_THE_AUTHORS = (_FLAX, _folder(jax.__file__), _OURS)
 
 
-def trace(model: str, program: Callable, avals: tuple[Any, ...], source: str = "") -> ClosedJaxpr:
+def trace(
+    model: str, program: Callable, avals: tuple[Any, ...], source: str = "", weights: Sequence[str] = ()
+) -> ClosedJaxpr:
     """Traces a program that calls a model author's module.
 
     Args:
@@ -59,6 +63,7 @@ def trace(model: str, program: Callable, avals: tuple[Any, ...], source: str = "
       program: what to trace.
       avals: shapes of its arguments.
       source: the author's line where an error has none.
+      weights: names of the arrays in the program's argument `params`.
 
     Returns:
       The program as a jaxpr, float32 matmuls in true float32.
@@ -66,7 +71,8 @@ def trace(model: str, program: Callable, avals: tuple[Any, ...], source: str = "
     Raises:
       ModelError: with the reason and the line of the author's source, whatever the module raised.
     """
-    with authors_code(f"model {model!r} can't be traced", source), jax.default_matmul_precision("highest"):
+    failed = f"model {model!r} can't be traced"
+    with authors_code(failed, source, weights), jax.default_matmul_precision("highest"):
         closed = jax.make_jaxpr(program)(*avals)
     lines: dict[int, str] = {-1: ""}  # by depth: inside a function of JAX's own it is the caller's
     for equation, depth in nested_equations(closed.jaxpr):
@@ -85,12 +91,13 @@ def trace(model: str, program: Callable, avals: tuple[Any, ...], source: str = "
 
 
 @contextlib.contextmanager
-def authors_code(what_failed: str, source: str = "") -> Iterator[None]:
+def authors_code(what_failed: str, source: str = "", weights: Sequence[str] = ()) -> Iterator[None]:
     """Runs a model author's code, which may raise anything.
 
     Args:
       what_failed: begins the message.
       source: the author's line where the error has none.
+      weights: names of the arrays in an argument `params`, which JAX knows by number.
 
     Raises:
       ModelError: with the reason and the line of the author's source.
@@ -100,14 +107,23 @@ def authors_code(what_failed: str, source: str = "") -> Iterator[None]:
     except XlarankError:
         raise
     except Exception as error:
+        line = _line_of(error) or source or "the module"
+        if weights and (number := _WEIGHT.search(str(error))):
+            raise ModelError(
+                f"{what_failed}: params {weights[int(number[1])]!r} is a traced weight, and no shape "
+                f"or choice can depend on its value (at {line}); close over it or use functools.partial: "
+                f"what stays the same for every checkpoint is no weight"
+            ) from error
         reason = " ".join(_SEE.split(str(error))[0].split())
         hint = next((f"; {text}" for kinds, text in _HINTS if isinstance(error, kinds)), "")
-        line = _line_of(error) or source or "the module"
         raise ModelError(f"{what_failed}: {type(error).__name__}: {reason} (at {line}){hint}") from error
 
 
 _SEE = re.compile(r"\(?See https://|\(https://flax|The function being traced when")
 """Where JAX and Flax turn from the reason to the address of their pages, or to frames of ours."""
+
+_WEIGHT = re.compile(r"depends on the values? of the arguments? params\[(\d+)\]")
+"""How JAX names the array whose value it would have to know."""
 
 _HINTS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
     (
@@ -158,7 +174,7 @@ def flatten(closed: ClosedJaxpr) -> ClosedJaxpr:
 
     What merely calls another program (jit, custom derivatives, remat) is written out; `scan`, `while` and
     `cond` stay whole. An equation keeps the author's line; one inside a function of JAX's own has its
-    caller's. Matmuls and convolutions of float32 are in true float32, whatever they asked for.
+    caller's. Matmuls and convolutions of float32 are in true float32, whatever they asked for, in loops too.
     """
 
     def run(*inputs: Any) -> list[Any]:
@@ -209,17 +225,61 @@ def evaluate(
     Returns:
       Its results.
     """
-    primitive, params = equation.primitive, {**equation.params, **changed_params}
-    if primitive.name in ("dot_general", "conv_general_dilated") and _are_float32(operands):
-        params["precision"] = (jax.lax.Precision.HIGHEST,) * 2
+    primitive, params = equation.primitive, in_true_float32({**equation.params, **changed_params}, operands)
     info = (place or equation).source_info
     with source_info_util.user_context(info.traceback, name_stack=info.name_stack):
         outputs = primitive.bind(*operands, **params)
     return list(outputs) if primitive.multiple_results else [outputs]
 
 
+def in_true_float32(params: dict[str, Any], operands: Sequence[Any]) -> dict[str, Any]:
+    """An equation's params, matmuls and convolutions of float32 in true float32, whatever they asked for.
+
+    Args:
+      params: of the equation; what has a precision is one of those.
+      operands: arrays, or their shapes.
+
+    Returns:
+      The same objects where nothing is to change; programs among them (loops, branches) are changed too.
+    """
+    changed = {name: _in_true_float32(value) for name, value in params.items()}
+    if params.get("precision", _EXACT) != _EXACT and _are_float32(operands):
+        changed["precision"] = _EXACT
+    return changed
+
+
+_EXACT = (jax.lax.Precision.HIGHEST,) * 2
+"""Of both operands."""
+
+
+def _in_true_float32(value: Any) -> Any:
+    """A param of an equation: programs, alone or several, with every equation in true float32."""
+    if isinstance(value, (ClosedJaxpr, core.Jaxpr)):
+        jaxpr = value.jaxpr if isinstance(value, ClosedJaxpr) else value
+        equations = [_equation_in_true_float32(equation) for equation in jaxpr.eqns]
+        if all(map(operator.is_, equations, jaxpr.eqns)):
+            return value
+        jaxpr = jaxpr.replace(eqns=equations)
+        return ClosedJaxpr(jaxpr, value.consts) if isinstance(value, ClosedJaxpr) else jaxpr
+    if isinstance(value, (tuple, list)):
+        items = [_in_true_float32(item) for item in value]
+        if all(map(operator.is_, items, value)):
+            return value
+        make = getattr(type(value), "_make", type(value))  # a named tuple takes its items one by one
+        return make(items)
+    return value
+
+
+def _equation_in_true_float32(equation: core.JaxprEqn) -> core.JaxprEqn:
+    params = in_true_float32(equation.params, [atom.aval for atom in equation.invars])
+    is_same = all(params[name] is value for name, value in equation.params.items())
+    return equation if is_same else equation.replace(params=params)
+
+
 def _are_float32(operands: Sequence[Any]) -> bool:
-    return all(getattr(operand, "dtype", None) == np.float32 for operand in operands)
+    """Whether none is of another floating type; a ragged matmul takes sizes besides."""
+    dtypes = {jnp.result_type(operand) for operand in operands}
+    return {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)} == {np.dtype(np.float32)}
 
 
 def without_dead_code(closed: ClosedJaxpr) -> ClosedJaxpr:

@@ -1,5 +1,7 @@
 """Traps that a pass over other people's models falls into, one a test."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,9 @@ from foreign import random_params, spec_of, two_tasks
 from jax import lax
 from pass_cases import case_from, case_of, check_hoisted, compiled, hoisted_of, operations, plain_of, run_all
 
+from xlarank.compiler import random_requests, reference_scores
 from xlarank.compiler.program import run_equations
-from xlarank.compiler.tracing import source_of
+from xlarank.compiler.tracing import nested_equations, source_of
 from xlarank.spec import FeatureSpec, ModelSpec, TaskSpec
 
 
@@ -166,3 +169,101 @@ def test_compiled_is_what_jit_computes():
     np.testing.assert_allclose(
         compiled(lambda a: jnp.tanh(a) @ a.T, x), np.tanh(x) @ x.T, rtol=1e-5, atol=1e-5
     )
+
+
+def narrow(x, weight):
+    """A matmul whose author asks for less than float32; a CPU doesn't even have it."""
+    return jnp.dot(x, weight, precision="TF32_TF32_F32")
+
+
+def in_scan(weight, x, history):
+    return lax.scan(lambda h, step: (jnp.tanh(narrow(h, weight) + step), None), x, history.swapaxes(0, 1))[0]
+
+
+def in_fori_loop(weight, x, history):
+    return lax.fori_loop(0, 3, lambda i, h: jnp.tanh(narrow(h, weight) + history[:, i]), x)
+
+
+def in_while(weight, x, history):
+    start = narrow(history[:, 0], weight) + x, 0.0
+
+    def step(state):
+        return jnp.tanh(narrow(state[0], weight)), state[1] + narrow(weight, weight).sum() ** 2 + 1.0
+
+    return lax.while_loop(lambda state: narrow(weight, weight).sum() ** 2 + state[1] < 3.0, step, start)[0]
+
+
+def in_cond(weight, x, history):
+    branches = [lambda x: narrow(x, weight), lambda x: lax.map(lambda row: narrow(row, weight), x)]
+    return lax.cond(weight[0, 0] > 0, *branches, x) + history[:, 0]
+
+
+def in_a_jitted_map(weight, x, history):
+    return jax.jit(lambda x: lax.map(lambda row: narrow(row, weight), x))(history).sum(axis=1) + x
+
+
+def in_convolution(weight, x, history):
+    def step(h, _):
+        return lax.conv_general_dilated(
+            h, weight[None], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), precision="default"
+        ), None
+
+    return lax.scan(step, history, None, length=2)[0].sum(axis=1) + x
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [in_scan, in_fori_loop, in_while, in_cond, in_a_jitted_map, in_convolution],
+    ids=lambda f: f.__name__,
+)
+def test_float32_is_float32_in_loops_and_branches_too(loop):
+    """Whatever the author asks for: in the row programs, in what is exported, and in the reference."""
+
+    def model(params, features):
+        found = [loop(params["w"], features[name], features["history"]) for name in ("user", "item")]
+        return two_tasks(narrow(found[0] + found[1], params["v"]))
+
+    case = case_from(model, random_params(0, w=(4, 4), v=(4, 2)))
+    hoisted = hoisted_of(case, 8, 2).program
+    for program in (plain_of(case), hoisted):
+        found = [
+            (depth, e.params["precision"])
+            for e, depth in nested_equations(program.closed.jaxpr)
+            if "precision" in e.params
+        ]
+        assert max(depth for depth, _ in found) > 0
+        assert {precision for _, precision in found} == {(lax.Precision.HIGHEST,) * 2}
+        batch = case.batch(8, 2)
+        text = jax.jit(lambda *i, p=program: run_equations(p.closed, i)).lower(
+            *batch.inputs(case.model.params)
+        )
+        lines = [
+            line
+            for line in text.as_text().splitlines()
+            if re.search(r"stablehlo\.(dot_general|convolution)", line)
+        ]
+        assert lines
+        assert all(line.count("HIGHEST") == 2 for line in lines), lines
+    requests = random_requests(case.spec, 2, num_candidates=3)
+    tables = {"items": np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)}
+    # Without the mend the CPU refuses the matmul that the author wrote.
+    scores = reference_scores(case.model.reference, case.spec, tables, requests)
+    assert all(np.isfinite(score).all() for score in scores["click"])
+
+
+def test_a_matmul_that_asks_for_less_is_true_float32_in_the_reference():
+    def model(params, features):
+        return two_tasks(narrow(features["user"], params["w"]) + features["item"][:, :2])
+
+    def exact(params, features):
+        return two_tasks(features["user"] @ params["w"] + features["item"][:, :2])
+
+    requests = random_requests(spec_of(), 2, num_candidates=3)
+    tables = {"items": np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)}
+    params = random_params(0, w=(4, 2))
+    found, expected = (
+        reference_scores(case_from(function, params).model.reference, spec_of(), tables, requests)
+        for function in (model, exact)
+    )
+    for ours, theirs in zip(found["buy"], expected["buy"], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)

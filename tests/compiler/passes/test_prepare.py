@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from foreign import random_params, two_tasks
 from jax import lax
-from jax.extend import core
-from pass_cases import MODELS, ZOO, case_from, case_of, compiled, hoisted_of, plain_of, swept
+from pass_cases import MODELS, ZOO, case_from, case_of, compiled, fed_by_weights, hoisted_of, plain_of, swept
 
 from xlarank.compiler.passes import Fusion, fuse_experts, lower_precision
 from xlarank.compiler.prepare import PreparedArrays, part
@@ -24,24 +23,6 @@ def forms_of(case, requests=2):
     forms["int8"] = lower_precision(fused[Fusion.EXPERT_MAJOR] or base, Precision.INT8)
     forms["bfloat16"] = lower_precision(base, Precision.BFLOAT16)
     return {name: form for name, form in forms.items() if form is not None}
-
-
-def fed_by_weights(parted):
-    """Equations that read prepared arrays and constants alone, but for repetitions of one."""
-    jaxpr = parted.row.jaxpr
-    known, constants = set(jaxpr.invars[: len(parted.keys)]), set(jaxpr.constvars)
-    found = []
-    for equation in jaxpr.eqns:
-        atoms = [atom for atom in equation.invars if not isinstance(atom, core.Literal)]
-        if all(atom in constants for atom in atoms):
-            constants |= set(equation.outvars)
-        elif all(atom in known or atom in constants for atom in atoms):
-            known |= set(equation.outvars)
-            (result,) = equation.outvars
-            is_wider = result.aval.size > atoms[0].aval.size
-            if equation.primitive.name != "broadcast_in_dim" or not is_wider:
-                found.append((equation.primitive.name, [tuple(atom.aval.shape) for atom in atoms]))
-    return found
 
 
 @pytest.mark.parametrize("name", swept(MODELS))

@@ -15,6 +15,7 @@ batched matmul with a single request's context loses its batch axis.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from xlarank.compiler.passes.rows import first_difference
@@ -27,6 +28,10 @@ from xlarank.spec import Bucket, Scope, Signature
 from xlarank.spec.wording import counted
 
 __all__ = ["Expansion", "Hoisted", "hoist_context"]
+
+
+_MAX_NAMED = 3
+"""Operations that a reason names; all are among the expansions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +85,17 @@ def hoist_context(
     program = make_program(rows, traces.spec, signature, bucket, run)
     hoisted = _alive(program, log)
     if not hoisted and not log.num_unbatched:
-        return Hoisted(None, "nothing is computed from context features alone", tuple(log.expansions))
+        return Hoisted(None, _why_nothing(log.expansions), tuple(log.expansions))
     return Hoisted(program, reason, tuple(log.expansions), hoisted)
+
+
+def _why_nothing(expansions: Sequence[Expansion]) -> str:
+    """Why no work was found that runs once a request: what needs the context's values at every row first."""
+    said = "nothing is computed from context features alone"
+    if not expansions:
+        return said
+    found = list(dict.fromkeys(f"{e.operation} at {e.source}: {e.reason}" for e in expansions))
+    return f"{said} before {'; '.join(found[:_MAX_NAMED])}"
 
 
 def _alive(program: Program, log: Log) -> tuple[tuple[str, str], ...]:

@@ -1,9 +1,10 @@
 """Rules of `hoist_context` for where candidates and contexts meet: concatenations in pieces, and matmuls.
 
-A concatenation of several kinds stays a list of pieces through elementwise operations, layout changes and
-slices. A matmul or a reduction over the concatenated axis then splits into a share of the context, computed
-once a request, and a share of the candidate; a matmul that leaves the axis gives pieces again. `apply`
-answers None where no rule fits: then the equation runs at B rows as the plain program would.
+A concatenation of several kinds stays a list of pieces through elementwise operations, layout changes,
+slices, padding, and reads and writes at constant indices. A matmul or a reduction over the concatenated axis
+then splits into a share of the context, computed once a request, and a share of the candidate; a matmul that
+leaves the axis gives pieces again. `apply` answers None where no rule fits: then the equation runs at B rows
+as the plain program would.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from xlarank.compiler.passes.pieces import added, bound, common_ends, concatenated, joined, sliced
+from xlarank.compiler.passes.pieces import added, bound, common_ends, each, joined, of_pieces, sliced
 from xlarank.compiler.passes.piecewise_dot import dot
 from xlarank.compiler.passes.piecewise_layout import LAYOUTS
+from xlarank.compiler.passes.piecewise_picks import PICKS, UPDATES
 from xlarank.compiler.passes.rows import ELEMENTWISE
 from xlarank.compiler.passes.step import Step
 from xlarank.compiler.passes.values import Value
@@ -43,6 +45,8 @@ def apply(step: Step) -> list[Value] | None:
         return None if value is None else [value]
     if step.name in ("concatenate", "stack"):
         return LAYOUTS[step.name](step)
+    if step.name in UPDATES:
+        return UPDATES[step.name](step)
     if not any(value.pieces for value in step.operands):
         return None
     if step.name in ELEMENTWISE:
@@ -50,7 +54,7 @@ def apply(step: Step) -> list[Value] | None:
     if step.name in _REDUCTIONS:
         value = _reduce(step, step.operands[0], tuple(step.params["axes"]))
         return None if value is None else [value]
-    rule = LAYOUTS.get(step.name)
+    rule = LAYOUTS.get(step.name) or PICKS.get(step.name)
     return None if rule is None else rule(step)
 
 
@@ -60,12 +64,13 @@ def _elementwise(step: Step, operands: Sequence[Value]) -> Value:
     if leading is None or any(not v.is_once_a_request and v.pieces is None for v in operands):
         return bound(step, operands)
     assert leading.pieces is not None
-    axis, begin, results = leading.pieces.axis, 0, []
+    axis, begin, members = leading.pieces.axis, 0, []
+    axes = [None if _is_repeated(value, axis) else axis for value in operands]
     for end in common_ends(operands, [axis] * len(operands)):
-        share = [v if _is_repeated(v, axis) else sliced(step, v, axis, begin, end) for v in operands]
-        results.append(_elementwise(step, share))
+        cuts = zip(operands, axes, strict=True)
+        members.append(tuple(v if a is None else sliced(step, v, a, begin, end) for v, a in cuts))
         begin = end
-    return concatenated(step, results, axis)
+    return each(step, members, axes, axis, lambda parts: _elementwise(step, parts))
 
 
 def _is_repeated(value: Value, axis: int) -> bool:
@@ -78,11 +83,8 @@ def _reduce(step: Step, value: Value, axes: tuple[int, ...]) -> Value | None:
     if pieces is None:
         return bound(step, [value])
     if pieces.axis not in axes:
-        shares = [_reduce(step, piece, axes) for piece in pieces.values]
-        if any(share is None for share in shares):
-            return None
         new_axis = pieces.axis - sum(1 for a in axes if a < pieces.axis)
-        return concatenated(step, shares, new_axis)  # type: ignore[arg-type]
+        return of_pieces(step, pieces, new_axis, lambda piece: _reduce(step, piece, axes))
     if step.name in _ROUNDING and not (step.maker.split_reductions and _adds_up(step.result_dtype)):
         return None
     whole = [piece for piece in pieces.values if piece.pieces is None]

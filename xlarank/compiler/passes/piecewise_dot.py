@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from xlarank.compiler.passes.pieces import added, bound, common_ends, concatenated, joined, sliced
+from xlarank.compiler.passes.pieces import added, bound, common_ends, each, grouped, joined, sliced
 from xlarank.compiler.passes.rows import RowAxis
 from xlarank.compiler.passes.step import Step
 from xlarank.compiler.passes.values import Kind, Value, join_kinds
@@ -58,12 +57,13 @@ def _over_free(step: Step, sides: tuple[Value, Value], side: int) -> Value | Non
     if not any(_gains(step, _ordered(side, piece, other)) for piece in value.pieces.values):
         return None
     new_axis = _free_axis(step, sides, side, axis)
-    return _by_kind(
+    return each(
         step,
         [(piece,) for piece in value.pieces.values],
         (axis,),
         new_axis,
         lambda parts: _product(step, _ordered(side, parts[0], other)),
+        by_kind=True,
     )
 
 
@@ -88,8 +88,13 @@ def _over_batch(step: Step, sides: tuple[Value, Value], side: int, other_axis: i
     if not any(_gains(step, _ordered(side, *pair)) for pair in pairs):
         return None
     new_axis = list(step.params["dimension_numbers"][1][side]).index(axis)
-    return _by_kind(
-        step, pairs, (axis, other_axis), new_axis, lambda parts: _product(step, _ordered(side, *parts))
+    return each(
+        step,
+        pairs,
+        (axis, other_axis),
+        new_axis,
+        lambda parts: _product(step, _ordered(side, *parts)),
+        by_kind=True,
     )
 
 
@@ -103,9 +108,9 @@ def _over_contracted(step: Step, sides: tuple[Value, Value], side: int, other_ax
     if not any(_gains(step, _ordered(side, *pair)) for pair in pairs):
         return None
     shares = []
-    for members in _grouped(pairs).values():
+    for numbers in grouped(pairs).values():
         parts = [
-            joined(step, [member[i] for member in members], axis)
+            joined(step, [pairs[n][i] for n in numbers], axis)
             for i, axis in enumerate((value.pieces.axis, other_axis))
         ]
         shares.append(_product(step, _ordered(side, *parts)))
@@ -114,46 +119,17 @@ def _over_contracted(step: Step, sides: tuple[Value, Value], side: int, other_ax
 
 def _side_by_side(
     step: Step, sides: tuple[Value, Value], side: int, other_axis: int
-) -> list[tuple[Value, ...]]:
+) -> list[tuple[Value, Value]]:
     """Both operands cut where either has the end of a piece."""
     value, other = sides[side], sides[1 - side]
     assert value.pieces is not None
     axes, begin, pairs = (value.pieces.axis, other_axis), 0, []
     for end in common_ends((value, other), axes):
         cuts = zip((value, other), axes, strict=True)
-        pairs.append(tuple(sliced(step, operand, axis, begin, end) for operand, axis in cuts))
+        one, two = (sliced(step, operand, axis, begin, end) for operand, axis in cuts)
+        pairs.append((one, two))
         begin = end
     return pairs
-
-
-def _grouped(members: Sequence[tuple[Value, ...]]) -> dict[Any, list[tuple[Value, ...]]]:
-    """Members that one product can do: of like rates; one in pieces along another axis is alone."""
-    groups: dict[Any, list[tuple[Value, ...]]] = {}
-    for number, member in enumerate(members):
-        is_nested = any(value.pieces is not None for value in member)
-        key = number if is_nested else tuple(value.is_once_a_request for value in member)
-        groups.setdefault(key, []).append(member)
-    return groups
-
-
-def _by_kind(
-    step: Step,
-    members: Sequence[tuple[Value, ...]],
-    axes: tuple[int, ...],
-    new_axis: int,
-    product: Callable[[Sequence[Value]], Value],
-) -> Value:
-    """One product for all pieces of a kind, cut apart again where others lie between them."""
-    place = {id(member): number for number, member in enumerate(members)}
-    results: dict[int, Value] = {}
-    for group in _grouped(members).values():
-        parts = [joined(step, [m[i] for m in group], axis) for i, axis in enumerate(axes)]
-        result, begin = product(parts), 0
-        for member in group:
-            end = begin + member[0].shape[axes[0]]
-            results[place[id(member)]] = sliced(step, result, new_axis, begin, end)
-            begin = end
-    return concatenated(step, [results[number] for number in range(len(members))], new_axis)
 
 
 def _gains(step: Step, sides: tuple[Value, Value]) -> bool:

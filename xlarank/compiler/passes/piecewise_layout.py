@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from xlarank.compiler.passes.pieces import concatenated, mapped, sliced
+from xlarank.compiler.passes.pieces import concatenated, mapped, of_pieces, sliced
 from xlarank.compiler.passes.rows.layout import resized
 from xlarank.compiler.passes.step import Step
 from xlarank.compiler.passes.values import Value
 
-__all__ = ["LAYOUTS"]
+__all__ = ["LAYOUTS", "reshaped", "with_axis", "without_axes"]
 
 
 def _concatenate(step: Step) -> list[Value] | None:
@@ -30,32 +30,32 @@ def _stack(step: Step) -> list[Value] | None:
     if not _are_several_kinds(step.operands):
         return None
     axis = step.params["axis"]
-    return [concatenated(step, [_with_axis(step, value, axis) for value in step.operands], axis)]
+    return [concatenated(step, [with_axis(step, value, axis) for value in step.operands], axis)]
 
 
-def _with_axis(step: Step, value: Value, axis: int) -> Value:
+def with_axis(step: Step, value: Value, axis: int) -> Value:
     """One more axis, of size 1."""
     if value.pieces is not None:
-        pieces = [_with_axis(step, piece, axis) for piece in value.pieces.values]
-        return concatenated(step, pieces, value.pieces.axis + (axis <= value.pieces.axis))
+        new_axis = value.pieces.axis + (axis <= value.pieces.axis)
+        return of_pieces(step, value.pieces, new_axis, lambda piece: with_axis(step, piece, axis))
     return mapped(step, [value], lambda arrays, _: jax.lax.expand_dims(arrays[0], (axis,)))
 
 
 def _unstack(step: Step) -> list[Value] | None:
     (value,), axis = step.operands, step.params["axis"]
     cuts = [sliced(step, value, axis, i, i + 1) for i in range(value.shape[axis])]
-    return [_without_axes(step, cut, (axis,)) for cut in cuts]
+    return [without_axes(step, cut, (axis,)) for cut in cuts]
 
 
 def _squeeze(step: Step) -> list[Value] | None:
-    return [_without_axes(step, step.operands[0], tuple(step.params["dimensions"]))]
+    return [without_axes(step, step.operands[0], tuple(step.params["dimensions"]))]
 
 
-def _without_axes(step: Step, value: Value, axes: tuple[int, ...]) -> Value:
+def without_axes(step: Step, value: Value, axes: tuple[int, ...]) -> Value:
     """Without some axes of size 1."""
     if value.pieces is not None:
-        pieces = [_without_axes(step, piece, axes) for piece in value.pieces.values]
-        return concatenated(step, pieces, value.pieces.axis - sum(1 for a in axes if a < value.pieces.axis))
+        new_axis = value.pieces.axis - sum(1 for a in axes if a < value.pieces.axis)
+        return of_pieces(step, value.pieces, new_axis, lambda piece: without_axes(step, piece, axes))
     return mapped(step, [value], lambda arrays, _: jax.lax.squeeze(arrays[0], axes))
 
 
@@ -63,11 +63,11 @@ def _reshape(step: Step) -> list[Value] | None:
     if step.params.get("dimensions") is not None:
         return None
     context_new = step.pair.context_params["new_sizes"]
-    value = _reshaped(step, step.operands[0], tuple(step.params["new_sizes"]), tuple(context_new))
+    value = reshaped(step, step.operands[0], tuple(step.params["new_sizes"]), tuple(context_new))
     return None if value is None else [value]
 
 
-def _reshaped(step: Step, value: Value, new: tuple[int, ...], context_new: tuple[int, ...]) -> Value | None:
+def reshaped(step: Step, value: Value, new: tuple[int, ...], context_new: tuple[int, ...]) -> Value | None:
     """A value with `new` sizes: pieces stay pieces where they fill whole entries of a new axis."""
     if value.pieces is None:
         return mapped(
@@ -83,14 +83,14 @@ def _reshaped(step: Step, value: Value, new: tuple[int, ...], context_new: tuple
         return None
     new_axis = candidates[0]
     new_after = math.prod(new[new_axis + 1 :])
-    results = []
-    for piece in value.pieces.values:
-        size, rest = divmod(piece.shape[axis] * after, new_after)
-        if rest:
-            return None
-        shapes = [resized(shape, new_axis, size) for shape in (new, context_new)]
-        results.append(_reshaped(step, piece, *shapes))
-    return None if any(r is None for r in results) else concatenated(step, results, new_axis)
+    if any(piece.shape[axis] * after % new_after for piece in value.pieces.values):
+        return None
+
+    def run(piece: Value) -> Value | None:
+        size = piece.shape[axis] * after // new_after
+        return reshaped(step, piece, resized(new, new_axis, size), resized(context_new, new_axis, size))
+
+    return of_pieces(step, value.pieces, new_axis, run)
 
 
 def _transpose(step: Step) -> list[Value] | None:
@@ -99,8 +99,8 @@ def _transpose(step: Step) -> list[Value] | None:
 
 def _transposed(step: Step, value: Value, permutation: tuple[int, ...]) -> Value:
     if value.pieces is not None:
-        pieces = [_transposed(step, piece, permutation) for piece in value.pieces.values]
-        return concatenated(step, pieces, permutation.index(value.pieces.axis))
+        new_axis = permutation.index(value.pieces.axis)
+        return of_pieces(step, value.pieces, new_axis, lambda piece: _transposed(step, piece, permutation))
     return mapped(step, [value], lambda arrays, _: jax.lax.transpose(arrays[0], permutation))
 
 
@@ -123,11 +123,13 @@ def _broadcasted(
                 arrays[0], context_shape if at_context else shape, dims
             ),
         )
-    axis, results = value.pieces.axis, []
-    for piece in value.pieces.values:
+    axis = value.pieces.axis
+
+    def run(piece: Value) -> Value:
         shapes = [resized(s, dims[axis], piece.shape[axis]) for s in (shape, context_shape)]
-        results.append(_broadcasted(step, piece, shapes[0], shapes[1], dims))
-    return concatenated(step, results, dims[axis])
+        return _broadcasted(step, piece, shapes[0], shapes[1], dims)
+
+    return of_pieces(step, value.pieces, dims[axis], run)
 
 
 def _slice(step: Step) -> list[Value] | None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from xlarank.compiler.passes.rows import Counts, Layout, Pair, RowAxis
-from xlarank.compiler.passes.values import Kind, Pieces, Value
+from xlarank.compiler.passes.rows.layout import resized
+from xlarank.compiler.passes.values import Cut, Kind, Pieces, Value
 from xlarank.compiler.program import expand
 from xlarank.compiler.tracing import source_of
 from xlarank.spec import Bucket
 
-__all__ = ["Expansion", "Log", "Maker", "Step"]
+__all__ = ["Expansion", "Log", "Maker", "Step", "picked_along"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +162,7 @@ class Step:
             return value.at_rows()
         if value.pieces is not None:
             why = reason or f"the concatenation is read as a whole by {self.name}"
-            for piece in value.pieces.values:
+            for piece in _sources(value.pieces):
                 self.rows_of(piece, why)
         elif value.kind is Kind.CONTEXT and isinstance(value.known_layout().place, RowAxis):
             self._note_expansion(value, reason or f"{self.name} reads the context and the candidate together")
@@ -167,13 +170,13 @@ class Step:
 
     def in_pieces(self, axis: int, values: Sequence[Value]) -> Value:
         """A concatenation that isn't made unless somebody reads it whole."""
-        size = sum(value.shape[axis] for value in values)
+        size, pieces = sum(value.shape[axis] for value in values), Pieces(axis, tuple(values))
         return Value(
             Kind.ROW,
             (*values[0].shape[:axis], size, *values[0].shape[axis + 1 :]),
             values[0].dtype,
-            lambda: jax.lax.concatenate([value.at_rows() for value in values], axis),
-            pieces=Pieces(axis, tuple(values)),
+            lambda: _whole(pieces),
+            pieces=pieces,
         )
 
     def note_hoisted(self, shape: tuple[int, ...]) -> None:
@@ -185,6 +188,45 @@ class Step:
         num_bytes = math.prod(value.shape) * value.dtype.itemsize
         source = source_of(self.pair.equation)
         self.maker.log.expansions.append(Expansion(self.name, source, value.shape, num_bytes, reason))
+
+
+def _sources(pieces: Pieces) -> list[Value]:
+    """What a concatenation is made of: its pieces or, of many that are cuts, the arrays they are cut of."""
+    cuts = [value.origin for value in pieces.values]
+    if all(isinstance(cut, Cut) and cut.axis == pieces.axis for cut in cuts):
+        bases = list(dict.fromkeys(cut.base for cut in cuts))  # type: ignore[union-attr]
+        if 2 * len(bases) < len(cuts):
+            return bases
+    return list(pieces.values)
+
+
+def _whole(pieces: Pieces) -> Any:
+    """A concatenation, made."""
+    sources = _sources(pieces)
+    array = jax.lax.concatenate([value.at_rows() for value in sources], pieces.axis)
+    if len(sources) == len(pieces.values):
+        return array
+    ends = list(itertools.accumulate(source.shape[pieces.axis] for source in sources))
+    begins = dict(zip(sources, [0, *ends[:-1]], strict=True))
+    cuts = [value.origin for value in pieces.values]
+    indices = [begins[cut.base] + np.arange(cut.begin, cut.end) for cut in cuts]  # type: ignore[union-attr]
+    return picked_along(array, pieces.axis, np.concatenate(indices))
+
+
+def picked_along(array: Any, axis: int, indices: np.ndarray) -> Any:
+    """Entries of an array along an axis, in the order of their indices."""
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=tuple(a for a in range(array.ndim) if a != axis),
+        collapsed_slice_dims=(axis,),
+        start_index_map=(axis,),
+    )
+    return jax.lax.gather(
+        array,
+        indices.astype(np.int32)[:, None],
+        numbers,
+        slice_sizes=resized(array.shape, axis, 1),
+        mode="promise_in_bounds",
+    )
 
 
 _LAYOUT = frozenset(

@@ -9,7 +9,7 @@ from typing import Any
 
 from xlarank.compiler.passes.rows import Layout
 
-__all__ = ["Kind", "Pieces", "Value", "join_kinds"]
+__all__ = ["Cut", "Joint", "Kind", "Pieces", "Value", "join_kinds"]
 
 
 class Kind(enum.IntEnum):
@@ -44,6 +44,24 @@ class Pieces:
         return ends
 
 
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A value that is a share of another: neighbours are put together again without a copy."""
+
+    base: Value
+    axis: int
+    begin: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """A value that was put together of others."""
+
+    values: tuple[Value, ...]
+    axis: int
+
+
 class Value:
     """One array of the model at B rows and, unless it is a ROW, at the context's row count.
 
@@ -53,9 +71,20 @@ class Value:
       dtype: of its elements.
       layout: where the rows lie; None for a ROW.
       pieces: the concatenation that it is, for a ROW that has parts once a request.
+      origin: how it was made of other values, where that is known.
     """
 
-    __slots__ = ("_at_context", "_at_rows", "_make_rows", "dtype", "kind", "layout", "pieces", "shape")
+    __slots__ = (
+        "_at_context",
+        "_at_rows",
+        "_make_rows",
+        "dtype",
+        "kind",
+        "layout",
+        "origin",
+        "pieces",
+        "shape",
+    )
 
     def __init__(
         self,
@@ -83,6 +112,7 @@ class Value:
         self.dtype = dtype
         self.layout = layout
         self.pieces = pieces
+        self.origin: Cut | Joint | None = None
         self._at_context = at_context
         self._make_rows = make_rows
         self._at_rows: Any = None
