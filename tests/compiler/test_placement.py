@@ -198,7 +198,7 @@ def test_the_placement_is_told_by_compile_and_inspect(placed):
     assert (table["device_rows"], table["device_capacities"]) == (users.num_rows, {"user": 1})
     assert (table["device_bytes"], table["updatable"]) == (32 * (users.num_rows + 1), True)
     report = (result.path / "report.html").read_text()
-    row = re.search(r"<tr><th scope=\"row\">\W*users.*?</tr>", report, re.DOTALL)[0]
+    row = re.search(r'<tr><th scope="row">[^\n]*\busers\b[^\n]*</tr>', report)[0]
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", row)
     assert cells[-3:-1] == ["split", str(users.num_rows)]
     assert cells[-1].startswith(f"{32 * (users.num_rows + 1) / 1e3:.1f}")
@@ -293,10 +293,10 @@ def test_a_trace_says_what_is_hot():
     "reads", [np.bincount([30, 31, 31, 7], minlength=40), Ragged(np.array([31, 30, 31, 7]), np.array([3, 1]))]
 )
 def test_reads_of_a_table_s_rows_say_what_is_hot_and_requests_how_many_a_bag(reads):
-    budget = (16 + 16 + 2 * 16) + (32 + 36)  # rows of zeros: of all tables
+    budget = (32 + 36 + 16) + 16  # a row of zeros of each table, and one row of tags
     policy = PlacementPolicy(kind=Placement.SPLIT, device_bytes=budget, row_reads={"tags": reads})
     held = plan([[31, 1, 30]], policy)
-    assert held["tags"].numbers.tolist() == [30, 31] or held["tags"].numbers.tolist() == [7, 31]
+    assert {name: rows.numbers.tolist() for name, rows in held.items()} == {"tags": [31]}
     everything = dataclasses.replace(policy, device_bytes=None)
     held = plan([[31, 1, 30]], everything)
     assert held["tags"].numbers.tolist() == [7, 30, 31]
