@@ -63,7 +63,7 @@ class FeatureOptions:
           ConfigError: for a field that there isn't, or that is no such value.
         """
         path, *pairs = text.split(",")
-        given = dict(pair.partition("=")[::2] for pair in pairs)
+        given = {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
         readers = {"misses": MissPolicy, "memory_bytes": int, "max_age_seconds": float}
         if unknown := [name for name in given if name not in readers]:
             raise ConfigError(
