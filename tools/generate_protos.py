@@ -29,16 +29,25 @@ _MODULE = '''\
 # Generated from serving/proto/{proto} by tools/generate_protos.py. Do not edit.
 """Messages of package {package}, in a descriptor pool of their own."""
 
-from google.protobuf import descriptor_pool, message_factory
+{imports}
 
-POOL = descriptor_pool.DescriptorPool()
-DESCRIPTOR = POOL.AddSerializedFile(
+{pool}DESCRIPTOR = POOL.AddSerializedFile(
 {literal}
 )
 _types = DESCRIPTOR.message_types_by_name
 
 {classes}
 '''
+
+
+_OWN_POOL = (
+    "from google.protobuf import descriptor_pool, message_factory",
+    "POOL = descriptor_pool.DescriptorPool()\n",
+)
+_OTHER_POOL = """\
+from google.protobuf import message_factory
+
+from xlarank_serving._proto.{module} import POOL"""
 
 
 def generate() -> dict[str, str]:
@@ -61,7 +70,14 @@ def _generate(proto: pathlib.Path) -> dict[str, str]:
     (descriptor,) = files
     serialized = descriptor.SerializeToString(deterministic=True)
     chunks = [serialized[i : i + _BYTES_A_LINE] for i in range(0, len(serialized), _BYTES_A_LINE)]
+    # A file that imports another joins its pool.
+    others = [f"{pathlib.Path(name).stem}_pb2" for name in descriptor.dependency]
+    imports, pool = _OWN_POOL if not others else (_OTHER_POOL.format(module=others[0]), "")
+    for other in others:
+        stub = stub.replace(f"import {other} as", f"from xlarank_serving._proto import {other} as")
     module = _MODULE.format(
+        imports=imports,
+        pool=pool,
         proto=proto.name,
         package=descriptor.package,
         literal="\n".join(f"    {chunk!r}" for chunk in chunks),

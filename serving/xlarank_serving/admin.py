@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import concurrent.futures
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 
 from xlarank.errors import ConfigError, RequestError
 from xlarank_serving._proto import admin_pb2 as messages
 from xlarank_serving._proto import grpc_service_pb2 as inference_messages
 from xlarank_serving.access import ADMIN_SERVICE_NAME as SERVICE_NAME
+from xlarank_serving.admin_features import FEATURE_RPCS, MAX_PART_BYTES, FeatureCalls, feature_methods
 from xlarank_serving.channel import ClientTls, open_channel, token_metadata
 from xlarank_serving.config import ConnectionConfig, LimitConfig
 from xlarank_serving.layout import SERVICE_NAME as INFERENCE_SERVICE_NAME
@@ -26,6 +29,8 @@ __all__ = ["SERVICE_NAME", "AdminClient", "AdminServer", "handlers"]
 _HOST = "127.0.0.1"
 """Whoever may log in to the machine may change the model; nobody else can."""
 
+_RPCS = {"UpdateRows": (messages.UpdateRowsRequest, messages.UpdateRowsResponse), **FEATURE_RPCS}
+
 _NUM_THREADS = 2
 
 
@@ -37,7 +42,11 @@ def handlers(
     def update_rows(request: messages.UpdateRowsRequest, _: grpc.ServicerContext) -> Any:
         return _update_rows(repository, request)
 
-    return {"UpdateRows": unary_handler(messages, "UpdateRows", update_rows, pool)}
+    methods = {"UpdateRows": update_rows, **feature_methods(repository)}
+    return {
+        name: unary_handler(messages, name, method, pool, types=_RPCS[name])
+        for name, method in methods.items()
+    }
 
 
 class AdminServer:
@@ -125,16 +134,23 @@ class AdminClient:
         self._timeout = timeout
         self._metadata = token_metadata(token)
         self._channel = open_channel(address, tls)
-        self._update_rows: Any = self._channel.unary_unary(
-            f"/{SERVICE_NAME}/UpdateRows",
-            request_serializer=messages.UpdateRowsRequest.SerializeToString,
-            response_deserializer=messages.UpdateRowsResponse.FromString,
-        )
+        self._rpcs: dict[str, Any] = {
+            name: self._channel.unary_unary(
+                f"/{SERVICE_NAME}/{name}",
+                request_serializer=request.SerializeToString,
+                response_deserializer=response.FromString,
+            )
+            for name, (request, response) in _RPCS.items()
+        }
+        self._features = FeatureCalls(self._call)
 
     def update_rows(
         self, model_name: str, table: str, rows: np.ndarray, values: np.ndarray, *, version: str | int = ""
     ) -> int:
         """Writes rows of an updatable table; see `Engine.update_rows`.
+
+        Many rows travel in several calls of at most 16 MiB: a batch may see the first of them and not yet
+        the last, and never half a row.
 
         Args:
           model_name: of the repository.
@@ -151,15 +167,64 @@ class AdminClient:
           AccessError: for a missing token, or one that may not do this.
           UnavailableError: if there is no server, or it is stopping.
         """
-        request = messages.UpdateRowsRequest(
-            model_name=model_name,
-            model_version=str(version),
-            table=table,
-            rows=np.asarray(rows).tolist(),
-            values=np.ascontiguousarray(values, "<f4").tobytes(),
-        )
+        numbers, values = np.asarray(rows), np.asarray(values)
+        # What isn't a row of values for each number goes whole: it is for the server to refuse.
+        is_rows = values.ndim == 2 and len(values) == len(numbers)
+        step = max(1, MAX_PART_BYTES // (10 + 4 * values.shape[1]) if is_rows else len(numbers))
+        table_version = 0
+        for begin in range(0, max(1, len(numbers)), step):
+            part = slice(begin, begin + step)
+            request = messages.UpdateRowsRequest(
+                model_name=model_name,
+                model_version=str(version),
+                table=table,
+                rows=numbers[part].tolist(),
+                values=np.ascontiguousarray(values[part] if is_rows else values, "<f4").tobytes(),
+            )
+            table_version = self._call("UpdateRows", request).table_version
+        return table_version
+
+    def update_features(
+        self,
+        model_name: str,
+        candidate_ids: Any,
+        features: Mapping[str, Any],
+        *,
+        version: str | int = "",
+    ) -> int:
+        """Puts rows of candidate features into a model's feature store; see `FeatureStore.update`.
+
+        Many rows travel in several calls of at most 16 MiB: a request may find the first of them and not yet
+        the last, and never half a row.
+
+        Args:
+          model_name: of the repository.
+          candidate_ids: [n] integers.
+          features: a value for each stored feature by name, n rows, as `RankRequest` takes them; one with a
+            default may be left out, and gets it.
+          version: of the model; the latest by default.
+
+        Returns:
+          The store's version.
+
+        Raises:
+          FeatureError: for what can't be sent.
+          RequestError: for what the server refuses; parts sent before stay.
+          AccessError: for a missing token, or one that may not do this.
+          UnavailableError: if there is no server, or it is stopping.
+        """
+        return self._features.update(model_name, candidate_ids, features, str(version))
+
+    def remove_features(self, model_name: str, candidate_ids: Any, *, version: str | int = "") -> int:
+        """Takes rows out of a model's feature store; returns how many there were.
+
+        Raises as `update_features`.
+        """
+        return self._features.remove(model_name, candidate_ids, str(version))
+
+    def _call(self, name: str, request: Message) -> Any:
         try:
-            return self._update_rows(request, timeout=self._timeout, metadata=self._metadata).table_version
+            return self._rpcs[name](request, timeout=self._timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             call: Any = error
             raise error_of(call.code(), call.details() or "") from error
@@ -179,11 +244,16 @@ def _update_rows(repository: Repository, request: messages.UpdateRowsRequest) ->
     """See the proto file."""
     engine = repository.engine(request.model_name, request.model_version)
     rows, num_bytes = np.array(request.rows, np.int64), len(request.values)
-    if num_bytes % 4 or (len(rows) and num_bytes // 4 % len(rows)):
+    if num_bytes % 4 or (num_bytes // 4 % len(rows) if len(rows) else num_bytes):
         raise RequestError(
             f"table {request.table!r}: expected values as float32 of shape [{len(rows)}, D], got "
             f"{num_bytes} bytes"
         )
-    values = np.frombuffer(request.values, "<f4").astype(np.float32).reshape(max(1, len(rows)), -1)
-    version = engine.update_rows(request.table, rows, values[: len(rows)])
+    values = np.frombuffer(request.values, "<f4").astype(np.float32)
+    if len(rows):
+        values = values.reshape(len(rows), -1)
+    else:  # no row says what D is
+        table = engine.spec.table_by_name.get(request.table)
+        values = values.reshape(0, 0 if table is None else table.dim)
+    version = engine.update_rows(request.table, rows, values)
     return messages.UpdateRowsResponse(model_version=str(engine.version), table_version=version)

@@ -33,7 +33,7 @@ from xlarank_serving.layout import LENGTHS_SUFFIX, SERVICE_NAME
 from xlarank_serving.parameters import AFFINITY_KEY
 from xlarank_serving.status import error_of
 
-__all__ = ["RankingClient"]
+__all__ = ["ModelInputs", "RankingClient"]
 
 _DTYPES = {"FP32": ValueType.FLOAT32, "INT64": ValueType.INT64, "BYTES": ValueType.STRING}
 
@@ -85,7 +85,7 @@ class RankingClient:
             for name in ("ServerReady", "ModelReady", "ModelMetadata", "ModelInfer")
         }
         # By model name and version. Any thread may add an entry; a lost race asks the server twice.
-        self._inputs: dict[tuple[str, str], _ModelInputs] = {}
+        self._inputs: dict[tuple[str, str], ModelInputs] = {}
 
     def score(
         self,
@@ -197,7 +197,7 @@ class RankingClient:
             with contextlib.suppress(FeatureError):  # what is known may be of an older version
                 return inputs.spec, inputs.request(features, ids)
         name, version = key
-        inputs = _ModelInputs(self.metadata(name, version=version, timeout=timeout))
+        inputs = ModelInputs(self.metadata(name, version=version, timeout=timeout))
         self._inputs[key] = inputs
         return inputs.spec, inputs.request(features, ids)
 
@@ -210,7 +210,7 @@ class RankingClient:
             raise error_of(call.code(), call.details() or "") from None
 
 
-class _ModelInputs:
+class ModelInputs:
     """What a server says of a model's inputs, as a ModelSpec: what matters on the wire, the rest made up."""
 
     def __init__(self, metadata: messages.ModelMetadataResponse) -> None:

@@ -122,6 +122,20 @@ class ModelCodec:
         joined = self._features.join(ids, values)
         return RankRequest(self.spec, joined, num_candidates=len(ids), check=check)
 
+    def decode_rows(self, request: messages.ModelInferRequest) -> tuple[np.ndarray, dict[str, Any]]:
+        """Reads rows to store: [n] ids, and values by feature name as `FeatureStore.update` takes them.
+
+        Raises:
+          FeatureError: as `decode`, and without `candidate_ids`.
+        """
+        arrays = self._arrays(request)
+        if CANDIDATE_IDS not in arrays:
+            raise FeatureError(
+                f"{CANDIDATE_IDS_INPUT.where}: expected {CANDIDATE_IDS_INPUT.expected}, the ids of the rows; "
+                f"got none"
+            )
+        return arrays[CANDIDATE_IDS], self._values(arrays)
+
     def encode_response(
         self,
         request: messages.ModelInferRequest,

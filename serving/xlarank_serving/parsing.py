@@ -49,6 +49,7 @@ def unary_handler(
     pool: concurrent.futures.ThreadPoolExecutor | None = None,
     *,
     limits: LimitConfig | None = None,
+    types: tuple[type[Message], type[Message]] | None = None,
 ) -> grpc.RpcMethodHandler:
     """gRPC's handler of an RPC with one request and one response; its exceptions become statuses.
 
@@ -58,8 +59,11 @@ def unary_handler(
       method: from a request and the call's context to the response.
       pool: threads that it runs on; the server's by default.
       limits: see `parse`.
+      types: of request and response, where they aren't named after the RPC.
     """
-    request_type = getattr(messages, f"{name}Request")
+    request_type, response_type = types or [
+        getattr(messages, f"{name}{end}") for end in ("Request", "Response")
+    ]
 
     def parse_and_call(data: bytes, context: grpc.ServicerContext) -> Any:
         return method(parse(request_type, data, limits), context)
@@ -67,5 +71,5 @@ def unary_handler(
     behavior = answering(parse_and_call)
     return grpc.unary_unary_rpc_method_handler(
         behavior if pool is None else on_threads(behavior, pool),
-        response_serializer=getattr(messages, f"{name}Response").SerializeToString,
+        response_serializer=response_type.SerializeToString,
     )

@@ -33,19 +33,19 @@ def test_a_manifest_reads_back_equal_and_renders_the_same(published):
     read = manifest_from_json(text.encode())
     assert read == published
     assert manifest_to_json(read) == text
-    assert json.loads(text)["format_version"] == FORMAT_VERSION == 4
+    assert json.loads(text)["format_version"] == FORMAT_VERSION == 5
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 3, 999, "4", None, True, 4.0])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 4, 999, "5", None, True, 5.0])
 def test_an_unknown_format_version_is_refused_before_anything_else(published, version):
     data = json.dumps({"format_version": version, "spec": "of another time"}).encode()
     with pytest.raises(
-        BundleError, match=rf"m\.json: format version {version!r}; this xlarank reads version 4"
+        BundleError, match=rf"m\.json: format version {version!r}; this xlarank reads version 5"
     ):
         manifest_from_json(data, file="m.json")
     document = json.loads(manifest_to_json(published))
     del document["format_version"]
-    with pytest.raises(BundleError, match="format version None; this xlarank reads version 4"):
+    with pytest.raises(BundleError, match="format version None; this xlarank reads version 5"):
         manifest_from_json(render(document).encode())
 
 
@@ -58,8 +58,8 @@ def test_an_unknown_format_version_is_refused_before_anything_else(published, ve
         (b"[" * 100_000, "no JSON document"),
         (b'{"format_version": NaN}', "NaN is no JSON number"),
         (b'{"format_version": ' + b"1" * 5000 + b"}", "no JSON document"),
-        (b'{"format_version": 4, "digest": "x", "a": 1e999}', "damaged or edited: Out of range"),
-        (b'{"format_version": 4}', "damaged or edited: its digest says None"),
+        (b'{"format_version": 5, "digest": "x", "a": 1e999}', "damaged or edited: Out of range"),
+        (b'{"format_version": 5}', "damaged or edited: its digest says None"),
     ],
 )
 def test_what_is_no_manifest_is_refused(data, message):
@@ -181,7 +181,8 @@ def test_a_manifest_made_in_memory_is_checked_as_one_read(tiny_manifest):
     with pytest.raises(ConfigError, match="provenance: expected strings, got 'rows': 3"):
         dataclasses.replace(tiny_manifest, provenance={"rows": 3})
     with pytest.raises(
-        ConfigError, match="without prepare, num_prepared must be that of the params, 3; was 4"
+        ConfigError,
+        match=r"without prepare, num_prepared must be that of the params and .* devices, 3 \+ 0; was 4",
     ):
         dataclasses.replace(tiny_manifest, prepare=None, num_prepared=4)
     with pytest.raises(ConfigError, match=r"program 4x1: expected finite seconds > 0, got \{'cpu': inf}"):

@@ -106,7 +106,9 @@ def test_the_json_holds_what_the_bundle_holds(bundle_path):
         "dtype": "float32",
         "out_of_range": "zero",
         "bytes": 32_000,
+        "updatable": False,
         "device_rows": 0,
+        "device_bytes": 0,
         "device_capacities": {},
         "features": ["topics"],
     }

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -12,9 +13,19 @@ import pytest
 from foreign import mlp, mlp_params, random_params
 from rich.console import Console
 
+from xlarank import device
+from xlarank.bundle import open_bundle
 from xlarank.cli import inspect
+from xlarank.cli.compile import _row_reads
 from xlarank.cli.compile_output import facts_of, show
-from xlarank.compiler import BuildOptions, PlacementPolicy, build, random_requests, reference_scores
+from xlarank.compiler import (
+    BuildOptions,
+    PlacementPolicy,
+    build,
+    build_bundle,
+    random_requests,
+    reference_scores,
+)
 from xlarank.compiler.device_lookup import look_up
 from xlarank.compiler.placement import plan_placement
 from xlarank.compiler.split import split_function
@@ -178,12 +189,27 @@ def test_the_placement_is_told_by_compile_and_inspect(placed):
     console = Console(record=True, width=300, file=io.StringIO())
     show(result, console)
     assert (
-        f"table users: {users.num_rows} of 50 rows on each device; ids that it looks up a bag at most: user 1"
+        f"table users: {users.num_rows} of 50 rows on each device, {32 * (users.num_rows + 1) / 1e6:.2f} MB; "
+        f"ids that it looks up a bag at most: user 1"
     ) in console.export_text()
     assert facts_of(result)["tables"]["users"]["device_rows"] == users.num_rows
     inspected = inspect.run(SimpleNamespace(bundle=str(result.path), no_verify=False, json=True))
     table = inspected["tables"][0]
     assert (table["device_rows"], table["device_capacities"]) == (users.num_rows, {"user": 1})
+    assert (table["device_bytes"], table["updatable"]) == (32 * (users.num_rows + 1), True)
+    report = (result.path / "report.html").read_text()
+    row = re.search(r'<tr><th scope="row">[^\n]*\busers\b[^\n]*</tr>', report)[0]
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", row)
+    assert cells[-3:-1] == ["split", str(users.num_rows)]
+    assert cells[-1].startswith(f"{32 * (users.num_rows + 1) / 1e3:.1f}")
+
+
+def test_rows_on_devices_do_not_pass_through_a_program_that_would_copy_them(placed):
+    bundle = open_bundle(placed("device").path)
+    prepare = device.deserialize_program(bundle.prepare())
+    assert [a.shape for a in prepare.in_avals] == [a.shape for a in bundle.params().values()]
+    num_made = len(prepare.out_avals)
+    assert bundle.manifest.placed_at == tuple(range(num_made, num_made + 3))
 
 
 def test_a_refresh_keeps_the_placement(placed):
@@ -261,6 +287,68 @@ def test_on_an_accelerator_all_rows_are_placed_if_they_fit():
 def test_a_trace_says_what_is_hot():
     policy = PlacementPolicy(kind=Placement.SPLIT, trace=requests_reading([[30, 31]]))
     assert plan([[1]], policy)["tags"].numbers.tolist() == [30, 31]
+
+
+@pytest.mark.parametrize(
+    "reads", [np.bincount([30, 31, 31, 7], minlength=40), Ragged(np.array([31, 30, 31, 7]), np.array([3, 1]))]
+)
+def test_reads_of_a_table_s_rows_say_what_is_hot_and_requests_how_many_a_bag(reads):
+    budget = (32 + 36 + 16) + 16  # a row of zeros of each table, and one row of tags
+    policy = PlacementPolicy(kind=Placement.SPLIT, device_bytes=budget, row_reads={"tags": reads})
+    held = plan([[31, 1, 30]], policy)
+    assert {name: rows.numbers.tolist() for name, rows in held.items()} == {"tags": [31]}
+    everything = dataclasses.replace(policy, device_bytes=None)
+    held = plan([[31, 1, 30]], everything)
+    assert held["tags"].numbers.tolist() == [7, 30, 31]
+    assert held["tags"].placement.capacities == {"tags": 2, "sums": 1}
+    assert held["users"].numbers.tolist() == [0], "of the requests"
+
+
+@pytest.mark.parametrize(
+    ("table", "reads", "message"),
+    [
+        ("words", np.zeros(40, int), r"table 'words': the model has no such table"),
+        ("tags", np.zeros(39, int), "expected 40 counts >= 0, one a row, got 39"),
+        ("tags", np.zeros(40), r"expected integers \[40\] of reads, or bags of row numbers"),
+        ("tags", Ragged(np.array([3, 40]), np.array([2])), r"expected row numbers in \[0, 40\), got 40"),
+    ],
+)
+def test_reads_that_are_not_of_the_table_are_refused(table, reads, message):
+    with pytest.raises(ConfigError, match=message):
+        plan([[1]], PlacementPolicy(kind=Placement.SPLIT, row_reads={table: reads}))
+
+
+def test_build_bundle_takes_the_bytes_and_the_trace_of_a_placement(tmp_path):
+    reads = np.zeros(40, int)
+    reads[[9, 4, 2]] = 1000, 2000, 500
+    given = {"tune_seconds": 0, "buckets": [8], "params": PARAMS, "golden": requests_reading([[1], [9, 4]])}
+    path = build_bundle(
+        apply,
+        SPEC,
+        TABLES,
+        out=tmp_path,
+        table_placement="split",
+        device_table_bytes=3 * 16 + 16 + 32 + 36,
+        placement_trace={"tags": reads},
+        **given,
+    )
+    bundle = open_bundle(path)
+    assert [(p.table, p.num_rows) for p in bundle.manifest.placements] == [("tags", 3)]
+    assert bundle.device_rows()["tags"].tolist() == [2, 4, 9]
+
+
+def test_a_trace_of_tables_is_read_from_files(tmp_path):
+    np.save(tmp_path / "counts.npy", np.arange(4))
+    np.savez(tmp_path / "two.npz", indices=[5, 6, 7], offsets=[0, 1, 1, 2, 3], lengths=[[1, 0], [1, 1]])
+    assert _row_reads(f"tags={tmp_path}/counts.npy")["tags"].tolist() == [0, 1, 2, 3]
+    users, items = _row_reads(f"users,items={tmp_path}/two.npz").values()
+    assert (users.values.tolist(), items.values.tolist()) == ([5], [6, 7])
+    for given, message in (
+        (f"users={tmp_path}/two.npz", r"expected the names of 2 different tables, got \['users'\]"),
+        (f"users={tmp_path}/none.npy", "can't be read: No such file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            _row_reads(given)
 
 
 def test_tables_that_do_not_fit_are_refused_with_the_figures():

@@ -1,5 +1,9 @@
 """Buffers, replay arithmetic, timing by a fake clock, the compile cache and XLA's options."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -292,3 +296,52 @@ def test_seeding_copies_what_is_missing_and_nothing_else(tmp_path):
         ("a-cache", b"new"),
         ("b-cache", b"mine"),
     ]
+
+
+# A process of its own, so that nothing else moves its memory. Prints the peak and final growth in bytes.
+PLACED = """
+import re
+import numpy as np
+from xlarank import device
+from xlarank.host import DeviceRows, Gatherer
+from xlarank.spec import ModelSpec, TablePlacement
+
+def status(key):
+    return 1024 * int(re.search(rf"{key}:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+device.configure(num_devices=2)
+devices = device.devices(2)
+names = ["a", "b", "c"]
+spec = ModelSpec.from_dict({
+    "name": "placed",
+    "features": [{"name": f"{n}_id", "kind": "id", "scope": "candidate", "table": n} for n in names],
+    "tables": [{"name": n, "rows": 1 << 17, "dim": 64} for n in names],
+    "tasks": [{"name": "click"}],
+})
+tables = {n: np.full((1 << 17, 64), i + 1, np.float32) for i, n in enumerate(names)}
+rows = [DeviceRows(TablePlacement(n, 1 << 17, {f"{n}_id": 1})) for n in names]
+gatherer = Gatherer(spec, tables, lines_ahead=0, device_rows=rows)
+device.place_tables(devices, [np.ones((2, 64), np.float32)])
+before = status("VmRSS")
+placed = device.place_tables(devices, gatherer.device_arrays())
+for own, target in zip(placed, devices, strict=True):
+    for i, array in enumerate(own):
+        assert array.devices() == {target}
+        values = np.asarray(array)
+        assert (values[[0, -2], 5] == i + 1).all() and (values[-1] == 0).all()
+print(status("VmHWM") - before, status("VmRSS") - before)
+"""
+
+
+def test_placing_tables_on_cpu_devices_takes_their_bytes_once():
+    ended = subprocess.run(
+        [sys.executable, "-c", PLACED],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    peak, final = (int(number) for number in ended.stdout.split())
+    num_bytes = 3 * (32 << 20)
+    assert num_bytes <= final <= peak <= 1.1 * num_bytes

@@ -227,6 +227,95 @@ def test_an_answer_older_than_an_update_is_not_kept():
     assert joined(store, [1]) == [new]
 
 
+def test_a_cached_row_is_asked_for_again_once_it_is_too_old():
+    rng, clock = np.random.default_rng(9), FakeClock()
+    source = DictSource(random_rows(rng, range(4)))
+    store = cache(source, max_age_seconds=10, clock=clock)
+    clock.now += 3
+    old = joined(store, [0, 1])
+    source.rows = random_rows(rng, range(4))
+    clock.now += 4
+    joined(store, [2])
+    assert store.stats().oldest_seconds == 4
+    clock.now += 5.9
+    assert joined(store, [1, 0]) == old[::-1]
+    clock.now += 0.1
+    assert store.stats().oldest_seconds == 10
+    assert joined(store, [0, 2]) == [source.rows[0], source.rows[2]], "0 is too old, 2 isn't"
+    assert source.asked == [[0, 1], [2], [0]]
+    assert (store.stats().hits, store.stats().misses) == (3, 4)
+    assert joined(store, [0]) == [source.rows[0]], "it is young again"
+    put(store, {1: source.rows[3]})
+    assert joined(store, [1]) == [source.rows[3]], "an update makes it young too"
+    assert len(source.asked) == 3
+    assert store.stats().rows == 3
+    assert store.stats().oldest_seconds == 6, "of 2: rows that were replaced no longer count"
+    del source.rows[2]
+    clock.now += 10
+    with pytest.raises(FeatureError, match=re.escape("aren't there: [2]")):
+        store.join([2], {})
+
+
+def test_a_row_s_age_counts_from_when_it_was_asked_for():
+    clock = FakeClock()
+    source = DictSource({1: stored.DEFAULT_ROW})
+
+    def take_long():
+        clock.now += 8
+
+    source.on_fetch = take_long
+    store = cache(source, max_age_seconds=10, clock=clock)
+    assert joined(store, [1]) == [stored.DEFAULT_ROW]
+    assert store.stats().oldest_seconds == 8
+    clock.now += 2
+    joined(store, [1])
+    assert len(source.asked) == 2
+
+
+def test_an_answer_to_an_old_row_is_not_kept_over_an_update():
+    rng, clock = np.random.default_rng(10), FakeClock()
+    rows = [stored.random_row(rng) for _ in range(3)]
+    source = DictSource({1: rows[0]})
+    store = cache(source, max_age_seconds=10, clock=clock)
+    joined(store, [1])
+    clock.now += 10
+    source.rows[1] = rows[1]
+    source.on_fetch = lambda: put(store, {1: rows[2]})
+    assert joined(store, [1]) == [rows[1]]
+    assert joined(store, [1]) == [rows[2]]
+
+
+@pytest.mark.parametrize("policy", ["error", "default"])
+def test_without_a_source_an_old_row_goes_by_the_policy(policy):
+    clock = FakeClock()
+    store = FeatureStore(stored.SPEC, misses=policy, max_age_seconds=1, clock=clock)
+    row = stored.random_row(np.random.default_rng(11))
+    put(store, {1: row})
+    assert joined(store, [1]) == [row]
+    clock.now += 1
+    if policy == "error":
+        with pytest.raises(FeatureError, match=re.escape("aren't there: [1]")):
+            store.join([1], {})
+    else:
+        assert joined(store, [1]) == [stored.DEFAULT_ROW]
+
+
+@pytest.mark.parametrize("memory_bytes", [2**20, 3 * 2**19, 5 * 2**18])
+def test_small_records_fill_a_limit_of_any_size(memory_bytes):
+    """All but the part that is for what isn't freed yet."""
+    features = [{"name": f"d{i}", "kind": "dense", "scope": "candidate"} for i in range(2)]
+    spec = stored.SPEC.from_dict(
+        {"name": "small", "features": features, "tables": [], "tasks": [{"name": "click"}]}
+    )
+    store = FeatureStore(spec, memory_bytes=memory_bytes)
+    ids, values = np.arange(500), np.ones(500, np.float32)
+    for first in range(0, 40_000, 500):
+        store.update(first + ids, {"d0": values, "d1": values})
+        assert store.stats().bytes <= memory_bytes
+    assert store.stats().bytes >= 0.85 * memory_bytes
+    store.join(40_000 - store.stats().rows // 2 + ids, {})  # the newest are there
+
+
 @pytest.mark.parametrize("memory_bytes", [2**16, 2**17, 2**19])
 def test_the_memory_limit_holds_whatever_comes(memory_bytes):
     rng = np.random.default_rng(7)
@@ -282,6 +371,8 @@ def test_version_and_age_are_of_the_newest_update():
         ({"source": DictSource({}), "memory_bytes": 2**20}, "and with no other policy"),
         ({"misses": "fetch", "source": DictSource({})}, "a source needs memory_bytes"),
         ({"memory_bytes": 1000}, "memory_bytes must be >= 65536; was 1000"),
+        ({"max_age_seconds": 0.5}, "max_age_seconds must be >= 1; was 0.5"),
+        ({"max_age_seconds": float("nan")}, "max_age_seconds must be >= 1; was nan"),
         ({"without": ["age"]}, "has no candidate feature 'age'"),
         ({"without": NAMES}, "expected at least one candidate feature to store"),
     ],

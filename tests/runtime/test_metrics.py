@@ -64,12 +64,16 @@ def test_a_batch_counts_its_rows_padding_and_bucket(metrics, feed):
 
 def test_tables_are_stated_once_and_what_is_checked_of_them_at_each_scrape(metrics, feed):
     checked = [10]
-    feed.set_tables(num_bytes=50, huge_page_bytes=32, checked_bytes=lambda: checked[0])
+    places = {"users": ("mmap", 18), "videos": ("huge", 32)}
+    feed.set_tables(places=places, huge_page_bytes=32, checked_bytes=lambda: checked[0])
     for num_bytes in (10, 50):
         checked[0] = num_bytes
         assert value(metrics, "xlarank_table_checked_bytes") == num_bytes
     assert value(metrics, "xlarank_table_bytes") == 50
     assert value(metrics, "xlarank_table_huge_page_bytes") == 32
+    for table, (memory, num_bytes) in places.items():
+        labels = f'{{memory="{memory}",model="feed",table="{table}",version="3"}}'
+        assert value(metrics, "xlarank_table_memory_bytes", labels) == num_bytes
 
 
 def test_failures_are_counted_by_reason(metrics, feed):
@@ -142,6 +146,7 @@ def test_names_and_types_are_triton_s(metrics, feed):
         "xlarank_table_bytes": "gauge",
         "xlarank_table_checked_bytes": "gauge",
         "xlarank_table_huge_page_bytes": "gauge",
+        "xlarank_table_memory_bytes": "gauge",
         "xlarank_table_version": "gauge",
         "xlarank_table_updated_rows_total": "counter",
         "xlarank_table_age_seconds": "gauge",

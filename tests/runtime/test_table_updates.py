@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import shop
 from flax import nnx
+from xlarank_serving import admin as admin_module
 from xlarank_serving.admin import AdminClient, AdminServer
 from xlarank_serving.client import RankingClient
 
@@ -74,7 +75,7 @@ def test_requests_after_an_update_are_scored_with_the_new_rows(repository):
         assert 'xlarank_table_version{model="shop",table="items",version="1"} 2.0' in text
         assert 'xlarank_table_updated_rows_total{model="shop",table="items",version="1"} 3.0' in text
         assert 'xlarank_table_age_seconds{model="shop",table="items",version="1"} ' in text
-        assert 'table="tags"' not in text, "it isn't updatable"
+        assert 'xlarank_table_version{model="shop",table="tags"' not in text, "it isn't updatable"
     with pytest.raises(UnavailableError, match="model 'shop' version 1 is closed"):
         engine.update_rows("items", rows, values)
 
@@ -87,9 +88,48 @@ def test_the_file_of_a_table_is_never_written(repository):
         check_scores(engine.score(request), expected_scores(request, shop.make_tables()))
 
 
-def test_updatable_tables_are_never_mapped(repository):
-    with pytest.raises(ConfigError, match=r"tables \['items'\] are updatable, .* expected table memory huge"):
-        Engine.load(repository / "shop", table_memory="mmap")
+def test_an_updatable_table_is_in_memory_and_does_not_take_the_others_with_it(repository):
+    metrics = Metrics()
+    with Engine.load(repository / "shop", table_memory="mmap", metrics=metrics) as engine:
+        assert engine.load_report.table_memory == {"items": "huge", "tags": "mmap"}
+        engine.update_rows("items", np.array([0]), np.ones((1, 8), np.float32))
+        text = metrics.text().decode()
+    for table, memory in (("items", "huge"), ("tags", "mmap")):
+        labels = f'{{memory="{memory}",model="shop",table="{table}",version="1"}}'
+        num_bytes = SPEC.table_by_name[table].num_bytes
+        assert f"xlarank_table_memory_bytes{labels} {num_bytes}.0" in text
+
+
+def test_a_large_update_travels_in_parts(repository, monkeypatch):
+    monkeypatch.setattr(admin_module, "MAX_PART_BYTES", 3 * (10 + 4 * 8))
+    rows, values = np.arange(7), np.random.default_rng(8).standard_normal((7, 8)).astype(np.float32)
+    with Engine.load(repository / "shop") as engine, AdminServer(OneModel(engine), 0) as server:
+        with AdminClient(server.address) as admin:
+            assert admin.update_rows("shop", "items", rows, values) == 3
+            with pytest.raises(RequestError, match=r"float32 of shape \[7, D\], got 192 bytes"):
+                admin.update_rows("shop", "items", rows, values[:6])
+        tables = shop.make_tables()
+        tables["items"][rows] = values
+        request = engine.request(features_of())
+        check_scores(engine.score(request), expected_scores(request, tables))
+
+
+def test_an_update_of_no_rows_is_checked_and_is_no_update(repository):
+    none = np.zeros(0, np.int64)
+    with Engine.load(repository / "shop") as engine, AdminServer(OneModel(engine), 0) as server:
+        with AdminClient(server.address) as admin:
+            assert engine.update_rows("items", none, np.zeros((0, 8), np.float32)) == 0
+            assert admin.update_rows("shop", "items", none, np.zeros((0, 8), np.float32)) == 0
+            assert engine.update_rows("items", np.array([1]), np.zeros((1, 8), np.float32)) == 1
+            assert admin.update_rows("shop", "items", none, np.zeros((0, 8), np.float32)) == 1
+            for table, message in (("words", "one of the tables"), ("tags", "updatable")):
+                with pytest.raises(RequestError, match=message):
+                    admin.update_rows("shop", table, none, np.zeros((0, 8), np.float32))
+            with pytest.raises(RequestError, match=r"expected values as float32 of shape \[0, D\], got 32 b"):
+                admin.update_rows("shop", "items", none, np.zeros((1, 8), np.float32))
+        with pytest.raises(RequestError, match=r"\[0, 8\]"):
+            engine.update_rows("items", none, np.zeros((0, 7), np.float32))
+        assert engine.table_versions["items"].version == 1
 
 
 def test_a_version_counts_updates_and_its_age_begins_anew_with_each():

@@ -57,7 +57,7 @@ def flip(path, position):
 @pytest.mark.parametrize("memory", TableMemory)
 def test_tables_are_those_of_the_bundle_wherever_they_are(bundle, memory):
     loaded = load(bundle, memory)
-    assert loaded.memory is memory
+    assert loaded.memory == dict.fromkeys(TABLES, memory)
     assert list(loaded.tables) == list(TABLES)
     for name, table in TABLES.items():
         array = loaded.tables[name].rows
@@ -143,7 +143,24 @@ def test_a_table_cut_short_under_the_server_is_a_fault_too(bundle):
     check.start()
     check.join()
     assert check.fault is not None
-    assert "a.npy: truncated: expected 8528 bytes, got 1100" in check.fault
+    assert "a.npy: expected 8528 bytes of float32 [300, 7], got 1100" in check.fault
+
+
+def test_a_table_cut_short_long_after_its_content_was_checked_is_a_fault_as_well(bundle, caplog):
+    loaded = load(bundle, TableMemory.MMAP)
+    file = bundle.path / "tables/c.npy"
+    check = TableCheck(bundle.table_files().values(), size_check_seconds=0.001)
+    check.start()
+    check.join()
+    assert check.fault is None
+    assert check.check_sizes()
+    os.truncate(file, 4096)
+    check._thread.join(60)  # it ends with the first fault
+    why = f"{file}: expected 13328 bytes of float32 [100, 33], got 4096"
+    assert check.fault == why
+    assert f"a table in use is damaged: {why}" in caplog.text
+    check.stop()
+    assert loaded.check.fault is None  # not started
 
 
 def test_a_version_that_is_removed_while_it_serves_is_no_fault(bundle, caplog):
@@ -173,14 +190,51 @@ def test_too_little_memory_is_refused_with_the_figures_and_the_way_out(bundle):
         f"(MemAvailable 4.00 GiB, control group 0.00 GiB); with table memory mmap (--table-memory mmap) they "
         f"stay in their files"
     )
-    assert load(bundle, TableMemory.MMAP, available).memory is TableMemory.MMAP
+    assert set(load(bundle, TableMemory.MMAP, available).memory.values()) == {TableMemory.MMAP}
 
 
 def test_room_for_the_tables_and_a_tenth_is_enough(bundle):
     least = int(np.ceil(1.1 * NUM_BYTES))
-    assert load(bundle, TableMemory.HUGE, AvailableMemory(None, least)).memory is TableMemory.HUGE
+    load(bundle, TableMemory.HUGE, AvailableMemory(None, least))
     with pytest.raises(ConfigError, match=r"of memory, available are"):
         load(bundle, TableMemory.HUGE, AvailableMemory(least - 1, None))
+
+
+@pytest.mark.parametrize(
+    ("platforms", "held", "passing"),
+    [
+        (["cpu"], 300 + 33 * 2 + 1, 0),
+        (["cpu", "cpu"], 300 + 33 * 2 + 1, 0),
+        (["gpu", "gpu"], 0, 300),
+        (["cpu", "gpu"], 300 + 33 * 2 + 1, 300),
+    ],
+)
+def test_what_devices_hold_of_tables_is_counted_once_for_all_cpus(tmp_path, platforms, held, passing):
+    """In values of 4 bytes: tables of 300 x 1 and 2 x 33 on devices, a row of zeros behind each."""
+    values = {"a": np.zeros((300, 1), np.float32), "b": np.zeros((2, 33), np.float32)}
+    values["c"] = np.zeros((1000, 1), np.float32)  # on no device
+    path = bundles.publish(tmp_path, values, on_devices=["a", "b"])
+    bundle = open_bundle(path, verify=Verify.ALL_BUT_TABLES)
+    rows = 4 * (held + (33 if held else 0) + passing + (1 if passing else 0))
+    for memory, tables_bytes in ((TableMemory.HUGE, 4 * 1366), (TableMemory.MMAP, 0)):
+        least = int(np.ceil(1.1 * tables_bytes)) + rows
+        load(bundle, memory, AvailableMemory(least, None), platforms=platforms).check.stop()
+        with pytest.raises(ConfigError) as refused:
+            load(bundle, memory, AvailableMemory(least - 1, None), platforms=platforms)
+        text = str(refused.value)
+        assert "a bundle with fewer rows on devices (--device-table-bytes of compile) needs less" in text
+        assert ("with table memory mmap" in text) == (memory is TableMemory.HUGE)
+        assert ("their rows on" in text) == bool(held)
+        assert ("placing or updating rows on devices 0.00 GiB for as long" in text) == bool(passing)
+
+
+def test_updatable_rows_are_counted_for_every_cpu_and_while_they_are_updated(tmp_path):
+    path = bundles.publish(tmp_path, {"a": np.zeros((300, 1), np.float32)}, updatable=["a"], on_devices=["a"])
+    bundle = open_bundle(path, verify=Verify.ALL_BUT_TABLES)
+    least = 1320 + (2 + 2) * 4 * 301
+    load(bundle, None, AvailableMemory(least, None), platforms=["cpu", "cpu"])
+    with pytest.raises(ConfigError, match=r"their rows on 2 CPU devices 0\.00 GiB, placing or updating"):
+        load(bundle, None, AvailableMemory(least - 1, None), platforms=["cpu", "cpu"])
 
 
 @pytest.mark.parametrize("mode", ["madvise", "never"])
@@ -191,14 +245,49 @@ def test_by_default_tables_are_in_huge_pages_where_there_are_such_and_they_fit(
     monkeypatch.setattr(memory_module, "_ENABLED", tmp_path / "enabled")
     loaded = load(bundle, None)
     if mode == "madvise":
-        assert loaded.memory is TableMemory.HUGE
-        assert load(bundle, None, AvailableMemory(1000, None)).memory is TableMemory.MMAP
+        assert set(loaded.memory.values()) == {TableMemory.HUGE}
+        little = load(bundle, None, AvailableMemory(1000, None))
+        assert set(little.memory.values()) == {TableMemory.MMAP}
         assert "tables are mapped from their files: " in caplog.text
         assert "available are 0.00 GiB" in caplog.text
     else:
-        assert loaded.memory is TableMemory.MMAP
+        assert set(loaded.memory.values()) == {TableMemory.MMAP}
         assert "the kernel gives no huge pages" in caplog.text
-        assert load(bundle, TableMemory.HUGE).memory is TableMemory.HUGE  # when asked for: ordinary pages
+        asked = load(bundle, TableMemory.HUGE)  # when asked for: ordinary pages
+        assert set(asked.memory.values()) == {TableMemory.HUGE}
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A bundle whose table "b" is updatable, the others aren't."""
+    return open_bundle(bundles.publish(tmp_path, TABLES, updatable=["b"]), verify=Verify.ALL_BUT_TABLES)
+
+
+@pytest.mark.parametrize(
+    ("memory", "room"), [(TableMemory.MMAP, 2**40), (None, 1000)], ids=["asked for", "for want of room"]
+)
+def test_updatable_tables_are_in_memory_and_the_others_mapped(mixed, tmp_path, monkeypatch, memory, room):
+    (tmp_path / "enabled").write_text("[madvise]")
+    monkeypatch.setattr(memory_module, "_ENABLED", tmp_path / "enabled")
+    loaded = load(mixed, memory, AvailableMemory(room, None))
+    assert loaded.memory == {"a": TableMemory.MMAP, "b": TableMemory.HUGE, "c": TableMemory.MMAP}
+    for name, table in TABLES.items():
+        rows = loaded.tables[name].rows
+        np.testing.assert_array_equal(rows.view(np.float32), table)
+        assert rows.flags.writeable == (name == "b")
+    assert str(loaded) == "tables in huge: b; in mmap: a, c"
+    assert loaded.huge_pages.asked < 2 * 64
+    assert TABLES["b"].nbytes < loaded.check.num_checked_bytes < NUM_BYTES
+    loaded.check.start()
+    loaded.check.join()
+    assert (loaded.check.fault, loaded.check.num_checked_bytes) == (None, NUM_BYTES)
+    loaded.check.stop()
+
+
+@pytest.mark.parametrize("memory", [None, TableMemory.MMAP])
+def test_updatable_tables_that_memory_does_not_hold_are_refused(mixed, memory):
+    with pytest.raises(ConfigError, match=r"MemAvailable 0\.00 GiB, .*\); updatable tables can't stay in"):
+        load(mixed, memory, AvailableMemory(21, None))
 
 
 # A process of its own, so that nothing else moves its memory. Prints what the loaded tables took.
@@ -226,6 +315,7 @@ if sys.argv[3] == "limited":  # room for 64 MiB of its own, and no limit on what
 loaded = load_tables(bundle, TableMemory(sys.argv[2]), num_threads=2)
 loaded.check.start()
 loaded.check.join()
+loaded.check.stop()
 assert loaded.check.fault is None, loaded.check.fault
 assert loaded.check.num_checked_bytes == loaded.check.num_bytes
 values = loaded.tables["t"].rows.view(np.float32)

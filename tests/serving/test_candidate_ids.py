@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import tritonclient.grpc as triton
 from flax import nnx
+from xlarank_serving.admin import AdminClient
 from xlarank_serving.client import RankingClient
 
 from xlarank.compiler import build_bundle
@@ -241,6 +242,7 @@ def test_a_store_is_in_the_metrics(running):
         "evictions_total",
         "version",
         "age_seconds",
+        "oldest_seconds",
     }
     assert after["rows"] == NUM_STORED
     assert after["hits_total"] - before["hits_total"] == 3
@@ -248,10 +250,23 @@ def test_a_store_is_in_the_metrics(running):
     assert after["version"] == 0
 
 
-def test_policy_default_over_the_wire(folder):
-    with serving(folder, "--feature-misses", "default") as ready, RankingClient(ready["grpc"]) as client:
-        scores = client.score("linear", {"age": 3.0}, candidate_ids=[5, 1003])["value"]
-    close(scores, [value_of([0.5, 0.5], [1]), *expected([1003])])
+def test_policy_default_and_updates_over_the_wire(folder):
+    options = ("--feature-misses", "default", "--admin-port", "0")
+    with serving(folder, *options) as ready, RankingClient(ready["grpc"]) as client:
+
+        def scores():
+            return client.score("linear", {"age": 3.0}, candidate_ids=[5, 1003])["value"]
+
+        close(scores(), [value_of([0.5, 0.5], [1]), *expected([1003])])
+        with AdminClient(ready["admin"]) as admin:
+            rows = {"likes": [[4.0, 1.0], [8.0, 0.0]], "topics": [[2, 3], []]}
+            assert admin.update_features("linear", [5, 1003], rows) == 1
+            close(scores(), [value_of([4, 1], [2, 3]), value_of([8, 0], [])])
+            assert admin.remove_features("linear", [1003, 6]) == 1
+            close(scores(), [value_of([4, 1], [2, 3]), value_of([0.5, 0.5], [1])])
+            with pytest.raises(FeatureError, match="model 'linear' has no feature 'place'"):
+                admin.update_features("linear", [5], {"place": [1.0]})
+        assert metrics_of(ready)["version"] == 2
 
 
 def test_policy_fetch_over_the_wire(folder):
@@ -293,6 +308,35 @@ def test_serve_says_what_is_wrong_with_its_options(folder, options, message):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert message in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("a/b.features", ("error", None, None)),
+        ("a/b.features,misses=default", ("default", None, None)),
+        ("a/b.features,misses=fetch", ("fetch", 70000, 5.0)),
+        ("a/b.features,memory_bytes=90000,misses=fetch,max_age_seconds=60", ("fetch", 90000, 60.0)),
+    ],
+)
+def test_a_feature_file_has_options_of_its_own_before_those_of_all(text, fields):
+    options = FeatureOptions.parse(text, memory_bytes=70000, max_age_seconds=5.0)
+    assert str(options.path) == "a/b.features"
+    assert (options.misses.value, options.memory_bytes, options.max_age_seconds) == fields
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,size=3", r"expected PATH,FIELD=VALUE,\.\.\. of .*'misses'\], got \['size'\]"),
+        ("a,misses=ask", "features a,misses=ask: misses: 'ask' is not a valid MissPolicy"),
+        ("a,max_age_seconds=5", "features a: max_age_seconds bounds the cache of misses 'fetch'; misses is"),
+        ("a,misses=fetch,memory_bytes=1k", "memory_bytes: invalid literal"),
+    ],
+)
+def test_options_that_no_feature_file_can_have_are_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        FeatureOptions.parse(text)
 
 
 def test_a_file_of_a_model_that_isn_t_served_is_refused(folder):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from xlarank.spec import (
     FeatureSpec,
     ModelSpec,
     RankRequest,
+    TablePlacement,
     TableSpec,
     TaskSpec,
     Tolerance,
@@ -23,8 +25,17 @@ from xlarank.spec import (
 __all__ = ["fill", "publish"]
 
 
-def publish(repository: Path, tables: Mapping[str, HostTable | np.ndarray]) -> Path:
-    """Publishes tables, encoded or [R, D] float32, each read by a candidate id; the program is no program."""
+def publish(
+    repository: Path,
+    tables: Mapping[str, HostTable | np.ndarray],
+    *,
+    updatable: Collection[str] = (),
+    on_devices: Collection[str] = (),
+) -> Path:
+    """Publishes tables, encoded or [R, D] float32, each read by a candidate id; the program is no program.
+
+    Those `on_devices` are there with all their rows.
+    """
     specs, arrays = {}, {}
     for name, table in tables.items():
         if isinstance(table, HostTable):
@@ -33,11 +44,17 @@ def publish(repository: Path, tables: Mapping[str, HostTable | np.ndarray]) -> P
         else:
             specs[name] = TableSpec(name=name, rows=len(table), dim=table.shape[1])
             arrays[name] = table
+        specs[name] = dataclasses.replace(specs[name], updatable=name in updatable)
     with BundleWriter(repository, "bare") as writer:
-        return fill(writer, specs, arrays)
+        return fill(writer, specs, arrays, on_devices)
 
 
-def fill(writer: BundleWriter, tables: Mapping[str, TableSpec], arrays: Mapping[str, np.ndarray]) -> Path:
+def fill(
+    writer: BundleWriter,
+    tables: Mapping[str, TableSpec],
+    arrays: Mapping[str, np.ndarray],
+    on_devices: Collection[str] = (),
+) -> Path:
     """Adds all that a bundle needs and publishes it."""
     spec = ModelSpec(
         name="bare",
@@ -64,7 +81,9 @@ def fill(writer: BundleWriter, tables: Mapping[str, TableSpec], arrays: Mapping[
         spec=spec,
         programs=(program,),
         params=(),
-        num_prepared=0,
+        num_prepared=len(on_devices),
+        placements=tuple(TablePlacement(n, tables[n].num_rows, {f"{n}_id": 1}) for n in on_devices),
+        placed_at=tuple(range(len(on_devices))),
         tolerance=Tolerance(),
         budget=ErrorBudget(),
         table_errors={"like": TableError(0.0, 0.0, None)},

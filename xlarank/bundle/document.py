@@ -11,7 +11,7 @@ from xlarank.errors import BundleError, ConfigError
 
 __all__ = ["DIGEST_KEY", "FORMAT_VERSION", "Fields", "parse", "render"]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Of the bundles that this code writes and reads."""
 
 DIGEST_KEY = "digest"

@@ -78,7 +78,8 @@ class ProgramEntry:
     """How the compiler rewrote the model for this bucket, in words, such as ``hoisted, expert_major``."""
 
     prepared: tuple[int, ...]
-    """The prepared arrays that it takes: places among the outputs of `Manifest.prepare`."""
+    """The prepared arrays that it takes: places among the outputs of `Manifest.prepare` and, after them, the
+    rows of tables on devices."""
 
     file: str
     """Path in the bundle, under programs/; several buckets never share one."""
@@ -152,11 +153,11 @@ class Manifest:
     are."""
 
     num_prepared: int
-    """How many arrays `prepare` makes, or params there are without it."""
+    """How many arrays `prepare` makes, or params there are without it, and tables that devices hold rows
+    of."""
 
     placements: tuple[TablePlacement, ...] = ()
-    """Of the tables that devices hold rows of, in the order in which `prepare` takes them after the
-    params."""
+    """Of the tables that devices hold rows of, in the order of their arrays among the prepared."""
 
     placed_at: tuple[int, ...] = ()
     """Places of those tables' arrays among the prepared: what a row update writes."""
@@ -298,10 +299,10 @@ class Manifest:
             files.add(program.file)
         if self.prepare is not None:
             _check_program_file(f"{where}: prepare", self.prepare)
-        elif self.num_prepared != len(self.params):
+        elif self.num_prepared != len(self.params) + len(self.placements):
             raise ConfigError(
-                f"{where}: without prepare, num_prepared must be that of the params, {len(self.params)}; was "
-                f"{self.num_prepared}"
+                f"{where}: without prepare, num_prepared must be that of the params and of the tables on "
+                f"devices, {len(self.params)} + {len(self.placements)}; was {self.num_prepared}"
             )
         if self.table_errors and sorted(self.table_errors) != sorted(tasks):
             raise ConfigError(f"{where}: expected table_errors of {tasks}, got {dict(self.table_errors)}")

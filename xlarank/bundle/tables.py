@@ -157,6 +157,19 @@ class TableFile:
             finally:
                 pool.shutdown(cancel_futures=True)
 
+    def check_size(self) -> None:
+        """Asks for the file's size alone; a file that was removed is right, as who mapped it keeps it whole.
+
+        Raises:
+          BundleError: if the file is shorter or longer than it was written.
+        """
+        try:
+            num_bytes = self.path.stat().st_size
+        except OSError:
+            return
+        if num_bytes != self._file_bytes:
+            raise BundleError(f"{self.path}: expected {self._file_bytes} bytes of {self}, got {num_bytes}")
+
     def check_chunk(self, chunk: int) -> int:
         """Reads and checks one chunk, without keeping or mapping it.
 

@@ -14,7 +14,7 @@ from xlarank.errors import ConfigError
 if TYPE_CHECKING:
     import numpy as np
 
-    from xlarank.spec import ModelSpec, RankRequest
+    from xlarank.spec import ModelSpec, Ragged, RankRequest
     from xlarank.spec.config import ModelConfig
 
 __all__ = ["add_parser", "run"]
@@ -100,9 +100,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--placement-trace",
-        type=Path,
-        metavar="DATA",
-        help="requests that say which rows are read most, as --golden takes them (the golden requests)",
+        action="append",
+        default=[],
+        metavar="DATA|TABLES=FILE",
+        help="what says which rows are read most: requests, as --golden takes them (the golden requests), or "
+        "a trace of some tables: users,items=FILE with the row numbers read of these tables in order (.npz, "
+        ".safetensors, .pt), or users=FILE.npy with the number of reads of each row; may come again",
     )
     parser.add_argument(
         "--max-score-error",
@@ -163,9 +166,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         module, spec, tables = restore(config, args.checkpoint)
         requests, labels = _golden(args.golden or args.checkpoint / VALIDATION_FILE, config, spec)
         placement = PlacementPolicy.named(args.table_placement, args.device_table_bytes)
-        if args.placement_trace is not None:
-            trace = _golden(args.placement_trace, config, spec)[0]
-            placement = dataclasses.replace(placement, trace=trace)
+        for given in args.placement_trace:
+            if "=" in given and not Path(given).exists():
+                reads = {**placement.row_reads, **_row_reads(given)}
+                placement = dataclasses.replace(placement, row_reads=reads)
+            else:
+                trace = [*(placement.trace or ()), *_golden(Path(given), config, spec)[0]]
+                placement = dataclasses.replace(placement, trace=trace)
     options = BuildOptions(
         version=args.version,
         bucket_rows=config.bucket_rows if args.buckets in (None, _AUTO) else args.buckets,
@@ -239,6 +246,29 @@ def _golden(
         return list(sample.requests(spec)), sample.labels_of(spec)
     requests, values = read_requests(data, spec)
     return requests, values.get("labels", {})
+
+
+def _row_reads(given: str) -> dict[str, np.ndarray | Ragged]:
+    """What a file says of the reads of tables, such as ``users,items=trace.pt``."""
+    import numpy as np
+
+    from xlarank.host.traces import read_trace
+
+    names, _, file = given.partition("=")
+    tables = names.split(",")
+    where = f"--placement-trace {given}"
+    try:
+        if file.endswith(".npy"):
+            reads: list[np.ndarray | Ragged] = [np.load(file, allow_pickle=False)]
+        else:
+            reads = [*read_trace(file)]
+    except OSError as error:
+        raise ConfigError(f"{where}: can't be read: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:
+        raise ConfigError(f"{where}: expected an array as numpy.save writes it: {error}") from error
+    if len(reads) != len(tables) or len(set(tables)) != len(tables):
+        raise ConfigError(f"{where}: expected the names of {len(reads)} different tables, got {tables}")
+    return dict(zip(tables, reads, strict=True))
 
 
 def _rows(text: str) -> tuple[int, ...] | str:

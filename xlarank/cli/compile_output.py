@@ -166,8 +166,9 @@ def _table_remarks(result: BuildResult) -> list[str]:
         table = result.manifest.spec.table_by_name[placement.table]
         ids = ", ".join(f"{name} {count}" for name, count in placement.capacities.items())
         lines.append(
-            f"table {table.name}: {placement.num_rows:,} of {table.num_rows:,} rows on each device; ids that "
-            f"it looks up a bag at most: {ids}"
+            f"table {table.name}: {placement.num_rows:,} of {table.num_rows:,} rows on each device, "
+            f"{placement.num_bytes(result.manifest.spec) / 1e6:.2f} MB; ids that it looks up a bag at most: "
+            f"{ids}"
         )
     return lines
 

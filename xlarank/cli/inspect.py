@@ -148,7 +148,9 @@ def _table_facts(manifest: Manifest) -> list[dict[str, Any]]:
             "dtype": table.dtype.value,
             "out_of_range": table.out_of_range.value,
             "bytes": table.num_bytes,
+            "updatable": table.updatable,
             "device_rows": placements[table.name].num_rows if table.name in placements else 0,
+            "device_bytes": placements[table.name].num_bytes(spec) if table.name in placements else 0,
             "device_capacities": dict(placements[table.name].capacities) if table.name in placements else {},
             "features": [feature.name for feature in spec.features if feature.table == table.name],
         }

@@ -180,9 +180,9 @@ def _observers(config: ServeConfig) -> list[AccessLog | Tracer]:
 
 
 def _open_repository(config: ServeConfig, metrics: Metrics, captures: Captures) -> ModelRepository:
-    from xlarank.runtime import FeatureOptions, ModelRepository
+    from xlarank.runtime import ModelRepository
 
-    models, features = config.models, config.features
+    models = config.models
     if models.repository is None:
         raise ConfigError(NO_REPOSITORY)
     with table_progress() as on_table_bytes:
@@ -195,10 +195,7 @@ def _open_repository(config: ServeConfig, metrics: Metrics, captures: Captures) 
             table_memory=config.tables.memory,
             allow_reference_gather=models.allow_reference_gather,
             metrics=metrics,
-            features=[
-                FeatureOptions(path=path, misses=features.misses, memory_bytes=features.memory_bytes)
-                for path in features.paths
-            ],
+            features=config.features.files,
             versions=config.versions,
             queue=config.queue,
             captures=captures,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from xlarank_serving.access import Authorizer
@@ -30,7 +30,7 @@ def problems_of(config: ServeConfig) -> list[str]:
     versions, wrong = _versions(config.models.repository)
     problems += wrong
     problems += _bundle_problems(config.models.repository, versions)
-    problems += _feature_problems(config.features.paths, versions)
+    problems += _feature_problems([options.path for options in config.features.files], versions)
     if not native_available() and not config.models.allow_reference_gather:
         problems.append(
             "the native gather kernel isn't built: build it with `pip install .`, or serve all the same, "
@@ -115,7 +115,7 @@ def _bundle_refusals(bundle: Bundle, model: str) -> Iterator[str]:
         yield f"{bundle.path}: was refused when it was compiled: {bundle.manifest.refusal}"
 
 
-def _feature_problems(paths: tuple[Path, ...], versions: dict[str, int]) -> Iterator[str]:
+def _feature_problems(paths: Sequence[Path], versions: dict[str, int]) -> Iterator[str]:
     seen: set[str] = set()
     for path in paths:
         try:

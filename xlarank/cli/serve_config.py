@@ -16,7 +16,7 @@ from xlarank_serving.config import (
 )
 
 from xlarank.errors import ConfigError
-from xlarank.host import MissPolicy, TableMemory
+from xlarank.host import FeatureOptions, MissPolicy, TableMemory
 from xlarank.spec import CaptureConfig, FaultConfig, QueueConfig
 from xlarank.spec.versions import VersionOptions
 
@@ -72,7 +72,8 @@ class FeaturesConfig:
     """Candidate features by id, from files of `xlarank features build`."""
 
     paths: tuple[Path, ...] = dataclasses.field(default=(), metadata={"flag": "features"})
-    """Feature files, one for each model that has some."""
+    """Feature files, one for each model that has some; behind a path may stand options of that file alone,
+    as in feed.features,misses=fetch,memory_bytes=500000000,max_age_seconds=60."""
 
     misses: MissPolicy = dataclasses.field(default=MissPolicy.ERROR, metadata={"flag": "feature-misses"})
     """What becomes of ids that aren't there: refused (error), defaults (default), or read from the file
@@ -81,14 +82,32 @@ class FeaturesConfig:
     memory_bytes: int | None = dataclasses.field(default=None, metadata={"flag": "feature-memory"})
     """Most bytes of the cache of fetch; 1 GiB by default."""
 
+    max_age_seconds: float | None = dataclasses.field(default=None, metadata={"flag": "feature-max-age"})
+    """After so long a row of the cache of fetch is read from the file again; never for its age by default."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "misses", MissPolicy(self.misses))
         if self.memory_bytes is not None and self.memory_bytes < 1:
             raise ConfigError(f"features: memory_bytes must be >= 1; was {self.memory_bytes}")
-        if self.memory_bytes is not None and self.misses is not MissPolicy.FETCH:
-            raise ConfigError(
-                f"features: memory_bytes bounds the cache of misses 'fetch'; misses is {self.misses.value!r}"
+        has_cache = self.misses is MissPolicy.FETCH or any(f.misses is MissPolicy.FETCH for f in self.files)
+        for field in ("memory_bytes", "max_age_seconds"):
+            if getattr(self, field) is not None and not has_cache:
+                raise ConfigError(
+                    f"features: {field} bounds the cache of misses 'fetch'; misses is {self.misses.value!r}"
+                )
+
+    @property
+    def files(self) -> tuple[FeatureOptions, ...]:
+        """One a path, each with its options."""
+        return tuple(
+            FeatureOptions.parse(
+                str(path),
+                misses=self.misses,
+                memory_bytes=self.memory_bytes,
+                max_age_seconds=self.max_age_seconds,
             )
+            for path in self.paths
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

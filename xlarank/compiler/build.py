@@ -26,6 +26,7 @@ from xlarank.spec import (
     ErrorBudget,
     ModelSpec,
     PrecisionPolicy,
+    Ragged,
     RankRequest,
 )
 
@@ -46,6 +47,8 @@ def build_bundle(
     precision: str = "auto",
     table_precision: str = "auto",
     table_placement: str = "auto",
+    device_table_bytes: int | None = None,
+    placement_trace: Sequence[RankRequest] | Mapping[str, np.ndarray | Ragged] | None = None,
     max_score_error: float = 2e-3,
     max_auc_loss: float = 5e-4,
     tune_seconds: float = 30.0,
@@ -72,6 +75,10 @@ def build_bundle(
         spec states another format than float32 keeps that.
       table_placement: "host", "device" (all rows of all tables), "split" (the rows that the golden requests
         read most), or "auto": on accelerators what fits, on CPUs "host". The host keeps every row.
+      device_table_bytes: most bytes of table rows on a device; half of its memory by default.
+      placement_trace: which rows are read most, in place of the golden requests: other requests; or by table
+        name how often each row is read, [R] integers, or bags of row numbers, as
+        `xlarank.host.traces.read_trace` gives them.
       max_score_error: of a lower precision and smaller tables together: 99th percentile over golden rows of
         the difference from the reference score.
       max_auc_loss: likewise, on labelled golden rows.
@@ -94,7 +101,7 @@ def build_bundle(
         policy=PrecisionPolicy.named(
             precision, ErrorBudget(max_score_error, max_auc_loss), tables=table_precision
         ),
-        placement=PlacementPolicy.named(table_placement),
+        placement=PlacementPolicy.named(table_placement, device_table_bytes, placement_trace),
         tune_seconds=tune_seconds,
     )
     return build(

@@ -286,8 +286,12 @@ class Builder:
         choices = self._worthwhile(choices, bench, limits)
         bench.forget_losers({choice.bucket: choice.form for choice in choices})
         found = [bench.candidate(choice.bucket, choice.form) for choice in choices]
-        keys = list(dict.fromkeys(key for candidate in found for key in candidate.parted.keys))
-        prepare = lower_prepare(prepared.program(keys))
+        num_params = len(self.model.params)
+        tables = [weight_key(index) for index in range(num_params, len(self.weights))]
+        taken = dict.fromkeys(key for candidate in found for key in candidate.parted.keys)
+        made = [key for key in taken if key not in tables]
+        prepare = lower_prepare(prepared.program(made, num_params))
+        keys = [*made, *tables]
         programs = {
             choice.bucket: (candidate.data, tuple(keys.index(key) for key in candidate.parted.keys))
             for choice, candidate in zip(choices, found, strict=True)
@@ -304,8 +308,7 @@ class Builder:
             seconds=self.options.tune_seconds,
             precision_note="; ".join(filter(None, (note, _failure_note(bench)))),
         )
-        first_table = len(self.model.params)
-        placed_at = [keys.index(weight_key(i)) for i in range(first_table, len(self.weights))]
+        placed_at = range(len(made), len(keys))
         return self._prove(prepare, programs, len(keys), placed_at, tuning)
 
     def _check_named(self, choices: Sequence[Choice], bench: DeviceBench) -> None:
@@ -362,9 +365,11 @@ class Builder:
         }
         exported = device.deserialize_program(prepare)
         replicas = []
-        for target in self.targets:
-            arrays = device.prepare_weights(target, exported, self.weights)
-            replicas.append(device.Replica(target, self.signature, loaded, arrays))
+        num_params = len(self.model.params)
+        tables = device.place_tables(self.targets, self.weights[num_params:])
+        for target, placed in zip(self.targets, tables, strict=True):
+            arrays = device.prepare_weights(target, exported, self.weights[:num_params])
+            replicas.append(device.Replica(target, self.signature, loaded, (*arrays, *placed)))
         failure: VerifyError | None = None
         judgements: dict[Bucket, Judgement] = {}
         for number, (bucket, form) in enumerate(tuning.forms.items()):

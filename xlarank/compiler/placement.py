@@ -16,6 +16,7 @@ from xlarank.spec import (
     FeatureSpec,
     ModelSpec,
     Placement,
+    Ragged,
     RankRequest,
     TablePlacement,
     join_columns,
@@ -42,6 +43,13 @@ class PlacementPolicy:
     trace: Sequence[RankRequest] | None = dataclasses.field(default=None, repr=False, compare=False)
     """Requests that say which rows are hot, and how many a bag; None: the golden requests."""
 
+    row_reads: Mapping[str, np.ndarray | Ragged] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """By table: how often each row is read, [R] integers; or bags of the row numbers that are read, as
+    `xlarank.host.traces.read_trace` gives them. They say which rows are hot in place of the requests, which
+    still say how many a bag."""
+
     def __post_init__(self) -> None:
         if self.kind is not None and not isinstance(self.kind, Placement):
             raise ConfigError(f"table placement: expected a Placement or None, got {self.kind!r}")
@@ -49,12 +57,26 @@ class PlacementPolicy:
             raise ConfigError(f"table placement: device_bytes must be >= 0; was {self.device_bytes}")
 
     @classmethod
-    def named(cls, name: str, device_bytes: int | None = None) -> PlacementPolicy:
-        """The policy "auto", "host", "device" or "split"; ConfigError for another."""
+    def named(
+        cls,
+        name: str,
+        device_bytes: int | None = None,
+        trace: Sequence[RankRequest] | Mapping[str, np.ndarray | Ragged] | None = None,
+    ) -> PlacementPolicy:
+        """The policy "auto", "host", "device" or "split"; ConfigError for another.
+
+        Args:
+          name: of `kind`.
+          device_bytes: see there.
+          trace: requests, or reads of rows by table, see `row_reads`.
+        """
         names = ["auto", *Placement]
         if name not in names:
             raise ConfigError(f"table placement must be one of {', '.join(names)}; was {name!r}")
-        return cls(kind=None if name == "auto" else Placement(name), device_bytes=device_bytes)
+        kind = None if name == "auto" else Placement(name)
+        if isinstance(trace, Mapping):
+            return cls(kind=kind, device_bytes=device_bytes, row_reads=trace)
+        return cls(kind=kind, device_bytes=device_bytes, trace=trace)
 
 
 def plan_placement(
@@ -75,8 +97,10 @@ def plan_placement(
       device_memory: bytes that a device has; None on a CPU.
 
     Raises:
-      ConfigError: if all tables are asked onto a device that doesn't hold them.
+      ConfigError: if all tables are asked onto a device that doesn't hold them, or the policy's trace isn't
+        of this model.
     """
+    counted = {name: _counted(spec, name, reads) for name, reads in policy.row_reads.items()}
     reads = _reads(spec, unused, policy.trace if policy.trace is not None else requests)
     if policy.kind is Placement.HOST or not reads or (policy.kind is None and device_memory is None):
         return ()
@@ -93,7 +117,7 @@ def plan_placement(
     if policy.kind is Placement.DEVICE or (policy.kind is None and whole <= budget):
         chosen: dict[str, np.ndarray | None] = dict.fromkeys(reads)
     else:
-        chosen = dict(_hottest(spec, reads, budget))
+        chosen = dict(_hottest(spec, reads, counted, budget))
     return tuple(_device_rows(spec, name, numbers, reads[name]) for name, numbers in chosen.items())
 
 
@@ -127,15 +151,43 @@ def _reads(spec: ModelSpec, unused: Sequence[str], trace: Sequence[RankRequest])
     return dict(found)
 
 
+def _counted(spec: ModelSpec, name: str, reads: np.ndarray | Ragged) -> np.ndarray:
+    """[R] int64: how often each row is read."""
+    where = f"model {spec.name!r}: placement trace of table {name!r}"
+    if name not in spec.table_by_name:
+        raise ConfigError(f"{where}: the model has no such table; it has {sorted(spec.table_by_name)}")
+    num_rows = spec.table_by_name[name].num_rows
+    values = reads.values if isinstance(reads, Ragged) else reads
+    if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "iu":
+        raise ConfigError(f"{where}: expected integers [{num_rows}] of reads, or bags of row numbers")
+    if isinstance(reads, Ragged):
+        outside = (values < 0) | (values >= num_rows)
+        if outside.any():
+            raise ConfigError(
+                f"{where}: expected row numbers in [0, {num_rows}), got {values[np.argmax(outside)]}"
+            )
+        return np.bincount(values.astype(np.int64), minlength=num_rows)
+    if len(values) != num_rows or (values < 0).any():
+        raise ConfigError(f"{where}: expected {num_rows} counts >= 0, one a row, got {len(values)}")
+    return values.astype(np.int64)
+
+
 def _hottest(
-    spec: ModelSpec, reads: Mapping[str, list[_Bags]], budget: float
+    spec: ModelSpec,
+    reads: Mapping[str, list[_Bags]],
+    counted: Mapping[str, np.ndarray],
+    budget: float,
 ) -> list[tuple[str, np.ndarray | None]]:
     """Numbers of the rows on the device by table, None for all of them, without tables that have none
     there."""
     names, rows, counts, sizes = [], [], [], []
     for index, (name, bags) in enumerate(reads.items()):
-        numbers, read = np.unique(np.concatenate([b.rows for b in bags]), return_counts=True)
-        numbers, read = numbers[numbers >= 0], read[numbers >= 0]
+        if name in counted:
+            numbers = np.flatnonzero(counted[name])
+            read = counted[name][numbers]
+        else:
+            numbers, read = np.unique(np.concatenate([b.rows for b in bags]), return_counts=True)
+            numbers, read = numbers[numbers >= 0], read[numbers >= 0]
         names.append(np.full(len(numbers), index))
         rows.append(numbers)
         counts.append(read)

@@ -76,15 +76,19 @@ class PreparedArrays:
                 self._made[_output_key(key, index)] = array
         return self._made[key]
 
-    def program(self, keys: Sequence[str]) -> ClosedJaxpr:
-        """The program `prepare`: weights in, the arrays of `keys` out."""
+    def program(self, keys: Sequence[str], num_params: int) -> ClosedJaxpr:
+        """The program `prepare`: the first `num_params` weights in, the arrays of `keys` out.
+
+        The others, rows of tables on devices, go by it: row programs take them as they are, and what passes
+        through a program is copied.
+        """
 
         def run(*weights: Any) -> list[Any]:
             fresh = PreparedArrays(self._weight_avals)
             fresh._nodes, fresh._consts = self._nodes, self._consts
             return [fresh._make(key, weights) for key in keys]
 
-        return retrace(run, self._weight_avals)
+        return retrace(run, self._weight_avals[:num_params])
 
     def add(self, equation: core.JaxprEqn, operands: Sequence[Any]) -> list[str]:
         """Keys of an equation's results; operands are keys, or literals' values in a 1-tuple."""

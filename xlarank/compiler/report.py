@@ -47,6 +47,7 @@ def render_report(result: BuildResult, requests: Sequence[RankRequest]) -> str:
         .render(
             result=result,
             manifest=result.manifest,
+            placements={placement.table: placement for placement in result.manifest.placements},
             analysis=result.analysis,
             tuning=result.tuning,
             facts=facts,

@@ -32,6 +32,7 @@ from xlarank.device.replica import (
     Executable,
     ProgramCost,
     Replica,
+    place_tables,
     prepare_weights,
 )
 from xlarank.device.table_writer import TableWriter, compile_update
@@ -69,6 +70,7 @@ __all__ = [
     "half_precision",
     "measure_profile",
     "num_compiled",
+    "place_tables",
     "prepare_weights",
     "row_errors",
     "score_errors",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -21,6 +21,7 @@ __all__ = [
     "Executable",
     "ProgramCost",
     "Replica",
+    "place_tables",
     "prepare_weights",
 ]
 
@@ -46,6 +47,25 @@ def prepare_weights(
     if isinstance(prepare, export.Exported):
         prepare = compile_program(prepare, device, PREPARE_NAME)
     return tuple(prepare(*placed))
+
+
+def place_tables(devices: Sequence[Device], arrays: Iterable[np.ndarray]) -> list[tuple[jax.Array, ...]]:
+    """Places rows of tables on devices, one table at a time.
+
+    Args:
+      devices: where they go. CPU devices keep an array that is 64-byte aligned as it is and share it, so
+        nobody may write it any more.
+      arrays: of `Gatherer.device_arrays`.
+
+    Returns:
+      By device, its arrays.
+    """
+    placed: list[list[jax.Array]] = [[] for _ in devices]
+    for array in arrays:
+        for own, device in zip(placed, devices, strict=True):
+            own.append(jax.device_put(array, device).block_until_ready())
+        del array  # before the next is made
+    return [tuple(own) for own in placed]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +150,7 @@ class Replica:
           device: where it runs.
           signature: the programs' inputs.
           programs: one a bucket.
-          prepared: arrays of `prepare_weights` on the device.
+          prepared: arrays on the device, of `prepare_weights` and after them those of `place_tables`.
           prepare: what made them, held for the next weights of the model; see `ProgramLibrary`.
         """
         self.device = device

@@ -3,6 +3,7 @@
 from xlarank.host._extension import native_available
 from xlarank.host.device_rows import DeviceRows
 from xlarank.host.feature_file import FeatureFile, FeatureFileWriter
+from xlarank.host.feature_options import FeatureOptions
 from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_features
 from xlarank.host.feature_source import FeatureRows, FeatureSource, FileSource
 from xlarank.host.feature_store import FeatureStore, FeatureStoreStats, MissPolicy
@@ -19,6 +20,7 @@ __all__ = [
     "DeviceRows",
     "FeatureFile",
     "FeatureFileWriter",
+    "FeatureOptions",
     "FeatureRows",
     "FeatureSchema",
     "FeatureSource",

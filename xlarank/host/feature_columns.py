@@ -49,17 +49,20 @@ class FeatureTable:
         self._order_of = functools.lru_cache(maxsize=64)(self._find_order)
         self._native: Any = native.FeatureTable(schema.native, limit, index, records)
 
-    def lookup(self, ids: np.ndarray, wanted: Sequence[bool]) -> tuple[list[Column], np.ndarray]:
+    def lookup(
+        self, ids: np.ndarray, wanted: Sequence[bool], *, oldest: int = 0
+    ) -> tuple[list[Column], np.ndarray]:
         """Columns of the rows that there are, in the order of ids, and the positions of the others.
 
         Args:
           ids: [N] int64.
           wanted: one a feature: whether its column is asked for.
+          oldest: rows in memory that were put in at an earlier time aren't there.
 
         Returns:
           One column a wanted feature, of N - M rows; [M] int64 positions in `ids`, ascending.
         """
-        floats, integers, others, missing = self._native.lookup(ids, list(wanted))
+        floats, integers, others, missing = self._native.lookup(ids, list(wanted), oldest)
         num_rows = len(ids) - len(missing)
         order, forms = self._order_of(tuple(wanted))
         blocks: dict[_Place, Iterator[Any]] = {
@@ -69,7 +72,15 @@ class FeatureTable:
         }
         return [next(blocks[place]) for place in order], missing
 
-    def put(self, ids: np.ndarray, columns: Sequence[Column], stamps: np.ndarray | None = None) -> None:
+    def put(
+        self,
+        ids: np.ndarray,
+        columns: Sequence[Column],
+        stamps: np.ndarray | None = None,
+        *,
+        time: int = 0,
+        oldest: int = 0,
+    ) -> None:
         """Puts rows in: every lookup that begins after the return sees them, or newer ones.
 
         Args:
@@ -77,25 +88,29 @@ class FeatureTable:
           columns: one a feature, n rows each, in the form of spec/columns.py.
           stamps: of `stamps`, before the rows were read from elsewhere: then those that are there by now, or
             were written to since, are left as they are.
+          time: of the rows, in [0, 2**32), in the caller's unit; best never less than before.
+          oldest: with stamps, rows of an earlier time count as not there.
 
         Raises:
           FeatureError: for a row of more than 2 GiB; none is put in then.
         """
         try:
-            self._native.put(ids, _native_columns(columns), stamps)
+            self._native.put(ids, _native_columns(columns), stamps, time, oldest)
         except (ValueError, RuntimeError) as error:  # std::length_error arrives as the one or the other
             raise FeatureError(f"feature store: {error}") from error
 
-    def remove(self, ids: np.ndarray) -> int:
-        """Takes rows out; returns how many there were."""
-        return self._native.remove(ids)
+    def remove(self, ids: np.ndarray, *, time: int = 0) -> int:
+        """Takes rows out; returns how many there were. That a row of a file is out is a row in memory, of a
+        time."""
+        return self._native.remove(ids, time)
 
     def stamps(self, ids: np.ndarray) -> np.ndarray:
         """[n] uint64 to hand to `put` with rows that are read after this."""
         return self._native.stamps(ids)
 
     def stats(self) -> dict[str, int]:
-        """rows, rows_in_memory, bytes, hits, misses, evictions, version."""
+        """rows, rows_in_memory, bytes, hits, misses, evictions, version, oldest (time, -1 without rows in
+        memory)."""
         return self._native.stats()
 
     def _find_order(self, wanted: tuple[bool, ...]) -> tuple[list[_Place], list[tuple[str, str, int]]]:

@@ -23,6 +23,9 @@ __all__ = ["FeatureStore", "FeatureStoreStats", "MissPolicy"]
 
 _MIN_MEMORY_BYTES = 2**16
 
+_TICKS_A_SECOND = 16
+"""Times of rows are counted in these since the store began: 32 bits of them last eight years."""
+
 
 class MissPolicy(enum.StrEnum):
     """What becomes of a candidate that the store doesn't have."""
@@ -60,7 +63,11 @@ class FeatureStoreStats:
     """Updates so far."""
 
     age_seconds: float
-    """Time since the newest update; since the start without one."""
+    """Time since the newest update; since the start without one. What a source was asked is no update."""
+
+    oldest_seconds: float
+    """Time since the oldest row in memory was put in or asked of the source; 0 without one. Rows of more than
+    `max_age_seconds` are no longer found and count until others take their room."""
 
 
 class FeatureStore:
@@ -75,6 +82,7 @@ class FeatureStore:
 
     Attributes:
       spec: the model that requests are for.
+      rows_spec: the model with the stored features alone: what a row is checked against.
       names: of the stored features; a request brings those that aren't.
       misses: what becomes of a candidate that isn't there.
     """
@@ -88,6 +96,7 @@ class FeatureStore:
         without: Collection[str] = (),
         misses: MissPolicy | str = MissPolicy.ERROR,
         memory_bytes: int | None = None,
+        max_age_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -99,6 +108,10 @@ class FeatureStore:
           misses: error, default or fetch.
           memory_bytes: most bytes of rows and their index in memory, for stores without a file; the row that
             was looked up least lately makes room (SIEVE).
+          max_age_seconds: a row in memory is a miss once it was put in, or asked of the source, so long ago
+            (a sixteenth of a second less at most); then the policy says what becomes of it, and `fetch` asks
+            the source again. None: rows stay until they make room. For stores without a file, whose rows
+            have no time.
           clock: seconds, monotonic.
 
         Raises:
@@ -110,18 +123,20 @@ class FeatureStore:
         except ValueError:
             allowed = [policy.value for policy in MissPolicy]
             raise ConfigError(f"feature store: misses must be one of {allowed}; was {misses!r}") from None
-        _check_arguments(self.misses, file, source, without, memory_bytes)
+        _check_arguments(self.misses, file, source, without, memory_bytes, max_age_seconds)
         self.spec = spec
         schema = file.schema if file is not None else FeatureSchema.of(select_features(spec, without))
-        self._rows_spec = schema.rows_spec(spec)
+        self.rows_spec = schema.rows_spec(spec)
         self.names = schema.names
         if self.misses is MissPolicy.DEFAULT:
             self._check_defaults()
         self._source = source
         self._table = file.table() if file is not None else FeatureTable(schema, limit=memory_bytes or 0)
+        self._max_age = None if max_age_seconds is None else int(max_age_seconds * _TICKS_A_SECOND)
         self._clock = clock
+        self._started_at = clock()
         self._lock = threading.Lock()
-        self._updated_at = clock()  # guarded by _lock
+        self._updated_at = self._started_at  # guarded by _lock
 
     def join(self, ids: Any, features: Mapping[str, Any]) -> dict[str, Any]:
         """Adds the stored features of candidates to those that a request brings.
@@ -141,7 +156,7 @@ class FeatureStore:
         wanted = [features.get(name) is None for name in self.names]
         if not any(wanted):
             return dict(features)
-        columns, missing = self._table.lookup(ids, wanted)
+        columns, missing = self._table.lookup(ids, wanted, oldest=self._oldest())
         if len(missing):
             columns = self._completed(ids, wanted, columns, missing)
         names = [name for name, is_wanted in zip(self.names, wanted, strict=True) if is_wanted]
@@ -161,16 +176,16 @@ class FeatureStore:
           FeatureError: for anything that a request could not have; nothing is put in then.
         """
         ids = check_candidate_ids(ids)
-        columns = checked_columns(self._rows_spec, ids, features)
+        columns = checked_columns(self.rows_spec, ids, features)
         with self._lock:
-            self._table.put(ids, columns)
+            self._table.put(ids, columns, time=self._ticks())
             self._updated_at = self._clock()
 
     def remove(self, ids: Any) -> int:
         """Takes rows out: from then on they are misses, those of a file too. Returns how many there were."""
         ids = check_candidate_ids(ids)
         with self._lock:
-            removed = self._table.remove(ids)
+            removed = self._table.remove(ids, time=self._ticks())
             self._updated_at = self._clock()
         return removed
 
@@ -178,9 +193,23 @@ class FeatureStore:
         """What it holds and did."""
         fields = self._table.stats()
         del fields["rows_in_memory"]
+        oldest = fields.pop("oldest")
+        now = self._clock()
         with self._lock:
-            age_seconds = self._clock() - self._updated_at
-        return FeatureStoreStats(**fields, age_seconds=age_seconds)
+            age_seconds = now - self._updated_at
+        return FeatureStoreStats(
+            **fields,
+            age_seconds=age_seconds,
+            oldest_seconds=0.0 if oldest < 0 else now - self._started_at - oldest / _TICKS_A_SECOND,
+        )
+
+    def _ticks(self) -> int:
+        """The time of a row put in now."""
+        return int((self._clock() - self._started_at) * _TICKS_A_SECOND)
+
+    def _oldest(self) -> int:
+        """The earliest time of a row that is still found."""
+        return 0 if self._max_age is None else max(0, self._ticks() - self._max_age + 1)
 
     def _completed(
         self, ids: np.ndarray, wanted: Sequence[bool], found: list[Column], missing: np.ndarray
@@ -195,7 +224,7 @@ class FeatureStore:
         order[is_found] = np.arange(num_found)
         if self.misses is MissPolicy.DEFAULT:
             order[missing] = num_found
-            rest = [default_column(feature, 1) for feature in self._rows_spec.features]
+            rest = [default_column(feature, 1) for feature in self.rows_spec.features]
         else:
             rest, rows = self._fetched(ids[missing], len(ids))
             order[missing] = num_found + rows
@@ -206,11 +235,11 @@ class FeatureStore:
         """Columns of the source's rows, and for each missing id its row of them."""
         assert self._source is not None
         asked = np.unique(missing)
-        stamps = self._table.stamps(asked)
+        stamps, asked_at = self._table.stamps(asked), self._ticks()
         answer = self._source.fetch(asked)
         try:
             ids = check_candidate_ids(answer.ids)
-            columns = checked_columns(self._rows_spec, ids, answer.features)
+            columns = checked_columns(self.rows_spec, ids, answer.features)
         except FeatureError as error:  # not the caller's fault
             raise XlarankError(f"feature source of model {self.spec.name!r}: {error}") from error
         by_id = np.argsort(ids)
@@ -219,7 +248,8 @@ class FeatureStore:
                 f"feature source of model {self.spec.name!r}: expected distinct ids of the {len(asked)} "
                 f"asked for, got {reprlib.repr(ids.tolist())}"
             )
-        self._table.put(ids, columns, stamps[np.searchsorted(asked, ids)])
+        stamps = stamps[np.searchsorted(asked, ids)]
+        self._table.put(ids, columns, stamps, time=asked_at, oldest=self._oldest())
         rows = np.minimum(np.searchsorted(ids, missing, sorter=by_id), max(0, len(ids) - 1))
         absent = ids[by_id[rows]] != missing if len(ids) else np.ones(len(missing), bool)
         if absent.any():
@@ -234,7 +264,7 @@ class FeatureStore:
         )
 
     def _check_defaults(self) -> None:
-        lacking = [feature.name for feature in self._rows_spec.features if feature.default is None]
+        lacking = [feature.name for feature in self.rows_spec.features if feature.default is None]
         if lacking:
             raise ConfigError(
                 f"feature store of model {self.spec.name!r}: misses 'default' needs a default of every "
@@ -248,6 +278,7 @@ def _check_arguments(
     source: FeatureSource | None,
     without: Collection[str],
     memory_bytes: int | None,
+    max_age_seconds: float | None,
 ) -> None:
     if (misses is MissPolicy.FETCH) != (source is not None):
         raise ConfigError("feature store: expected a source with misses 'fetch' and with no other policy")
@@ -264,3 +295,12 @@ def _check_arguments(
         raise ConfigError("feature store: a source needs memory_bytes, the most that the cache may take")
     if memory_bytes is not None and memory_bytes < _MIN_MEMORY_BYTES:
         raise ConfigError(f"feature store: memory_bytes must be >= {_MIN_MEMORY_BYTES}; was {memory_bytes}")
+    if max_age_seconds is None:
+        return
+    if file is not None:
+        raise ConfigError(
+            "feature store: max_age_seconds is of rows in memory, and those of a file have no time; misses "
+            "'fetch' makes the file the source of a cache"
+        )
+    if not 1 <= max_age_seconds < float("inf"):
+        raise ConfigError(f"feature store: max_age_seconds must be >= 1; was {max_age_seconds}")

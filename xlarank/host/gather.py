@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,13 +181,11 @@ class Gatherer:
             for number, row in zip(numbers, encoded.rows, strict=True):
                 self._tables[table].rows[number] = row
 
-    def device_arrays(self) -> tuple[np.ndarray, ...]:
-        """The rows that devices hold, as they are now: an array a `Signature.device_tables`, see
-        `DeviceTable`."""
-        return tuple(
-            self.device_rows[table.name].array(self._tables[table.name])
-            for table in self.signature.device_tables
-        )
+    def device_arrays(self) -> Iterator[np.ndarray]:
+        """The rows that devices hold, as they are when their turn comes: an array a
+        `Signature.device_tables`, see `DeviceTable`. Each is a copy, made when it is asked for."""
+        for table in self.signature.device_tables:
+            yield self.device_rows[table.name].array(self._tables[table.name])
 
     def device_update(self, table: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What devices hold of some rows, as the host has them now.

@@ -1,9 +1,9 @@
 """Online: engine, batcher, device pool, lifecycle, metrics. No Flax, no compiler."""
 
+from xlarank.host import FeatureOptions
 from xlarank.runtime.answer import Answer, Timings
 from xlarank.runtime.captures import Captures
 from xlarank.runtime.engine import Engine
-from xlarank.runtime.features import FeatureOptions
 from xlarank.runtime.lifecycle import ModelRepository
 from xlarank.runtime.loading import LoadReport
 from xlarank.runtime.metrics import Metrics, ModelMetrics, ModelStatistics

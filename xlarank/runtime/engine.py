@@ -93,8 +93,11 @@ class Engine:
           use_bundle_code: whether compiled code in the bundle may be used; without it programs/ is
             compiled.
           table_memory: "huge" reads the tables into huge pages, "mmap" maps their files; by default huge
-            where the kernel has such pages and the tables fit. Mapped tables are checked in part before this
-            returns and to the end in the background; see `fault`.
+            where the kernel has such pages and the tables fit. Updatable tables are read into memory
+            whatever it is. Mapped tables are checked in part before this returns and to the end in the
+            background, and a file that is cut short is found within about a second; see `fault`. Who reads
+            what such a file no longer has in that time is killed by the system: replace files, never
+            truncate them.
           backend: of the gather: "native", "numpy" or "auto".
           pool: device threads to share with other engines; its own by default.
           metrics: registry to count in; its own by default.
@@ -173,7 +176,10 @@ class Engine:
         self._table_check = loaded.table_check
         huge_pages = loaded.report.huge_pages
         self.metrics.set_tables(
-            num_bytes=self._table_check.num_bytes,
+            places={
+                name: (str(memory), self.spec.table_by_name[name].num_bytes)
+                for name, memory in loaded.report.table_memory.items()
+            },
             huge_page_bytes=0 if huge_pages is None else huge_pages.got,
             checked_bytes=lambda: self._table_check.num_checked_bytes,
         )
@@ -335,7 +341,7 @@ class Engine:
           values: [K, D] floats, finite; encoded in the table's format.
 
         Returns:
-          The table's version: its updates since the bundle was loaded.
+          The table's version: its updates since the bundle was loaded. An update of no rows is none.
 
         Raises:
           RequestError: names what is wrong; nothing is written then.
@@ -346,6 +352,8 @@ class Engine:
                 raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed")
         with self._updates:  # what devices hold must not fall behind the host's for two at once
             self._gatherer.update_rows(table, rows, values)
+            if not len(rows):
+                return self._table_versions.now()[table].version
             if table in self._gatherer.device_rows:
                 self._device_writer.write(table, *self._gatherer.device_update(table, np.asarray(rows)))
         return self._table_versions.advance(table, len(rows))

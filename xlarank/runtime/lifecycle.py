@@ -17,10 +17,10 @@ from typing import TypeVar
 from xlarank import device
 from xlarank.bundle import list_versions
 from xlarank.errors import BundleError, ConfigError, ModelNotFoundError, UnavailableError
-from xlarank.host import TableMemory, native_available
+from xlarank.host import FeatureOptions, TableMemory, native_available
 from xlarank.runtime.captures import Captures
 from xlarank.runtime.engine import Engine
-from xlarank.runtime.features import FeatureOptions, stores_by_model
+from xlarank.runtime.features import stores_by_model
 from xlarank.runtime.metrics import Metrics
 from xlarank.runtime.model_versions import ModelVersions
 from xlarank.runtime.pool import DevicePool

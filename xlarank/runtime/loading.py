@@ -26,6 +26,7 @@ from xlarank.spec import Bucket, BucketLadder, LatencyProfile, ModelSpec, Signat
 from xlarank.spec.signature import DeviceTable
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
+    from jax import Array
     from jax.stages import Compiled
     from jaxlib._jax import Device
 
@@ -59,11 +60,11 @@ class LoadReport:
     max_error: dict[str, float]
     """Largest error by task of the golden rows replayed: up to 4 full batches a bucket, on every device."""
 
-    table_memory: TableMemory
-    """Where the tables are."""
+    table_memory: Mapping[str, TableMemory]
+    """By table: where it is. Updatable ones are in memory, whatever was asked for."""
 
     huge_pages: HugePages | None
-    """How much of them lies in huge pages; None for mapped tables."""
+    """How much of those in memory lies in huge pages; None if all tables are mapped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,10 +241,20 @@ class Loader:
         return differences
 
     def _tables(self) -> LoadedTables:
-        load = functools.partial(load_tables, self._bundle, self._table_memory, on_bytes=self._on_table_bytes)
+        load = functools.partial(
+            load_tables,
+            self._bundle,
+            self._table_memory,
+            platforms=[d.platform for d in self._devices],
+            on_bytes=self._on_table_bytes,
+        )
         if self._paces is None:
-            return load(num_threads=self._host_threads)
-        return in_background(lambda: load(num_threads=1))
+            loaded = load(num_threads=self._host_threads)
+        else:
+            loaded = in_background(lambda: load(num_threads=1))
+        if self._on_progress is not None and loaded.memory:
+            self._on_progress(f"{self._bundle.spec.name} {self._bundle.manifest.version}: {loaded}")
+        return loaded
 
     def _gatherer(self, tables: LoadedTables) -> Gatherer:
         manifest, numbers = self._bundle.manifest, self._bundle.device_rows()
@@ -261,8 +272,12 @@ class Loader:
         if self._use_bundle_code and is_same_place:
             device.seed_compile_cache(self._bundle.cache_files())
         programs, prepare = read_programs(self._bundle)
-        weights = [*self._bundle.params().values(), *gatherer.device_arrays()]
-        return [self._replica(d, gatherer, programs, prepare, weights) for d in self._devices]
+        weights = [*self._bundle.params().values()]
+        tables = device.place_tables(self._devices, gatherer.device_arrays())
+        return [
+            self._replica(d, gatherer, programs, prepare, weights, placed)
+            for d, placed in zip(self._devices, tables, strict=True)
+        ]
 
     def _replica(
         self,
@@ -271,6 +286,7 @@ class Loader:
         programs: Mapping[Bucket, ExportedProgram],
         prepare: ExportedProgram | None,
         weights: Sequence[np.ndarray],
+        placed: Sequence[Array],
     ) -> device.Replica:
         library = self._library or device.ProgramLibrary()
         lay_out = None if prepare is None else prepare.compiled(library, target, device.PREPARE_NAME)
@@ -281,7 +297,7 @@ class Loader:
             )
             for entry in self._bundle.manifest.programs
         }
-        return device.Replica(target, gatherer.signature, compiled, prepared, lay_out)
+        return device.Replica(target, gatherer.signature, compiled, (*prepared, *placed), lay_out)
 
     def _device_writer(self, replicas: Sequence[device.Replica]) -> device.TableWriter:
         """For row updates of the tables that devices hold rows of."""

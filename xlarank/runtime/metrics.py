@@ -28,6 +28,8 @@
     xlarank_table_updated_rows_total        rows that they wrote, by `table`
     xlarank_table_age_seconds               since the last of them, or since the load, by `table`
     xlarank_table_huge_page_bytes           bytes of them that lay in huge pages when they were loaded
+    xlarank_table_memory_bytes              bytes of a table, by `table` and by `memory`: huge (read into
+                                            memory of the process) or mmap (mapped from its file)
 
 Of models that are served with a feature store, see `FeatureStoreStats`:
 
@@ -38,6 +40,7 @@ Of models that are served with a feature store, see `FeatureStoreStats`:
     xlarank_feature_store_evictions_total   rows that made room for others, or didn't fit
     xlarank_feature_store_version           updates so far
     xlarank_feature_store_age_seconds       time since the newest update
+    xlarank_feature_store_oldest_seconds    time since the oldest row in memory was put in or asked for
 """
 
 from __future__ import annotations
@@ -96,6 +99,7 @@ _HELP = {
     "xlarank_table_bytes": "Bytes of the embedding tables",
     "xlarank_table_checked_bytes": "Bytes of the embedding tables found to be as written",
     "xlarank_table_huge_page_bytes": "Bytes of the embedding tables in huge pages when they were loaded",
+    "xlarank_table_memory_bytes": "Bytes of a table, by where it is",
     "xlarank_table_version": "Updates of a table's rows since it was loaded",
     "xlarank_table_updated_rows_total": "Rows that were written while serving",
     "xlarank_table_age_seconds": "Seconds since a table was last updated, or loaded",
@@ -106,12 +110,14 @@ _GAUGES = {
     "xlarank_table_bytes",
     "xlarank_table_checked_bytes",
     "xlarank_table_huge_page_bytes",
+    "xlarank_table_memory_bytes",
     "xlarank_table_version",
     "xlarank_table_age_seconds",
     "xlarank_feature_store_rows",
     "xlarank_feature_store_bytes",
     "xlarank_feature_store_version",
     "xlarank_feature_store_age_seconds",
+    "xlarank_feature_store_oldest_seconds",
 }
 
 _OF_TABLES = {
@@ -129,6 +135,7 @@ _STORE_HELP = {
     "xlarank_feature_store_evictions_total": "Rows that left the feature store for others, or didn't fit",
     "xlarank_feature_store_version": "Updates of the feature store so far",
     "xlarank_feature_store_age_seconds": "Seconds since the newest update of the feature store",
+    "xlarank_feature_store_oldest_seconds": "Seconds since the oldest row in memory was put in or asked for",
 }
 
 
@@ -213,6 +220,7 @@ class ModelMetrics:
         self._num_candidates = 0  # of all accepted requests
         self._candidates = [0] * (len(_SIZE_BOUNDS) + 1)  # their histogram, not cumulative
         self._checked_table_bytes: Callable[[], int] = lambda: 0
+        self._table_places: Mapping[str, tuple[str, int]] = {}
         self._table_versions: Callable[[], Mapping[str, TableVersion]] = dict
 
     def record_accepted(self, num_candidates: int) -> None:
@@ -285,16 +293,23 @@ class ModelMetrics:
         with self._lock:
             self._values["xlarank_request_path_compiles_total"] = count
 
-    def set_tables(self, *, num_bytes: int, huge_page_bytes: int, checked_bytes: Callable[[], int]) -> None:
+    def set_tables(
+        self,
+        *,
+        places: Mapping[str, tuple[str, int]],
+        huge_page_bytes: int,
+        checked_bytes: Callable[[], int],
+    ) -> None:
         """States what tables there are.
 
         Args:
-          num_bytes: of all of them.
+          places: by table, the name of the memory that it is in, and its bytes.
           huge_page_bytes: how many lay in huge pages.
           checked_bytes: how many were found to be as written; asked at each scrape.
         """
         with self._lock:
-            self._values["xlarank_table_bytes"] = num_bytes
+            self._values["xlarank_table_bytes"] = sum(num_bytes for _, num_bytes in places.values())
+            self._table_places = dict(places)
             self._values["xlarank_table_huge_page_bytes"] = huge_page_bytes
             self._checked_table_bytes = checked_bytes
 
@@ -341,6 +356,7 @@ class ModelMetrics:
             batches, sums_us = self._batches.copy(), list(self._sums_us)
             checked_table_bytes, table_versions = self._checked_table_bytes, self._table_versions
             pending, features = self._pending, self._features
+            table_places = self._table_places
         values["xlarank_table_checked_bytes"] = checked_table_bytes()
         for stage, total_us in zip(_STAGES, sums_us, strict=True):
             values[f"nv_inference_{stage}_duration_us"] = total_us
@@ -350,6 +366,9 @@ class ModelMetrics:
             if name == "nv_inference_request_failure":
                 for reason, count in failures.items():
                     yield name, {**self.labels, "reason": reason}, count
+            elif name == "xlarank_table_memory_bytes":
+                for table, (memory, num_bytes) in table_places.items():
+                    yield name, {**self.labels, "table": table, "memory": memory}, num_bytes
             elif name in _OF_TABLES:
                 for table, state in tables.items():
                     yield name, {**self.labels, "table": table}, getattr(state, _OF_TABLES[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -20,26 +21,33 @@ _SAMPLES_A_FILE = 4
 
 
 class TableCheck:
-    """Compares every chunk of some files with its digest: a few at once, the others in a thread of its own.
+    """Compares every chunk of mapped files with its digest: a few at once, the others in a thread of its own.
 
     The thread has the lowest priority and reads the files without mapping them, so that the process's
-    resident memory doesn't grow. Any thread may read the properties.
+    resident memory doesn't grow. When all is checked it goes on comparing the files' sizes: who reads a
+    mapped page that its file no longer has is killed by the system (SIGBUS), and a file that is cut short is
+    to be a fault before most of its readers get there. Any thread may read the properties.
     """
 
-    def __init__(self, files: Iterable[TableFile], *, is_done: bool = False) -> None:
+    def __init__(
+        self, files: Iterable[TableFile], *, num_read_bytes: int = 0, size_check_seconds: float = 1.0
+    ) -> None:
         """
         Args:
-          files: of tables.
-          is_done: whether their content has been checked already.
+          files: of mapped tables.
+          num_read_bytes: of other tables, whose content was checked as it was read.
+          size_check_seconds: between two comparisons of the files' sizes.
         """
         self._files = tuple(files)
-        self.num_bytes = sum(file.num_bytes for file in self._files)
-        self._num_checked_bytes = self.num_bytes if is_done else 0  # written by one thread at a time
+        self.num_bytes = num_read_bytes + sum(file.num_bytes for file in self._files)
+        self._num_checked_bytes = num_read_bytes  # written by one thread at a time
         self._fault: str | None = None  # set once
-        self._is_stopping = False  # set once, by any thread
+        self._size_check_seconds = size_check_seconds
+        self._is_stopping = threading.Event()
+        self._is_checked = threading.Event()  # content: to its end, or to a fault
         self._thread: threading.Thread | None = None
         # What is left to check: (file, chunk). Taken from by `sample`, then by the thread.
-        self._left = [] if is_done else [(f, c) for f in self._files for c in range(f.num_chunks)]
+        self._left = [(f, c) for f in self._files for c in range(f.num_chunks)]
 
     @property
     def num_checked_bytes(self) -> int:
@@ -67,8 +75,8 @@ class TableCheck:
         self._left = [item for item in self._left if item not in picked]
 
     def start(self) -> None:
-        """Checks what is left in the background; once."""
-        if not self._left:
+        """Checks what is left in the background, then the sizes until `stop`; once."""
+        if not self._files:
             return
         _log.info(
             "%d of %d bytes of mapped tables are checked, the others are checked in the background",
@@ -80,19 +88,48 @@ class TableCheck:
 
     def stop(self) -> None:
         """Leaves the rest unchecked."""
-        self._is_stopping = True
-        self.join()
-
-    def join(self) -> None:
-        """Waits for the end of the check."""
+        self._is_stopping.set()
         if self._thread is not None:
             self._thread.join()
 
+    def join(self) -> None:
+        """Waits until the content is checked."""
+        if self._thread is not None:
+            self._is_checked.wait()
+
+    def check_sizes(self) -> bool:
+        """Compares the size of every file that is still there with the table's; a wrong one is a `fault`.
+
+        Returns:
+          Whether all are right.
+        """
+        try:
+            for file in self._files:
+                file.check_size()
+        except BundleError as error:
+            self._fault = str(error)
+            _log.error("a table in use is damaged: %s", error)
+            return False
+        return True
+
     def _run(self) -> None:
         lower_priority()
+        try:
+            self._check_content()
+        finally:
+            self._is_checked.set()
+        while self._fault is None and not self._is_stopping.wait(self._size_check_seconds):
+            self.check_sizes()
+
+    def _check_content(self) -> None:
+        sizes_due = 0.0
         for file, chunk in self._left:
-            if self._is_stopping:
+            if self._is_stopping.is_set():
                 return
+            if time.monotonic() >= sizes_due:
+                if not self.check_sizes():
+                    return
+                sizes_due = time.monotonic() + self._size_check_seconds
             try:
                 self._num_checked_bytes += file.check_chunk(chunk)
             except BundleError as error:

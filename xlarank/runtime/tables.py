@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -34,14 +34,19 @@ class LoadedTables:
     tables: Mapping[str, HostTable]
     """By name; their rows are writable if in memory of their own, read-only if mapped."""
 
-    memory: TableMemory
-    """Where they are."""
+    memory: Mapping[str, TableMemory]
+    """By name: where each is."""
 
     huge_pages: HugePages | None
-    """What was had of them; None for mapped tables."""
+    """What was had of them; None if all tables are mapped."""
 
     check: TableCheck
-    """Of their content; finished, unless they are mapped."""
+    """Of their content; finished for those that aren't mapped."""
+
+    def __str__(self) -> str:
+        """Where they are, such as ``tables in huge: users, videos; in mmap: words``."""
+        names = {memory: [n for n, m in self.memory.items() if m is memory] for memory in TableMemory}
+        return "tables " + "; ".join(f"in {memory}: {', '.join(n)}" for memory, n in names.items() if n)
 
 
 def load_tables(
@@ -49,6 +54,7 @@ def load_tables(
     memory: TableMemory | None,
     *,
     num_threads: int,
+    platforms: Sequence[str] = (),
     on_bytes: TableBytes | None = None,
     available: Callable[[], AvailableMemory] = available_memory,
 ) -> LoadedTables:
@@ -56,8 +62,11 @@ def load_tables(
 
     Args:
       bundle: opened; its tables need not have been verified.
-      memory: where to; None for huge pages if the kernel has them and the tables fit, else mapped.
+      memory: where to; None for huge pages if the kernel has them and the tables fit, else mapped. What is
+        mapped from a file can't be written, so updatable tables are read into memory whatever it is.
       num_threads: threads that read and check.
+      platforms: of each device that will hold the bundle's rows of tables, such as "cpu": their copies are
+        counted too.
       on_bytes: told of progress in the caller's thread.
       available: how much memory there is.
 
@@ -67,34 +76,34 @@ def load_tables(
 
     Raises:
       BundleError: if a file isn't what it was written as.
-      ConfigError: if huge pages were asked for and memory doesn't suffice; says how much there is.
+      ConfigError: if memory doesn't suffice for huge pages that were asked for, for updatable tables, or for
+        the devices' rows; says how much there is.
     """
-    files = bundle.table_files()
-    num_bytes = sum(file.num_bytes for file in files.values())
-    refusal = _refusal(bundle, num_bytes, available())
+    files, room = bundle.table_files(), available()
     updatable = [table.name for table in bundle.spec.tables if table.updatable]
-    if updatable and memory is TableMemory.MMAP:
-        raise ConfigError(
-            f"{bundle.path}: tables {updatable} are updatable, and what is mapped from a file can't be "
-            f"written: expected table memory huge, got mmap"
-        )
-    if updatable:
-        memory = TableMemory.HUGE
-    if memory is TableMemory.HUGE and refusal:
+    read = list(files) if memory is not TableMemory.MMAP else updatable
+    refusal = _refusal(bundle, read, platforms, room)
+    if memory is None and len(read) > len(updatable):
+        why = refusal or ("" if huge_pages_enabled() else f"{bundle.path}: the kernel gives no huge pages")
+        if why:
+            _log.warning("tables are mapped from their files%s: %s", _but(updatable), why)
+            read = updatable
+            refusal = _refusal(bundle, read, platforms, room)
+    if refusal:
         raise ConfigError(refusal)
-    if memory is None and files:
-        if not huge_pages_enabled():
-            refusal = f"{bundle.path}: the kernel gives no huge pages"
-        if refusal:
-            _log.warning("tables are mapped from their files: %s", refusal)
-    if memory is TableMemory.MMAP or refusal:
-        check = TableCheck(files.values())
-        check.sample()
-        return LoadedTables(_tables(bundle, bundle.tables()), TableMemory.MMAP, None, check)
-    arrays, pages = _read(files, num_threads, on_bytes or (lambda _done, _total: None))
-    _log.info("tables of %s: %s", bundle.path, pages)
-    check = TableCheck(files.values(), is_done=True)
-    return LoadedTables(_tables(bundle, arrays), TableMemory.HUGE, pages, check)
+    mapped = {name: file for name, file in files.items() if name not in read}
+    check = TableCheck(mapped.values(), num_read_bytes=sum(files[name].num_bytes for name in read))
+    check.sample()
+    arrays = {name: file.map() for name, file in mapped.items()}
+    pages = None
+    if read:
+        own, pages = _read(
+            {name: files[name] for name in read}, num_threads, on_bytes or (lambda _d, _t: None)
+        )
+        arrays |= own
+        _log.info("tables of %s: %s", bundle.path, pages)
+    places = {name: TableMemory.MMAP if name in mapped else TableMemory.HUGE for name in files}
+    return LoadedTables(_tables(bundle, arrays), places, pages, check)
 
 
 def _tables(bundle: Bundle, arrays: Mapping[str, np.ndarray]) -> dict[str, HostTable]:
@@ -105,15 +114,66 @@ def _tables(bundle: Bundle, arrays: Mapping[str, np.ndarray]) -> dict[str, HostT
     }
 
 
-def _refusal(bundle: Bundle, num_bytes: int, available: AvailableMemory) -> str:
-    """Why the tables can't be read into memory; empty if they can."""
-    if _HEADROOM * num_bytes <= available.bytes:
+def _refusal(
+    bundle: Bundle, read: Collection[str], platforms: Sequence[str], available: AvailableMemory
+) -> str:
+    """Why memory doesn't suffice; empty if it does.
+
+    Args:
+      bundle: whose tables.
+      read: names of those that are read into memory.
+      platforms: of the devices.
+      available: memory.
+    """
+    num_bytes = sum(file.num_bytes for name, file in bundle.table_files().items() if name in read)
+    held, passing = _device_bytes(bundle, platforms)
+    if _HEADROOM * num_bytes + held + passing <= available.bytes:
         return ""
+    needs = [f"tables of {_gib(num_bytes)} need {_gib(_HEADROOM * num_bytes)} of memory"] if num_bytes else []
+    if held:
+        needs.append(f"their rows on {platforms.count('cpu')} CPU devices {_gib(held)}")
+    if passing:
+        needs.append(f"placing or updating rows on devices {_gib(passing)} for as long")
+    remedies = []
+    updatable = [table.name for table in bundle.spec.tables if table.updatable]
+    if set(read) - set(updatable):
+        remedies.append(
+            f"with table memory mmap (--table-memory mmap) they stay in their files{_but(updatable)}"
+        )
+    if held + passing:
+        remedies.append("a bundle with fewer rows on devices (--device-table-bytes of compile) needs less")
+    if not remedies:
+        remedies.append("updatable tables can't stay in their files")
     return (
-        f"{bundle.path}: tables of {num_bytes / 2**30:.2f} GiB need {_HEADROOM * num_bytes / 2**30:.2f} GiB "
-        f"of memory, available are {available.bytes / 2**30:.2f} GiB ({available}); with table memory mmap "
-        f"(--table-memory mmap) they stay in their files"
+        f"{bundle.path}: {', '.join(needs)}, available are {_gib(available.bytes)} ({available}); "
+        f"{'; '.join(remedies)}"
     )
+
+
+def _device_bytes(bundle: Bundle, platforms: Sequence[str]) -> tuple[int, int]:
+    """What devices' rows take of the host's memory: for good, and for a moment beside that.
+
+    CPU devices share one copy of a table (see `xlarank.device.place_tables`) until an update gives each its
+    own; of what goes to an accelerator one table at a time is copied. An update of rows holds up to two
+    more arrays of the table while it is under way (`xlarank.device.TableWriter`).
+    """
+    num_cpus, held, passing = platforms.count("cpu"), 0, 0
+    for placement in bundle.manifest.placements:
+        table, own = bundle.spec.table_by_name[placement.table], placement.num_bytes(bundle.spec)
+        if num_cpus:
+            held += own * (num_cpus if table.updatable else 1)
+            passing = max(passing, 2 * own if table.updatable else 0)
+        if num_cpus < len(platforms):
+            passing = max(passing, own)
+    return held, passing
+
+
+def _but(updatable: Sequence[str]) -> str:
+    return f", but {list(updatable)}, which are updatable" if updatable else ""
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _read(

@@ -54,6 +54,11 @@ class TablePlacement:
         is_whole = self.num_rows == spec.table_by_name[self.table].num_rows
         return Placement.DEVICE if is_whole else Placement.SPLIT
 
+    def num_bytes(self, spec: ModelSpec) -> int:
+        """Of the rows on each device, and the row of zeros behind them."""
+        table = spec.table_by_name[self.table]
+        return (self.num_rows + 1) * table.dtype.row_bytes(table.dim)
+
 
 def check_placements(spec: ModelSpec, unused: Collection[str], placements: Sequence[TablePlacement]) -> None:
     """Raises ConfigError unless each table is there once and every feature of it that is read has a capacity.

@@ -1,3 +1,4 @@
+from xlarank_serving._proto import grpc_service_pb2 as _grpc_service_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -27,3 +28,29 @@ class UpdateRowsResponse(_message.Message):
     model_version: str
     table_version: int
     def __init__(self, model_version: _Optional[str] = ..., table_version: _Optional[int] = ...) -> None: ...
+
+class UpdateFeaturesResponse(_message.Message):
+    __slots__ = ("model_version", "store_version")
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    STORE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    model_version: str
+    store_version: int
+    def __init__(self, model_version: _Optional[str] = ..., store_version: _Optional[int] = ...) -> None: ...
+
+class RemoveFeaturesRequest(_message.Message):
+    __slots__ = ("model_name", "model_version", "candidate_ids")
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_IDS_FIELD_NUMBER: _ClassVar[int]
+    model_name: str
+    model_version: str
+    candidate_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., candidate_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RemoveFeaturesResponse(_message.Message):
+    __slots__ = ("model_version", "num_removed")
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_REMOVED_FIELD_NUMBER: _ClassVar[int]
+    model_version: str
+    num_removed: int
+    def __init__(self, model_version: _Optional[str] = ..., num_removed: _Optional[int] = ...) -> None: ...

@@ -21,7 +21,12 @@ constexpr size_t kStripes = 4096;
 constexpr size_t kMinSlots = 1024;
 constexpr size_t kMallocBytes = 16;  // what an allocation costs beside its bytes
 
-// A pointer takes 48 bits; the 16 above hold those of the hash, so that hardly a wrong record is looked at.
+// With a limit: at most 2 of 3 slots are live, and at 5 of 6 used the table is made anew.
+constexpr size_t kLiveOf3 = 2;
+constexpr size_t kUsedOf6 = 5;
+
+// A pointer takes 48 bits; the 16 above hold the lowest of the hash, so that hardly a wrong record is looked at.
+// The highest bits choose the slot.
 constexpr int kTagShift = 48;
 constexpr uintptr_t kPointer = (uintptr_t{1} << kTagShift) - 1;
 constexpr uintptr_t kLeft = 1;  // a slot whose record is gone: the search goes on
@@ -36,7 +41,8 @@ struct FeatureTable::Node {
   Node* older;  // guarded by write_
   size_t slot;  // guarded by write_
   std::atomic<bool> visited;
-  bool removed;  // hides the file's
+  bool removed;   // hides the file's
+  uint32_t time;  // when it was put in, or asked for elsewhere; in the caller's unit
   Record record;
 
   static size_t bytes_of(size_t payload_bytes) {
@@ -46,36 +52,43 @@ struct FeatureTable::Node {
 };
 
 struct FeatureTable::Slots {
-  explicit Slots(size_t count) : mask(count - 1), entries(new std::atomic<uintptr_t>[count]) {
+  explicit Slots(size_t count) : size(count), entries(new std::atomic<uintptr_t>[count]) {
     for (size_t i = 0; i < count; ++i) entries[i].store(0, std::memory_order_relaxed);
   }
 
   static Node* node_of(uintptr_t entry) { return reinterpret_cast<Node*>(entry & kPointer); }
   static uintptr_t entry_of(Node* node, uint64_t hash) {
-    return reinterpret_cast<uintptr_t>(node) | (static_cast<uintptr_t>(hash >> kTagShift) << kTagShift);
+    return reinterpret_cast<uintptr_t>(node) | (static_cast<uintptr_t>(hash) << kTagShift);
   }
 
-  size_t size() const { return mask + 1; }
+  // Where the search for a hash begins. Any size will do: one of a power of two would leave up to half of a
+  // limit unused.
+  size_t first(uint64_t hash) const {
+    __extension__ using Product = unsigned __int128;
+    return static_cast<size_t>((static_cast<Product>(hash) * size) >> 64);
+  }
+  size_t after(size_t at) const { return at + 1 == size ? 0 : at + 1; }
+  size_t before(size_t at) const { return at == 0 ? size - 1 : at - 1; }
 
   // First place from `at` on whose tag is that of the hash; its entry is 0 if the search ends there.
   size_t probe(size_t at, uint64_t hash, uintptr_t& entry) const {
-    for (;; at = (at + 1) & mask) {
+    for (;; at = after(at)) {
       entry = entries[at].load(std::memory_order_acquire);
-      if (entry == 0 || (entry != kLeft && (entry >> kTagShift) == (hash >> kTagShift))) return at;
+      if (entry == 0 || (entry != kLeft && ((entry ^ entry_of(nullptr, hash)) >> kTagShift) == 0)) return at;
     }
   }
 
   // An id's node and its place; nullptr if there is none. Looked at once: the slot may change behind a reader.
   Node* find(int64_t id, uint64_t hash, size_t& at) const {
     uintptr_t entry;
-    for (at = hash & mask;; at = (at + 1) & mask) {
+    for (at = first(hash);; at = after(at)) {
       at = probe(at, hash, entry);
       if (entry == 0) return nullptr;
       if (node_of(entry)->record.id == id) return node_of(entry);
     }
   }
 
-  const size_t mask;
+  const size_t size;
   const std::unique_ptr<std::atomic<uintptr_t>[]> entries;
 };
 
@@ -89,13 +102,13 @@ FeatureTable::FeatureTable(const RecordLayout& layout, size_t limit, FeatureFile
   if (limit_ && !file_.empty()) throw std::invalid_argument("a file and a limit don't go together");
   size_t capacity = kMinSlots;
   if (limit_) {
-    // Room for as many records as the limit can hold, half full; a quarter of the limit at most. It never grows:
-    // making it anew, of the same size, is in the account too.
-    const size_t most = limit_ / Node::bytes_of(layout_.fixed_bytes());
-    while (capacity < 2 * most && 4 * sizeof(uintptr_t) * 2 * (2 * capacity) <= limit_) capacity *= 2;
+    // Room for as many records as the limit can hold. It never grows; while it is made anew, of the same size,
+    // the second one takes the spare part of the limit.
+    const size_t a_record = kLiveOf3 * Node::bytes_of(layout_.fixed_bytes()) + 3 * sizeof(uintptr_t);
+    capacity = std::max(kMinSlots, std::min(3 * most_ / a_record + 1, limit_ / kSpare / sizeof(uintptr_t)));
   }
   slots_.store(new Slots(capacity));
-  slot_bytes_ = capacity * sizeof(uintptr_t) * (limit_ ? 2 : 1);
+  slot_bytes_ = capacity * sizeof(uintptr_t);
 }
 
 FeatureTable::~FeatureTable() {
@@ -107,7 +120,8 @@ FeatureTable::~FeatureTable() {
   delete slots_.load();
 }
 
-FeatureLookup FeatureTable::lookup(const int64_t* ids, size_t num_ids, const std::vector<bool>& wanted) {
+FeatureLookup FeatureTable::lookup(const int64_t* ids, size_t num_ids, const std::vector<bool>& wanted,
+                                   uint32_t oldest) {
   FeatureLookup result;
   std::vector<const Record*> records;
   records.reserve(num_ids);
@@ -120,11 +134,11 @@ FeatureLookup FeatureTable::lookup(const int64_t* ids, size_t num_ids, const std
     const size_t count = std::min(num_ids - base, kBlock);
     for (size_t i = 0; i < count; ++i) {
       hashes[i] = hash_int64(load<int64_t>(ids + base + i), 0);
-      __builtin_prefetch(&slots.entries[hashes[i] & slots.mask]);
+      __builtin_prefetch(&slots.entries[slots.first(hashes[i])]);
       if (!file_.empty()) file_.prefetch(hashes[i]);
     }
     for (size_t i = 0; i < count; ++i) {
-      slots.probe(hashes[i] & slots.mask, hashes[i], entries[i]);
+      slots.probe(slots.first(hashes[i]), hashes[i], entries[i]);
       if (entries[i]) __builtin_prefetch(Slots::node_of(entries[i]));
     }
     for (size_t i = 0; i < count; ++i) {
@@ -132,10 +146,11 @@ FeatureLookup FeatureTable::lookup(const int64_t* ids, size_t num_ids, const std
       Node* node = Slots::node_of(entries[i]);
       size_t at;
       if (node && node->record.id != id) node = slots.find(id, hashes[i], at);
-      if (node && limit_ && !node->visited.load(std::memory_order_relaxed)) {
+      const bool is_hidden = node && (node->removed || node->time < oldest);
+      if (node && limit_ && !is_hidden && !node->visited.load(std::memory_order_relaxed)) {
         node->visited.store(true, std::memory_order_relaxed);
       }
-      const Record* const record = !node ? file_.find(id, hashes[i]) : node->removed ? nullptr : &node->record;
+      const Record* const record = !node ? file_.find(id, hashes[i]) : is_hidden ? nullptr : &node->record;
       if (!record) {
         result.missing.push_back(static_cast<int64_t>(base + i));
         continue;
@@ -152,7 +167,7 @@ FeatureLookup FeatureTable::lookup(const int64_t* ids, size_t num_ids, const std
 }
 
 void FeatureTable::put(const int64_t* ids, size_t num_ids, const std::vector<Column>& columns,
-                       const uint64_t* stamps) {
+                       const uint64_t* stamps, uint32_t time, uint32_t oldest) {
   std::vector<size_t> sizes(num_ids);  // of all first: a row too large is refused before any is put in
   for (size_t i = 0; i < num_ids; ++i) sizes[i] = layout_.payload_bytes(columns, static_cast<int64_t>(i));
   const std::lock_guard<std::mutex> lock(write_);
@@ -162,7 +177,8 @@ void FeatureTable::put(const int64_t* ids, size_t num_ids, const std::vector<Col
     const uint64_t hash = hash_int64(id, 0);
     size_t at;
     Node* old = slots_.load()->find(id, hash, at);
-    if (stamps && (old || written_[stripe_of(hash)] != load<uint64_t>(stamps + i))) continue;
+    const bool is_there = old && old->time >= oldest;
+    if (stamps && (is_there || written_[stripe_of(hash)] != load<uint64_t>(stamps + i))) continue;
     if (!stamps) written_[stripe_of(hash)] = version_;
     if (limit_ && slot_bytes_ + Node::bytes_of(sizes[i]) > most_) {
       if (old) unlink(at);
@@ -171,7 +187,7 @@ void FeatureTable::put(const int64_t* ids, size_t num_ids, const std::vector<Col
     }
     make_room(Node::bytes_of(sizes[i]));
     old = slots_.load()->find(id, hash, at);  // what makes room may have moved or taken it
-    Node* const node = make_node(id, sizes[i]);
+    Node* const node = make_node(id, sizes[i], time);
     layout_.write(columns, static_cast<int64_t>(i), reinterpret_cast<uint8_t*>(&node->record + 1));
     if (old ? old->removed : !file_.find(id, hash)) ++rows_;
     old ? replace(at, old, node, hash) : link(node, hash);
@@ -181,7 +197,7 @@ void FeatureTable::put(const int64_t* ids, size_t num_ids, const std::vector<Col
   grace_.collect();
 }
 
-int64_t FeatureTable::remove(const int64_t* ids, size_t num_ids) {
+int64_t FeatureTable::remove(const int64_t* ids, size_t num_ids, uint32_t time) {
   const std::lock_guard<std::mutex> lock(write_);
   ++version_;
   int64_t removed = 0;
@@ -200,7 +216,7 @@ int64_t FeatureTable::remove(const int64_t* ids, size_t num_ids) {
     }
     make_room(0);
     old = slots_.load()->find(id, hash, at);
-    Node* const node = make_node(id, 0);
+    Node* const node = make_node(id, 0, time);
     node->removed = true;
     old ? replace(at, old, node, hash) : link(node, hash);
     --rows_;
@@ -221,13 +237,14 @@ FeatureStats FeatureTable::stats() {
   const std::lock_guard<std::mutex> lock(write_);
   return FeatureStats{rows_,        static_cast<int64_t>(live_), static_cast<int64_t>(used_bytes()),
                       hits_.load(), misses_.load(),              evictions_,
-                      static_cast<int64_t>(version_)};
+                      static_cast<int64_t>(version_), oldest_ ? int64_t{oldest_->time} : -1};
 }
 
-FeatureTable::Node* FeatureTable::make_node(int64_t id, size_t payload_bytes) {
+FeatureTable::Node* FeatureTable::make_node(int64_t id, size_t payload_bytes, uint32_t time) {
   void* const memory = std::malloc(sizeof(Node) + payload_bytes);
   if (!memory) throw std::bad_alloc();
   Node* const node = new (memory) Node{};
+  node->time = time;
   node->record = Record{id, static_cast<uint32_t>(payload_bytes), 0};
   node_bytes_ += node->bytes();
   return node;
@@ -235,8 +252,8 @@ FeatureTable::Node* FeatureTable::make_node(int64_t id, size_t payload_bytes) {
 
 void FeatureTable::link(Node* node, uint64_t hash) {
   Slots& slots = *slots_.load();
-  size_t at = hash & slots.mask;
-  while (slots.entries[at].load(std::memory_order_relaxed) > kLeft) at = (at + 1) & slots.mask;
+  size_t at = slots.first(hash);
+  while (slots.entries[at].load(std::memory_order_relaxed) > kLeft) at = slots.after(at);
   used_ += slots.entries[at].load(std::memory_order_relaxed) == 0;
   ++live_;
   node->slot = at;
@@ -258,8 +275,8 @@ void FeatureTable::unlink(size_t at) {
   Node* const node = Slots::node_of(slots.entries[at].load(std::memory_order_relaxed));
   slots.entries[at].store(kLeft, std::memory_order_release);
   // Where a search would end at the next slot, it may end here: else such slots would fill the table.
-  if (slots.entries[(at + 1) & slots.mask].load(std::memory_order_relaxed) == 0) {
-    for (; slots.entries[at].load(std::memory_order_relaxed) == kLeft; at = (at - 1) & slots.mask) {
+  if (slots.entries[slots.after(at)].load(std::memory_order_relaxed) == 0) {
+    for (; slots.entries[at].load(std::memory_order_relaxed) == kLeft; at = slots.before(at)) {
       slots.entries[at].store(0, std::memory_order_release);
       --used_;
     }
@@ -272,34 +289,41 @@ void FeatureTable::unlink(size_t at) {
 
 // After it a node of so many bytes fits into the limit, and into the slots.
 void FeatureTable::make_room(size_t bytes) {
-  const size_t capacity = slots_.load()->size();
+  const size_t capacity = slots_.load()->size;
   if (!limit_) {
     if (2 * (used_ + 1) <= capacity) return;
     size_t wanted = kMinSlots;
     while (wanted < 3 * (live_ + 1)) wanted *= 2;
     return rebuild(wanted);
   }
-  while (2 * (live_ + 1) > capacity) evict();
+  while (3 * (live_ + 1) > kLiveOf3 * capacity) evict();
   while (oldest_ && slot_bytes_ + node_bytes_ + bytes > most_) evict();
   // Readers are waited for once in as many rows as fill the spare part, not once a row.
   if (used_bytes() + bytes > limit_) grace_.drain();
-  if (4 * (used_ + 1) > 3 * capacity) rebuild(capacity);
+  if (6 * (used_ + 1) > kUsedOf6 * capacity) rebuild(capacity);
 }
 
 void FeatureTable::rebuild(size_t capacity) {
+  if (limit_) grace_.drain();  // the spare part of the limit is now for the new slots
   Slots* const old = slots_.load();
   auto* const slots = new Slots(capacity);
-  for (Node* node = oldest_; node; node = node->newer) {
+  // By slot, so that nodes can be prefetched and the new slots are written nearly in order.
+  for (size_t i = 0; i < old->size; ++i) {
+    const uintptr_t ahead = old->entries[std::min(i + kBlock, old->size - 1)].load(std::memory_order_relaxed);
+    __builtin_prefetch(Slots::node_of(ahead), 1);
+    const uintptr_t entry = old->entries[i].load(std::memory_order_relaxed);
+    if (entry <= kLeft) continue;
+    Node* const node = Slots::node_of(entry);
     const uint64_t hash = hash_int64(node->record.id, 0);
-    size_t at = hash & slots->mask;
-    while (slots->entries[at].load(std::memory_order_relaxed)) at = (at + 1) & slots->mask;
+    size_t at = slots->first(hash);
+    while (slots->entries[at].load(std::memory_order_relaxed)) at = slots->after(at);
     slots->entries[at].store(Slots::entry_of(node, hash), std::memory_order_relaxed);
     node->slot = at;
   }
   slots_.store(slots);
   used_ = live_;
-  grace_.retire(old, limit_ ? 1 : old->size() * sizeof(uintptr_t), [](void* p) { delete static_cast<Slots*>(p); });
-  if (limit_) return grace_.drain();  // the account has room for two, not three
+  grace_.retire(old, limit_ ? 1 : old->size * sizeof(uintptr_t), [](void* p) { delete static_cast<Slots*>(p); });
+  if (limit_) return grace_.drain();
   slot_bytes_ = capacity * sizeof(uintptr_t);
 }
 

@@ -24,6 +24,7 @@ struct FeatureStats {
   int64_t bytes = 0;      // of memory, not yet freed ones included; never above the limit
   int64_t hits = 0, misses = 0, evictions = 0;
   int64_t version = 0;    // calls of put and remove
+  int64_t oldest = -1;    // time of the oldest record in memory, to within calls of put that overlap; -1 for none
 };
 
 struct FeatureLookup {
@@ -39,14 +40,17 @@ class FeatureTable {
   FeatureTable(const FeatureTable&) = delete;
   ~FeatureTable();
 
-  FeatureLookup lookup(const int64_t* ids, size_t num_ids, const std::vector<bool>& wanted);
+  // A record in memory whose time is before `oldest` is not found.
+  FeatureLookup lookup(const int64_t* ids, size_t num_ids, const std::vector<bool>& wanted, uint32_t oldest);
 
   // Puts rows in, over those that there are. With `stamps`, of `stamps()` before the rows were read from
-  // elsewhere, only those that are not there and were not written to since.
-  void put(const int64_t* ids, size_t num_ids, const std::vector<Column>& columns, const uint64_t* stamps);
+  // elsewhere, only those that are not there, or are older than `oldest`, and were not written to since. `time`
+  // counts in any unit; it is that of the rows.
+  void put(const int64_t* ids, size_t num_ids, const std::vector<Column>& columns, const uint64_t* stamps,
+           uint32_t time, uint32_t oldest);
 
   // Returns how many there were.
-  int64_t remove(const int64_t* ids, size_t num_ids);
+  int64_t remove(const int64_t* ids, size_t num_ids, uint32_t time);
 
   std::vector<uint64_t> stamps(const int64_t* ids, size_t num_ids);
   FeatureStats stats();
@@ -55,7 +59,7 @@ class FeatureTable {
   struct Node;
   struct Slots;
 
-  Node* make_node(int64_t id, size_t payload_bytes);
+  Node* make_node(int64_t id, size_t payload_bytes, uint32_t time);
   void link(Node* node, uint64_t hash);
   void unlink(size_t at);
   void replace(size_t at, Node* old, Node* node, uint64_t hash);

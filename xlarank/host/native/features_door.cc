@@ -108,13 +108,13 @@ class Door {
     table_ = std::make_unique<FeatureTable>(layout_, limit, file);
   }
 
-  nb::tuple lookup(nb::handle ids, const std::vector<bool>& wanted) {
+  nb::tuple lookup(nb::handle ids, const std::vector<bool>& wanted, uint32_t oldest) {
     const Ids keys(ids);
     if (wanted.size() != layout_.features().size()) throw std::invalid_argument("expected one flag a feature");
     FeatureLookup found;
     {
       nb::gil_scoped_release release;
-      found = table_->lookup(keys.data, keys.size, wanted);
+      found = table_->lookup(keys.data, keys.size, wanted, oldest);
     }
     nb::list others;
     for (size_t i = 0; i < wanted.size(); ++i) {
@@ -125,7 +125,7 @@ class Door {
                           others, xlarank::to_numpy(std::move(found.missing)));
   }
 
-  void put(nb::handle ids, const nb::list& columns, nb::handle stamps) {
+  void put(nb::handle ids, const nb::list& columns, nb::handle stamps, uint32_t time, uint32_t oldest) {
     const Ids keys(ids);
     Buffers buffers;
     const std::vector<Column> rows = read_columns(layout_, columns, keys.size, buffers);
@@ -138,13 +138,13 @@ class Door {
       since = values.data<const uint64_t>();
     }
     nb::gil_scoped_release release;
-    table_->put(keys.data, keys.size, rows, since);
+    table_->put(keys.data, keys.size, rows, since, time, oldest);
   }
 
-  int64_t remove(nb::handle ids) {
+  int64_t remove(nb::handle ids, uint32_t time) {
     const Ids keys(ids);
     nb::gil_scoped_release release;
-    return table_->remove(keys.data, keys.size);
+    return table_->remove(keys.data, keys.size, time);
   }
 
   nb::object stamps(nb::handle ids) {
@@ -171,6 +171,7 @@ class Door {
     fields["misses"] = stats.misses;
     fields["evictions"] = stats.evictions;
     fields["version"] = stats.version;
+    fields["oldest"] = stats.oldest;
     return fields;
   }
 
@@ -225,9 +226,9 @@ void define_features(nb::module_& module) {
   nb::class_<Door>(module, "FeatureTable")
       .def(nb::init<const nb::list&, size_t, nb::handle, nb::handle>(), "features"_a, "limit"_a,
            "index"_a.none(), "records"_a.none())
-      .def("lookup", &Door::lookup, "ids"_a, "wanted"_a)
-      .def("put", &Door::put, "ids"_a, "columns"_a, "stamps"_a.none())
-      .def("remove", &Door::remove, "ids"_a)
+      .def("lookup", &Door::lookup, "ids"_a, "wanted"_a, "oldest"_a)
+      .def("put", &Door::put, "ids"_a, "columns"_a, "stamps"_a.none(), "time"_a, "oldest"_a)
+      .def("remove", &Door::remove, "ids"_a, "time"_a)
       .def("stamps", &Door::stamps, "ids"_a)
       .def("stats", &Door::stats);
 }
