@@ -19,7 +19,7 @@ from xlarank import device
 
 _CACHE = pytest.StashKey[Path]()
 
-# Marked `once` whole: pure Python, or sweeps of what the files beside them show on the oldest interpreter too.
+# Marked `once` whole: pure Python, or sweeps of what other files show on the oldest interpreter too.
 _ONCE = {
     "cli/test_explain.py",
     "cli/test_inspect.py",
