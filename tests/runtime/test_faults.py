@@ -256,6 +256,26 @@ def test_closing_leaves_a_device_that_hangs_behind(repository):
     hang.go_on.set()
 
 
+def test_a_model_that_was_closed_while_its_batch_is_judged_harms_no_device(repository):
+    """Its callers have left, so nothing keeps it open; the device's thread and the timer must survive."""
+    pool = DevicePool(1, faults=QUICK)
+    leaving = Engine.load(repository / "shop", pool=pool)
+    (only,) = wrap(leaving, Faulty)
+    hang = only.fault = Hang()
+    future = leaving.submit(requests_of(1)[0])
+    assert hang.has_come.wait(60)
+    assert future.cancel()
+    leaving.close()
+    with Engine.load(repository / "shop", pool=DevicePool(1)) as other:
+        expected = other.score(requests_of(1)[0])
+    wait_for(lambda: pool.statuses()[0].state is DeviceState.QUARANTINED)
+    hang.go_on.set()
+    wait_for(lambda: pool.statuses()[0].state is DeviceState.HEALTHY)
+    with Engine.load(repository / "shop", pool=pool) as staying:
+        np.testing.assert_array_equal(staying.score(requests_of(1)[0])["click"], expected["click"])
+    pool.close()
+
+
 @pytest.mark.parametrize("field", ["watchdog_seconds", "probe_seconds"])
 def test_times_must_be_positive(field):
     with pytest.raises(ConfigError, match=f"faults: {field} must be > 0; was 0"):

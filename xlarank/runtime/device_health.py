@@ -58,6 +58,9 @@ class Suspicion:
     """A batch that a device failed with, to be run by another."""
 
     turn: Turn[Any]
+    workload: Any
+    """The pool's, of the turn's model: that may have been detached when the batch is run again."""
+
     error: Exception
     has_hung: bool
 

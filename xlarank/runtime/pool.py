@@ -252,7 +252,7 @@ class DevicePool:
         except Exception as error:  # the boundary of a device's thread: a batch may fail, the thread not
             if self._end(turn):
                 _log.exception("device %d: a batch of model %s failed", turn.device, turn.queue.name)
-                self._suspect(turn, error)
+                self._suspect(turn, workload, error)
             return
         if self._end(turn):
             workload.answer(result)
@@ -266,9 +266,9 @@ class DevicePool:
             self._on_change()
             return is_own
 
-    def _suspect(self, turn: Turn, error: Exception) -> None:
+    def _suspect(self, turn: Turn, workload: Workload, error: Exception) -> None:
         """Whose fault was it? Another device will tell, or this one alone."""
-        suspicion = Suspicion(turn, error, has_hung=False)
+        suspicion = Suspicion(turn, workload, error, has_hung=False)
         with self._lock:
             if self._scheduler.num_healthy > 1:
                 self._health.suspect(turn.device, suspicion.reason)
@@ -295,7 +295,7 @@ class DevicePool:
 
     def _judge(self, suspicion: Suspicion, turn: Turn) -> None:
         """Runs a batch that another device failed with."""
-        workload, accused = self._workload(turn), suspicion.turn.device
+        workload, accused = suspicion.workload, suspicion.turn.device
         try:
             result = workload.run(turn.batch, turn.device)
         except Exception as error:
@@ -315,7 +315,7 @@ class DevicePool:
 
     def _judge_alone(self, suspicion: Suspicion, turn: Turn) -> None:
         """The same without another device: a golden replay tells whether this one works."""
-        workload = self._workload(turn)
+        workload = suspicion.workload
         try:
             workload.probe(turn.device)
         except Exception as error:
@@ -365,7 +365,7 @@ class DevicePool:
                 stranded = [(self._workloads[queue], items) for queue, items in self._scheduler.clear()]
                 for suspicion in self._suspicions:
                     items = [part.item for part in suspicion.turn.batch.parts]
-                    stranded.append((self._workloads[suspicion.turn.queue], items))
+                    stranded.append((suspicion.workload, items))
                 self._suspicions.clear()
             self._work.notify_all()
             self._set_timer()
@@ -374,10 +374,6 @@ class DevicePool:
 
     def _give_up(self, items: Sequence[Any], workload: Workload) -> None:
         workload.fail(items, UnavailableError(self.fault or "the device failed; try again"))
-
-    def _workload(self, turn: Turn) -> Workload:
-        with self._lock:
-            return self._workloads[turn.queue]
 
     def _on_change(self) -> None:
         """Which device may take what may depend on what the others do."""
@@ -433,11 +429,12 @@ class DevicePool:
         with self._lock:
             if self._scheduler.turn_of(turn.device) is not turn:
                 return  # it has just come back
-            workload = self._workloads[turn.queue]
+            workload = self._workloads.get(turn.queue)  # None: its callers have left, and it was closed
             may_retry = not turn.is_retry and self._scheduler.num_healthy > 1
-            if may_retry:
-                self._suspicions.append(Suspicion(turn, ExecutionError(reason), has_hung=True))
+            if workload is not None and may_retry:
+                hang = Suspicion(turn, workload, ExecutionError(reason), has_hung=True)
+                self._suspicions.append(hang)
         self._quarantine(turn.device, reason, is_away=True)
-        if not may_retry:
+        if workload is not None and not may_retry:
             items = [part.item for part in turn.batch.parts]
             workload.fail(items, ExecutionError(f"model {turn.queue.name!r}: {reason}"))
