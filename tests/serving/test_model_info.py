@@ -70,7 +70,7 @@ def test_statistics_are_what_the_metrics_count(serving, client, wire):
     metrics.record_success(38, Timings(queue=0.002, gather=0.003, execute=0.005, total=0.020))
     metrics.record_failure("REJECTED", 0.5)
     serving.refusal(wire.raw(age=("FP32", [1], b"")))  # its time counts too
-    metrics.set_tables(num_bytes=4096, huge_page_bytes=0, checked_bytes=lambda: 0)
+    metrics.set_tables(places={"videos": ("huge", 4096)}, huge_page_bytes=0, checked_bytes=lambda: 0)
     ((stats,),) = client.get_inference_statistics("feed", as_json=True).values()
     assert (stats["name"], stats["version"]) == ("feed", "3")
     assert (stats["inference_count"], stats["execution_count"]) == ("58", "3")

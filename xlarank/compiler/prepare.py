@@ -76,8 +76,8 @@ class PreparedArrays:
                 self._made[_output_key(key, index)] = array
         return self._made[key]
 
-    def program(self, keys: Sequence[str], num_params: int) -> ClosedJaxpr:
-        """The program `prepare`: the first `num_params` weights in, the arrays of `keys` out.
+    def program(self, keys: Sequence[str], num_params: int | None = None) -> ClosedJaxpr:
+        """The program `prepare`: the first `num_params` weights (all by default) in, arrays of `keys` out.
 
         The others, rows of tables on devices, go by it: row programs take them as they are, and what passes
         through a program is copied.
