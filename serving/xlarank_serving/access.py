@@ -38,8 +38,7 @@ _HEALTH = "/grpc.health.v1.Health/"
 _PROBES = frozenset(f"/{SERVICE_NAME}/{name}" for name in ("ServerLive", "ServerReady", "ModelReady"))
 
 _ADMINISTRATION = frozenset(
-    f"/{SERVICE_NAME}/{name}"
-    for name in ("RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings")
+    f"/{SERVICE_NAME}/{name}" for name in ("RepositoryModelLoad", "RepositoryModelUnload")
 )
 
 _MIN_TOKEN_BYTES = 16

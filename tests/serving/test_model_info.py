@@ -141,7 +141,9 @@ def test_the_index_lists_every_version_and_why_one_is_not_ready(serving, client,
 
 def test_models_are_not_changed_over_the_main_port(serving, client):
     for change in (client.load_model, client.unload_model):
-        with pytest.raises(triton.InferenceServerException, match="administrative port") as info:
+        with pytest.raises(
+            triton.InferenceServerException, match="administrative RPCs are off on this port"
+        ) as info:
             change("feed")
         assert info.value.status() == "StatusCode.PERMISSION_DENIED"
     assert serving.repository.calls == []
