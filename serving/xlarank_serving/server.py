@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import select
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from xlarank_serving.http_server import HttpServer
     from xlarank_serving.repository_rpcs import ManagedRepository
 
-__all__ = ["RankingServer", "stop_on_signals"]
+__all__ = ["RankingServer", "StopRequest", "stop_on_signals"]
 
 # Once every ranking request is done: how long those that still arrive are turned away in words, and how long
 # open streams (a health Watch, reflection) may stay.
@@ -204,26 +205,59 @@ def _http_server() -> type[HttpServer]:
     return HttpServer
 
 
+class StopRequest:
+    """Set by a signal handler, waited for by the main thread.
+
+    Not a `threading.Event`: its lock isn't reentrant, and a handler that runs while the main thread holds it,
+    just going to wait, would wait for itself for ever. Writing into a pipe takes no lock.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        self._is_set = False  # moves one way
+
+    def set(self) -> None:
+        """Ends the wait, now or when it comes. For a signal handler, too."""
+        if not self._is_set:
+            self._is_set = True
+            os.write(self._writer, b"x")
+
+    def is_set(self) -> bool:
+        """Whether it was set."""
+        return self._is_set
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits for so many seconds, or for ever; whether it was set."""
+        select.select([self._reader], [], [], timeout)  # goes on after a handler has run
+        return self._is_set
+
+    def close(self) -> None:
+        """Frees the pipe."""
+        os.close(self._reader)
+        os.close(self._writer)
+
+
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """Sets the event on SIGTERM or SIGINT; a second one ends the process at once, as without this.
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Sets the request on SIGTERM or SIGINT; a second one ends the process at once, as without this.
 
     For the main thread; handlers are put back at the end.
     """
-    event = threading.Event()
+    request = StopRequest()
     signals = (signal.SIGTERM, signal.SIGINT)
     before: dict[int, Any] = {}
 
     def on_signal(number: int, frame: object) -> None:
         for each in signals:
             signal.signal(each, before[each])
-        event.set()
+        request.set()
 
     for each in signals:
         # None: a handler that Python didn't install.
         before[each] = signal.signal(each, on_signal) or signal.SIG_DFL
     try:
-        yield event
+        yield request
     finally:
         for each in signals:
             signal.signal(each, before[each])
+        request.close()

@@ -5,6 +5,8 @@ import math
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import urllib.request
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -379,6 +381,41 @@ def test_the_first_signal_asks_for_a_stop_and_handlers_are_put_back(number):
         assert stop.wait(timeout=10)
         assert signal.getsignal(number) == before
     assert signal.getsignal(number) == before
+
+
+SIGNAL_AT_EVERY_LINE = """
+import signal, sys
+from xlarank_serving.server import stop_on_signals
+
+def wait_with_signal_at(place):
+    left = [place]
+
+    def trace(frame, event, argument):
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                signal.raise_signal(signal.SIGTERM)
+        return trace
+
+    with stop_on_signals() as stop:
+        sys.settrace(trace)
+        try:
+            is_set = stop.wait(timeout=0.05)
+        finally:
+            sys.settrace(None)
+        return is_set, left[0] <= 0
+
+results = [wait_with_signal_at(place) for place in range(1, 30)]
+assert results[0] == (True, True), results
+assert all(is_set or not was_sent for is_set, was_sent in results), results
+"""
+
+
+def test_a_signal_ends_the_wait_wherever_in_it_it_comes():
+    """An Event's lock would be waited for by the handler that interrupted its holder, for ever."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = SIGNAL_AT_EVERY_LINE
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True)
 
 
 @pytest.mark.parametrize(
