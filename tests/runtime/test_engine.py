@@ -25,6 +25,7 @@ from xlarank.errors import (
     UnavailableError,
 )
 from xlarank.runtime import Engine, Metrics, ModelRepository
+from xlarank.runtime.table_check import TableCheck
 from xlarank.spec import (
     FeatureSpec,
     ModelSpec,
@@ -395,13 +396,19 @@ def test_scores_are_the_same_wherever_the_tables_are(in_chunks):
             np.testing.assert_array_equal(huge[task], mapped[task])
 
 
-def test_a_damaged_table_found_while_it_serves_makes_the_model_unready_and_says_why(in_chunks, tmp_path):
+def test_a_damaged_table_found_while_it_serves_makes_the_model_unready_and_says_why(
+    in_chunks, tmp_path, monkeypatch
+):
     shutil.copytree(in_chunks, tmp_path, dirs_exist_ok=True)
     damage_unsampled_row(tmp_path)
     with pytest.raises(BundleError, match=r"items\.npy: damaged: bytes 448 to 512"):
         Engine.load(tmp_path / "shop", table_memory="huge")
-    served = ModelRepository.open(tmp_path, num_devices=1, table_memory="mmap")
+    with monkeypatch.context() as later:  # else it may be found before the model has begun to serve
+        later.setattr(TableCheck, "start", lambda self: None)
+        served = ModelRepository.open(tmp_path, num_devices=1, table_memory="mmap")
     engine = served._models["shop"].routes.versions[1].engine
+    assert served.is_ready
+    engine._table_check.start()
     engine._table_check.join()
     assert engine.fault is not None
     assert not served.is_ready
