@@ -204,6 +204,19 @@ def test_what_is_queued_past_its_deadline_expires_at_it():
     assert batcher.next_deadline == math.inf
 
 
+def test_what_is_left_of_a_split_or_released_request_still_expires_at_its_deadline():
+    batcher = batcher_of()
+    fill(batcher, ("a", 300), deadline=5.0)
+    fill(batcher, ("b", 4), spread_over=(0, 1), deadline=6.0)
+    assert run(batcher, 0) == [("a", 0, 128)]
+    assert batcher.next_deadline == 5.0  # what is bound to the device
+    batcher.release(0)
+    assert batcher.next_deadline == 5.0
+    batcher.expire(6.0)
+    assert batcher.take_late() == ["a", "b"]
+    assert batcher.next_deadline == math.inf
+
+
 def test_requests_that_are_answered_long_before_their_deadline_are_not_kept_for_it():
     batcher = batcher_of()
     asked = []

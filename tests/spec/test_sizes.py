@@ -41,7 +41,7 @@ def test_a_ladder_has_one_a_middle_and_as_many_requests_as_rows():
 def test_the_bucket_is_the_smallest_that_holds_both(rows, num_rows, num_requests):
     ladder = BucketLadder.of_rows(rows)
     holding = [b for b in ladder.buckets if b.rows >= num_rows and b.requests >= num_requests]
-    assert ladder.fits(num_rows, num_requests) == bool(holding)
+    assert (ladder.smallest(num_rows, num_requests) is not None) == bool(holding)
     if max(num_rows, num_requests) <= max(rows):
         assert holding  # any mix up to the largest row count
     if holding:

@@ -53,7 +53,6 @@ class Ticket(Generic[Item]):
     """A queued request."""
 
     item: Item
-    num_rows: int
     queued_at: float
     deadline: float
     order: tuple[float, int]
@@ -192,20 +191,19 @@ class Batcher(Generic[Item]):
             raise BucketError(f"expected a request of at least one row, got {num_rows}")
         assert item not in self._open
         order = (self._order_at(now, priority), next(self._count))
-        ticket = Ticket(item, num_rows, now, deadline, order, home)
+        ticket = Ticket(item, now, deadline, order, home)
         self._load.add(self.plan.work_seconds(num_rows), now)
-        if deadline < math.inf:
-            self._hurried[order[1]] = ticket
-            heapq.heappush(self._deadlines, (deadline, order[1]))
-            if len(self._deadlines) > 2 * len(self._hurried) + _MAX_LOOK:  # deadlines are far, answers quick
-                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._hurried]
-                heapq.heapify(self._deadlines)
         devices = spread_over[:num_rows]
         if not devices:
             self._insert(Part(ticket, 0, num_rows))
         for place, device in enumerate(devices):
             begin, end = (num_rows * i // len(devices) for i in (place, place + 1))
             self._insert(Part(ticket, begin, end, pin=device))
+        if deadline < math.inf:
+            heapq.heappush(self._deadlines, (deadline, order[1]))
+            if len(self._deadlines) > 2 * len(self._hurried) + _MAX_LOOK:  # deadlines are far, answers quick
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._hurried]
+                heapq.heapify(self._deadlines)
 
     def release(self, device: int) -> None:
         """Lets other devices run what is bound or pinned to one that is out of service."""
@@ -387,6 +385,8 @@ class Batcher(Generic[Item]):
 
     def _count_in(self, part: Part[Item]) -> None:
         self._open.setdefault(part.item, []).append(part)
+        if part.ticket.deadline < math.inf:
+            self._hurried[part.ticket.order[1]] = part.ticket
         self._num_queued_rows += part.num_rows
         self._queued_seconds += self._work(part)
 

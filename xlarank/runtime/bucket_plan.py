@@ -7,7 +7,7 @@ import functools
 import math
 
 from xlarank.errors import BucketError
-from xlarank.spec import Bucket, BucketLadder, LatencyProfile
+from xlarank.spec import BucketLadder, LatencyProfile
 
 __all__ = ["LEAST_GAIN", "SECONDS_A_RUN", "BucketPlan"]
 
@@ -64,15 +64,8 @@ class BucketPlan:
         merged = [bucket for bucket in ladder.buckets if bucket.rows <= limit] or [ladder.buckets[0]]
         self.seconds_a_row = min(self._seconds[bucket] / bucket.rows for bucket in merged)
         self.knee_seconds = self.seconds_a_row * limit
-        self.bucket = functools.cache(self._bucket)
+        self.bucket = functools.cache(ladder.smallest)
         self.run_seconds = functools.cache(self._run_seconds)
-
-    def _bucket(self, num_rows: int, num_requests: int) -> Bucket | None:
-        """The smallest bucket that holds them; None when none does."""
-        for bucket in self.ladder.buckets:
-            if bucket.holds(num_rows, num_requests):
-                return bucket
-        return None
 
     def _run_seconds(self, num_rows: int, num_requests: int) -> float:
         """Of one run of the smallest bucket that holds them; inf when none does."""

@@ -62,24 +62,28 @@ class ModelWorkload:
         """
         now = time.monotonic()
         # Since the batch was formed, long ago if this is a retry, callers may have gone or deadlines passed.
-        kept = tuple(part for part in batch.parts if not part.item.is_over and part.ticket.deadline > now)
+        kept: list[Part[Pending]] = []
         for part in batch.parts:
-            if part not in kept:
+            if part.item.is_over or part.ticket.deadline <= now:
                 self.fail_late(part.item)
+            else:
+                kept.append(part)
         if not kept:
             return None
-        return self._run(kept, device_index)
+        return self._run(batch if len(kept) == len(batch.parts) else self._batch_of(kept), device_index)
 
-    def _run(self, parts: Sequence[Part[Pending]], device_index: int) -> tuple[Batch[Pending], Executed]:
+    def _batch_of(self, parts: Sequence[Part[Pending]]) -> Batch[Pending]:
         bucket = self._ladder.bucket_for(sum(part.num_rows for part in parts), len(parts))
-        batch = Batch(bucket, tuple(parts))
+        return Batch(bucket, tuple(parts))
+
+    def _run(self, batch: Batch[Pending], device_index: int) -> tuple[Batch[Pending], Executed]:
         executed = self._execution.run(batch, device_index)
         for task, values in executed.scores.items():
             is_finite = np.isfinite(values[: batch.num_rows])
             if not is_finite.all():
                 raise ExecutionError(
-                    f"model {self._name!r}, task {task!r}, bucket {bucket}: expected finite scores, got "
-                    f"{np.count_nonzero(~is_finite)} of {batch.num_rows} that are not"
+                    f"model {self._name!r}, task {task!r}, bucket {batch.bucket}: expected finite scores, "
+                    f"got {np.count_nonzero(~is_finite)} of {batch.num_rows} that are not"
                 )
         return batch, executed
 
@@ -119,16 +123,18 @@ class ModelWorkload:
 
     def isolate(self, batch: Batch[Pending], device_index: int, error: Exception) -> None:
         """Answers a batch that fails on devices that work; see `xlarank.runtime.isolation`."""
-        done, culprits = isolate(batch.parts, lambda parts: self._run(parts, device_index), error)
+
+        def run(parts: Sequence[Part[Pending]]) -> tuple[Batch[Pending], Executed]:
+            return self._run(self._batch_of(parts), device_index)
+
+        done, culprits = isolate(batch.parts, run, error)
         for _, result in done:
             self.answer(result)
         for culprit in culprits:
             pending = culprit.part.item
-            rows = (
-                f"row {culprit.begin}"
-                if culprit.end - culprit.begin == 1
-                else (f"rows {culprit.begin} to {culprit.end - 1}")
-            )
+            rows = f"row {culprit.begin}"
+            if culprit.end - culprit.begin > 1:
+                rows = f"rows {culprit.begin} to {culprit.end - 1}"
             detail = f"model {self._name!r}: the request fails on every device, by {rows}: {culprit.error}"
             _log.error("%s", detail)
             self._captures.keep_fault(self._name, self._version, pending.bound.request, detail)

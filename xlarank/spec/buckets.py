@@ -83,16 +83,16 @@ class BucketLadder:
         """Most rows that one batch can hold; larger requests are split."""
         return self.buckets[-1].rows
 
+    def smallest(self, num_rows: int, num_requests: int) -> Bucket | None:
+        """Smallest bucket that holds both; None when none does."""
+        return next((bucket for bucket in self.buckets if bucket.holds(num_rows, num_requests)), None)
+
     def bucket_for(self, num_rows: int, num_requests: int) -> Bucket:
         """Smallest bucket that holds both; raises BucketError when none does."""
-        for bucket in self.buckets:
-            if bucket.holds(num_rows, num_requests):
-                return bucket
-        raise BucketError(
-            f"no bucket holds {num_rows} rows of {num_requests} requests; the largest is "
-            f"{self.buckets[-1]} (rows x requests); batches are planned to fit before this point"
-        )
-
-    def fits(self, num_rows: int, num_requests: int) -> bool:
-        """Whether `bucket_for` has an answer."""
-        return any(bucket.holds(num_rows, num_requests) for bucket in self.buckets)
+        bucket = self.smallest(num_rows, num_requests)
+        if bucket is None:
+            raise BucketError(
+                f"no bucket holds {num_rows} rows of {num_requests} requests; the largest is "
+                f"{self.buckets[-1]} (rows x requests); batches are planned to fit before this point"
+            )
+        return bucket
