@@ -68,7 +68,7 @@ def test_a_slower_device_takes_what_the_faster_one_has_no_time_for(run):
     both, _, _ = run(*options, "--speeds", "1,0.25")
     assert both["refused"] == 0
     assert both["latency_ms"]["p99"] < 80
-    spread, _, _ = run(*options, "--speeds", "1,0.25", "--policy", "spread")
+    spread, _, _ = run(*options, "--speeds", "1,0.25", "--dispatch-policy", "spread")
     assert spread["latency_ms"]["mean"] > both["latency_ms"]["mean"]
 
 

@@ -41,20 +41,6 @@ MAX_ROWS = 1024
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("repository")
-    build_bundle(
-        shop.Shop(rngs=nnx.Rngs(0)),
-        shop.SPEC,
-        shop.make_tables(),
-        out=folder,
-        buckets=[8, 128, MAX_ROWS],
-        tune_seconds=0,
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
 def engine(repository):
     with Engine.load(repository / "shop") as engine:
         yield engine

@@ -52,19 +52,6 @@ class Looks:
 
 
 @pytest.fixture
-def root(tmp_path):
-    return tmp_path / "models"
-
-
-@pytest.fixture
-def publish(linear_version, root):
-    def publish(number, **options):
-        return linear.publish(linear_version, root, number, **options)
-
-    return publish
-
-
-@pytest.fixture
 def opened(root):
     """Opens the repository; closed at the end."""
     repositories = []

@@ -15,19 +15,6 @@ from xlarank.runtime.pacing import PacedRuns
 
 
 @pytest.fixture
-def root(tmp_path):
-    return tmp_path / "models"
-
-
-@pytest.fixture
-def publish(linear_version, root):
-    def publish(number, **options):
-        return linear.publish(linear_version, root, number, **options)
-
-    return publish
-
-
-@pytest.fixture
 def opened(root):
     repositories = []
 

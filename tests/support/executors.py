@@ -30,10 +30,8 @@ class Faulty:
     def __init__(self, inner):
         self.inner = inner
         self.fault = None
-        self.num_runs = 0
 
     def run(self, bucket, leaves):
-        self.num_runs += 1
         scores = self.inner.run(bucket, leaves)
         if self.fault is None:
             return scores

@@ -28,7 +28,7 @@ __all__ = ["add_parser", "run"]
 _EPILOG = """\
 example:
   xlarank simulate artifacts/models/movielens --load 0.8 --candidates 500 --devices 2 --slo-ms 20
-  xlarank simulate artifacts/models/movielens --trace arrivals.csv --policy spread --devices 4
+  xlarank simulate artifacts/models/movielens --trace arrivals.csv --dispatch-policy spread --devices 4
 
 The batcher and the scheduler are the server's own; the devices take the times that the bundle was measured
 at. A trace is a CSV file with a header, of the columns seconds and candidates, and where wanted priority,
@@ -75,7 +75,9 @@ def add_parser(subparsers: Any) -> None:
         "--costs", type=_numbers, metavar="C1,C2,..", help="of a second of each device, to prefer the cheaper"
     )
     parser.add_argument("--device-kind", metavar="KIND", help="whose times count, where BUNDLE has several")
-    parser.add_argument("--policy", choices=["affinity", "spread"], default="affinity", help="(%(default)s)")
+    parser.add_argument(
+        "--dispatch-policy", choices=["affinity", "spread"], default="affinity", help="(%(default)s)"
+    )
     parser.add_argument("--slo-ms", type=float, default=100.0, help="goodput is what meets it (%(default)s)")
     parser.add_argument("--timeout-ms", type=float, default=0.0, help="deadline of each request (none)")
     parser.add_argument("--max-queue-ms", type=float, default=1000.0, help="longest wait (%(default)s)")
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         max_queue_ms=args.max_queue_ms,
         default_timeout_ms=args.timeout_ms,
         max_defer_ms=args.max_defer_ms,
-        policy=args.policy,
+        policy=args.dispatch_policy,
     )
     if args.slo_ms <= 0:
         raise ConfigError(f"--slo-ms must be > 0; was {args.slo_ms}")
@@ -121,7 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "version": manifest.version,
         "device_kind": kind,
         "devices": [{"speed": speed, "cost": cost} for speed, cost in zip(speeds, costs, strict=True)],
-        "policy": args.policy,
+        "policy": args.dispatch_policy,
         "requests": len(arrivals),
         "candidates_per_request": float(result.sizes.mean()),
         "offered_requests_per_second": _rate(arrivals),

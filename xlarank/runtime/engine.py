@@ -403,7 +403,7 @@ def _check_golden(
     """For devices that are suspected while serving."""
     if any(state.version for state in versions.now().values()):
         # Golden scores are those of the tables as they were loaded; what can still be told is whether the
-        # device runs and its scores are finite, which any batch tells.
-        check(executor.run, buffers, where="", is_any_score_right=True)
+        # device runs and its scores are finite.
+        check(executor.run, buffers, where="golden replay on updated tables", is_any_score_right=True)
     else:
         check(executor.run, buffers, where="golden replay")

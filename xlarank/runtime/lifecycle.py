@@ -120,7 +120,6 @@ class ModelRepository:
         device.configure(num_devices=num_devices, compile_cache=compile_cache)
         metrics = metrics or Metrics()
         pool = DevicePool(len(device.devices(num_devices)), faults=faults)
-        metrics.register(PoolMetrics(pool.snapshot))
         stopping = threading.Event()
         loader = VersionLoader(
             pool, metrics, options, stores, warm_share=versions.warm_share, wait=stopping.wait
@@ -163,7 +162,9 @@ class ModelRepository:
         self._version_metrics = VersionMetrics(
             lambda: self.index(with_idle=False), lambda: loader.num_serving_compiles
         )
-        metrics.register(self._version_metrics)
+        self._pool_metrics = PoolMetrics(pool.snapshot)
+        for collector in (self._version_metrics, self._pool_metrics):
+            metrics.register(collector)
 
     @property
     def is_ready(self) -> bool:
@@ -308,7 +309,8 @@ class ModelRepository:
         for model in models:
             model.wait_until_drained()
         self._pool.close()
-        self._metrics.unregister(self._version_metrics)
+        for collector in (self._version_metrics, self._pool_metrics):
+            self._metrics.unregister(collector)
 
     def _serve(self, stop: Stop | None) -> None:
         self._required |= set(self._models)

@@ -156,10 +156,6 @@ class Scheduler(Generic[Item]):
         if queue in self._queues:
             self._queues.remove(queue)
 
-    def is_attached(self, queue: ModelQueue[Item]) -> bool:
-        """Whether it takes part."""
-        return queue in self._queues
-
     def submit(
         self, queue: ModelQueue[Item], item: Item, num_rows: int, options: RequestOptions, now: float
     ) -> None:
@@ -259,10 +255,6 @@ class Scheduler(Generic[Item]):
         """Turns that a device has ended, their seconds, and what late ones took over what was predicted."""
         device = self._devices[device_index]
         return device.num_turns, device.busy_seconds, device.ratio
-
-    def is_healthy(self, device_index: int) -> bool:
-        """Whether a device is given work."""
-        return self._devices[device_index].is_healthy
 
     def set_healthy(self, device_index: int, is_healthy: bool) -> None:
         """Takes a device out of service, and what is bound to it to others; or puts it back."""
