@@ -40,7 +40,7 @@ _NAMES = [
     "n" * 5000,
     "%s{0}",
 ]
-_SIZES = {"FP32": 4, "INT64": 8, "INT32": 4, "FP64": 8}
+_DTYPES = {"FP32": "<f4", "INT64": "<i8", "INT32": "<i4", "FP64": "<f8"}
 _FIELDS = (
     *("bool_contents", "int_contents", "int64_contents", "uint_contents", "uint64_contents"),
     *("fp32_contents", "fp64_contents"),
@@ -145,9 +145,8 @@ def _raw_bytes(request: Request, rng: Rng) -> frozenset[str]:
 
 def _numbers(request: Request, rng: Rng) -> frozenset[str]:
     """Some elements become odd ones: NaN, huge, negative."""
-    if (i := _raw_input(request, rng, *_SIZES)) is not None:
-        datatype = request.inputs[i].datatype
-        dtype = {"FP32": "<f4", "FP64": "<f8", "INT32": "<i4", "INT64": "<i8"}[datatype]
+    if (i := _raw_input(request, rng, *_DTYPES)) is not None:
+        dtype = _DTYPES[request.inputs[i].datatype]
         if len(request.raw_input_contents[i]) % np.dtype(dtype).itemsize:
             return EITHER
         values = np.frombuffer(request.raw_input_contents[i], dtype).copy()

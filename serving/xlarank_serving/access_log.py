@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import os
 import queue
 import sys
 import threading
@@ -29,7 +30,7 @@ class AccessLog:
     """Writes lines on a thread of its own until closed. A `RequestRecord` observer; any thread.
 
     Requests that fail are always written; of the others the share that the config says, spread evenly. The
-    file is opened anew when it has been moved away, so that it can be rotated.
+    file is opened anew when it has been moved away or replaced, so that it can be rotated.
     """
 
     def __init__(self, config: AccessLogConfig) -> None:
@@ -89,9 +90,16 @@ class AccessLog:
                 _log.warning("access log: a line is lost: %s", error)
 
     def _reopen_if_moved(self) -> None:
-        if self._file is not sys.stdout and not self._path.exists():
+        if self._file is sys.stdout:
+            return
+        try:
+            is_same = os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            is_same = False
+        if not is_same:
+            file = self._open()  # first: where that fails, the old one stays open
             self._file.close()
-            self._file = self._open()
+            self._file = file
 
 
 def line_of(record: RequestRecord) -> str:

@@ -84,8 +84,8 @@ class LimitConfig:
     """Largest request."""
 
     max_structure_mib: int = 4
-    """Of it, most that isn't raw contents: names, shapes, parameters, tensors sent typed. Parsed, that takes
-    many times as much memory; raw contents stay as they are."""
+    """Of it, most that isn't raw contents: names, shapes, parameters, tensors sent typed, JSON. Parsed, that
+    takes many times as much memory; raw contents stay as they are."""
 
     max_inputs: int = 4096
     """Input tensors of a request."""

@@ -18,6 +18,7 @@ is `{"error": text}` with the text that gRPC's caller would get, under the code 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
 import logging
 import math
@@ -188,18 +189,20 @@ class _App:
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > limit:
             raise too_large
-        body = bytearray()
+        chunks: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(self._max_receive_seconds):
                 async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > limit:
+                    chunks.append(chunk)
+                    size += len(chunk)
+                    if size > limit:
                         raise too_large
         except TimeoutError:
             raise HTTPException(
-                408, f"expected the whole body within {self._max_receive_seconds:g} s, got {len(body)} bytes"
+                408, f"expected the whole body within {self._max_receive_seconds:g} s, got {size} bytes"
             ) from None
-        return bytes(body)
+        return b"".join(chunks)
 
 
 class _Ranking:
@@ -208,6 +211,7 @@ class _Ranking:
     def __init__(self, service: InferenceService, request: Request, body: bytes) -> None:
         self._service = service
         self._header_length = request.headers.get(HEADER_LENGTH)
+        self._trace_parent = request.headers.get("traceparent")
         self._path = request.path_params
         self._body = body
         self._lock = threading.Lock()
@@ -219,15 +223,23 @@ class _Ranking:
         if self._service.is_stopping:
             raise UnavailableError("the server is stopping")
         request = parse_request(
-            self._body, self._header_length, model=self._path["name"], version=self._path.get("version", "")
+            self._body,
+            self._header_length,
+            self._service.limits,
+            model=self._path["name"],
+            version=self._path.get("version", ""),
         )
-        call = self._service.begin(request.message)
+        call = self._service.begin(request.message, trace_parent=self._trace_parent)
         with self._lock:
             self._call = call
             is_cancelled = self._is_cancelled
         if is_cancelled:
             call.cancel()
-        return encode_response(self._service.finish(call), request)
+        try:
+            response = self._service.finish(call)
+        except concurrent.futures.CancelledError:  # asyncio would take it for a cancellation of its own task
+            raise ClientDisconnect from None
+        return encode_response(response, request)
 
     def cancel(self) -> None:
         """The caller has left."""

@@ -19,7 +19,9 @@ from google.protobuf.message import Message
 from xlarank.errors import RequestError
 from xlarank.spec import StringColumn
 from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.config import LimitConfig
 from xlarank_serving.encoding import bytes_tensor
+from xlarank_serving.limits import check_structure
 from xlarank_serving.tensors import DTYPES
 
 __all__ = ["HEADER_LENGTH", "HttpRequest", "encode_response", "json_of", "parse_object", "parse_request"]
@@ -51,12 +53,15 @@ class HttpRequest:
     """Whether to answer the others as binary."""
 
 
-def parse_request(body: bytes, header_length: str | None, *, model: str, version: str) -> HttpRequest:
+def parse_request(
+    body: bytes, header_length: str | None, limits: LimitConfig, *, model: str, version: str
+) -> HttpRequest:
     """Reads the body of an infer request.
 
     Args:
       body: of the HTTP request.
       header_length: the header `HEADER_LENGTH`, if there is one.
+      limits: of ranking requests; JSON is bounded before it is parsed.
       model: its name, of the path.
       version: of the path; "" for none.
 
@@ -64,12 +69,13 @@ def parse_request(body: bytes, header_length: str | None, *, model: str, version
       RequestError: for a body that isn't such a request.
     """
     end = _header_end(header_length, len(body))
+    check_structure(end, limits, "of JSON")
     head = parse_object(body[:end])
     message = messages.ModelInferRequest(
         model_name=model, model_version=version, id=_get(head, "the request", "id", str, "")
     )
     parameters = dict(_get(head, "the request", "parameters", dict, {}))
-    is_binary = parameters.pop(_BINARY_OUTPUT, False)
+    is_binary = _pop_bool("the request", parameters, _BINARY_OUTPUT)
     _set_parameters("the request", message.parameters, parameters)
     position = end
     for i, value in enumerate(_get(head, "the request", "inputs", list, [])):
@@ -85,8 +91,8 @@ def parse_request(body: bytes, header_length: str | None, *, model: str, version
         output = _object(where, value)
         name = _get(output, where, "name", str)
         parameters = dict(_get(output, where, "parameters", dict, {}))
-        if _BINARY in parameters:
-            binary_outputs[name] = bool(parameters.pop(_BINARY))
+        if (own := _pop_bool(where, parameters, _BINARY)) is not None:
+            binary_outputs[name] = own
         _set_parameters(where, message.outputs.add(name=name).parameters, parameters)
     return HttpRequest(message, binary_outputs, bool(is_binary))
 
@@ -94,11 +100,18 @@ def parse_request(body: bytes, header_length: str | None, *, model: str, version
 def parse_object(text: bytes) -> dict[str, Any]:
     """A JSON object; RequestError for anything else."""
     try:
-        return _object("the request", json.loads(text))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, RequestError):
-            raise
         raise RequestError(f"expected JSON, got {len(text)} bytes that aren't: {error}") from None
+    return _object("the request", value)
+
+
+def _pop_bool(where: str, parameters: dict[str, Any], name: str) -> bool | None:
+    """Takes a flag out; None without one."""
+    value = parameters.pop(name, None)
+    if value is not None and type(value) is not bool:
+        raise RequestError(f"{where}: parameter {name!r}: expected a bool, got {json.dumps(value)[:100]}")
+    return value
 
 
 def encode_response(response: messages.ModelInferResponse, request: HttpRequest) -> tuple[bytes, int | None]:

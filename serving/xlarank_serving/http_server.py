@@ -13,11 +13,12 @@ from xlarank_serving.config import HttpConfig
 from xlarank_serving.http_app import Authorize, http_app
 from xlarank_serving.service import InferenceService, Repository
 from xlarank_serving.threads import ServerThreads
+from xlarank_serving.transport import address_of
 
 __all__ = ["HttpServer"]
 
 _BACKLOG = 2048
-_GRACE_SECONDS = 1.0
+_GRACE_SECONDS = 1
 
 
 class HttpServer:
@@ -90,11 +91,11 @@ class HttpServer:
     @property
     def address(self) -> str:
         """host:port."""
-        return f"[{self._host}]:{self.port}" if ":" in self._host else f"{self._host}:{self.port}"
+        return address_of(self._host, self.port)
 
-    def stop(self, grace_seconds: float = _GRACE_SECONDS) -> None:
-        """Closes the port; requests under way have so long to be answered, whole seconds."""
-        self._options.timeout_graceful_shutdown = round(grace_seconds)
+    def stop(self) -> None:
+        """Closes the port; requests under way have a second to be answered."""
+        self._options.timeout_graceful_shutdown = _GRACE_SECONDS
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()

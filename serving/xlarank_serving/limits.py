@@ -6,7 +6,7 @@ from xlarank.errors import RequestError
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.config import LimitConfig
 
-__all__ = ["check_message", "check_request"]
+__all__ = ["check_message", "check_request", "check_structure"]
 
 _MIB = 2**20
 
@@ -49,32 +49,38 @@ def check_message(data: bytes, limits: LimitConfig) -> None:
         if tag == _RAW_TAG and position + size <= end:
             raw_bytes += size
         position += size
-    if (structure := end - raw_bytes) > limits.max_structure_mib * _MIB:
+    check_structure(end - raw_bytes, limits, "beside raw_input_contents")
+
+
+def check_structure(num_bytes: int, limits: LimitConfig, where: str) -> None:
+    """Refuses more of what takes far more memory parsed than sent; RequestError.
+
+    Args:
+      num_bytes: of it.
+      limits: of ranking requests.
+      where: which bytes these are, in words.
+    """
+    if num_bytes > limits.max_structure_mib * _MIB:
         raise RequestError(
-            f"expected at most {limits.max_structure_mib} MiB beside raw_input_contents, got {structure} "
-            f"bytes; tensors are larger sent typed, in contents, than raw"
+            f"expected at most {limits.max_structure_mib} MiB {where}, got {num_bytes} bytes; tensors are "
+            f"larger sent typed, or as JSON, than raw"
         )
 
 
 def check_request(request: messages.ModelInferRequest, limits: LimitConfig) -> None:
     """Refuses a parsed request with too much in it; RequestError says what."""
-    _check_counts(
-        max(len(request.inputs), len(request.outputs)),
-        len(request.raw_input_contents),
-        len(request.parameters),
-        limits,
-    )
+    for what, count, most in (
+        ("inputs", len(request.inputs), limits.max_inputs),
+        ("outputs", len(request.outputs), limits.max_inputs),
+        ("raw_input_contents", len(request.raw_input_contents), limits.max_inputs),
+        ("parameters", len(request.parameters), limits.max_parameters),
+    ):
+        if count > most:
+            raise RequestError(f"expected at most {most} {what}, got {count}")
     for name in ("id", "model_name", "model_version"):
-        size = len(getattr(request, name))
+        size = len(getattr(request, name).encode())
         if size > limits.max_id_bytes:
-            raise RequestError(f"{name}: expected at most {limits.max_id_bytes} characters, got {size}")
-
-
-def _check_counts(num_inputs: int, num_raw: int, num_parameters: int, limits: LimitConfig) -> None:
-    if max(num_inputs, num_raw) > limits.max_inputs:
-        raise RequestError(f"expected at most {limits.max_inputs} inputs, got more")
-    if num_parameters > limits.max_parameters:
-        raise RequestError(f"expected at most {limits.max_parameters} parameters, got more")
+            raise RequestError(f"{name}: expected at most {limits.max_id_bytes} bytes, got {size}")
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:

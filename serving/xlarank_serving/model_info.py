@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from xlarank.runtime import ModelStatistics
 from xlarank.spec import DEFAULT_PRIORITY, NUM_PRIORITIES, BucketLadder, ModelSpec
 from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.layout import LENGTHS_SUFFIX
 
 __all__ = ["config_of", "statistics_of"]
 
@@ -37,7 +38,7 @@ def config_of(
     config.version_policy.specific.versions.extend(versions)
     optional = {feature.name for feature in spec.features if feature.default is not None}
     for tensor in metadata.inputs:
-        name = tensor.name.removesuffix(".lengths")
+        name = tensor.name.removesuffix(LENGTHS_SUFFIX)
         config.input.add(
             name=tensor.name,
             data_type=_data_type(tensor.datatype),

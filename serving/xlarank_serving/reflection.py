@@ -10,7 +10,7 @@ from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from xlarank_serving._proto import grpc_service_pb2
+from xlarank_serving._proto import admin_pb2, grpc_service_pb2
 from xlarank_serving.threads import ServerThreads, on_threads
 
 __all__ = ["SERVICE_NAME", "reflection_handlers"]
@@ -24,7 +24,7 @@ def reflection_handlers(
     """A handler a method, by name; `service_names` are what is served beside reflection."""
     # One pool of all that is served: our messages are in a private one, gRPC's own in the default one.
     pool = descriptor_pool.DescriptorPool()
-    for module in (grpc_service_pb2, health_pb2, reflection_pb2):
+    for module in (grpc_service_pb2, admin_pb2, health_pb2, reflection_pb2):
         pool.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
     servicer = reflection.ReflectionServicer([*service_names, SERVICE_NAME], pool=pool)
 

@@ -42,26 +42,25 @@ class Reloaded(Generic[_Value]):
 
     def get(self) -> _Value:
         """The newest good value."""
-        self.refresh()
+        self._refresh()
         return self._value
 
-    def refresh(self) -> bool:
-        """Whether the files have changed since the last look and there is a new value."""
+    def _refresh(self) -> None:
+        """Reads the files if they have changed since the last look."""
         stamps = self._look()
         # Whoever loses reads the last value; the winner reads the files.
         if stamps == self._stamps or not self._lock.acquire(blocking=False):
-            return False
+            return
         try:
             if stamps == self._stamps:
-                return False
+                return
             self._stamps = stamps
             try:
                 self._value = self._load()
             except ConfigError as error:
                 _log.error("the last good version stays in use: %s", error)
-                return False
+                return
             _log.warning("read again: %s", ", ".join(map(str, self._paths)))
-            return True
         finally:
             self._lock.release()
 

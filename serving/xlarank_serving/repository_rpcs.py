@@ -1,8 +1,9 @@
 """RepositoryIndex, RepositoryModelLoad and RepositoryModelUnload: `RepositoryService`.
 
 The index is everybody's. Loading and unloading change what a server answers, so they are for those who may
-log in to its machine: the administrative port answers them, the main port says where. A model always comes
-from the server's own folder: what would bring a path, a file or a configuration over the wire is refused.
+log in to its machine, by the administrative port, or have an admin token, by the main port; others are told
+so. A model always comes from the server's own folder: what would bring a path, a file or a configuration over
+the wire is refused.
 """
 
 from __future__ import annotations

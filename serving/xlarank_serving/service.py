@@ -31,11 +31,19 @@ from xlarank_serving.request_record import Observer, RequestRecord
 from xlarank_serving.status import failure_reason, status_of
 from xlarank_serving.threads import ServerThreads
 
-__all__ = ["EXTENSIONS", "Engine", "InferenceService", "RankCall", "Repository", "seconds_left"]
+__all__ = [
+    "EXTENSIONS",
+    "Engine",
+    "InferenceService",
+    "RankCall",
+    "Repository",
+    "seconds_left",
+    "trace_parent_of",
+]
 
 _NO_DEADLINE_SECONDS = 1e9
 
-MAX_SHOWN_NAME = 128
+_MAX_SHOWN_NAME = 128
 """Characters of a name or an id that logs and traces get."""
 
 EXTENSIONS = (
@@ -114,6 +122,17 @@ class Repository(IndexedRepository, Protocol):
     def close(self) -> None: ...
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class _Read:
+    """How far a request was read."""
+
+    version: str
+    """Of the model that took it; the one asked for until then."""
+
+    candidates: int | None = None
+    decode_seconds: float | None = None
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class RankCall:
     """A ranking request that an engine has taken."""
@@ -130,8 +149,7 @@ class RankCall:
     timeout_at: float
     """When the request's own timeout, or the server's, ends the wait."""
 
-    decode_seconds: float
-    num_candidates: int
+    read: _Read
     trace_parent: str | None
 
     def cancel(self) -> None:
@@ -158,7 +176,7 @@ class InferenceService:
         Args:
           repository: answers.
           limits: how much a ranking request may hold; `LimitConfig()` by default.
-          observers: told of every ranking request that was answered or refused.
+          observers: told of every ranking request that was read, answered or refused.
           default_timeout_seconds: longest that a request may take which names no `timeout`, or a longer one.
         """
         self._repository = repository
@@ -298,30 +316,32 @@ class InferenceService:
           DeadlineError, OverloadError, UnavailableError: the engine doesn't take it.
         """
         arrived_at = time.monotonic()
-        version = request.model_version
+        read = _Read(request.model_version)
         try:
             check_request(request, self.limits)
             key = routing_key(request.parameters) or request.id or None
             with self._repository.lease(request.model_name, request.model_version, key) as engine:
-                version = str(engine.version)
                 try:
-                    return self._submit(engine, request, arrived_at, arrived_at + seconds_left, trace_parent)
+                    return self._submit(engine, request, read, arrived_at, seconds_left, trace_parent)
                 except Exception as error:
                     engine.metrics.record_failure(failure_reason(error), time.monotonic() - arrived_at)
                     raise
         except Exception as error:
             if self._observers:
-                self._observe(request, version, arrived_at, error=error, trace_parent=trace_parent)
+                self._observe(request, read, arrived_at, error=error, trace_parent=trace_parent)
             raise
 
     def _submit(
         self,
         engine: Engine,
         request: messages.ModelInferRequest,
+        read: _Read,
         arrived_at: float,
-        callers_deadline: float,
+        seconds_left: float,
         trace_parent: str | None,
     ) -> RankCall:
+        """Reads a request, noting in `read` how far that went, and hands it to its engine."""
+        read.version = str(engine.version)
         codec = self._codec(engine)
         parameters = read_parameters(request.parameters, engine.spec)
         outputs = codec.requested_outputs(request, parameters)
@@ -329,23 +349,14 @@ class InferenceService:
         timeout_at = arrived_at + min(parameters.timeout_seconds, self._default_timeout_seconds)
         options = RequestOptions(
             priority=parameters.priority,
-            deadline=min(timeout_at, callers_deadline),
+            deadline=min(timeout_at, arrived_at + seconds_left),
             affinity_key=parameters.affinity_key,
         )
-        decode_seconds = time.monotonic() - arrived_at
+        read.candidates = rank_request.num_candidates
+        read.decode_seconds = time.monotonic() - arrived_at
         future = engine.submit(rank_request, options)
         return RankCall(
-            request,
-            engine,
-            codec,
-            parameters,
-            outputs,
-            future,
-            arrived_at,
-            timeout_at,
-            decode_seconds,
-            rank_request.num_candidates,
-            trace_parent,
+            request, engine, codec, parameters, outputs, future, arrived_at, timeout_at, read, trace_parent
         )
 
     def finish(self, call: RankCall) -> messages.ModelInferResponse:
@@ -364,39 +375,34 @@ class InferenceService:
                 outputs=call.outputs,
                 parameters=call.parameters,
                 answer=answer,
-                decode_seconds=call.decode_seconds,
+                decode_seconds=call.read.decode_seconds or 0.0,
             )
         except Exception as error:
             call.engine.metrics.record_failure(failure_reason(error), time.monotonic() - call.arrived_at)
-            if self._observers:
-                self._observe_call(call, error=error)
+            self._observe_end(call, error=error)
             raise
-        if self._observers:
-            self._observe_call(call, timings=answer.timings)
+        self._observe_end(call, timings=answer.timings)
         return response
 
-    def _observe_call(
+    def _observe_end(
         self, call: RankCall, *, timings: Timings | None = None, error: Exception | None = None
     ) -> None:
-        self._observe(
-            call.request,
-            str(call.engine.version),
-            call.arrived_at,
-            candidates=call.num_candidates,
-            decode_seconds=call.decode_seconds,
-            timings=timings,
-            error=error,
-            trace_parent=call.trace_parent,
-        )
+        if self._observers:
+            self._observe(
+                call.request,
+                call.read,
+                call.arrived_at,
+                timings=timings,
+                error=error,
+                trace_parent=call.trace_parent,
+            )
 
     def _observe(
         self,
         request: messages.ModelInferRequest,
-        version: str,
+        read: _Read,
         arrived_at: float,
         *,
-        candidates: int | None = None,
-        decode_seconds: float | None = None,
         timings: Timings | None = None,
         error: Exception | None = None,
         trace_parent: str | None = None,
@@ -405,14 +411,14 @@ class InferenceService:
         status, message = ("OK", "") if error is None else _status(error)
         record = RequestRecord(
             ended_at=time.time(),
-            model=request.model_name[:MAX_SHOWN_NAME],
-            version=version[:MAX_SHOWN_NAME],
-            id=request.id[:MAX_SHOWN_NAME],
-            candidates=candidates,
+            model=request.model_name[:_MAX_SHOWN_NAME],
+            version=read.version[:_MAX_SHOWN_NAME],
+            id=request.id[:_MAX_SHOWN_NAME],
+            candidates=read.candidates,
             status=status,
             message=message,
             total_seconds=time.monotonic() - arrived_at,
-            decode_seconds=decode_seconds,
+            decode_seconds=read.decode_seconds,
             timings=timings,
             trace_parent=trace_parent,
         )

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -106,6 +108,33 @@ def test_a_check_loads_no_jax(repository):
     assert ended.stdout == "ok\n[]\n"
 
 
+def test_the_versions_that_are_checked_are_those_that_would_be_served(check, repository, tmp_path):
+    shutil.copytree(repository / "bare" / "1", repository / "bare" / "2")
+    manifest = repository / "bare" / "2" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-20])
+    (tmp_path / "server.toml").write_text(
+        '[models]\nrepository = "models"\n[[versions.models]]\nname = "bare"\npolicy = "specific"\n'
+        "versions = [1]\n"
+    )
+    options = ("--config", str(tmp_path / "server.toml"), *FREE)
+    assert check(*options)[2] == []
+    text = (tmp_path / "server.toml").read_text()
+    (tmp_path / "server.toml").write_text(text.replace("[1]", "[1, 2]"))
+    assert [problem.startswith(f"{manifest}: ") for problem in check(*options)[2]] == [True]
+    (tmp_path / "server.toml").write_text(text.replace("[1]", "[7]"))
+    (problem,) = check(*options)[2]
+    assert "model 'bare': its policy wants none of the versions [1, 2]" in problem
+
+
+def test_no_command_waits_for_grpc_to_be_imported():
+    code = "import sys, xlarank.cli.main; print([n for n in ('grpc', 'jax', 'uvicorn') if n in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ended.stdout == "[]\n"
+
+
 def test_every_problem_is_told_in_a_line_of_its_own(check, repository, tmp_path):
     manifest = repository / "bare" / "1" / "manifest.json"
     manifest.write_text(manifest.read_text()[:-20])
@@ -120,6 +149,12 @@ def test_every_problem_is_told_in_a_line_of_its_own(check, repository, tmp_path)
             port = {port}
             http_port = 0
             port_file = "nowhere/ports.json"
+            [http]
+            port = {port}
+            [access_log]
+            path = "nowhere/access.log"
+            [captures]
+            folder = "tokens/kept"
             [security]
             tls_certificate = "none.pem"
             tls_key = "key.pem"
@@ -138,9 +173,12 @@ def test_every_problem_is_told_in_a_line_of_its_own(check, repository, tmp_path)
     assert (status, out) == (1, "")
     expected = [
         f"grpc port {port} on 127.0.0.1: expected a free port, got Address already in use",
+        f"rest port {port} on 127.0.0.1: expected a free port, got Address already in use",
         f"security: tokens {tmp_path}/tokens: line 1: expected a token of at least 16 printable ASCII ",
         f"security: tls_certificate {tmp_path}/none.pem: can't be read: No such file or directory",
         f"server: port_file {tmp_path}/nowhere/ports.json: expected a path in a folder, got none",
+        f"access_log: path {tmp_path}/nowhere/access.log: expected a path in a folder, got none",
+        f"captures: folder {tmp_path}/tokens/kept: expected a path in a folder, got none",
         f"{manifest}: ",
         f"{tmp_path}/none.features",
     ]

@@ -18,7 +18,7 @@ from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.server import RankingServer
 
-from xlarank.errors import ModelNotFoundError, UnavailableError
+from xlarank.errors import DeadlineError, ModelNotFoundError, OverloadError, UnavailableError
 from xlarank.runtime import Answer, Metrics, Timings
 from xlarank.spec import (
     Bucket,
@@ -90,6 +90,8 @@ class FakeEngine:
         future = concurrent.futures.Future()
         self.requests.append(request)
         self.options.append(options)
+        if isinstance(self.error, (DeadlineError, OverloadError, UnavailableError)):
+            raise self.error  # as a real engine refuses
         if self.error is not None:
             future.set_exception(self.error)
         elif self.held is not None:

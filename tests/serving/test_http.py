@@ -11,7 +11,7 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.utils import np_to_triton_dtype
 from xlarank_serving.codec import ModelCodec
-from xlarank_serving.config import HttpConfig, SecurityConfig
+from xlarank_serving.config import HttpConfig, LimitConfig, SecurityConfig
 from xlarank_serving.http_messages import HEADER_LENGTH, parse_request
 from xlarank_serving.parameters import read_parameters
 from xlarank_serving.server import RankingServer, ServerConfig
@@ -316,7 +316,7 @@ def test_whatever_is_broken_is_refused_and_never_crashes(wire):
     for _ in range(1500):
         body = json.dumps(broken(rng, valid)).encode()
         try:
-            message = parse_request(body, None, model="feed", version="").message
+            message = parse_request(body, None, LimitConfig(), model="feed", version="").message
             codec.requested_outputs(message, read_parameters(message.parameters, wire.spec))
             codec.decode(message)
         except RequestError:
@@ -327,7 +327,7 @@ def test_whatever_is_broken_is_refused_and_never_crashes(wire):
 @pytest.mark.parametrize("length", ["x", "-1", "1e3", "9" * 30, "\u0661", "1000000"])
 def test_a_bad_header_length_is_refused(length):
     with pytest.raises(RequestError, match=f"header {HEADER_LENGTH}: expected"):
-        parse_request(b"{}", length, model="feed", version="")
+        parse_request(b"{}", length, LimitConfig(), model="feed", version="")
 
 
 def test_bytes_that_no_input_has_are_refused(over):
@@ -409,7 +409,27 @@ def test_a_compressed_body_is_refused(over):
     assert (status, answer["error"]) == (415, "expected a body without Content-Encoding, got 'gzip'")
 
 
-def test_a_caller_who_leaves_cancels_the_request(own, wire):
+def test_json_is_bounded_before_it_is_parsed(over, wire):
+    body = b'{"inputs": [' + b"[]," * 1_400_000 + b"[]]}"
+    status, _, answer = over.call("POST", "/v2/models/feed/infer", body)
+    assert status == 400
+    text = f"expected at most 4 MiB of JSON, got {len(body)} bytes"
+    assert json.loads(answer)["error"].startswith(text)
+
+
+@pytest.mark.parametrize("where", ["request", "output"])
+def test_a_flag_that_is_no_bool_is_refused(over, wire, where):
+    body = as_json(wire)
+    if where == "request":
+        body["parameters"] = {"binary_data_output": "false"}
+    else:
+        body["outputs"] = [{"name": "finish", "parameters": {"binary_data": 1}}]
+    status, answer = over.infer(body)
+    assert status == 400
+    assert "expected a bool, got " in answer["error"]
+
+
+def test_a_caller_who_leaves_cancels_the_request(own, wire, caplog):
     over = own()
     over.engine.hold()
     host, port = over.address.split(":")
@@ -425,6 +445,8 @@ def test_a_caller_who_leaves_cancels_the_request(own, wire):
     assert future.cancelled()
     over.engine.release()
     assert over.infer(as_json(wire))[0] == 200
+    over.server.stop(0)
+    assert "Exception in ASGI application" not in caplog.text
 
 
 def test_who_may_not_call_is_refused(own, wire, tmp_path):

@@ -134,15 +134,21 @@ def test_what_is_no_message_is_left_to_the_parser(data):
 def test_small_requests_with_too_much_in_them_are_refused(shared, wire):
     request = wire.raw(**wire.valid(1))
     request.id = "i" * 1025
-    assert shared.refusal(request) == "id: expected at most 1024 characters, got 1025"
+    assert shared.refusal(request) == "id: expected at most 1024 bytes, got 1025"
     request.id = "i" * 1024
     assert shared.infer(request).id == request.id
     for i in range(65):
         request.parameters[f"p{i}"].int64_param = i
-    assert shared.refusal(request) == "expected at most 64 parameters, got more"
+    assert shared.refusal(request) == "expected at most 64 parameters, got 65"
     request = messages.ModelInferRequest(model_name="feed")
     request.inputs.extend([messages.ModelInferRequest.InferInputTensor()] * 4097)
-    assert shared.refusal(request) == "expected at most 4096 inputs, got more"
+    assert shared.refusal(request) == "expected at most 4096 inputs, got 4097"
+
+    request = messages.ModelInferRequest(model_name="feed", id="é" * 513)
+    request.outputs.extend([messages.ModelInferRequest.InferRequestedOutputTensor()] * 4097)
+    assert shared.refusal(request) == "expected at most 4096 outputs, got 4097"
+    del request.outputs[:]
+    assert shared.refusal(request) == "id: expected at most 1024 bytes, got 1026"
 
 
 HOSTILE = (

@@ -95,11 +95,9 @@ def test_requests_are_logged_with_their_times_and_what_failed_with_its_reason(as
     assert answered["ms"] > answered["decode_ms"] > 0
     assert refused["status"] == "INVALID_ARGUMENT"
     assert "age" in refused["message"]
-    assert (full["status"], full["message"], full["candidates"]) == (
-        "RESOURCE_EXHAUSTED",
-        "the queue is full",
-        3,
-    )
+    assert (full["status"], full["message"]) == ("RESOURCE_EXHAUSTED", "the queue is full")
+    assert (full["candidates"], full["version"]) == (3, "3")  # it was read, and refused then
+    assert full["decode_ms"] > 0
     assert (unknown["status"], unknown["model"]) == ("NOT_FOUND", "nobody")
 
 
@@ -126,10 +124,26 @@ def test_a_log_that_was_moved_away_is_begun_anew(tmp_path):
     while "before" not in path.read_text() and time.monotonic() < deadline:
         pass
     path.rename(tmp_path / "access.log.1")
+    path.touch()  # as logrotate's `create` does
     log(record(id="after"))
     log.close()
     assert "before" in (tmp_path / "access.log.1").read_text()
     assert "after" in path.read_text()
+
+
+def test_a_log_whose_folder_goes_and_comes_back_goes_on(tmp_path, caplog):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    log = AccessLog(AccessLogConfig(path=folder / "access.log"))
+    folder.rename(tmp_path / "away")
+    log(record(id="lost"))
+    deadline = time.monotonic() + 30
+    while "a line is lost" not in caplog.text and time.monotonic() < deadline:
+        pass
+    folder.mkdir()
+    log(record(id="after"))
+    log.close()
+    assert "after" in (folder / "access.log").read_text()
 
 
 def test_a_line_is_json_with_times_in_milliseconds():

@@ -151,6 +151,9 @@ def test_reflection_describes_what_is_served(shared):
         "RepositoryModelUnload",
     }
     assert database.FindFileContainingSymbol("grpc.health.v1.Health").package == "grpc.health.v1"
+    # Served on this port to callers with an admin token.
+    (admin,) = database.FindFileContainingSymbol("xlarank.admin.v1.Admin").service
+    assert "UpdateRows" in {method.name for method in admin.method}
     del database
 
 

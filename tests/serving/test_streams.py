@@ -75,11 +75,13 @@ def test_a_request_that_fails_is_told_and_the_stream_goes_on(serving, wire, call
     bad.inputs[0].datatype = "BYTES"
     unknown = request_of(wire, "unknown")
     unknown.model_name = "food"
-    caller.send(request_of(wire, "1"), bad, b"\xff\xff\xff", unknown, request_of(wire, "2"))
+    empty_inputs = b"\x2a\x00" * 2**21  # 4 MiB that would take some 200 parsed
+    caller.send(request_of(wire, "1"), bad, b"\xff\xff\xff", unknown, empty_inputs, request_of(wire, "2"))
     caller.end()
     answers = list(caller.answers)
-    assert [answer.infer_response.id for answer in answers] == ["1", "bad", "", "unknown", "2"]
-    assert [bool(answer.error_message) for answer in answers] == [False, True, True, True, False]
+    assert [answer.infer_response.id for answer in answers] == ["1", "bad", "", "unknown", "", "2"]
+    assert [bool(answer.error_message) for answer in answers] == [False, True, True, True, True, False]
+    assert answers[4].error_message == "expected at most 16384 fields, got more"
     assert "feature 'age': expected FP32" in answers[1].error_message
     assert "that aren't one" in answers[2].error_message
     assert answers[3].error_message == "Request for unknown model: 'food' is not found"

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xlarank.cli.sections import add_flags, config_text, options_of, read_sections
-from xlarank.cli.serve_check import NO_REPOSITORY, port_problem, problems_of
-from xlarank.cli.serve_config import ServeConfig
+from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, port_problem
 from xlarank.cli.table_memory import table_progress
 from xlarank.errors import ConfigError
 
@@ -94,6 +93,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check(config: ServeConfig | None, problems: list[str], *, is_json: bool) -> dict[str, Any]:
     if config is not None:
+        from xlarank.cli.serve_check import problems_of  # imports gRPC, which takes a while
+
         problems = problems_of(config)
     for problem in problems:
         print(f"xlarank serve: {problem}", file=sys.stderr)
@@ -114,7 +115,7 @@ def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
     from xlarank.runtime import Captures, Metrics
 
     # Before models load; binding the ports for good, after that, refuses a late comer.
-    for port in config.server.ports:
+    for port in config.ports:
         if problem := port_problem(*port):
             raise ConfigError(problem)
     _raise_file_limit()

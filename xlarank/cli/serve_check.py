@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from xlarank_serving.access import Authorizer
@@ -12,22 +11,19 @@ from xlarank_serving.config import SecurityConfig
 from xlarank_serving.tls import ServerTls
 
 from xlarank.bundle import Bundle, Verify, list_versions, open_bundle
-from xlarank.cli.serve_config import ServeConfig
+from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, port_problem
 from xlarank.errors import ConfigError, XlarankError
 from xlarank.host import FeatureFile, native_available
 
-__all__ = ["NO_REPOSITORY", "port_problem", "problems_of"]
-
-NO_REPOSITORY = "expected a repository, named on the command line or as repository in [models] of the file"
-"""What is told when nothing says what to serve."""
+__all__ = ["problems_of"]
 
 
 def problems_of(config: ServeConfig) -> list[str]:
     """Everything that is wrong, a line each: files, certificates, tokens, ports, bundles, feature files."""
-    problems = [problem for port in config.server.ports if (problem := port_problem(*port))]
+    problems = [problem for port in config.ports if (problem := port_problem(*port))]
     problems += _security_problems(config.security)
     problems += _path_problems(config)
-    versions, wrong = _versions(config.models.repository)
+    versions, wrong = _versions(config)
     problems += wrong
     problems += _bundle_problems(config.models.repository, versions)
     problems += _feature_problems([options.path for options in config.features.files], versions)
@@ -37,19 +33,6 @@ def problems_of(config: ServeConfig) -> list[str]:
             "slowly, with --allow-reference-gather"
         )
     return problems
-
-
-def port_problem(what: str, host: str, port: int) -> str | None:
-    """Why a port can't be listened on; None if it can."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family) as probe:
-            # As servers do: else a port that one has just left would look taken.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        return f"{what} port {port} on {host}: expected a free port, got {error.strerror or error}"
-    return None
 
 
 def _security_problems(security: SecurityConfig) -> Iterator[str]:
@@ -63,14 +46,14 @@ def _security_problems(security: SecurityConfig) -> Iterator[str]:
 
 
 def _path_problems(config: ServeConfig) -> Iterator[str]:
-    """Files that are to be written, in folders that aren't there."""
-    for what, path in (
-        ("server: port_file", config.server.port_file),
-        ("models: compile_cache", config.models.compile_cache),
-    ):
-        if path is None:
-            continue
-        folder = path.parent if what.endswith("_file") else _existing(path)
+    """Files and folders that are to be written, where that can't be."""
+    log, captures = config.access_log.path, config.captures.folder
+    files = [("server: port_file", config.server.port_file)]
+    files.append(("access_log: path", None if str(log) == "-" else log))
+    folders = [("models: compile_cache", config.models.compile_cache), ("captures: folder", captures)]
+    written = [(what, path, path.parent) for what, path in files if path is not None]
+    written += [(what, path, _existing(path)) for what, path in folders if path is not None]
+    for what, path, folder in written:
         if not folder.is_dir():
             yield f"{what} {path}: expected a path in a folder, got none"
         elif not os.access(folder, os.W_OK):
@@ -82,23 +65,30 @@ def _existing(path: Path) -> Path:
     return next((folder for folder in (path, *path.absolute().parents) if folder.exists()), path)
 
 
-def _versions(repository: Path | None) -> tuple[dict[str, int], list[str]]:
-    """The version of each model that would be served, and what is wrong with the folder."""
+def _versions(config: ServeConfig) -> tuple[dict[str, list[int]], list[str]]:
+    """The versions of each model that would be served, and what is wrong with the folder."""
+    repository = config.models.repository
     if repository is None:
         return {}, [NO_REPOSITORY]
     if not repository.is_dir():
         return {}, [f"repository {repository}: expected a folder of models, found none"]
     try:
-        versions = {model: numbers[-1] for model, numbers in list_versions(repository).items()}
+        found = list_versions(repository)
     except XlarankError as error:
         return {}, [str(error)]
-    if not versions:
+    if not found:
         return {}, [f"repository {repository}: expected bundles as <model>/<version>, found none"]
-    return versions, []
+    wanted = {m: config.versions.policy_of(m).wanted(numbers, ()) for m, numbers in found.items()}
+    missing = [
+        f"versions: model {model!r}: its policy wants none of the versions {found[model]} in {repository}"
+        for model, numbers in sorted(wanted.items())
+        if not numbers and config.versions.watch_seconds is None
+    ]
+    return wanted, missing
 
 
-def _bundle_problems(repository: Path | None, versions: dict[str, int]) -> Iterator[str]:
-    for model, version in sorted(versions.items()):
+def _bundle_problems(repository: Path | None, versions: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    for model, version in sorted((model, number) for model, own in versions.items() for number in own):
         assert repository is not None
         try:
             bundle = open_bundle(repository / model / str(version), verify=Verify.SIZES)
@@ -115,7 +105,7 @@ def _bundle_refusals(bundle: Bundle, model: str) -> Iterator[str]:
         yield f"{bundle.path}: was refused when it was compiled: {bundle.manifest.refusal}"
 
 
-def _feature_problems(paths: Sequence[Path], versions: dict[str, int]) -> Iterator[str]:
+def _feature_problems(paths: Sequence[Path], versions: Mapping[str, Sequence[int]]) -> Iterator[str]:
     seen: set[str] = set()
     for path in paths:
         try:

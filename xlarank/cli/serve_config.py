@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from pathlib import Path
 
 from xlarank_serving.config import (
@@ -20,7 +21,17 @@ from xlarank.host import FeatureOptions, MissPolicy, TableMemory
 from xlarank.spec import CaptureConfig, FaultConfig, QueueConfig
 from xlarank.spec.versions import VersionOptions
 
-__all__ = ["FeaturesConfig", "ModelsConfig", "ServeConfig", "TablesConfig"]
+__all__ = [
+    "NO_REPOSITORY",
+    "FeaturesConfig",
+    "ModelsConfig",
+    "ServeConfig",
+    "TablesConfig",
+    "port_problem",
+]
+
+NO_REPOSITORY = "expected a repository, named on the command line or as repository in [models] of the file"
+"""What is told when nothing says what to serve."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,3 +139,22 @@ class ServeConfig:
     queue: QueueConfig = dataclasses.field(default_factory=QueueConfig)
     faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
     captures: CaptureConfig = dataclasses.field(default_factory=CaptureConfig)
+
+    @property
+    def ports(self) -> list[tuple[str, str, int]]:
+        """What each port is for, its address and its number; those that are off are left out."""
+        rest = self.http.port
+        return self.server.ports + ([] if rest is None else [("rest", self.server.host, rest)])
+
+
+def port_problem(what: str, host: str, port: int) -> str | None:
+    """Why a port can't be listened on; None if it can."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            # As servers do: else a port that one has just left would look taken.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return f"{what} port {port} on {host}: expected a free port, got {error.strerror or error}"
+    return None

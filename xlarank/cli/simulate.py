@@ -16,7 +16,7 @@ from xlarank.bundle import Verify, open_bundle, resolve_bundle
 from xlarank.cli.console import output_console
 from xlarank.cli.profiles import profile_of
 from xlarank.errors import ConfigError
-from xlarank.spec import DEFAULT_PRIORITY, NUM_PRIORITIES, LatencyProfile
+from xlarank.spec import DEFAULT_PRIORITY, NUM_PRIORITIES, DispatchPolicy, LatencyProfile, QueueConfig
 from xlarank.spec.ladder import SizeHistogram
 from xlarank.spec.wording import counted
 
@@ -76,12 +76,22 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--device-kind", metavar="KIND", help="whose times count, where BUNDLE has several")
     parser.add_argument(
-        "--dispatch-policy", choices=["affinity", "spread"], default="affinity", help="(%(default)s)"
+        "--dispatch-policy",
+        choices=[policy.value for policy in DispatchPolicy],
+        default=QueueConfig().policy.value,
+        help="(%(default)s)",
     )
     parser.add_argument("--slo-ms", type=float, default=100.0, help="goodput is what meets it (%(default)s)")
     parser.add_argument("--timeout-ms", type=float, default=0.0, help="deadline of each request (none)")
-    parser.add_argument("--max-queue-ms", type=float, default=1000.0, help="longest wait (%(default)s)")
-    parser.add_argument("--max-defer-ms", type=float, default=0.0, help="see `QueueConfig` (%(default)s)")
+    parser.add_argument(
+        "--max-queue-ms", type=float, default=QueueConfig.max_queue_ms, help="longest wait (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-defer-ms",
+        type=float,
+        default=QueueConfig.max_defer_ms,
+        help="longest time that a free device waits for company under high load (%(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -95,7 +105,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from xlarank.runtime.bucket_plan import BucketPlan
     from xlarank.runtime.scheduler import Scheduler
     from xlarank.runtime.simulation import simulate
-    from xlarank.spec.serving import QueueConfig
 
     bundle = open_bundle(resolve_bundle(args.bundle), verify=Verify.SIZES)
     manifest = bundle.manifest

@@ -33,7 +33,8 @@ class QueueConfig:
     """Predicted wait beyond which a request is refused, in milliseconds."""
 
     default_timeout_ms: float = 0.0
-    """Deadline of requests that bring none, in milliseconds from arrival; 0 for none."""
+    """Longest time from arrival to answer, in milliseconds; a request's own deadline may be shorter, not
+    longer. 0 for none."""
 
     max_batch_rows: int = 0
     """Most rows that requests are merged to; 0 for the knee of the measured times."""
