@@ -13,6 +13,7 @@ from xlarank.compiler import random_requests
 from xlarank.errors import ConfigError, ExecutionError, UnavailableError
 from xlarank.runtime import Captures, DevicePool, Engine
 from xlarank.runtime.device_health import DeviceState
+from xlarank.runtime.table_versions import TableVersion
 from xlarank.spec import CaptureConfig, FaultConfig, RankRequest
 
 QUICK = FaultConfig(watchdog_seconds=0.5, probe_seconds=0.01)
@@ -180,6 +181,34 @@ def test_wrong_but_finite_golden_scores_keep_a_device_quarantined(serve):
     for _ in range(3 * 4 + 1):
         assert tried.acquire(timeout=60)
     assert states(engine) == [DeviceState.QUARANTINED]
+
+
+@pytest.mark.parametrize(("fault", "state"), [(all_nan, "quarantined"), (None, "healthy")])
+def test_once_tables_have_changed_a_probe_still_wants_finite_scores(serve, fault, state):
+    """Golden scores are those of the tables as they were loaded: any others do, but not NaN."""
+    engine, (only,) = serve(1)
+    engine._table_versions.now = lambda: {"items": TableVersion(version=1, num_rows=1, age_seconds=0.0)}
+    probed = threading.Event()
+
+    def off_by_a_half(bucket, leaves, scores):
+        return {task: values + np.float32(0.5) for task, values in scores.items()}
+
+    def probe(device_index):
+        try:
+            engine._execution.probe(device_index)
+        finally:
+            probed.set()
+
+    engine._workload.probe = probe
+    only.fault = all_nan
+    with pytest.raises(UnavailableError):
+        engine.score(requests_of(1)[0])
+    only.fault = fault or off_by_a_half
+    probed.clear()
+    assert probed.wait(60)
+    if state == "healthy":
+        wait_for_states(engine._pool, DeviceState.HEALTHY)
+    assert states(engine) == [state]
 
 
 class Hang:

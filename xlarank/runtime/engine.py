@@ -23,7 +23,7 @@ from xlarank.runtime.answer import Answer
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.captures import Captures
 from xlarank.runtime.execution import Execution, Executor
-from xlarank.runtime.loading import GoldenCheck, Loader, LoadReport
+from xlarank.runtime.loading import GoldenCheck, Loader, LoadReport, host_threads_of
 from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pending import Pending
 from xlarank.runtime.pool import DevicePool
@@ -114,10 +114,7 @@ class Engine:
         """
         if table_memory is not None:
             table_memory = TableMemory.named(table_memory)
-        if host_threads is None:
-            host_threads = min(4, len(os.sched_getaffinity(0)))
-        if host_threads < 1:
-            raise ConfigError(f"host_threads must be >= 1; was {host_threads}")
+        host_threads = host_threads_of(host_threads)
         device.configure(num_devices=num_devices, compile_cache=compile_cache)
         bundle = open_bundle(resolve_bundle(Path(path)), verify=Verify.ALL_BUT_TABLES)
         loader = Loader(

@@ -19,8 +19,10 @@ from xlarank.bundle import list_versions
 from xlarank.errors import BundleError, ConfigError, ModelNotFoundError, UnavailableError
 from xlarank.host import FeatureOptions, TableMemory, native_available
 from xlarank.runtime.captures import Captures
+from xlarank.runtime.device_health import DeviceState
 from xlarank.runtime.engine import Engine
 from xlarank.runtime.features import stores_by_model
+from xlarank.runtime.loading import host_threads_of
 from xlarank.runtime.metrics import Metrics
 from xlarank.runtime.model_versions import ModelVersions
 from xlarank.runtime.pool import DevicePool
@@ -99,10 +101,8 @@ class ModelRepository:
             )
         versions = versions or VersionOptions()
         is_watched = versions.watch_seconds is not None
-        if host_threads is not None and host_threads < 1:
-            raise ConfigError(f"host_threads must be >= 1; was {host_threads}")
         options = LoadOptions(
-            host_threads=host_threads,
+            host_threads=host_threads_of(host_threads),
             use_bundle_code=use_bundle_code,
             table_memory=None if table_memory is None else TableMemory.named(table_memory),
             queue=queue or QueueConfig.unbounded(),
@@ -127,7 +127,6 @@ class ModelRepository:
         repository = cls(root, pool, metrics, versions, loader, stopping)
         try:
             repository._follow(found, strict=not is_watched)
-            loader.settle()
             repository._serve(stop)
         except BaseException:
             repository.close()
@@ -332,8 +331,8 @@ class ModelRepository:
             raise UnavailableError(f"repository {self._root} is shutting down") from None
 
     def _look(self) -> None:
-        if self._pool.fault is not None:
-            return  # a version would be found to fail that does not
+        if not all(status.state is DeviceState.HEALTHY for status in self._pool.statuses()):
+            return  # a version would be found to fail on a sick device, that does not
         try:
             found = list_versions(self._root)
         except BundleError as error:

@@ -7,8 +7,8 @@ import functools
 import hashlib
 import json
 import logging
-import math
-import threading
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ import numpy as np
 
 from xlarank import device
 from xlarank.bundle import Bundle
-from xlarank.errors import VerifyError
+from xlarank.errors import ConfigError, VerifyError
 from xlarank.host import DeviceRows, Gatherer, HugePages, TableMemory
 from xlarank.runtime.background import in_background
 from xlarank.runtime.table_check import TableCheck
@@ -32,9 +32,11 @@ if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers d
 
 __all__ = [
     "ExportedProgram",
+    "GoldenCheck",
     "LoadReport",
     "LoadedModel",
     "Loader",
+    "host_threads_of",
     "program_key",
     "read_programs",
     "updatable_tables",
@@ -88,8 +90,17 @@ class LoadedModel:
     report: LoadReport
 
 
+def host_threads_of(given: int | None) -> int:
+    """Threads of the gather: as given, else the CPUs of the process, 4 at most; ConfigError below 1."""
+    if given is None:
+        return min(4, len(os.sched_getaffinity(0)))
+    if given < 1:
+        raise ConfigError(f"host_threads must be >= 1; was {given}")
+    return given
+
+
 class GoldenCheck:
-    """Replays golden requests in every bucket. One thread at a time."""
+    """Replays golden requests in every bucket. Any thread, each with buffers of its own."""
 
     def __init__(
         self,
@@ -104,7 +115,6 @@ class GoldenCheck:
           limits: largest error by bucket and task.
         """
         self._spec, self._golden, self._limits = spec, golden, limits
-        self._lock = threading.Lock()
 
     def __call__(
         self,
@@ -129,11 +139,12 @@ class GoldenCheck:
           VerifyError: names task, bucket and error that leave their limit.
         """
         worst = dict.fromkeys((task.name for task in self._spec.tasks), 0.0)
-        with self._lock:  # devices may be probed at the same time
-            replayed = self._golden.replay(run, self._limits, buffers.leaves, _REPLAYED_BATCHES)
+        replayed = self._golden.replay(run, self._limits, buffers.leaves, _REPLAYED_BATCHES)
         for bucket, errors in replayed.items():
             what = f"bucket {bucket} (rows x requests)"
-            limits = dict.fromkeys(errors, math.inf) if is_any_score_right else self._limits[bucket]
+            # An error is inf where a score isn't finite.
+            anything = dict.fromkeys(errors, sys.float_info.max)
+            limits = anything if is_any_score_right else self._limits[bucket]
             device.check_errors(self._spec, what, errors, limits, where)
             worst = {task: max(worst[task], errors[task]) for task in worst}
         return worst

@@ -198,13 +198,20 @@ class ModelVersions:
                 f"model {self.model!r}: rollback: expected {what}, there are {sorted(there)}"
             )
         target = max(older)
+        self.wait_until_drained(self._drain_seconds)
+        with self._lock:
+            is_draining = target in self._draining
+        if is_draining:
+            raise ModelError(
+                f"model {self.model!r}: rollback to version {target} failed: it still finishes what it "
+                f"accepted"
+            )
         before = self._failed, self._rolled_back
         reason = f"rolled back from, to version {target}"
         marks = {v: _Blocked(folder_stamp(self._folder / str(v)), reason) for v in there if v > target}
         with self._lock:
             self._failed = {v: blocked for v, blocked in self._failed.items() if v != target}
             self._rolled_back = {v: b for v, b in self._rolled_back.items() if v != target} | marks
-        self.wait_until_drained(self._drain_seconds)
         if target not in self._loaded and not self._load_one(target, strict=False):
             why = self._failed[target].reason
             with self._lock:
@@ -266,12 +273,14 @@ class ModelVersions:
 
     def _next_missing(self) -> int | None:
         missing = [version for version in self._wanted() if version not in self._loaded]
-        if missing and not self.wait_until_drained(self._drain_seconds):
-            _log.error(
-                "model %s: a version still isn't drained; the next one is loaded beside it", self.model
-            )
+        is_drained = not missing or self.wait_until_drained(self._drain_seconds)
         with self._lock:  # one that is draining comes back at a later look
-            return next((version for version in missing if version not in self._draining), None)
+            version = next((version for version in missing if version not in self._draining), None)
+        if version is not None and not is_drained:
+            _log.error(
+                "model %s: a version still isn't drained; version %d is loaded beside it", self.model, version
+            )
+        return version
 
     def _load_one(self, version: int, strict: bool) -> bool:
         start = self._clock()
@@ -289,7 +298,8 @@ class ModelVersions:
             with self._lock:
                 self._failed[version] = _Blocked(stamp, reason)
             self._metrics.record_failure(self.model)
-            _log.error("model %s version %d isn't served: %s", self.model, version, reason)
+            is_ours = not isinstance(error, XlarankError)  # a defect: where it is matters
+            _log.error("model %s version %d isn't served: %s", self.model, version, reason, exc_info=is_ours)
             return False
         finally:
             with self._lock:
@@ -310,15 +320,14 @@ class ModelVersions:
         wanted = {version: self._loaded[version] for version in self._wanted() if version in self._loaded}
         served = wanted if any(s.engine.damage is None for s in wanted.values()) else dict(self._loaded)
         before = self.routes.versions
-        if self.routes.policy is not self._policy:
+        if self.routes.policy is not self._policy or served.keys() != before.keys():
             self._put_routes(served)
         if served.keys() != before.keys():
-            self._put_routes(served)
             _log.info("model %s: versions %s answer, before %s", self.model, sorted(served), sorted(before))
         ended = [version for version in self._loaded if version not in served]
         self._retire(ended)
-        if ended and served.keys() - before.keys():
-            self._metrics.record_swap(self.model, self._clock() - (found_at or self._clock()))
+        if found_at is not None and ended and served.keys() - before.keys():
+            self._metrics.record_swap(self.model, self._clock() - found_at)
 
     def _put_routes(self, served: Mapping[int, ServedVersion]) -> None:
         """The swap: one reference, read once by each request."""

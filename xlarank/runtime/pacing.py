@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import time
 from collections.abc import Callable
@@ -9,11 +10,15 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from xlarank import device
+from xlarank.errors import UnavailableError
 from xlarank.runtime.pool import DevicePool
 
 __all__ = ["PacedRuns"]
 
 Result = TypeVar("Result")
+
+_LOOK_SECONDS = 1.0
+"""How often one who waits for a device looks whether that still has a point."""
 
 
 class PacedRuns:
@@ -35,7 +40,7 @@ class PacedRuns:
         Args:
           pool: of the devices.
           share: of a device's time, in (0, 1].
-          wait: pauses for some seconds.
+          wait: pauses for some seconds; true where nobody needs the runs any more.
           clock: seconds, monotonic.
         """
         self._pool = pool
@@ -60,6 +65,9 @@ class PacedRuns:
                 done.set_result((result, self._clock() - start))
 
         self._pool.run_between(device_index, errand)
+        while not concurrent.futures.wait([done], timeout=_LOOK_SECONDS).done:
+            if self._pool.is_away(device_index) or self._wait(0.0):
+                raise UnavailableError(f"device {device_index} hangs, or the server is stopping")
         result, seconds = done.result()
         self._wait(seconds * (1 / self._share - 1))
         return result

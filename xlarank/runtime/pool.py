@@ -161,15 +161,17 @@ class DevicePool:
         """Has a device's thread do something after the turn that it is at, before the next one.
 
         Args:
-          device_index: which; where it hangs, the errand waits for it to come back.
+          device_index: which; where it comes to hang, the errand waits for it to come back.
           errand: never raises; short, as requests wait meanwhile.
 
         Raises:
-          UnavailableError: if the pool is closed.
+          UnavailableError: if the pool is closed, or the device hangs.
         """
         with self._lock:
             if self._is_closed:
                 raise UnavailableError("the devices' threads have ended")
+            if self._health.is_away(device_index):
+                raise UnavailableError(f"device {device_index} hangs")
             self._errands[device_index].append(errand)
             self._work.notify_all()
 
@@ -211,12 +213,13 @@ class DevicePool:
             self._work.notify_all()
             self._timer.notify()
         for index, thread in enumerate(self._threads):
-            while thread.is_alive() and not self._is_given_up(index):
+            while thread.is_alive() and not (index < self.num_devices and self.is_away(index)):
                 thread.join(0.1)
 
-    def _is_given_up(self, index: int) -> bool:
+    def is_away(self, device_index: int) -> bool:
+        """Whether a device hangs in a batch."""
         with self._lock:
-            return index < self.num_devices and self._health.is_away(index)
+            return self._health.is_away(device_index)
 
     # Device threads
 

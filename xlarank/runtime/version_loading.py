@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,7 @@ StoreMaker = Callable[[ModelSpec], FeatureStore]
 class LoadOptions:
     """How the versions of a repository are loaded; see `Engine.load`."""
 
-    host_threads: int | None = None
+    host_threads: int
     """Threads of each engine's gather."""
 
     use_bundle_code: bool = True
@@ -101,17 +100,12 @@ class VersionLoader:
         self._in_cache: set[str] = (
             set()
         )  # keys of programs that this process has put into the cache, or found
-        self._num_compiled_alone = 0
-        self.settle()
+        self._num_compiled_alone = device.num_compiled()
 
     @property
     def num_serving_compiles(self) -> int:
         """Programs compiled in this process while it served; 0 is healthy."""
         return device.num_compiled() - self._num_compiled_alone
-
-    def settle(self) -> None:
-        """What has been compiled so far was compiled while nothing served."""
-        self._num_compiled_alone = device.num_compiled()
 
     def load(self, path: Path, peers: Sequence[Engine], *, is_beside: bool) -> Engine:
         """Loads a version; when this returns it has been proven.
@@ -124,7 +118,7 @@ class VersionLoader:
         Raises:
           XlarankError: if it can't be served; says why, naming the file where one is at fault.
         """
-        before = self.num_serving_compiles
+        before = device.num_compiled()
         bundle = self._open(path, is_beside)
         key = program_key(bundle)
         if is_beside and key not in self._in_cache:
@@ -134,8 +128,8 @@ class VersionLoader:
         options = self._options
         loader = Loader(
             bundle,
-            devices=device.devices()[: self._pool.num_devices],
-            host_threads=options.host_threads or min(4, len(os.sched_getaffinity(0))),
+            devices=device.devices(self._pool.num_devices),
+            host_threads=options.host_threads,
             use_bundle_code=options.use_bundle_code,
             table_memory=self._table_memory(peers),
             on_progress=options.on_progress,
@@ -144,13 +138,16 @@ class VersionLoader:
             paces=self._paced.on if is_beside else None,
             profiles=None if twin is None else twin.profiles,
         )
-        store = self._store(path, bundle.spec)
+        store = self._store(path, bundle.spec, peers)
         engine = Engine(loader, self._pool, self._metrics, store, options.queue, options.captures)
         self._keys[engine] = key
         self._in_cache.add(key)
+        if store is not None:
+            self._stores[bundle.spec.name] = store
+        compiled = device.num_compiled() - before
         if not is_beside:
-            self.settle()
-        elif compiled := self.num_serving_compiles - before:
+            self._num_compiled_alone += compiled
+        elif compiled:
             _log.error("%s: %d programs were compiled in the process that serves", path, compiled)
         return engine
 
@@ -179,12 +176,12 @@ class VersionLoader:
         """A swap doesn't change silently where lookups go: beside tables in memory of their own the next
         ones are refused if they don't fit, and not mapped instead."""
         if self._options.table_memory is None and any(
-            peer.load_report.table_memory is TableMemory.HUGE for peer in peers
+            set(peer.load_report.table_memory.values()) == {TableMemory.HUGE} for peer in peers
         ):
             return TableMemory.HUGE
         return self._options.table_memory
 
-    def _store(self, path: Path, spec: ModelSpec) -> FeatureStore | None:
+    def _store(self, path: Path, spec: ModelSpec, peers: Sequence[Engine]) -> FeatureStore | None:
         """One store for all versions with the same features, so that updates of it outlive a swap.
 
         A version with other features gets a store of its own over the same file, if the file suits it,
@@ -193,14 +190,16 @@ class VersionLoader:
         make = self._make_store.get(spec.name)
         if make is None:
             return None
-        store = self._stores.get(spec.name)
-        if store is None or store.spec.features != spec.features:
-            if store is not None and store.stats().version:
-                _log.warning(
-                    "%s: has other features than the version before: the %d updates of the feature store "
-                    "since the start are not in its store",
-                    path,
-                    store.stats().version,
-                )
-            store = self._stores[spec.name] = make(spec)
-        return store
+        last = self._stores.get(spec.name)
+        known = [peer.features for peer in peers if peer.features is not None]
+        for store in (*known, *([] if last is None else [last])):
+            if store.spec.features == spec.features:
+                return store
+        if last is not None and last.stats().version:
+            _log.warning(
+                "%s: has other features than the version before: the %d updates of the feature store since "
+                "the start are not in its store",
+                path,
+                last.stats().version,
+            )
+        return make(spec)

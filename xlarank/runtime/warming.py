@@ -9,7 +9,9 @@ server that started it then finds all of them there.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -49,9 +51,11 @@ def compile_into_cache(bundle: Bundle, *, num_devices: int, use_bundle_code: boo
         device.seed_compile_cache(bundle.cache_files())
     _remove_abandoned(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=_PRIVATE) as private:
-        known = {file.name for file in folder.iterdir() if file.is_file()}
+        # Files that other processes are writing begin with a dot, and may be renamed meanwhile.
+        known = {file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")}
         for name in known:
-            os.link(folder / name, Path(private) / name)
+            with contextlib.suppress(FileNotFoundError):
+                os.link(folder / name, Path(private) / name)
         with device.compile_cache_at(Path(private)):
             _compile(bundle, num_devices)
         device.seed_compile_cache(file for file in Path(private).iterdir() if file.name not in known)
@@ -80,13 +84,9 @@ def _compile(bundle: Bundle, num_devices: int) -> None:
 def _remove_abandoned(folder: Path) -> None:
     """What a process that was killed left of its private cache."""
     for path in folder.glob(f"{_PRIVATE}*"):
-        try:
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                for file in path.iterdir():
-                    file.unlink()
-                path.rmdir()
-        except OSError:  # another process does the same
-            continue
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
