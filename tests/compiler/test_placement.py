@@ -309,7 +309,13 @@ def test_reads_of_a_table_s_rows_say_what_is_hot_and_requests_how_many_a_bag(rea
     [
         ("words", np.zeros(40, int), r"table 'words': the model has no such table"),
         ("tags", np.zeros(39, int), "expected 40 counts >= 0, one a row, got 39"),
-        ("tags", np.zeros(40), r"expected integers \[40\] of reads, or bags of row numbers"),
+        ("tags", np.r_[np.ones(39, int), -2], "expected counts >= 0, got -2 for row 39"),
+        (
+            "tags",
+            np.zeros(40),
+            r"expected integers \[40\] of reads, or bags of row numbers, got float64 \[40\]",
+        ),
+        ("tags", "all", "or bags of row numbers, got str"),
         ("tags", Ragged(np.array([3, 40]), np.array([2])), r"expected row numbers in \[0, 40\), got 40"),
     ],
 )
@@ -319,22 +325,18 @@ def test_reads_that_are_not_of_the_table_are_refused(table, reads, message):
 
 
 def test_build_bundle_takes_the_bytes_and_the_trace_of_a_placement(tmp_path):
+    """Of each build: an earlier version's rows are kept where no new trace says what is hot."""
     reads = np.zeros(40, int)
     reads[[9, 4, 2]] = 1000, 2000, 500
     given = {"tune_seconds": 0, "buckets": [8], "params": PARAMS, "golden": requests_reading([[1], [9, 4]])}
-    path = build_bundle(
-        apply,
-        SPEC,
-        TABLES,
-        out=tmp_path,
-        table_placement="split",
-        device_table_bytes=3 * 16 + 16 + 32 + 36,
-        placement_trace={"tags": reads},
-        **given,
-    )
-    bundle = open_bundle(path)
+    given |= {"out": tmp_path, "table_placement": "split", "device_table_bytes": 3 * 16 + 16 + 32 + 36}
+    bundle = open_bundle(build_bundle(apply, SPEC, TABLES, placement_trace={"tags": reads}, **given))
     assert [(p.table, p.num_rows) for p in bundle.manifest.placements] == [("tags", 3)]
     assert bundle.device_rows()["tags"].tolist() == [2, 4, 9]
+    reads[[11, 12, 13]] = 5000
+    for trace in {"tags": reads}, None:
+        again = open_bundle(build_bundle(apply, SPEC, TABLES, placement_trace=trace, **given))
+        assert again.device_rows()["tags"].tolist() == [11, 12, 13]
 
 
 def test_a_trace_of_tables_is_read_from_files(tmp_path):

@@ -188,6 +188,18 @@ def test_updatable_rows_in_read_only_memory_are_refused():
         Gatherer(spec_of(), {"t": values})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_updates_rows_may_be_read_only(backend):
+    """As while compiling, of the arrays that a model gives."""
+    values = values_of()
+    values.flags.writeable = False
+    gatherer = Gatherer(spec_of(), {"t": values}, backend=backend, is_updated=False)
+    batch = Batch(gatherer, [[3, 4], [60]])
+    np.testing.assert_array_equal(batch.gather()["id"], values[[3, 60]])
+    with pytest.raises(RequestError, match=r"table 't' isn't updated here: its gatherer was made with"):
+        gatherer.update_rows("t", np.array([0]), np.ones((1, DIM), np.float32))
+
+
 def test_updatable_is_true_or_false():
     with pytest.raises(ConfigError, match=r"table 't': updatable must be true or false; was 'yes'"):
         TableSpec(name="t", dim=2, updatable="yes")

@@ -1,5 +1,8 @@
 """Swaps under load: nothing fails, nothing mixes, nothing compiles in the process, everything is freed."""
 
+import queue
+import signal
+import subprocess
 import threading
 import weakref
 
@@ -101,15 +104,15 @@ class Parts:
         replica = engine._execution._executors[0]
         tables = [table.rows for table in engine._gatherer._tables.values()]
         parts = (engine, replica, engine._gatherer, *tables, *replica.prepared)
-        self._freed = {type(part).__name__: threading.Event() for part in parts}
-        self._refs = [weakref.ref(part, self._on_free(type(part).__name__)) for part in parts]
-
-    def _on_free(self, name):
-        return lambda _: self._freed[name].set()
+        self._freed = [(type(part).__name__, threading.Event()) for part in parts]
+        self._refs = [
+            weakref.ref(part, lambda _, freed=freed: freed.set())
+            for part, (_, freed) in zip(parts, self._freed, strict=True)
+        ]
 
     def left(self):
         """Names of those that aren't freed, once the device's thread has had time to leave its last batch."""
-        return [name for name, freed in self._freed.items() if not freed.wait(10)]
+        return [name for name, freed in self._freed if not freed.wait(10)]
 
 
 def test_an_old_version_is_freed_with_its_tables_and_weights(publish, opened):
@@ -209,7 +212,15 @@ def test_a_helper_process_that_fails_is_reported_with_what_it_said(publish, open
     assert "nonsense" in status.reason
 
 
-def test_a_repository_that_closes_ends_the_helper_process(linear_version, cold_cache):
+def test_a_repository_that_closes_ends_the_helper_process(linear_version, cold_cache, monkeypatch):
+    started = queue.SimpleQueue()
+
+    class Started(subprocess.Popen):
+        def __init__(self, *words, **options):
+            super().__init__(*words, **options)
+            started.put(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
     helper = CompileHelper(num_devices=1, use_bundle_code=False)
     failed = []
 
@@ -221,8 +232,10 @@ def test_a_repository_that_closes_ends_the_helper_process(linear_version, cold_c
 
     compiling = threading.Thread(target=compile_version)
     compiling.start()
+    process = started.get(timeout=60)
     helper.close()
     compiling.join(60)
+    assert process.returncode == -signal.SIGKILL
     assert failed == [f"{linear_version}: not compiled: the server is stopping"]
 
 

@@ -110,9 +110,7 @@ class TableFile:
                 raise BundleError(
                     f"{path}: expected an npy file of {self}, {_text(self._header)}; got {_text(found)}"
                 )
-            num_bytes = file.seek(0, 2)
-            if num_bytes != self._file_bytes:
-                raise BundleError(f"{path}: expected {self._file_bytes} bytes of {self}, got {num_bytes}")
+            self._check_size(file.seek(0, 2))
 
     def __str__(self) -> str:
         return f"{self.dtype.name} [{self.shape[0]}, {self.shape[1]}]"
@@ -167,6 +165,9 @@ class TableFile:
             num_bytes = self.path.stat().st_size
         except OSError:
             return
+        self._check_size(num_bytes)
+
+    def _check_size(self, num_bytes: int) -> None:
         if num_bytes != self._file_bytes:
             raise BundleError(f"{self.path}: expected {self._file_bytes} bytes of {self}, got {num_bytes}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import datetime
@@ -27,7 +26,7 @@ from xlarank.compiler.architecture import (
     find_reusable,
     latest_profile,
 )
-from xlarank.compiler.autotune import Choice, tune, worthwhile
+from xlarank.compiler.autotune import tune
 from xlarank.compiler.bench import DeviceBench
 from xlarank.compiler.forms import PLAIN, Form, FormMaker
 from xlarank.compiler.golden import random_requests
@@ -40,8 +39,15 @@ from xlarank.compiler.prepare import PreparedArrays, weight_key
 from xlarank.compiler.program import Traces, plain_program
 from xlarank.compiler.reference import check_row_counts, reference_scores
 from xlarank.compiler.report import render_report
-from xlarank.compiler.result import BucketResult, BuildResult, PassNotes, Tuning
+from xlarank.compiler.result import BucketResult, BuildResult, Tuning
 from xlarank.compiler.row_places import explain_rows
+from xlarank.compiler.selection import (
+    check_named,
+    failure_note,
+    lower_precisions,
+    notes_of,
+    worthwhile_choices,
+)
 from xlarank.compiler.split import DenseModel
 from xlarank.compiler.table_formats import TableChoice
 from xlarank.compiler.tables import float32_tables, requests_of, settle_tables
@@ -58,14 +64,10 @@ from xlarank.spec import (
     Signature,
 )
 from xlarank.spec.ladder import SMALL_ROWS, plan_ladder, seconds_by_rows
-from xlarank.spec.wording import counted
 
 __all__ = ["Builder", "Progress"]
 
 _PREPARE_FILE = "prepare.stablehlo"
-
-_MIN_GAIN = 1.1
-"""How much faster a device's bare matmul must be in a lower precision to be worth a try."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, and how many of how many are: buckets, requests for the reference scores."""
@@ -126,7 +128,7 @@ class Builder:
         failure: VerifyError | None = None
         note = ""
         if reusable is not None and reusable.device_rows != tuple(self.gatherer.device_rows.values()):
-            note = f"version {reusable.version} was not reused: it has other formats of tables on devices"
+            note = f"version {reusable.version} was not reused: devices hold other rows, or other formats"
             reusable = None
         if reusable is not None:
             try:
@@ -176,6 +178,7 @@ class Builder:
             unused=self.unused,
             activations=self.activations,
             device_rows=self._placed(reusable),
+            is_updated=False,
         )
         self.signature = self.gatherer.signature
         self.weights = (*self.model.params, *self.gatherer.device_arrays())
@@ -191,7 +194,12 @@ class Builder:
 
     def _placed(self, reusable: Reusable | None) -> Sequence[DeviceRows]:
         """Rows of the tables that devices hold: an earlier version's, whose programs take so many."""
-        if reusable is not None and reusable.table_formats == {t.name: t.dtype for t in self.spec.tables}:
+        formats = {table.name: table.dtype for table in self.spec.tables}
+        if (
+            reusable is not None
+            and reusable.table_formats == formats
+            and not self.options.placement.has_trace
+        ):
             return reusable.device_rows
         return plan_placement(
             self.spec,
@@ -272,7 +280,9 @@ class Builder:
             writer.cache_dir,
         )
         self._check_model(bench)
-        lower, note = self._precisions(limits)
+        lower, note = lower_precisions(
+            policy.precision, limits, device.half_precision(self.targets[0]), self.golden.unlabelled
+        )
         choices = tune(
             self.ladder.buckets,
             bench,
@@ -282,8 +292,8 @@ class Builder:
             clock=time.monotonic,
             on_progress=self.on_progress,
         )
-        self._check_named(choices, bench)
-        choices = self._worthwhile(choices, bench, limits)
+        check_named(self.spec.name, policy.precision, choices, bench)
+        choices = worthwhile_choices(choices, bench, self.signature, limits, self.on_progress)
         bench.forget_losers({choice.bucket: choice.form for choice in choices})
         found = [bench.candidate(choice.bucket, choice.form) for choice in choices]
         num_params = len(self.model.params)
@@ -299,35 +309,17 @@ class Builder:
         kept = {choice.bucket for choice in choices}
         tuning = Tuning(
             choices=tuple(choices),
-            notes=tuple(self._notes(forms, choice) for choice in choices),
+            notes=tuple(notes_of(forms, choice) for choice in choices),
             dropped=tuple(bucket for bucket in self.ladder.buckets if bucket not in kept),
             limits=limits,
             prepared_bytes=tuple(prepared.num_bytes(candidate.parted.keys) for candidate in found),
             total_prepared_bytes=prepared.num_bytes(keys),
             param_bytes=sum(param.nbytes for param in self.model.params),
             seconds=self.options.tune_seconds,
-            precision_note="; ".join(filter(None, (note, _failure_note(bench)))),
+            precision_note="; ".join(filter(None, (note, failure_note(bench)))),
         )
         placed_at = range(len(made), len(keys))
         return self._prove(prepare, programs, len(keys), placed_at, tuning)
-
-    def _check_named(self, choices: Sequence[Choice], bench: DeviceBench) -> None:
-        """Refuses a build whose precision was named and can't run here: float32 would not be what was asked
-        for."""
-        failed = {bucket for bucket, _ in bench.failures}
-        for choice in choices:
-            if self.options.policy.precision not in (None, choice.form.precision) and choice.bucket in failed:
-                raise ModelError(
-                    f"model {self.spec.name!r}: {_failure_note(bench)}; ask for another precision than "
-                    f"{self.options.policy.precision}"
-                )
-
-    @staticmethod
-    def _notes(forms: FormMaker, choice: Choice) -> PassNotes:
-        plain, chosen = forms.program(choice.bucket, PLAIN), forms.program(choice.bucket, choice.form)
-        assert plain is not None
-        assert chosen is not None
-        return PassNotes.of(forms.hoisted(choice.bucket), plain, chosen)
 
     def _reuse(self, reusable: Reusable, writer: BundleWriter) -> _Built:
         """Takes an earlier version's programs and forms, and proves them with these weights."""
@@ -449,44 +441,6 @@ class Builder:
         if fault is not None:
             raise ModelError(f"model {self.spec.name!r}, {fault}") from error
 
-    def _precisions(self, limits: MachineLimits) -> tuple[list[Precision], str]:
-        """Lower precisions that may be chosen, and what to say of it."""
-        named = self.options.policy.precision
-        if named is not None:
-            return ([named] if named is not Precision.FLOAT32 else []), ""
-        if self.golden.unlabelled:
-            return [], (
-                f"float32 alone was tried: the golden requests have no labels of both classes for "
-                f"{', '.join(self.golden.unlabelled)}, so the AUC loss of a lower precision can't be known; "
-                f"give labels, or name a precision"
-            )
-        lower = [device.half_precision(self.targets[0]), Precision.INT8]
-        slow = [p for p in lower if limits.lower_gain[p.value] < _MIN_GAIN]
-        if not slow:
-            return lower, ""
-        gains = ", ".join(f"{limits.lower_gain[p.value]:.2f} times as fast in {p.value}" for p in slow)
-        note = f"not tried, as a matmul on this device is {gains} as in float32"
-        return [p for p in lower if p not in slow], note
-
-    def _worthwhile(
-        self, choices: Sequence[Choice], bench: DeviceBench, limits: MachineLimits
-    ) -> list[Choice]:
-        """Drops buckets that a neighbour of more requests serves as fast; keeps all where nothing was
-        tuned."""
-        untimed = {choice.bucket.rows for choice in choices if choice.seconds_of(choice.form) is None}
-        forms: dict[int, dict[Bucket, Form]] = collections.defaultdict(dict)
-        for choice in choices:
-            if choice.bucket.rows not in untimed:
-                forms[choice.bucket.rows][choice.bucket] = choice.form
-        seconds: dict[Bucket, float] = {}
-        for rows, found in forms.items():
-            self.on_progress(f"request counts of {rows} rows", len(seconds), len(choices))
-            seconds |= bench.in_turns(found)
-        leaves = self.signature.context_leaves
-        a_context = sum(int(np.prod(leaf.tail)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
-        kept = set(worthwhile(seconds, a_context, limits.bytes_a_second))
-        return [choice for choice in choices if choice.bucket in kept or choice.bucket.rows in untimed]
-
     def _publish(
         self, writer: BundleWriter, built: _Built, analysis: Analysis, note: str, *, refusal: str = ""
     ) -> BuildResult:
@@ -570,17 +524,6 @@ class _Built:
     tuning: Tuning
     results: tuple[BucketResult, ...]
     reused: int | None = None
-
-
-def _failure_note(bench: DeviceBench) -> str:
-    """Which lowered forms can't run here, with XLA's words for the first."""
-    if not bench.failures:
-        return ""
-    (bucket, form), reason = next(iter(bench.failures.items()))
-    return (
-        f"{counted(len(bench.failures), 'lowered form')} can't run on this device, the first {form.label!r} "
-        f"in bucket {bucket}: {reason}"
-    )
 
 
 def _finite(error: float) -> float:

@@ -50,6 +50,11 @@ class PlacementPolicy:
     `xlarank.host.traces.read_trace` gives them. They say which rows are hot in place of the requests, which
     still say how many a bag."""
 
+    @property
+    def has_trace(self) -> bool:
+        """Whether something else than the golden requests says which rows are hot."""
+        return self.trace is not None or bool(self.row_reads)
+
     def __post_init__(self) -> None:
         if self.kind is not None and not isinstance(self.kind, Placement):
             raise ConfigError(f"table placement: expected a Placement or None, got {self.kind!r}")
@@ -159,7 +164,14 @@ def _counted(spec: ModelSpec, name: str, reads: np.ndarray | Ragged) -> np.ndarr
     num_rows = spec.table_by_name[name].num_rows
     values = reads.values if isinstance(reads, Ragged) else reads
     if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "iu":
-        raise ConfigError(f"{where}: expected integers [{num_rows}] of reads, or bags of row numbers")
+        got = (
+            f"{values.dtype} {list(values.shape)}"
+            if isinstance(values, np.ndarray)
+            else type(values).__name__
+        )
+        raise ConfigError(
+            f"{where}: expected integers [{num_rows}] of reads, or bags of row numbers, got {got}"
+        )
     if isinstance(reads, Ragged):
         outside = (values < 0) | (values >= num_rows)
         if outside.any():
@@ -167,8 +179,11 @@ def _counted(spec: ModelSpec, name: str, reads: np.ndarray | Ragged) -> np.ndarr
                 f"{where}: expected row numbers in [0, {num_rows}), got {values[np.argmax(outside)]}"
             )
         return np.bincount(values.astype(np.int64), minlength=num_rows)
-    if len(values) != num_rows or (values < 0).any():
+    if len(values) != num_rows:
         raise ConfigError(f"{where}: expected {num_rows} counts >= 0, one a row, got {len(values)}")
+    if (values < 0).any():
+        row = int(np.argmax(values < 0))
+        raise ConfigError(f"{where}: expected counts >= 0, got {values[row]} for row {row}")
     return values.astype(np.int64)
 
 

@@ -132,7 +132,7 @@ def _needs_trace(equation: core.JaxprEqn) -> bool:
 
 
 class _Reference:
-    """A model that runs op by op, but for its loops."""
+    """A model that runs op by op; one with loops or narrower matmuls equation by equation of its trace."""
 
     def __init__(self, model: _Model) -> None:
         self._model = model

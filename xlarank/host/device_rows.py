@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from xlarank.errors import ConfigError
-from xlarank.host.tables import HostTable
+from xlarank.host.tables import HostTable, aligned_empty
 from xlarank.spec import DeviceTable, ModelSpec, TablePlacement
 
 __all__ = ["DeviceRows"]
-
-_ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,9 +71,7 @@ class DeviceRows:
         same.
         """
         num_rows, row_bytes = self.placement.num_rows, table.rows.shape[1]
-        memory = np.empty((num_rows + 1) * row_bytes + _ALIGNMENT, np.uint8)
-        begin = -memory.ctypes.data % _ALIGNMENT
-        array = memory[begin : begin + (num_rows + 1) * row_bytes].reshape(num_rows + 1, row_bytes)
+        array = aligned_empty((num_rows + 1, row_bytes), np.uint8)
         if self.numbers is None:
             array[:num_rows] = table.rows
         else:

@@ -15,7 +15,7 @@ from xlarank.host.device_rows import DeviceRows
 from xlarank.host.plan import native_plan
 from xlarank.host.prefetch import measure_lines_ahead
 from xlarank.host.reference import gather_numpy
-from xlarank.host.tables import HostTable, host_tables
+from xlarank.host.tables import HostTable, check_writable, host_tables
 from xlarank.host.updates import encode_update
 from xlarank.spec import (
     Bucket,
@@ -89,6 +89,7 @@ class Gatherer:
         activations: str = "float32",
         lines_ahead: int | None = None,
         device_rows: Sequence[DeviceRows] = (),
+        is_updated: bool = True,
     ) -> None:
         """Prepares vocabularies and threads, and measures how far to prefetch.
 
@@ -106,10 +107,13 @@ class Gatherer:
             tables, some milliseconds for each row size.
           device_rows: rows that devices look up, a table each: their places are written, and the vectors hold
             the share of the other rows.
+          is_updated: whether `update_rows` may be called; without it rows of updatable tables may be
+            read-only, as while compiling.
 
         Raises:
-          ConfigError: if a number is out of range, spec and tables disagree, an updatable table is
-            read-only, `unused`, `activations` or `device_rows` isn't as stated, or the backend isn't there.
+          ConfigError: if a number is out of range, spec and tables disagree, an updatable table that is
+            updated is read-only, `unused`, `activations` or `device_rows` isn't as stated, or the backend
+            isn't there.
         """
         spec.check_fitted()
         if num_threads < 1:
@@ -131,6 +135,9 @@ class Gatherer:
         self.backend = "numpy" if backend == "numpy" or native is None else "native"
         self.lines_ahead: dict[str, int] = {}
         self._tables = host_tables(spec, tables)
+        self._is_updated = is_updated
+        if is_updated:
+            check_writable(spec, self._tables)
         self._token = object()
         self._updates = threading.Lock()  # held by who reads or writes rows in NumPy
         self._kernel: Any = None
@@ -168,6 +175,10 @@ class Gatherer:
             raise RequestError(
                 f"model {self.spec.name!r}: expected one of the tables {sorted(self.spec.table_by_name)}, "
                 f"got {table!r}"
+            )
+        if not self._is_updated:
+            raise RequestError(
+                f"table {table!r} isn't updated here: its gatherer was made with is_updated=False"
             )
         encoded = encode_update(self.spec.table_by_name[table], rows, values)
         numbers = np.asarray(rows).astype(np.int32)

@@ -225,7 +225,7 @@ def _mappings(smaps: str) -> Iterator[tuple[int, int, int]]:
     # A process has thousands of mappings of twenty lines each, and threads that serve wait for this one:
     # most lines are told by their first letter. Those that begin a mapping begin with a lower case digit.
     for line in smaps.splitlines():
-        if line < "A" or line > "Z":
+        if not "A" <= line[:1] <= "Z":
             begin, _, rest = line.partition("-")
             first, last = int(begin, 16), int(rest.partition(" ")[0], 16)
         elif line.startswith("AnonHugePages:"):

@@ -60,7 +60,12 @@ def native_plan(
         features.append(fields)
     return native.Kernel(
         tables=[
-            native_table(tables[t.name], lines_ahead[t.name], t.out_of_range, is_updatable=t.updatable)
+            native_table(
+                tables[t.name],
+                lines_ahead[t.name],
+                t.out_of_range,
+                is_updatable=t.updatable and tables[t.name].rows.flags.writeable,
+            )
             | _on_device(device_rows.get(t.name), t.num_rows)
             for t in spec.tables
         ],

@@ -13,12 +13,14 @@ from xlarank.host.plan import native_table
 from xlarank.host.tables import HostTable
 from xlarank.spec import RowFormat
 
-__all__ = ["DEFAULT_LINES", "fastest", "measure_lines_ahead"]
+__all__ = ["DEFAULT_LINES", "DISTANCES", "fastest", "measure_lines_ahead"]
 
 DEFAULT_LINES = 64
 """Distance in cache lines where none is measured; never far from the best on machines seen so far."""
 
-_DISTANCES = (0, 8, 16, 32, 64, 128)
+DISTANCES = (0, 8, 16, 32, 64, 128)
+"""Distances in cache lines that are measured."""
+
 _BUDGET_S = 0.006
 _MIN_ROUNDS = 4
 _MIN_BYTES = 1 << 25
@@ -85,10 +87,10 @@ def _measure(table: HostTable) -> int:
     pool_rows = native.pool_rows
     rng = np.random.default_rng(0)
     out = np.empty((_BAGS, table.dim), np.float32)
-    forms = {distance: native_table(table, distance) for distance in _DISTANCES}
+    forms = {distance: native_table(table, distance) for distance in DISTANCES}
 
     def work(distance: int) -> None:
         ids = rng.integers(table.num_rows, size=_BAGS * _IDS_A_BAG, dtype=np.int32)
         pool_rows(forms[distance], ids, _IDS_A_BAG, out, "auto")
 
-    return fastest(work, _DISTANCES, budget_s=_BUDGET_S)
+    return fastest(work, DISTANCES, budget_s=_BUDGET_S)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from xlarank.errors import ConfigError
 from xlarank.spec import ModelSpec, RowFormat, TableSpec
 
-__all__ = ["HostTable", "aligned_empty", "check_finite", "host_tables"]
+__all__ = ["HostTable", "aligned_empty", "check_finite", "check_writable", "host_tables"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -90,14 +90,17 @@ def host_tables(spec: ModelSpec, tables: Mapping[str, HostTable | np.ndarray]) -
         raise ConfigError(
             f"model {spec.name!r}: expected tables {sorted(spec.table_by_name)}, got {sorted(tables)}"
         )
-    found = {table.name: _host_table(table, tables[table.name]) for table in spec.tables}
+    return {table.name: _host_table(table, tables[table.name]) for table in spec.tables}
+
+
+def check_writable(spec: ModelSpec, tables: Mapping[str, HostTable]) -> None:
+    """Raises ConfigError for an updatable table whose rows are in read-only memory."""
     for table in spec.tables:
-        if table.updatable and not found[table.name].rows.flags.writeable:
+        if table.updatable and not tables[table.name].rows.flags.writeable:
             raise ConfigError(
                 f"table {table.name!r} is updatable: expected rows in writable memory, got read-only ones, "
                 f"as files are mapped"
             )
-    return found
 
 
 def _host_table(spec: TableSpec, table: HostTable | np.ndarray) -> HostTable:

@@ -154,8 +154,22 @@ def test_products_of_pairs_of_fields_keep_the_contexts_apart():
         lambda x: lax.dynamic_update_slice(x, x[:, :3] + 1.0, (0, WIDTH)),
         lambda x: x.at[:, np.array([3, 1])].set(x[:, :2]),
         lambda x: x.at[:, 2].add(x[:, 3]),
+        lambda x: jnp.concatenate(jnp.split(x, [0, 10], axis=1), axis=1),
+        lambda x: lax.dynamic_update_slice(x, x[:, :0], (0, 3)),
+        lambda x: lax.pad(x[:, :2], 0.5, ((0, 0, 0), (4, -5, 0))),
     ],
-    ids=["out_of_range", "before_the_first", "nothing", "between", "beyond_the_end", "two_entries", "added"],
+    ids=[
+        "out_of_range",
+        "before_the_first",
+        "nothing",
+        "between",
+        "beyond_the_end",
+        "two_entries",
+        "added",
+        "no_columns",
+        "none_written",
+        "more_cropped_than_there_is",
+    ],
 )
 def test_what_no_rule_knows_is_read_whole(change):
     def model(params, f):

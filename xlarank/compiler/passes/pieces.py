@@ -122,7 +122,7 @@ def _shares(step: Step, values: Sequence[Value], axis: int, begin: int, end: int
         if low < high:
             kept.append(sliced(step, value, axis, low - start, high - start))
         start = stop
-    return kept
+    return kept or [sliced(step, values[0], axis, 0, 0)]
 
 
 def _cut_array(step: Step, value: Value, axis: int, begin: int, end: int, stride: int) -> Value:
@@ -208,6 +208,7 @@ def concatenated(step: Step, values: Sequence[Value], axis: int) -> Value:
     for value in values:
         is_nested = value.pieces is not None and value.pieces.axis == axis
         flat += value.pieces.values if is_nested and value.pieces is not None else [value]
+    flat = [value for value in flat if value.shape[axis]] or flat[:1]
     merged: list[Value] = []
     for sort, run in itertools.groupby(flat, _sort):
         members = list(run)

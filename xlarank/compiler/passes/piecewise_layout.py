@@ -12,7 +12,7 @@ from xlarank.compiler.passes.rows.layout import resized
 from xlarank.compiler.passes.step import Step
 from xlarank.compiler.passes.values import Value
 
-__all__ = ["LAYOUTS", "reshaped", "with_axis", "without_axes"]
+__all__ = ["LAYOUTS", "with_axis", "without_axes"]
 
 
 def _concatenate(step: Step) -> list[Value] | None:
@@ -63,11 +63,11 @@ def _reshape(step: Step) -> list[Value] | None:
     if step.params.get("dimensions") is not None:
         return None
     context_new = step.pair.context_params["new_sizes"]
-    value = reshaped(step, step.operands[0], tuple(step.params["new_sizes"]), tuple(context_new))
+    value = _reshaped(step, step.operands[0], tuple(step.params["new_sizes"]), tuple(context_new))
     return None if value is None else [value]
 
 
-def reshaped(step: Step, value: Value, new: tuple[int, ...], context_new: tuple[int, ...]) -> Value | None:
+def _reshaped(step: Step, value: Value, new: tuple[int, ...], context_new: tuple[int, ...]) -> Value | None:
     """A value with `new` sizes: pieces stay pieces where they fill whole entries of a new axis."""
     if value.pieces is None:
         return mapped(
@@ -88,7 +88,7 @@ def reshaped(step: Step, value: Value, new: tuple[int, ...], context_new: tuple[
 
     def run(piece: Value) -> Value | None:
         size = piece.shape[axis] * after // new_after
-        return reshaped(step, piece, resized(new, new_axis, size), resized(context_new, new_axis, size))
+        return _reshaped(step, piece, resized(new, new_axis, size), resized(context_new, new_axis, size))
 
     return of_pieces(step, value.pieces, new_axis, run)
 

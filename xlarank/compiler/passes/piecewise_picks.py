@@ -58,6 +58,8 @@ def _padded(
     middle = of_pieces(step, value.pieces, axis, run)
     if middle is None:
         return None
+    if middle.shape[axis] < max(0, -low) + max(0, -high):
+        return None  # more is cropped than there is: padding makes up for it
     middle = sliced(step, middle, axis, max(0, -low), middle.shape[axis] - max(0, -high))
     before, after = (
         _filled(step, filling, resized(shape, axis, size), resized(context_shape, axis, size))
