@@ -89,6 +89,8 @@ TABLES = {
     t.name: 0.3 * np.random.default_rng(0).standard_normal((t.num_rows, t.dim), np.float32)
     for t in SPEC.tables
 }
+for rows in TABLES.values():
+    rows.flags.writeable = False  # as a model's own arrays are; the tables are updatable all the same
 PARAMS = random_params(**mlp_params("top", 8 + 9 + 3 + 9 + 4 + 9 + 4, 16, 1))
 
 
