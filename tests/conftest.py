@@ -25,7 +25,6 @@ _OLDEST = {
     "bundle/test_repository.py",
     "bundle/test_round_trip.py",
     "cli/test_command_line.py",
-    "cli/test_own_model.py",
     "compiler/passes/test_hoist_context.py",
     "compiler/passes/test_hoist_indices.py",
     "compiler/passes/test_hoist_traps.py",
