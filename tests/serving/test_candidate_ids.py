@@ -328,6 +328,14 @@ def test_a_feature_file_has_options_of_its_own_before_those_of_all(text, fields)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "a.features,misses=fetch,memory_bytes=1",
+            "features a.features: memory_bytes must be >= 65536; was 1",
+        ),
+        (
+            "a.features,misses=fetch,max_age_seconds=0",
+            "features a.features: max_age_seconds must be >= 1; was 0.0",
+        ),
         ("a,size=3", r"expected PATH,FIELD=VALUE,\.\.\. of .*'misses'\], got \['size'\]"),
         ("a,misses=ask", "features a,misses=ask: misses: 'ask' is not a valid MissPolicy"),
         ("a,max_age_seconds=5", "features a: max_age_seconds bounds the cache of misses 'fetch'; misses is"),

@@ -98,9 +98,7 @@ class FeaturesConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "misses", MissPolicy(self.misses))
-        if self.memory_bytes is not None and self.memory_bytes < 1:
-            raise ConfigError(f"features: memory_bytes must be >= 1; was {self.memory_bytes}")
-        has_cache = self.misses is MissPolicy.FETCH or any(f.misses is MissPolicy.FETCH for f in self.files)
+        has_cache = MissPolicy.FETCH in (self.misses, *(file.misses for file in self.files))
         for field in ("memory_bytes", "max_age_seconds"):
             if getattr(self, field) is not None and not has_cache:
                 raise ConfigError(

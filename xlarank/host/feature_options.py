@@ -9,7 +9,7 @@ from typing import Any
 from xlarank.errors import ConfigError
 from xlarank.host.feature_file import FeatureFile
 from xlarank.host.feature_source import FileSource
-from xlarank.host.feature_store import FeatureStore, MissPolicy
+from xlarank.host.feature_store import FeatureStore, MissPolicy, check_cache_bounds
 from xlarank.spec import ModelSpec
 
 __all__ = ["FeatureOptions"]
@@ -41,6 +41,7 @@ class FeatureOptions:
                     f"features {self.path}: {field} bounds the cache of misses 'fetch'; misses is "
                     f"{self.misses.value!r}"
                 )
+        check_cache_bounds(f"features {self.path}", self.memory_bytes, self.max_age_seconds)
 
     @classmethod
     def parse(

@@ -19,7 +19,7 @@ from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_f
 from xlarank.host.feature_source import FeatureSource
 from xlarank.spec import Column, ModelSpec, check_candidate_ids, default_column, join_columns, take
 
-__all__ = ["FeatureStore", "FeatureStoreStats", "MissPolicy"]
+__all__ = ["FeatureStore", "FeatureStoreStats", "MissPolicy", "check_cache_bounds"]
 
 _MIN_MEMORY_BYTES = 2**16
 
@@ -293,14 +293,17 @@ def _check_arguments(
         raise ConfigError("feature store: a file says itself which features it is without")
     if source is not None and memory_bytes is None:
         raise ConfigError("feature store: a source needs memory_bytes, the most that the cache may take")
-    if memory_bytes is not None and memory_bytes < _MIN_MEMORY_BYTES:
-        raise ConfigError(f"feature store: memory_bytes must be >= {_MIN_MEMORY_BYTES}; was {memory_bytes}")
-    if max_age_seconds is None:
-        return
-    if file is not None:
+    if file is not None and max_age_seconds is not None:
         raise ConfigError(
             "feature store: max_age_seconds is of rows in memory, and those of a file have no time; misses "
             "'fetch' makes the file the source of a cache"
         )
-    if not 1 <= max_age_seconds < float("inf"):
-        raise ConfigError(f"feature store: max_age_seconds must be >= 1; was {max_age_seconds}")
+    check_cache_bounds("feature store", memory_bytes, max_age_seconds)
+
+
+def check_cache_bounds(where: str, memory_bytes: int | None, max_age_seconds: float | None) -> None:
+    """Raises ConfigError, whose text begins with `where`, for a cache that is too small or ages too fast."""
+    if memory_bytes is not None and memory_bytes < _MIN_MEMORY_BYTES:
+        raise ConfigError(f"{where}: memory_bytes must be >= {_MIN_MEMORY_BYTES}; was {memory_bytes}")
+    if max_age_seconds is not None and not 1 <= max_age_seconds < float("inf"):
+        raise ConfigError(f"{where}: max_age_seconds must be >= 1; was {max_age_seconds}")
