@@ -94,9 +94,20 @@ def test_batches_stop_growing_at_the_knee_but_one_request_may_pass_it():
 
 
 def test_what_a_large_request_leaves_free_of_its_bucket_is_filled():
-    batcher = batcher_of(plan_of(LADDER, lambda b: 1 + b.rows / 1e6, max_batch_rows=32))
+    plan = plan_of(LADDER, lambda b: {8: 1.0, 32: 2.0, 128: 7.7}[b.rows])
+    assert plan.knee_rows == 32
+    batcher = batcher_of(plan)
     fill(batcher, ("a", 120), ("b", 6))
     assert run(batcher) == [("a", 0, 120), ("b", 0, 6)]
+
+
+def test_a_limit_of_the_operator_is_kept():
+    merging = batcher_of(plan_of(LADDER, lambda b: 1 + b.rows / 1e6, max_batch_rows=32))
+    fill(merging, ("a", 120), ("b", 6), ("c", 6))
+    assert [run(merging) for _ in range(2)] == [[("a", 0, 120)], [("b", 0, 6), ("c", 0, 6)]]
+    off = batcher_of(plan_of(LADDER, lambda b: 1 + b.rows / 1e6, max_batch_rows=1))
+    fill(off, ("a", 3), ("b", 1), ("c", 1))
+    assert [run(off) for _ in range(3)] == [[("a", 0, 3)], [("b", 0, 1)], [("c", 0, 1)]]
 
 
 def test_requests_are_counted_as_well_as_rows():

@@ -79,7 +79,12 @@ def test_merging_stops_at_the_knee_unless_told_otherwise():
         plan_of(seconds, max_batch_rows=65)
 
 
+@pytest.mark.parametrize(("requests", "seconds"), [(1, 2.0), (2, 1.0), (8, 0.5)])
+def test_a_small_request_adds_no_less_than_its_share_of_as_many_as_merge(requests, seconds):
+    assert plan_of({(1, 1): 1.0, (8, requests): 2.0}).work_seconds(2) == seconds
+
+
 def test_a_small_request_adds_its_share_of_a_full_batch_and_a_large_one_its_own_run():
-    plan = plan_of({(1, 1): 1.0, (8, 1): 2.0})
+    plan = plan_of({(1, 1): 1.0, (8, 8): 2.0})
     assert plan.work_seconds(2) == 0.5
     assert plan.work_seconds(6) == 2.0

@@ -92,6 +92,13 @@ def add_parser(subparsers: Any) -> None:
         default=QueueConfig.max_defer_ms,
         help="longest time that a free device waits for company under high load (%(default)s)",
     )
+    parser.add_argument(
+        "--max-batch-rows",
+        type=int,
+        default=QueueConfig.max_batch_rows,
+        metavar="N",
+        help="most rows that requests are merged to, 1 for none (the knee of the measured times)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -110,13 +117,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     manifest = bundle.manifest
     kind, profile = profile_of(manifest, str(bundle.path), args.device_kind)
     speeds, costs = _devices(args)
-    plans = {speed: BucketPlan(manifest.ladder, _scaled(profile, speed)) for speed in {1.0, *speeds}}
     config = QueueConfig(
         max_queue_ms=args.max_queue_ms,
         default_timeout_ms=args.timeout_ms,
         max_defer_ms=args.max_defer_ms,
         policy=args.dispatch_policy,
+        max_batch_rows=args.max_batch_rows,
     )
+    plans = {
+        speed: BucketPlan.of_config(manifest.ladder, _scaled(profile, speed), config)
+        for speed in {1.0, *speeds}
+    }
     if args.slo_ms <= 0:
         raise ConfigError(f"--slo-ms must be > 0; was {args.slo_ms}")
     scheduler: Scheduler[int] = Scheduler(len(speeds), costs=costs)

@@ -427,6 +427,8 @@ def _order(part: Part) -> tuple[float, int]:
 
 def _limit(head: Part, plan: BucketPlan) -> int:
     """Rows of a batch that a part begins: up to the knee, or what its own bucket holds anyhow."""
+    if not plan.fills_buckets:
+        return plan.knee_rows
     bucket = plan.bucket(min(head.num_rows, plan.ladder.max_rows), 1)
     return max(plan.knee_rows, 0 if bucket is None else bucket.rows)
 

@@ -8,6 +8,7 @@ import math
 
 from xlarank.errors import BucketError
 from xlarank.spec import BucketLadder, LatencyProfile
+from xlarank.spec.serving import QueueConfig
 
 __all__ = ["LEAST_GAIN", "SECONDS_A_RUN", "BucketPlan"]
 
@@ -24,6 +25,7 @@ class BucketPlan:
     Attributes:
       ladder: the compiled buckets.
       knee_rows: rows beyond which merging requests stops paying, see `LatencyProfile.knee_rows`.
+      fills_buckets: whether a larger request takes company along, as far as its bucket has room.
       knee_seconds: a run of that many rows.
       seconds_a_row: at the best throughput up to the knee: what a row costs where batches are full.
     """
@@ -41,7 +43,8 @@ class BucketPlan:
           ladder: the compiled buckets.
           profile: measured seconds of each of them.
           seconds_a_run: what a run takes beside, whatever its size.
-          max_batch_rows: merges no more rows than this; the profile's knee by default.
+          max_batch_rows: merges no more rows than this; by default the profile's knee, or what a larger
+            request leaves free of its bucket.
 
         Raises:
           BucketError: if a bucket has no measured time, or `max_batch_rows` isn't a row count of the ladder's
@@ -61,11 +64,17 @@ class BucketPlan:
         self._request_counts = sorted({bucket.requests for bucket in ladder.buckets})
         self._tables: dict[int, list[float]] = {}  # by requests; equal whoever fills them
         self.knee_rows = limit
+        self.fills_buckets = max_batch_rows is None
         merged = [bucket for bucket in ladder.buckets if bucket.rows <= limit] or [ladder.buckets[0]]
         self.seconds_a_row = min(self._seconds[bucket] / bucket.rows for bucket in merged)
         self.knee_seconds = self.seconds_a_row * limit
         self.bucket = functools.cache(ladder.smallest)
         self.run_seconds = functools.cache(self._run_seconds)
+
+    @classmethod
+    def of_config(cls, ladder: BucketLadder, profile: LatencyProfile, config: QueueConfig) -> BucketPlan:
+        """With a queue's limit, where it is below the ladder's own."""
+        return cls(ladder, profile, max_batch_rows=min(config.max_batch_rows, ladder.max_rows) or None)
 
     def _run_seconds(self, num_rows: int, num_requests: int) -> float:
         """Of one run of the smallest bucket that holds them; inf when none does."""
@@ -94,7 +103,7 @@ class BucketPlan:
         """What a request adds to a busy device's time: alone where it is large, its share where it merges."""
         if 2 * num_rows > self.knee_rows:
             return self.seconds(num_rows)
-        return num_rows * self.seconds_a_row
+        return max(num_rows * self.seconds_a_row, self.seconds(num_rows) / self.ladder.max_requests)
 
     def _table(self, num_requests: int) -> list[float]:
         """[max_rows + 1] seconds of the cheapest set of buckets (dynamic program over rows)."""

@@ -209,12 +209,7 @@ class Engine:
         self._owns_pool = pool is None
         self._pool = pool or DevicePool(len(loaded.replicas))
         plans = {
-            id(profile): BucketPlan(
-                self.ladder,
-                profile,
-                max_batch_rows=min(queue.max_batch_rows, self.ladder.max_rows) or None,
-            )
-            for profile in loaded.profiles
+            id(profile): BucketPlan.of_config(self.ladder, profile, queue) for profile in loaded.profiles
         }
         self._queue = self._pool.attach(
             self._workload,

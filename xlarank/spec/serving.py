@@ -37,7 +37,8 @@ class QueueConfig:
     longer. 0 for none."""
 
     max_batch_rows: int = 0
-    """Most rows that requests are merged to; 0 for the knee of the measured times."""
+    """Most rows that requests are merged to, and 1 merges none; 0 for the knee of the measured times, and for
+    what a larger request leaves free of its bucket."""
 
     max_skip_ms: float = 2.0
     """Longest time that smaller requests may overtake one that doesn't fit; 0 for strict order."""
