@@ -84,6 +84,17 @@ def test_smaller_requests_overtake_one_that_does_not_fit_until_it_has_waited_its
     assert run(batcher, now=0.002) == [("wide", 0, 60), ("small", 0, 20)]
 
 
+def test_none_overtakes_an_old_request_in_a_cheaper_bucket_either():
+    """Two runs of 8 are cheaper than 16 or 32: the later 4 rows must not take the place of the old 10."""
+    ladder = BucketLadder(tuple(Bucket(rows, 4) for rows in (8, 16, 32)))
+    plan = plan_of(ladder, lambda b: {8: 1.0, 16: 4.0, 32: 9.0}[b.rows], max_batch_rows=32)
+    for skip, first in ((20, [("run", 0, 4), ("late", 0, 4)]), (2, [("run", 0, 4)])):
+        batcher = batcher_of(plan, max_skip_ms=skip)
+        fill(batcher, ("run", 4), ("old", 10), now=0.0)
+        fill(batcher, ("late", 4), now=0.009)
+        assert run(batcher, now=0.01) == first
+
+
 def test_batches_stop_growing_at_the_knee_but_one_request_may_pass_it():
     batcher = batcher_of(plan_of(LADDER, lambda b: 1 + b.rows / 1e6, max_batch_rows=32))
     fill(batcher, ("a", 20), ("b", 12), ("c", 1), ("d", 90))

@@ -8,6 +8,7 @@ import linear
 import numpy as np
 import pytest
 
+from xlarank import device
 from xlarank.errors import (
     BundleError,
     ConfigError,
@@ -23,6 +24,8 @@ from xlarank.runtime import (
     VersionLabel,
     VersionOptions,
 )
+from xlarank.runtime.device_health import DeviceState
+from xlarank.spec import FaultConfig
 
 READY, UNAVAILABLE = "READY", "UNAVAILABLE"
 
@@ -56,11 +59,16 @@ def opened(root):
     """Opens the repository; closed at the end."""
     repositories = []
 
-    def opened(policy=None, *, metrics=None, stop=None, **options):
+    def opened(policy=None, *, metrics=None, stop=None, faults=None, **options):
         options = {"watch_seconds": 10.0, "warm_share": 1.0, "models": (policy,) if policy else ()} | options
         root.mkdir(exist_ok=True)
         repository = ModelRepository.open(
-            root, num_devices=2, versions=VersionOptions(**options), metrics=metrics, stop=stop or Looks()
+            root,
+            num_devices=2,
+            versions=VersionOptions(**options),
+            metrics=metrics,
+            faults=faults,
+            stop=stop or Looks(),
         )
         repositories.append(repository)
         return repository
@@ -405,3 +413,55 @@ def test_labels_share_the_traffic_and_a_key_stays_on_its_side(publish, opened):
     assert {repository.engine("linear", "", key).version for key in sides} == {3}
     with pytest.raises(UnavailableError, match=r"'linear' version canary, which is 4, is not at ready state"):
         repository.engine("linear", "canary")
+
+
+class Sick:
+    """In the place of a version's executor: fails every batch."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def run(self, bucket, leaves):
+        raise RuntimeError("the device is broken")
+
+
+def test_one_sick_device_of_two_does_not_keep_a_new_version_away(publish, opened):
+    publish(1)
+    repository = opened(faults=FaultConfig(probe_seconds=1e6))
+    engine = repository.engine("linear")
+    first = engine._execution._executors[0]
+    engine._execution._executors = [Sick(first), engine._execution._executors[1]]
+    while repository._pool.statuses()[0].state is not DeviceState.QUARANTINED:
+        assert scores(repository) == 1
+    publish(2)
+    repository.poll()
+    assert scores(repository) == 2
+    assert repository._pool.statuses()[0].state is DeviceState.QUARANTINED
+
+
+def test_a_version_that_hangs_a_device_is_not_served_and_the_device_comes_back(publish, opened, monkeypatch):
+    publish(1)
+    repository = opened(faults=FaultConfig(watchdog_seconds=0.2, probe_seconds=0.01))
+    assert scores(repository) == 1
+    known = list(repository.engine("linear")._execution._executors)
+    run, gate = device.Replica.run, threading.Event()
+
+    def hang(replica, bucket, leaves):
+        assert any(replica is other for other in known) or gate.wait(60)
+        return run(replica, bucket, leaves)
+
+    monkeypatch.setattr(device.Replica, "run", hang)
+    publish(2)
+    repository.poll()
+    assert states(repository) == {1: READY, 2: UNAVAILABLE}
+    assert reason(repository, 2) == "device 0 hangs in a golden replay of it"
+    assert repository._pool.statuses()[0].reason == "a golden replay took more than 0.2 s"
+    assert scores(repository) == 1  # on the other device
+    gate.set()
+    with repository._pool._work:
+        healthy = [DeviceState.HEALTHY] * 2
+        assert repository._pool._work.wait_for(
+            lambda: [s.state for s in repository._pool._health.statuses()] == healthy, 60
+        )
+    repository.load("linear")
+    assert scores(repository) == 2

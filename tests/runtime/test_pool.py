@@ -6,8 +6,9 @@ import pytest
 
 from xlarank.errors import UnavailableError
 from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.device_health import DeviceState
 from xlarank.runtime.pool import DevicePool
-from xlarank.spec import Bucket, BucketLadder, LatencyProfile, RequestOptions
+from xlarank.spec import Bucket, BucketLadder, FaultConfig, LatencyProfile, RequestOptions
 from xlarank.spec.serving import QueueConfig
 
 ONE_ROW = BucketPlan(BucketLadder((Bucket(1, 1),)), LatencyProfile({Bucket(1, 1): 1e-3}))
@@ -18,7 +19,7 @@ class Work:
 
     def __init__(self, on_run=lambda: None):
         self.on_run = on_run
-        self.runs, self.late = [], []
+        self.runs, self.late, self.failed = [], [], []
         self.is_told = threading.Semaphore(0)
 
     def run(self, batch, device_index):
@@ -31,6 +32,9 @@ class Work:
     def fail_late(self, item):
         self.late.append(item)
         self.is_told.release()
+
+    def fail(self, items, error):
+        self.failed += items
 
     @property
     def items(self):
@@ -134,3 +138,88 @@ def test_a_dropped_request_is_not_run():
     gate.set()
     pool.close()
     assert work.items == ["runs", "stays"]
+
+
+class Sick(Work):
+    """Fails on device 0; tells of each batch that another one has run."""
+
+    def __init__(self, probe):
+        super().__init__()
+        self.probe = probe
+        self.is_answered = threading.Semaphore(0)
+
+    def run(self, batch, device_index):
+        if device_index == 0:
+            raise RuntimeError("it is broken")
+        super().run(batch, device_index)
+
+    def answer(self, result):
+        super().answer(result)
+        self.is_answered.release()
+
+
+def wait_for_state(pool, state, index=0):
+    """Until the pool's threads have come that far; whoever waits for work is told of it."""
+    with pool._work:
+        assert pool._work.wait_for(lambda: pool._health.state(index) is state, 30)
+
+
+def quarantine_first(pool, queue, work):
+    """Sends single requests until device 0 has failed with one, and the other has told whose fault it was."""
+    while pool.statuses()[0].state is DeviceState.HEALTHY:
+        submit(pool, queue, object())
+        assert work.is_answered.acquire(timeout=30)
+    wait_for_state(pool, DeviceState.QUARANTINED)
+
+
+def fail(device_index):
+    raise RuntimeError("it is still broken")
+
+
+def test_a_lone_request_is_run_at_once_while_a_device_is_out_of_service():
+    """Its thread waits beside that of the healthy one, and must not be the one that is told."""
+    work, pool = Sick(fail), DevicePool(2, faults=FaultConfig(probe_seconds=1e6))
+    queue = attach(pool, work)
+    quarantine_first(pool, queue, work)
+    for _ in range(20):
+        submit(pool, queue, object())
+        assert work.is_answered.acquire(timeout=5)
+    pool.close()
+
+
+def test_a_device_that_hangs_between_batches_is_quarantined_until_it_comes_back():
+    gate = threading.Event()
+    work, pool = Work(), DevicePool(1, faults=FaultConfig(watchdog_seconds=0.05, probe_seconds=0.01))
+    work.probe = lambda device_index: None
+    queue = attach(pool, work)
+    pool.run_between(0, gate.wait)
+    wait_for_state(pool, DeviceState.QUARANTINED)
+    said = "no device is healthy (0: a golden replay took more than 0.05 s)"
+    assert pool.fault == said
+    with pytest.raises(UnavailableError, match="model 'feed': no device is healthy"):
+        submit(pool, queue, 0)
+    with pytest.raises(UnavailableError, match="device 0 hangs"):
+        pool.run_between(0, gate.wait)
+    gate.set()
+    wait_for_state(pool, DeviceState.HEALTHY)
+    submit(pool, queue, 1)
+    pool.close()
+    assert work.items == [1]
+
+
+def test_closing_does_not_wait_for_a_probe_that_hangs():
+    gate, has_come = threading.Event(), threading.Event()
+
+    def hang(device_index):
+        has_come.set()
+        gate.wait()
+
+    work, pool = Sick(hang), DevicePool(2, faults=FaultConfig(watchdog_seconds=0.05, probe_seconds=0.01))
+    queue = attach(pool, work)
+    quarantine_first(pool, queue, work)
+    assert has_come.wait(30)
+    submit(pool, queue, "last")
+    pool.close()
+    assert work.items[-1] == "last"
+    assert pool.statuses()[0].num_quarantines == 1
+    gate.set()

@@ -1,6 +1,7 @@
 """The scheduler's contract: devices, models and admission, with placements worked out by hand."""
 
 import collections
+import contextlib
 import math
 import random
 
@@ -144,6 +145,31 @@ def test_another_devices_request_is_taken_first_once_it_has_waited():
     assert items(scheduler.next_turn(1, 0.2)) == ["b"]
 
 
+def test_a_request_does_not_wait_for_a_home_that_takes_nothing():
+    scheduler, queue = scheduler_of(ALIKE, ALIKE, max_skip_ms=100)
+    home = homes(scheduler, queue, [f"u{i}" for i in range(40)])
+    left = next(key for key in home if home[key] == 0)
+    for hold in (scheduler.set_suspended, scheduler.set_aside):
+        hold(0, True)
+        assert not scheduler.is_uniform
+        ask(scheduler, queue, "a", affinity_key=left)
+        turn = scheduler.next_turn(1, 0.0)
+        assert items(turn) == ["a"]
+        scheduler.finished(turn, 0.0)
+        hold(0, False)
+
+
+def test_where_devices_differ_a_home_is_preferred_while_it_costs_no_more_than_the_wait_allowed():
+    keys = [f"u{i}" for i in range(40)]
+    home = homes(*scheduler_of(ALIKE, ALIKE), keys)
+    key = next(key for key in home if home[key] == 1)
+    for skip, device in ((2900, 0), (3100, 1)):  # slow takes 4 s where fast takes one
+        scheduler, queue = scheduler_of(FAST, SLOW, max_skip_ms=skip)
+        ask(scheduler, queue, "a", affinity_key=key)
+        assert scheduler.next_turn(1 - device, 0.0) is None
+        assert items(scheduler.next_turn(device, 0.0)) == ["a"]
+
+
 def test_a_device_more_moves_only_the_keys_that_it_wins():
     keys = [f"u{i}" for i in range(300)]
     two, three = (homes(*scheduler_of(*[ALIKE] * count), keys) for count in (2, 3))
@@ -262,6 +288,22 @@ def test_predictions_learn_from_what_runs_took():
     assert scheduler.predicted_start(queue, now) - now == pytest.approx(2.0, rel=0.01)
 
 
+@pytest.mark.parametrize("slower", [30.0, 1 / 30])
+def test_a_device_that_has_become_much_slower_or_faster_is_believed(slower):
+    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=1e6)
+    now = 0.0
+    for i in range(120):
+        ask(scheduler, queue, i, now=now)
+        turn = scheduler.next_turn(0, now)
+        now += slower
+        scheduler.finished(turn, now)
+        if i == 0:  # one odd run moves predictions little
+            assert 0.9 < scheduler.use_of(0)[2] < 1.4
+    ask(scheduler, queue, "x", now=now)
+    scheduler.next_turn(0, now)
+    assert scheduler.predicted_start(queue, now) - now == pytest.approx(slower, rel=0.1)
+
+
 def test_work_ahead_fills_devices_level_each_from_when_it_is_free():
     scheduler, queue = scheduler_of(ALIKE, ALIKE, ALIKE, max_queue_ms=1e6)
     for i in range(2):
@@ -353,3 +395,35 @@ def test_no_device_idles_while_rows_are_queued_and_all_are_answered(seed):
             if device not in running and (turn := scheduler.next_turn(device, now)) is not None:
                 running[device] = (turn, now + turn.predicted_seconds)
     assert done == asked
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_devices_that_differ_are_never_all_idle_while_rows_are_queued(seed):
+    """Speeds, costs, keys, deadlines: a request waits only for a device that is at work."""
+    rng = random.Random(seed)
+    plans = [plan_of(1 / 3200), plan_of(rng.choice((1, 4)) / 3200, seconds=0.002), plan_of(2 / 3200)]
+    scheduler, queue = scheduler_of(
+        *plans, costs=rng.choice((None, (3, 1, 2))), max_skip_ms=rng.choice((0, 5))
+    )
+    running, now = {}, 0.0
+    for step in range(400):
+        now += rng.random() / 50
+        while running and min(end for _, end in running.values()) <= now:
+            device, (turn, end) = min(running.items(), key=lambda entry: entry[1][1])
+            del running[device]
+            scheduler.finished(turn, end)
+            _start_all(scheduler, running, end, rng)
+        key = rng.choice((None, f"u{rng.randrange(5)}"))
+        deadline = rng.choice((math.inf, now + 0.1))
+        with contextlib.suppress(DeadlineError):
+            ask(scheduler, queue, step, rng.choice((1, 5, 30, 90)), now, affinity_key=key, deadline=deadline)
+        _start_all(scheduler, running, now, rng)
+        assert running or not scheduler.num_queued_requests
+
+
+def _start_all(scheduler, running, now, rng):
+    """Asks every free device, as those that wait are all told of a change."""
+    for device in rng.sample(range(3), 3):
+        if device not in running and (turn := scheduler.next_turn(device, now)) is not None:
+            running[device] = (turn, now + turn.predicted_seconds * rng.choice((0.8, 1.0, 1.5)))
+    scheduler.take_late(now)

@@ -267,7 +267,8 @@ class Batcher(Generic[Item]):
         head, company = self._choose(device, now, plan, claims)
         if head is None or self._defers(device, [head, *company], now, plan):
             return None
-        num_rows, chosen = self._cut(head, company, plan)
+        oldest = now - self.config.max_skip_ms / 1e3
+        num_rows, chosen = self._cut(head, company, plan, oldest)
         for part in (head, *chosen):
             self._remove(part)
         if num_rows < head.num_rows:
@@ -317,7 +318,7 @@ class Batcher(Generic[Item]):
 
     @staticmethod
     def _cut(
-        head: Part[Item], company: Sequence[Part[Item]], plan: BucketPlan
+        head: Part[Item], company: Sequence[Part[Item]], plan: BucketPlan, oldest: float
     ) -> tuple[int, Sequence[Part[Item]]]:
         """Rows of the next run and who joins the head in it, so that all of them take the least time."""
         total = head.num_rows + sum(part.num_rows for part in company)
@@ -328,7 +329,7 @@ class Batcher(Generic[Item]):
             if capacity < head.num_rows:
                 run = (capacity, ())
             else:
-                chosen = _fill(head, company, capacity, plan)
+                chosen = _fill(head, company, capacity, plan, oldest)
                 run = (head.num_rows + sum(part.num_rows for part in chosen), chosen)
             shape = (run[0], 1 + len(run[1]))
             if shape == last:
@@ -433,8 +434,11 @@ def _limit(head: Part, plan: BucketPlan) -> int:
     return max(plan.knee_rows, 0 if bucket is None else bucket.rows)
 
 
-def _fill(head: Part, company: Sequence[Part], capacity: int, plan: BucketPlan) -> Sequence[Part]:
-    """Those of the company, in order, that fit beside the head; no two of one request."""
+def _fill(
+    head: Part, company: Sequence[Part], capacity: int, plan: BucketPlan, oldest: float
+) -> Sequence[Part]:
+    """Those of the company, in order, that fit beside the head; no two of one request, and none behind one
+    that doesn't fit and has been queued since `oldest`."""
     chosen: list[Part] = []
     tickets = {head.ticket}
     num_rows = head.num_rows
@@ -447,4 +451,6 @@ def _fill(head: Part, company: Sequence[Part], capacity: int, plan: BucketPlan) 
             chosen.append(part)
             tickets.add(part.ticket)
             num_rows += part.num_rows
+        elif part.ticket.queued_at <= oldest and part.ticket not in tickets:
+            break
     return chosen

@@ -6,9 +6,10 @@ Contract
     another device has run the same batch. Fine there: the first is quarantined. The same there: it's the
     data; both are fine, and the batch is taken apart to find the requests at fault. Without another device,
     a golden replay decides instead.
-  - A device that hasn't come back from a batch in `watchdog_seconds` is quarantined, and another gets the
-    batch. What it brings back later is thrown away. A batch that two devices hung in, or that fails on the
-    second, is given up: it won't take down a third.
+  - A device that hasn't come back from a batch in `watchdog_seconds`, or from a probe or a run of a version
+    that is being proven, is quarantined, and another gets the batch. What it brings back later is thrown
+    away. A batch that two devices hung in, or that fails on the second, is given up: it won't take down a
+    third.
   - A quarantined device is probed by golden replay, at first after `probe_seconds`, then at intervals that
     double up to `_MAX_PROBE_SECONDS`, and returns to service when a probe succeeds.
 """
@@ -126,8 +127,8 @@ class DeviceHealth:
           is_away: it hangs, and can be probed only once it is `back`.
         """
         device = self._devices[index]
+        device.num_quarantines += device.state is not DeviceState.QUARANTINED  # it may be so, and hang now
         device.state, device.reason = DeviceState.QUARANTINED, reason
-        device.num_quarantines += 1
         device.is_away = is_away
         device.probe_wait = self._config.probe_seconds
         device.probe_at = now + device.probe_wait

@@ -331,8 +331,8 @@ class ModelRepository:
             raise UnavailableError(f"repository {self._root} is shutting down") from None
 
     def _look(self) -> None:
-        if not all(status.state is DeviceState.HEALTHY for status in self._pool.statuses()):
-            return  # a version would be found to fail on a sick device, that does not
+        if not any(status.state is DeviceState.HEALTHY for status in self._pool.statuses()):
+            return  # nothing can be proven now: a version would be found to fail that does not
         try:
             found = list_versions(self._root)
         except BundleError as error:

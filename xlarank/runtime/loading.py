@@ -166,6 +166,7 @@ class Loader:
         on_table_bytes: TableBytes | None = None,
         library: device.ProgramLibrary | None = None,
         paces: Callable[[int], device.Pace] | None = None,
+        can_prove: Callable[[int], bool] | None = None,
         profiles: Sequence[LatencyProfile] | None = None,
     ) -> None:
         """See `xlarank.runtime.Engine.load`, and:
@@ -174,6 +175,8 @@ class Loader:
           library: programs that are compiled already.
           paces: by index of the device, what makes the runs that prove and time; given where others serve
             meanwhile, and then tables are read by one thread of low priority.
+          can_prove: by index of the device, whether the version is proven and timed there; everywhere without
+            it, or where it says no of all.
           profiles: by device, of the same programs on the same devices; they are timed without it.
         """
         self._bundle = bundle
@@ -186,6 +189,7 @@ class Loader:
         self._on_table_bytes = on_table_bytes
         self._library = library
         self._paces = paces
+        self._can_prove = can_prove or (lambda _: True)
         self._known_profiles = profiles
         self._seconds: dict[str, float] = {}
 
@@ -325,7 +329,7 @@ class Loader:
         self, replicas: Sequence[device.Replica], check: GoldenCheck, buffers: device.BatchBuffers
     ) -> dict[str, float]:
         worst = dict.fromkeys((task.name for task in self._bundle.spec.tasks), 0.0)
-        for index, replica in enumerate(replicas):
+        for index, replica in self._trusted(replicas):
             run = functools.partial(self._run, index, replica)
             errors = check(run, buffers, where=f"golden replay on {replica.device}")
             worst = {task: max(worst[task], errors[task]) for task in worst}
@@ -345,14 +349,20 @@ class Loader:
         if self._known_profiles is not None:
             return self._known_profiles
         by_kind: dict[str, list[LatencyProfile]] = {}
-        for index, replica in enumerate(replicas):
+        for index, replica in self._trusted(replicas):
             measured = device.measure_profile(replica, golden, buffers, pace=self._pace(index))
             by_kind.setdefault(replica.device.device_kind, []).append(measured)
         slowest = {
             kind: LatencyProfile({b: max(p.seconds_of(b) for p in measured) for b in measured[0].seconds})
             for kind, measured in by_kind.items()
         }
-        return [slowest[replica.device.device_kind] for replica in replicas]
+        unknown = max(slowest.values(), key=lambda profile: max(profile.seconds.values()))
+        return [slowest.get(replica.device.device_kind, unknown) for replica in replicas]
+
+    def _trusted(self, replicas: Sequence[device.Replica]) -> list[tuple[int, device.Replica]]:
+        """Those that can prove a version, by index; all where none can, which says why."""
+        numbered = list(enumerate(replicas))
+        return [(index, replica) for index, replica in numbered if self._can_prove(index)] or numbered
 
     def _pace(self, index: int) -> device.Pace:
         return device.at_once if self._paces is None else self._paces(index)

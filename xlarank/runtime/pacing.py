@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from xlarank import device
-from xlarank.errors import UnavailableError
+from xlarank.errors import ExecutionError, UnavailableError
+from xlarank.runtime.device_health import DeviceState
 from xlarank.runtime.pool import DevicePool
 
 __all__ = ["PacedRuns"]
@@ -48,6 +49,11 @@ class PacedRuns:
         self._wait = wait
         self._clock = clock
 
+    def can_prove(self, device_index: int) -> bool:
+        """Whether a device works: one that doesn't would fail a version that is right. It replays the golden
+        requests of all versions before it serves again."""
+        return self._pool.statuses()[device_index].state is DeviceState.HEALTHY
+
     def on(self, device_index: int) -> device.Pace:
         """What runs work on a device; after each run it waits as long as the share demands."""
         return functools.partial(self._run, device_index)
@@ -66,8 +72,10 @@ class PacedRuns:
 
         self._pool.run_between(device_index, errand)
         while not concurrent.futures.wait([done], timeout=_LOOK_SECONDS).done:
-            if self._pool.is_away(device_index) or self._wait(0.0):
-                raise UnavailableError(f"device {device_index} hangs, or the server is stopping")
+            if self._pool.is_away(device_index):
+                raise ExecutionError(f"device {device_index} hangs in a golden replay of it")
+            if self._wait(0.0):
+                raise UnavailableError("the server is stopping")
         result, seconds = done.result()
         self._wait(seconds * (1 / self._share - 1))
         return result

@@ -89,6 +89,7 @@ class DevicePool:
         self._workloads: dict[ModelQueue, Workload] = {}
         self._refusals: dict[ModelQueue, Counter[str]] = {}
         self._errands: list[deque[Callable[[], None]]] = [deque() for _ in range(num_devices)]
+        self._asides = [math.inf] * num_devices  # since when a device does something that is no turn
         self._timer_at = math.inf  # when the timer wakes by itself
         self._is_closed = False  # moves one way
         self._threads = [
@@ -153,7 +154,7 @@ class DevicePool:
                 self._refusals[queue][_REFUSAL_OF[type(error)]] += 1
                 raise
             if self._scheduler.is_uniform:
-                self._work.notify()
+                self._work.notify()  # whichever it is may take it; one that may not would lose the call
             self._on_change()
             self._set_timer()
 
@@ -212,9 +213,14 @@ class DevicePool:
             self._is_closed = True
             self._work.notify_all()
             self._timer.notify()
-        for index, thread in enumerate(self._threads):
-            while thread.is_alive() and not (index < self.num_devices and self.is_away(index)):
-                thread.join(0.1)
+        for index in range(self.num_devices):
+            while not self._has_ended(index):
+                self._threads[index].join(0.1)
+        self._threads[-1].join()
+
+    def _has_ended(self, index: int) -> bool:
+        """Whether a device's thread is through, or hangs and is left behind. With or without the lock."""
+        return not self._threads[index].is_alive() or self._health.is_away(index)
 
     def is_away(self, device_index: int) -> bool:
         """Whether a device hangs in a batch."""
@@ -233,7 +239,7 @@ class DevicePool:
         with self._lock:
             while True:
                 now = self._clock()
-                task = self._judgement(index) or self._probing(index, now) or self._errand(index)
+                task = self._judgement(index) or self._aside(index, now)
                 if task is None and (turn := self._scheduler.next_turn(index, now)) is not None:
                     workload = self._workloads[turn.queue]
                     task = lambda turn=turn, workload=workload: self._run(turn, workload)  # noqa: E731
@@ -245,8 +251,25 @@ class DevicePool:
                     return None
                 self._work.wait()
 
-    def _errand(self, index: int) -> Callable[[], None] | None:
-        return self._errands[index].popleft() if self._errands[index] else None
+    def _aside(self, index: int, now: float) -> Callable[[], None] | None:
+        """A probe or an errand, as if it were a turn: the device is not free, and may hang in it."""
+        task = self._probing(index, now)
+        if task is None and self._errands[index]:
+            task = self._errands[index].popleft()
+        if task is None:
+            return None
+        self._asides[index] = now
+        self._scheduler.set_aside(index, True)
+
+        def run() -> None:
+            task()
+            with self._lock:
+                self._asides[index] = math.inf
+                self._scheduler.set_aside(index, False)
+                self._health.back(index)
+                self._work.notify_all()
+
+        return run
 
     def _run(self, turn: Turn, workload: Workload) -> None:
         """One turn of the scheduler."""
@@ -387,6 +410,7 @@ class DevicePool:
 
     def _wake_at(self) -> float:
         starts = [turn.started_at for turn in self._scheduler.turns()]
+        starts += [since for index, since in enumerate(self._asides) if not self._health.is_away(index)]
         hang_at = min(starts, default=math.inf) + self._health.config.watchdog_seconds
         return min(self._scheduler.wake_at(), self._health.wake_at(), hang_at)
 
@@ -405,14 +429,19 @@ class DevicePool:
                     self._refusals[queue]["late"] += 1
                 since = now - self._health.config.watchdog_seconds
                 hung = [turn for turn in self._scheduler.turns() if turn.started_at <= since]
-                if not late and not hung:
-                    if self._is_closed and not any(thread.is_alive() for thread in self._threads[:-1]):
+                stuck = [
+                    i for i, at in enumerate(self._asides) if at <= since and not self._health.is_away(i)
+                ]
+                if not late and not hung and not stuck:
+                    if self._is_closed and all(map(self._has_ended, range(self.num_devices))):
                         return
                     self._wait(now)
             for workload, item in late:
                 workload.fail_late(item)
             for turn in hung:
                 self._on_hang(turn)
+            for index in stuck:
+                self._on_stuck(index)
 
     def _wait(self, now: float) -> None:
         wake_at = self._wake_at()
@@ -425,6 +454,14 @@ class DevicePool:
         self._timer_at = wake_at
         self._timer.wait(None if seconds == math.inf else seconds)
         self._timer_at = -math.inf  # looks again before it waits again
+
+    def _on_stuck(self, index: int) -> None:
+        """A device hasn't come back from a probe, or from a run of a version that is being proven."""
+        reason = f"a golden replay took more than {self._health.config.watchdog_seconds:g} s"
+        with self._lock:
+            if self._asides[index] == math.inf:
+                return  # it has just come back
+        self._quarantine(index, reason, is_away=True)
 
     def _on_hang(self, turn: Turn) -> None:
         """A device hasn't come back from its batch: it goes to another, once."""

@@ -11,6 +11,8 @@ Contract
     faster one sooner; no other case leaves a device idle while rows are queued.
   - A request with an affinity key has a home device, by rendezvous hashing of the key; it runs elsewhere when
     its home is busy and another device has nothing of its own to do, or once it has waited `max_skip_ms`.
+    Where devices differ, the home is the right one if it finishes no later than `max_skip_ms` after the
+    soonest.
   - Models that share devices take turns by the device time that they have used. One that had nothing queued
     starts level with the others, so that it can neither hoard turns nor pay for old ones.
   - Admission is by prediction: a request that would finish after its deadline, or find the queue longer than
@@ -39,8 +41,9 @@ Item = TypeVar("Item", bound=Hashable)
 _ADAPT = 0.1
 """Share of the newest run in the ratio of measured to predicted time."""
 
-_RATIOS = (0.5, 4.0)
-"""Bounds of that ratio: one odd run must not close the door, nor open it."""
+_STEPS = (0.5, 4.0)
+"""One run counts as this many times what was predicted at most: an odd one must not close the door, nor open
+it, while a device that has become slow is believed in some tens of runs, however slow."""
 
 _LEAST_RETRY_SECONDS = 0.001
 
@@ -88,10 +91,16 @@ class _Device:
         self.index, self.cost = index, cost
         self.is_healthy = True
         self.is_suspended = False
+        self.is_aside = False
         self.turn: Turn | None = None
         self.ratio = 1.0  # measured over predicted seconds
         self.num_turns = 0
         self.busy_seconds = 0.0
+
+    @property
+    def is_available(self) -> bool:
+        """Whether it takes turns now, or once its own has ended."""
+        return self.is_healthy and not self.is_suspended and not self.is_aside
 
     def free_at(self, now: float) -> float:
         """When it is predicted to be free."""
@@ -118,8 +127,8 @@ class Scheduler(Generic[Item]):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether any free device does for whatever is queued, so that waking one of them is enough."""
-        return self._is_uniform
+        """Whether any device that waits does for whatever is queued, so that waking one is enough."""
+        return self._is_uniform and all(device.is_available for device in self._devices)
 
     @property
     def num_queued_requests(self) -> int:
@@ -198,7 +207,7 @@ class Scheduler(Generic[Item]):
         """What a free device runs now; None when there is nothing for it. Tell `finished` after it."""
         device = self._devices[device_index]
         assert device.turn is None
-        if not device.is_healthy or device.is_suspended:
+        if not device.is_available:
             return None
         for queue in sorted(self._queues, key=lambda queue: queue.used_seconds):
             batch = self._next_batch(queue, device, now)
@@ -232,7 +241,7 @@ class Scheduler(Generic[Item]):
             device.turn = None
         seconds = now - turn.started_at
         turn.queue.used_seconds += seconds - turn.predicted_seconds
-        low, high = _RATIOS
+        low, high = (step * device.ratio for step in _STEPS)
         ratio = min(high, max(low, seconds / turn.predicted_seconds))
         device.ratio += _ADAPT * (ratio - device.ratio)
         device.num_turns += 1
@@ -268,6 +277,10 @@ class Scheduler(Generic[Item]):
     def set_suspended(self, device_index: int, is_suspended: bool) -> None:
         """Has a device wait for a while, as if it were busy; what is bound to it stays."""
         self._devices[device_index].is_suspended = is_suspended
+
+    def set_aside(self, device_index: int, is_aside: bool) -> None:
+        """Has a device do something else for a while, as if it were busy."""
+        self._devices[device_index].is_aside = is_aside
 
     def clear(self) -> list[tuple[ModelQueue[Item], list[Item]]]:
         """Takes everything out of the queues."""
@@ -377,18 +390,17 @@ class Scheduler(Generic[Item]):
             return None
         if self._is_uniform:
             return batcher.next_batch(device.index, now, plan=plan)
-        chosen = self._soonest_here(queue, device, now)
+        if queue.has_kinds or self._has_costs:
+            chosen = self._soonest_here(queue, device, now)
+            return batcher.next_batch(device.index, now, plan=plan, claims=lambda part: part.ticket in chosen)
         skip = batcher.config.max_skip_ms / 1e3
 
         def is_own(part: Part[Item]) -> bool:
-            has_waited = now - part.ticket.queued_at >= skip
-            is_right = chosen is None or part.ticket in chosen
-            return is_right and (has_waited or self._is_home(part.ticket, device))
+            return now - part.ticket.queued_at >= skip or self._is_home(part.ticket, device)
 
         def may_take(part: Part[Item]) -> bool:
             home = part.ticket.home
-            is_right = chosen is None or part.ticket in chosen
-            return is_right and (home is None or self._devices[home].turn is not None)
+            return home is None or self._devices[home].turn is not None
 
         for claims in (is_own, may_take):
             batch = batcher.next_batch(device.index, now, plan=plan, claims=claims)
@@ -398,14 +410,13 @@ class Scheduler(Generic[Item]):
 
     def _is_home(self, ticket: Ticket[Item], device: _Device) -> bool:
         home = ticket.home
-        return home is None or home == device.index or not self._devices[home].is_healthy
+        return home is None or home == device.index or not self._devices[home].is_available
 
-    def _soonest_here(self, queue: ModelQueue[Item], device: _Device, now: float) -> set[Ticket[Item]] | None:
-        """What this device is the right one for, counting what is before each in the queue; None for all."""
-        if not queue.has_kinds and not self._has_costs:
-            return None
+    def _soonest_here(self, queue: ModelQueue[Item], device: _Device, now: float) -> set[Ticket[Item]]:
+        """What this device is the right one for, counting what is before each in the queue."""
         parts = (part for part in queue.batcher.waiting() if part.may_run_on(device.index))
-        free = {other.index: other.free_at(now) for other in self._devices if other.is_healthy}
+        free = {other.index: other.free_at(now) for other in self._devices if other.is_available}
+        skip = queue.batcher.config.max_skip_ms / 1e3
         here = set()
         for part in itertools.islice(parts, _MAX_LOOK):
             ends = {
@@ -413,12 +424,12 @@ class Scheduler(Generic[Item]):
                 for i in free
                 if part.may_run_on(i)
             }
-            deadline = part.ticket.deadline
+            home, deadline = part.ticket.home, part.ticket.deadline
             in_time = [i for i in ends if ends[i] <= deadline < math.inf]
             if in_time:
-                choice = min(in_time, key=lambda i: (self._devices[i].cost, ends[i], free[i]))
+                choice = min(in_time, key=lambda i: (self._devices[i].cost, i != home, ends[i], free[i]))
             else:  # of equals the one that begins first, as the others have something to do
-                choice = min(ends, key=lambda i: (ends[i], free[i]))
+                choice = min(ends, key=lambda i: (ends[i] - skip * (i == home), free[i]))
             free[choice] += self._devices[choice].ratio * queue.plans[choice].work_seconds(part.num_rows)
             if choice == device.index:
                 here.add(part.ticket)

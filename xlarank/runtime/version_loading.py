@@ -136,6 +136,7 @@ class VersionLoader:
             on_table_bytes=options.on_table_bytes,
             library=self._library,
             paces=self._paced.on if is_beside else None,
+            can_prove=self._paced.can_prove if is_beside else None,
             profiles=None if twin is None else twin.profiles,
         )
         store = self._store(path, bundle.spec, peers)
