@@ -1,0 +1,467 @@
+"""The process that looks after the others: `Supervisor`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import os
+import queue
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from prometheus_client import generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from xlarank.errors import ModelError
+from xlarank.runtime.processes.holder import Backoff
+from xlarank.runtime.processes.messages import (
+    AskMetrics,
+    Complete,
+    Failed,
+    Hello,
+    LastMetrics,
+    MetricsText,
+    Order,
+    Ready,
+    Retire,
+    Stop,
+    Version,
+    WorkerEnded,
+    WorkerStarted,
+)
+from xlarank.runtime.processes.metrics_merge import MergedMetrics
+from xlarank.runtime.processes.version_plan import VersionPlan
+from xlarank.runtime.version_metrics import VersionMetrics
+
+__all__ = ["StopSignal", "Supervisor"]
+
+_log = logging.getLogger(__name__)
+
+_SCRAPE_SECONDS = 2.0
+"""How long a scrape waits for a process; of one that hangs the last words count."""
+
+_KILL_SECONDS = 10.0
+"""After the grace period of a stop, what is left is killed."""
+
+
+class StopSignal(Protocol):
+    """Whether to stop, and a file that becomes readable then."""
+
+    def fileno(self) -> int:
+        """The file."""
+        ...
+
+    def is_set(self) -> bool:
+        """Whether to stop."""
+        ...
+
+
+@dataclasses.dataclass
+class _Worker:
+    index: int
+    pid: int
+    link: Connection | None = None
+    is_ready: bool = False
+    text: bytes = b""
+    """What it last said of itself."""
+
+
+@dataclasses.dataclass
+class _Generation:
+    """A holder and its workers."""
+
+    number: int
+    versions: tuple[Version, ...]
+    started_at: float
+    holder: Connection | None = None
+    workers: dict[int, _Worker] = dataclasses.field(default_factory=dict)
+    """By pid."""
+
+    is_complete: bool = False
+    is_ending: bool = False
+    failure: Failed | None = None
+    has_had_holder: bool = False
+
+
+class Supervisor:
+    """Has k processes serve what the repository's policies want, until it is told to stop.
+
+    A new version is loaded and proven by k new workers beside the old ones, and when all of them serve, the
+    old ones let their clients go and end. Where one of the new can't, all of them end, and the old ones go
+    on.
+
+    `run` is for one thread; any thread may ask for `metrics_text`.
+    """
+
+    def __init__(
+        self,
+        plan: VersionPlan,
+        spawn: Callable[[Order], int],
+        *,
+        num_workers: int,
+        folder: Path,
+        watch_seconds: float | None,
+        grace_seconds: float,
+        on_ready: Callable[[tuple[Version, ...]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+          plan: what is to be served.
+          spawn: starts a holder that has nothing to inherit; returns its pid.
+          num_workers: k.
+          folder: of its own, that others may not enter, for the socket.
+          watch_seconds: between two looks at the repository; None: it isn't looked at again.
+          grace_seconds: how long a stop waits for accepted requests.
+          on_ready: told once, what is served, when the first k serve.
+          clock: seconds, monotonic.
+        """
+        self._plan = plan
+        self._spawn = spawn
+        self._num_workers = num_workers
+        self._watch_seconds = watch_seconds
+        self._grace_seconds = grace_seconds
+        self._on_ready = on_ready
+        self._clock = clock
+        self._path = folder / "link"
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(self._path))
+        self._listening.listen()
+        self._numbers = itertools.count(1)
+        self._generations: dict[int, _Generation] = {}
+        self._serving: _Generation | None = None
+        self._starting: _Generation | None = None
+        self._links: dict[Connection, Callable[[object], None]] = {}
+        self._pids: set[int] = set()  # of holders that are children of this process
+        self._backoff = Backoff()
+        self._look_at = clock()
+        self._is_watched = watch_seconds is not None
+        self._merged = MergedMetrics()
+        self._counts = _Counts(num_workers, self._is_up)
+        self._version_metrics = VersionMetrics(plan.statuses, lambda: 0)
+        self._registry = CollectorRegistry()
+        self._registry.register(self._counts)
+        self._registry.register(self._version_metrics)
+        self._wake_reader, self._wake_writer = os.pipe()
+        self._scrapes: queue.SimpleQueue[Future[bytes]] = queue.SimpleQueue()
+        self._round: list[Future[bytes]] = []
+        self._unanswered: set[int] = set()  # pids
+        self._round_ends_at = 0.0
+
+    def metrics_text(self) -> bytes:
+        """What /metrics answers; asks every worker. Any thread."""
+        asked: Future[bytes] = Future()
+        self._scrapes.put(asked)
+        os.write(self._wake_writer, b"m")
+        try:
+            return asked.result(_SCRAPE_SECONDS + 5)
+        except FutureTimeoutError:
+            return b""
+
+    def run(self, stop: StopSignal) -> None:
+        """Serves until told to stop, then until all processes have ended.
+
+        Raises:
+          ModelError: if what is to be served at first can't be, and the repository isn't watched; says why.
+        """
+        try:
+            while not stop.is_set():
+                self._begin_next()
+                self._step(self._next_time(), stop)
+        finally:
+            self._end()
+
+    def close(self) -> None:
+        """Frees files."""
+        self._listening.close()
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
+
+    # What is to be served
+
+    def _begin_next(self) -> None:
+        if self._starting is not None or self._clock() < self._look_at:
+            return
+        self._look_at = (
+            self._clock() + self._watch_seconds if self._watch_seconds is not None else float("inf")
+        )
+        serving = self._serving
+        served = () if serving is None else serving.versions
+        wanted = served if serving is not None and not self._is_watched else self._plan.wanted(served)
+        is_lost = serving is not None and serving.holder is None
+        if wanted is None or (serving is not None and wanted == served and not is_lost):
+            return
+        number = next(self._numbers)
+        self._starting = self._generations[number] = _Generation(number, wanted, self._clock())
+        order = Order(
+            generation=number,
+            versions=wanted,
+            num_workers=self._num_workers,
+            is_beside=serving is not None,
+            link=self._path,
+        )
+        if serving is not None and serving.holder is not None:
+            serving.holder.send(order)
+        else:
+            self._pids.add(self._spawn(order))
+
+    def _see_complete(self, generation: _Generation) -> None:
+        generation.is_complete = True
+        before, self._serving, self._starting = self._serving, generation, None
+        if before is None:
+            self._on_ready(generation.versions)
+        else:
+            _log.info("versions %s are served, before %s", generation.versions, before.versions)
+            for model in {m for m, _ in {*generation.versions} - {*before.versions}}:
+                self._version_metrics.record_swap(model, self._clock() - generation.started_at)
+            self._tell_all(before, Retire())
+
+    def _see_failure(self, generation: _Generation, failed: Failed) -> None:
+        """One of the processes of a generation that isn't complete can't start."""
+        if generation.failure is not None or generation.is_complete or generation.is_ending:
+            return
+        generation.failure = failed
+        self._tell_all(generation, Stop())
+        self._starting = None
+        serving = self._serving
+        if serving is None and not self._is_watched:
+            raise ModelError(failed.reason)
+        new = set(generation.versions) - set(() if serving is None else serving.versions)
+        at_fault = {failed.version} & new if failed.version is not None else set()
+        at_fault = at_fault or new
+        self._plan.block(sorted(at_fault), failed.reason)
+        for model in {model for model, _ in at_fault}:
+            self._version_metrics.record_failure(model)
+        if at_fault:
+            self._look_at = self._clock()
+        else:
+            seconds = self._backoff.after(0.0)
+            _log.error(
+                "the processes can't be started anew, another try comes in %g s: %s", seconds, failed.reason
+            )
+            self._look_at = self._clock() + seconds
+
+    # What happens
+
+    def _step(self, until: float, stop: StopSignal | None = None) -> None:
+        watched: list[Any] = [self._listening, self._wake_reader, *self._links]
+        if stop is not None:
+            watched.append(stop)
+        timeout = None if until == float("inf") else max(0.0, until - self._clock())
+        for ready in wait(watched, timeout):
+            if ready is self._listening:
+                self._accept()
+            elif ready == self._wake_reader:
+                os.read(self._wake_reader, 4096)
+            elif isinstance(ready, Connection) and ready in self._links:
+                self._hear(ready)
+        self._see_to_scrapes()
+        self._reap()
+
+    def _next_time(self) -> float:
+        """When something is to be done though nothing happens."""
+        times = [float("inf") if self._starting is not None else self._look_at]
+        if self._round:
+            times.append(self._round_ends_at)
+        return min(times)
+
+    def _accept(self) -> None:
+        accepted, _ = self._listening.accept()
+        link = Connection(accepted.detach())
+        try:
+            hello: Hello = link.recv()
+        except (EOFError, OSError):
+            link.close()
+            return
+        generation = self._generations.get(hello.generation)
+        if generation is None:
+            link.close()
+        elif hello.index is None:
+            generation.holder, generation.has_had_holder = link, True
+            self._links[link] = lambda message: self._hear_holder(generation, message)
+        else:
+            worker = generation.workers.setdefault(hello.pid, _Worker(hello.index, hello.pid))
+            worker.link = link
+            self._links[link] = lambda message: self._hear_worker(generation, worker, message)
+        if generation is not None and generation.is_ending:
+            self._tell(link, Stop())
+
+    def _hear(self, link: Connection) -> None:
+        hear = self._links[link]
+        try:
+            message = link.recv()
+        except (EOFError, OSError):
+            del self._links[link]
+            link.close()
+            message = None
+        hear(message)
+
+    def _hear_holder(self, generation: _Generation, message: object) -> None:
+        if isinstance(message, WorkerStarted):
+            generation.workers.setdefault(message.pid, _Worker(message.index, message.pid))
+        elif isinstance(message, WorkerEnded):
+            self._see_worker_end(generation, message)
+        elif isinstance(message, Failed):
+            self._see_failure(generation, message)
+        elif isinstance(message, Complete):
+            self._see_complete(generation)
+        elif message is None:
+            self._see_holder_end(generation)
+
+    def _hear_worker(self, generation: _Generation, worker: _Worker, message: object) -> None:
+        if isinstance(message, Ready):
+            worker.is_ready = True
+            _log.info("process %d (pid %d) serves", worker.index, worker.pid)
+        elif isinstance(message, Failed):
+            self._see_failure(generation, message)
+        elif isinstance(message, (MetricsText, LastMetrics)):
+            worker.text = message.text
+            worker.is_ready &= isinstance(message, MetricsText)
+            self._unanswered.discard(worker.pid)
+        elif message is None:
+            worker.link, worker.is_ready = None, False
+            self._unanswered.discard(worker.pid)
+            self._merged.keep(worker.text)
+            worker.text = b""
+            self._forget(generation)
+
+    def _see_worker_end(self, generation: _Generation, ended: WorkerEnded) -> None:
+        worker = generation.workers.get(ended.pid)
+        if worker is not None and worker.link is None:
+            del generation.workers[ended.pid]
+        if ended.is_restarted:
+            self._counts.restarts[ended.index] += 1
+        self._see_failure(
+            generation,
+            Failed(reason=f"process {ended.index} ended while it started: {ended.why}", version=None),
+        )
+
+    def _see_holder_end(self, generation: _Generation) -> None:
+        generation.holder = None
+        if not generation.is_complete:
+            reason = "the process that holds the tables ended while it started"
+            self._see_failure(generation, Failed(reason=reason, version=None))
+        elif generation is self._serving and not generation.is_ending:
+            _log.error(
+                "the process that holds the tables has ended; its workers go on, and others are started with "
+                "tables read anew: what was updated since they were loaded is lost then"
+            )
+            self._look_at = min(self._look_at, self._clock() + self._backoff.after(0.0))
+        self._forget(generation)
+
+    def _forget(self, generation: _Generation) -> None:
+        if generation.holder is not None or any(worker.link for worker in generation.workers.values()):
+            return
+        if generation.has_had_holder and (generation.is_ending or generation.failure is not None):
+            self._generations.pop(generation.number, None)
+
+    def _tell_all(self, generation: _Generation, message: object) -> None:
+        generation.is_ending = True
+        links = [generation.holder, *(worker.link for worker in generation.workers.values())]
+        for link in links:
+            if link is not None:
+                self._tell(link, message)
+
+    @staticmethod
+    def _tell(link: Connection, message: object) -> None:
+        with contextlib.suppress(OSError):  # it has ended; its link says so next
+            link.send(message)
+
+    def _reap(self) -> None:
+        """Takes note of children that have ended, and of orphans if this is a container's first process."""
+        with contextlib.suppress(ChildProcessError):
+            while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+                if pid in self._pids:
+                    self._pids.discard(pid)
+                    self._see_child_end()
+
+    def _see_child_end(self) -> None:
+        """A holder that ended before it said a word has no link to tell of its end."""
+        starting = self._starting
+        if starting is not None and not starting.has_had_holder:
+            reason = "the process that holds the tables ended while it started"
+            self._see_failure(starting, Failed(reason=reason, version=None))
+
+    # Scrapes
+
+    def _see_to_scrapes(self) -> None:
+        if not self._round and not self._scrapes.empty():
+            self._begin_round()
+        if self._round and (not self._unanswered or self._clock() >= self._round_ends_at):
+            text = self._text()
+            for asked in self._round:
+                asked.set_result(text)
+            self._round = []
+
+    def _begin_round(self) -> None:
+        while not self._scrapes.empty():
+            self._round.append(self._scrapes.get())
+        self._round_ends_at = self._clock() + _SCRAPE_SECONDS
+        self._unanswered = set()
+        for worker in self._workers():
+            if worker.link is not None and worker.is_ready:
+                self._unanswered.add(worker.pid)
+                self._tell(worker.link, AskMetrics())
+
+    def _text(self) -> bytes:
+        texts = [(worker.index, worker.text) for worker in self._workers()]
+        return self._merged.text(texts, generate_latest(self._registry))
+
+    def _workers(self) -> Iterator[_Worker]:
+        """By generation."""
+        for _, generation in sorted(self._generations.items()):
+            yield from generation.workers.values()
+
+    def _is_up(self, index: int) -> bool:
+        serving = self._serving
+        return serving is not None and any(w.is_ready for w in serving.workers.values() if w.index == index)
+
+    # The end
+
+    def _end(self) -> None:
+        """All processes drain, and what doesn't is killed."""
+        for generation in self._generations.values():
+            self._tell_all(generation, Stop())
+        self._starting = None
+        deadline = self._clock() + self._grace_seconds + _KILL_SECONDS
+        while (self._links or self._pids) and self._clock() < deadline:
+            self._step(min(deadline, self._clock() + 0.5))
+        for worker in self._workers():
+            if worker.link is not None:
+                _log.error("process %d (pid %d) didn't end in time and is killed", worker.index, worker.pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGKILL)
+
+
+class _Counts(Collector):
+    """Which processes serve, and how often each was started again."""
+
+    def __init__(self, num_workers: int, is_up: Callable[[int], bool]) -> None:
+        self.restarts = [0] * num_workers
+        self._is_up = is_up
+
+    def collect(self) -> Sequence[Metric]:
+        """For prometheus_client."""
+        up = Metric("xlarank_worker_up", "Whether a server process serves", "gauge")
+        restarts = Metric(
+            "xlarank_worker_restarts", "Times that a server process was started again", "counter"
+        )
+        for index, count in enumerate(self.restarts):
+            labels = {"process": str(index)}
+            up.add_sample("xlarank_worker_up", labels, float(self._is_up(index)))
+            restarts.add_sample("xlarank_worker_restarts_total", labels, count)
+        return [up, restarts]
+
+    def describe(self) -> Sequence[Metric]:
+        """For prometheus_client: nothing to compare at registration."""
+        return []
