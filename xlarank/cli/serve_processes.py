@@ -21,7 +21,7 @@ from xlarank.errors import ConfigError, XlarankError
 from xlarank.runtime.background import in_background
 from xlarank.runtime.processes.holder import Holder
 from xlarank.runtime.processes.messages import Failed, Hello, Order, Version, open_link
-from xlarank.runtime.processes.supervised import Supervised
+from xlarank.runtime.processes.supervised import Supervised, WorkerRequests
 from xlarank.runtime.tables import HeldTables, LoadedTables, load_tables
 
 __all__ = ["hold_and_serve", "serve_with_processes"]
@@ -186,6 +186,7 @@ def _work(
         with running_server(
             config, held, on_drained=lambda metrics: supervised.say_last(metrics.text())
         ) as running:
+            running.metrics.register(WorkerRequests(index, lambda: running.metrics.num_successes))
             supervised.start(running.ready, running.metrics.text, stop=running.stop, retire=retire)
             say_ready()
             wait([running.stop, retire])

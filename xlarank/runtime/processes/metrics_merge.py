@@ -27,6 +27,25 @@ class _Family:
     values: dict[str, float] = dataclasses.field(default_factory=dict)
     """By series: name and labels, as written."""
 
+    @property
+    def is_summed(self) -> bool:
+        return self.kind in ("counter", "histogram")
+
+    def add(self, other: _Family, label: str = "") -> None:
+        """Sums the series of a process that has this label; what isn't summed gets the label."""
+        for series, value in other.values.items():
+            if not self.is_summed:
+                self.values[_with_label(series, label)] = value
+            elif _name(series) in _OF_ALL:
+                self.values[series] = max(self.values.get(series, 0.0), value)
+            else:
+                self.values[series] = self.values.get(series, 0.0) + value
+
+    def lines(self) -> Iterator[str]:
+        yield from self.header
+        for series, value in self.values.items():
+            yield f"{series} {floatToGoString(value)}"
+
 
 class MergedMetrics:
     """Adds up what processes say of themselves, over their deaths. For one thread at a time.
@@ -37,14 +56,13 @@ class MergedMetrics:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, float] = {}  # by series of a counter or histogram: of processes that are gone
+        self._kept: dict[str, _Family] = {}  # by TYPE: counters and histograms of processes that are gone
 
     def keep(self, text: bytes) -> None:
         """A process is gone whose last words these were."""
         for family in _families(text):
-            if _is_summed(family.kind):
-                for series, value in family.values.items():
-                    self._kept[series] = _sum(series, self._kept.get(series, 0.0), value)
+            if family.is_summed:
+                self._kept.setdefault(family.header[-1], _Family(family.header, family.kind)).add(family)
 
     def text(self, processes: Iterable[tuple[int, bytes]], own: bytes = b"") -> bytes:
         """What /metrics answers.
@@ -55,36 +73,25 @@ class MergedMetrics:
           own: what is said of all of them; its gauges get no label.
         """
         merged: dict[str, _Family] = {}
-        for process, text in [*((f'process="{number}"', text) for number, text in processes), ("", own)]:
+        for label, text in [*((f'process="{number}"', text) for number, text in processes), ("", own)]:
             for family in _families(text):
-                into = merged.setdefault(family.header[-1], _Family(family.header, family.kind))
-                for series, value in family.values.items():
-                    if _is_summed(family.kind):
-                        into.values[series] = _sum(series, into.values.get(series, 0.0), value)
-                    else:
-                        into.values[_with_label(series, process)] = value
-        self._add_kept(merged)
-        lines = [
-            line
-            for family in merged.values()
-            for line in (
-                *family.header,
-                *(f"{series} {floatToGoString(value)}" for series, value in family.values.items()),
-            )
-        ]
-        return ("\n".join(lines) + "\n").encode()
+                merged.setdefault(family.header[-1], _Family(family.header, family.kind)).add(family, label)
+        self._forget_ended(merged)
+        for key, family in self._kept.items():
+            merged.setdefault(key, _Family(family.header, family.kind)).add(family)
+        return ("\n".join(line for family in merged.values() for line in family.lines()) + "\n").encode()
 
-    def _add_kept(self, merged: Mapping[str, _Family]) -> None:
-        summed = {s: family for family in merged.values() if _is_summed(family.kind) for s in family.values}
-        by_name = {_name(series): family for series, family in summed.items()}
-        versions = {_version(series) for series in summed}
-        # With nobody to say what is served, as while the only process starts again, nothing is forgotten.
-        if any(versions):
-            self._kept = {s: v for s, v in self._kept.items() if not _version(s) or _version(s) in versions}
-        for series, value in self._kept.items():
-            family = summed.get(series) or by_name.get(_name(series))
-            if family is not None:
-                family.values[series] = _sum(series, family.values.get(series, 0.0), value)
+    def _forget_ended(self, told: Mapping[str, _Family]) -> None:
+        """Lets go of versions that nobody tells of; with nobody there to tell, as while the only process
+        starts again, of none."""
+        versions = {
+            _version(series) for family in told.values() if family.is_summed for series in family.values
+        }
+        if not any(versions):
+            return
+        for family in self._kept.values():
+            kept = {s: v for s, v in family.values.items() if not _version(s) or _version(s) in versions}
+            family.values = kept
 
 
 def _families(text: bytes) -> Iterator[_Family]:
@@ -103,14 +110,6 @@ def _families(text: bytes) -> Iterator[_Family]:
             family.values[series] = float(value)
     if family.header:
         yield family
-
-
-def _is_summed(kind: str) -> bool:
-    return kind in ("counter", "histogram")
-
-
-def _sum(series: str, one: float, other: float) -> float:
-    return max(one, other) if _name(series) in _OF_ALL else one + other
 
 
 def _name(series: str) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
 from xlarank.runtime.processes.messages import AskMetrics, LastMetrics, MetricsText, Ready, Retire
 
-__all__ = ["Request", "Supervised"]
+__all__ = ["Request", "Supervised", "WorkerRequests"]
 
 
 class Request(Protocol):
@@ -90,3 +93,21 @@ class Supervised:
                 retire.set()
             else:
                 stop.set()
+
+
+class WorkerRequests(Collector):
+    """How many requests a worker has answered: whether the processes of a server share the work."""
+
+    def __init__(self, index: int, num_successes: Callable[[], int]) -> None:
+        self._labels = {"process": str(index)}
+        self._num_successes = num_successes
+
+    def collect(self) -> Sequence[Metric]:
+        """For prometheus_client."""
+        family = Metric("xlarank_worker_requests", "Requests that a server process has answered", "counter")
+        family.add_sample("xlarank_worker_requests_total", self._labels, self._num_successes())
+        return [family]
+
+    def describe(self) -> Sequence[Metric]:
+        """For prometheus_client: nothing to compare at registration."""
+        return []

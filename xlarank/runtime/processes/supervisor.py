@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import logging
@@ -46,6 +47,8 @@ from xlarank.runtime.version_metrics import VersionMetrics
 __all__ = ["StopSignal", "Supervisor"]
 
 _log = logging.getLogger(__name__)
+
+_PR_SET_CHILD_SUBREAPER = 36
 
 _SCRAPE_SECONDS = 2.0
 """How long a scrape waits for a process; of one that hangs the last words count."""
@@ -143,6 +146,7 @@ class Supervisor:
         self._starting: _Generation | None = None
         self._links: dict[Connection, Callable[[object], None]] = {}
         self._pids: set[int] = set()  # of holders that are children of this process
+        self._has_children = False  # as of the last look
         self._backoff = Backoff()
         self._look_at = clock()
         self._is_watched = watch_seconds is not None
@@ -174,6 +178,7 @@ class Supervisor:
         Raises:
           ModelError: if what is to be served at first can't be, and the repository isn't watched; says why.
         """
+        _adopt_orphans()
         try:
             while not stop.is_set():
                 self._begin_next()
@@ -379,11 +384,14 @@ class Supervisor:
 
     def _reap(self) -> None:
         """Takes note of children that have ended, and of orphans if this is a container's first process."""
-        with contextlib.suppress(ChildProcessError):
+        self._has_children = True
+        try:
             while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
                 if pid in self._pids:
                     self._pids.discard(pid)
                     self._see_child_end()
+        except ChildProcessError:
+            self._has_children = False
 
     def _see_child_end(self) -> None:
         """A holder that ended before it said a word has no link to tell of its end."""
@@ -434,13 +442,21 @@ class Supervisor:
             self._tell_all(generation, Stop())
         self._starting = None
         deadline = self._clock() + self._grace_seconds + _KILL_SECONDS
-        while (self._links or self._pids) and self._clock() < deadline:
+        while (self._links or self._has_children) and self._clock() < deadline:
             self._step(min(deadline, self._clock() + 0.5))
         for worker in self._workers():
             if worker.link is not None:
                 _log.error("process %d (pid %d) didn't end in time and is killed", worker.index, worker.pid)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, signal.SIGKILL)
+
+
+def _adopt_orphans() -> None:
+    """A holder that outlives the one it was forked from is a child of this process then, not of the machine's
+    first one. Where the system won't, it is that one's."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        _log.info("holders may become children of init: %s", os.strerror(ctypes.get_errno()))
 
 
 class _Counts(Collector):
