@@ -105,7 +105,14 @@ class Served:
         return until(found, "two processes that serve")
 
     def holder(self):
-        (holder,) = [pid for pid, parent in children(self.process.pid).items() if parent == self.process.pid]
+        own = self.process.pid
+
+        def found():
+            return [pid for pid, parent in children(own).items() if parent == own]
+
+        (holder,) = until(
+            lambda: len(holders := found()) == 1 and holders, "one process that holds the tables"
+        )
         return holder
 
     def both_answer(self, ask):

@@ -189,7 +189,7 @@ def _work(
             running.metrics.register(WorkerRequests(index, lambda: running.metrics.num_successes))
             supervised.start(running.ready, running.metrics.text, stop=running.stop, retire=retire)
             say_ready()
-            wait([running.stop, retire])
+            wait([running.stop.fileno(), retire.fileno()])
             if not running.stop.is_set():
                 running.server.retire(running.stop.wait)
     except XlarankError as error:

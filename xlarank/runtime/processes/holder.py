@@ -109,7 +109,7 @@ class Holder:
             Version, LoadedTables
         ] = {}  # nothing else may keep any, or it would never be freed
         self._workers: list[_Worker] = []
-        self._successors: set[int] = set()  # pids
+        self._successors: dict[int, int] = {}  # by pid, a file that is readable once it has ended
         self._is_complete = False  # moves one way
         self._is_ending = False  # moves one way
 
@@ -150,6 +150,7 @@ class Holder:
         timeout = max(0.0, min(starts) - self._clock()) if starts else None
         watched: list[Any] = [] if self._link.closed else [self._link]
         watched += [w.exited for w in self._workers if w.pid]
+        watched += self._successors.values()
         watched += [w.readied for w in self._workers if w.readied >= 0]
         happened = set(wait(watched, timeout))
         if self._link in happened:
@@ -162,7 +163,10 @@ class Holder:
         for worker in self._workers:
             if worker.start_at is not None and worker.start_at <= self._clock() and not self._is_ending:
                 self._start(worker)
-        self._successors -= {pid for pid in self._successors if os.waitpid(pid, os.WNOHANG)[0]}
+        for pid, exited in list(self._successors.items()):
+            if exited in happened:
+                os.waitpid(pid, 0)
+                os.close(self._successors.pop(pid))
 
     def _obey(self) -> None:
         try:
@@ -243,10 +247,10 @@ class Holder:
         sys.stderr.flush()
         pid = os.fork()
         if pid:
-            self._successors.add(pid)
+            self._successors[pid] = os.pidfd_open(pid)
             return
         self._leave()
-        self._workers, self._successors = [], set()
+        self._workers, self._successors = [], {}
         self._is_complete = self._is_ending = False
         gc.unfreeze()
         _end_with(lambda: self.run(order))
@@ -258,6 +262,8 @@ class Holder:
             for file in (worker.exited if worker.pid else -1, worker.readied):
                 if file >= 0:
                     os.close(file)
+        for exited in self._successors.values():
+            os.close(exited)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
