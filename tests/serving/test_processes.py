@@ -216,6 +216,11 @@ def test_each_table_is_in_memory_once(served):
     assert len(inodes[0]) == 1
 
 
+def tables_in_memory(pid):
+    """How many tables a process maps that aren't mapped by others to write to."""
+    return sum(not is_shared and rss * 1024 >= TABLE_BYTES for is_shared, _, _, rss, _ in mappings(pid))
+
+
 def test_an_update_through_one_process_is_seen_through_the_other(served):
     rows, values = np.array([1]), np.array([[100.0, 0.0, 0.0]])
     with AdminClient(served.ready["admin"]) as admin, RankingClient(served.ready["grpc"]) as client:
@@ -310,6 +315,7 @@ class Load:
 
 def test_a_new_version_is_served_by_new_processes_and_no_request_fails(served):
     workers = served.workers()
+    num_tables = [tables_in_memory(pid) for pid in workers]
     with Load(served.ready["grpc"]) as load:
         until(lambda: load.scales, "answers")
         served.publish(2, PLAIN)
@@ -321,6 +327,7 @@ def test_a_new_version_is_served_by_new_processes_and_no_request_fails(served):
         until(lambda: len(load.scales) > first + 50, "more answers")
     assert load.errors == []
     assert set(load.scales) == {1, 2}
+    assert [tables_in_memory(pid) for pid in served.workers()] == num_tables  # none of version 1 is left
     values = served.metrics()
     assert 'nv_inference_request_success{model="plain",version="2"}' in values
     assert 'nv_inference_request_success{model="plain",version="1"}' not in values
@@ -338,6 +345,17 @@ def test_a_version_that_fails_its_check_leaves_the_old_processes_alone(served):
     with RankingClient(served.ready["grpc"]) as client:
         np.testing.assert_allclose(score(client, "plain"), expected(5, 2), rtol=1e-6)
     assert served.workers() == workers
+
+
+def test_the_server_outlives_the_process_that_holds_the_tables(served):
+    workers = served.workers()
+    with Load(served.ready["grpc"]) as load:
+        os.kill(served.holder(), signal.SIGKILL)
+        read_until(served.process.stderr, "the process that holds the tables has ended; its workers go on")
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), "new processes for the old")
+    assert load.errors == []
+    assert set(load.scales) == {2}
+    assert served.num_up() == 2
 
 
 def test_a_second_server_on_the_port_ends_before_it_loads_anything(served, folder):

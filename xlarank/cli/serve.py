@@ -15,7 +15,7 @@ from xlarank.cli.sections import add_flags, config_text, options_of, read_sectio
 from xlarank.cli.serve_config import ServeConfig, port_problem
 from xlarank.errors import ConfigError
 
-__all__ = ["add_parser", "announce", "raise_file_limit", "run"]
+__all__ = ["add_parser", "run"]
 
 _EPILOG = """\
 example:
@@ -101,10 +101,11 @@ def _check(config: ServeConfig | None, problems: list[str], *, is_json: bool) ->
 
 
 def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
+    _raise_file_limit()
     if config.processes.num_processes > 1:
         from xlarank.cli.serve_processes import serve_with_processes
 
-        return serve_with_processes(config, lambda ready: announce(config, ready, is_json=is_json))
+        return serve_with_processes(config, lambda ready: _announce(config, ready, is_json=is_json))
     return _serve_alone(config, is_json=is_json)
 
 
@@ -115,14 +116,15 @@ def _serve_alone(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
     for port in config.ports:
         if problem := port_problem(*port):
             raise ConfigError(problem)
-    raise_file_limit()
+    if config.processes.devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.processes.devices[0]
     with running_server(config) as running:
-        announce(config, running.ready, is_json=is_json)
+        _announce(config, running.ready, is_json=is_json)
         running.stop.wait()
     return running.ready
 
 
-def announce(config: ServeConfig, ready: dict[str, Any], *, is_json: bool) -> None:
+def _announce(config: ServeConfig, ready: dict[str, Any], *, is_json: bool) -> None:
     """Tells people and scripts that the server answers, and where."""
     if config.server.port_file is not None:
         _write_whole(config.server.port_file, json.dumps(ready))
@@ -133,7 +135,7 @@ def announce(config: ServeConfig, ready: dict[str, Any], *, is_json: bool) -> No
         print(f"ready: grpc {ready['grpc']} http {ready['http']} models {models}", flush=True)
 
 
-def raise_file_limit() -> None:
+def _raise_file_limit() -> None:
     """A connection is an open file; shells still hand out 1,024 of a limit that is far above."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

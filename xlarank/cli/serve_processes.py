@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from xlarank.bundle import Verify, open_bundle
+from xlarank.bundle import Bundle, Verify, open_bundle
 from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, listening_address, port_problem
 from xlarank.errors import ConfigError, XlarankError
 from xlarank.runtime.background import in_background
@@ -24,7 +24,7 @@ from xlarank.runtime.processes.messages import Failed, Hello, Order, Version, op
 from xlarank.runtime.processes.supervised import Supervised, WorkerRequests
 from xlarank.runtime.tables import HeldTables, LoadedTables, load_tables
 
-__all__ = ["hold_and_serve", "serve_with_processes"]
+__all__ = ["hold_and_serve", "serve_with_processes", "sharing_problem"]
 
 _log = logging.getLogger(__name__)
 
@@ -152,13 +152,8 @@ def _load(config: ServeConfig, version: Version, is_beside: bool) -> LoadedTable
     assert config.models.repository is not None
     model, number = version
     bundle = open_bundle(config.models.repository / model / str(number), verify=Verify.SIZES)
-    on_devices = {placement.table for placement in bundle.manifest.placements}
-    if both := sorted(on_devices & {table.name for table in bundle.spec.tables if table.updatable}):
-        raise ConfigError(
-            f"{bundle.path}: tables {both} are updatable and devices hold rows of them, which an update "
-            f"in another process wouldn't reach: compile with --device-table-bytes 0, or serve with "
-            f"--processes 1"
-        )
+    if problem := sharing_problem(bundle):
+        raise ConfigError(problem)
     print(f"loading {model} {number}: tables", file=sys.stderr, flush=True)
     threads = config.models.host_threads or min(_MAX_LOADING_THREADS, len(os.sched_getaffinity(0)))
 
@@ -166,6 +161,18 @@ def _load(config: ServeConfig, version: Version, is_beside: bool) -> LoadedTable
         return load_tables(bundle, config.tables.memory, num_threads=num_threads, is_for_forks=True)
 
     return in_background(lambda: read(1)) if is_beside else read(threads)
+
+
+def sharing_problem(bundle: Bundle) -> str | None:
+    """Why several processes can't serve a bundle; None if they can."""
+    on_devices = {placement.table for placement in bundle.manifest.placements}
+    both = sorted(on_devices & {table.name for table in bundle.spec.tables if table.updatable})
+    if not both:
+        return None
+    return (
+        f"{bundle.path}: tables {both} are updatable and devices hold rows of them, which an update in "
+        f"another process wouldn't reach: compile with --device-table-bytes 0, or serve with --processes 1"
+    )
 
 
 def _work(

@@ -180,6 +180,8 @@ class Holder:
             self._is_ending = True
             for worker in self._workers:
                 worker.start_at = None
+                if worker.pid and worker.ready_at is None:  # it doesn't hear the supervisor before it serves
+                    os.kill(worker.pid, signal.SIGTERM)
 
     def _see_ready(self, worker: _Worker) -> None:
         is_ready = bool(os.read(worker.readied, 1))

@@ -23,7 +23,7 @@ from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from xlarank.errors import ModelError
+from xlarank.errors import ConfigError, ModelError
 from xlarank.runtime.processes.holder import Backoff
 from xlarank.runtime.processes.messages import (
     AskMetrics,
@@ -87,6 +87,7 @@ class _Generation:
     versions: tuple[Version, ...]
     started_at: float
     holder: Connection | None = None
+    holder_pid: int = 0
     workers: dict[int, _Worker] = dataclasses.field(default_factory=dict)
     """By pid."""
 
@@ -204,6 +205,8 @@ class Supervisor:
         served = () if serving is None else serving.versions
         wanted = served if serving is not None and not self._is_watched else self._plan.wanted(served)
         is_lost = serving is not None and serving.holder is None
+        if wanted is None and serving is None and not self._is_watched:
+            raise ConfigError("the repository can't be looked at, and nothing is served yet")
         if wanted is None or (serving is not None and wanted == served and not is_lost):
             return
         number = next(self._numbers)
@@ -216,7 +219,8 @@ class Supervisor:
             link=self._path,
         )
         if serving is not None and serving.holder is not None:
-            serving.holder.send(order)
+            with contextlib.suppress(OSError):  # it has just ended, which its link says next
+                serving.holder.send(order)
         else:
             self._pids.add(self._spawn(order))
 
@@ -292,14 +296,14 @@ class Supervisor:
         if generation is None:
             link.close()
         elif hello.index is None:
-            generation.holder, generation.has_had_holder = link, True
+            generation.holder, generation.holder_pid, generation.has_had_holder = link, hello.pid, True
             self._links[link] = lambda message: self._hear_holder(generation, message)
         else:
             worker = generation.workers.setdefault(hello.pid, _Worker(hello.index, hello.pid))
             worker.link = link
             self._links[link] = lambda message: self._hear_worker(generation, worker, message)
         if generation is not None and generation.is_ending:
-            self._tell(link, Stop())
+            self._tell_all(generation, Stop())
 
     def _hear(self, link: Connection) -> None:
         hear = self._links[link]
@@ -357,6 +361,9 @@ class Supervisor:
             reason = "the process that holds the tables ended while it started"
             self._see_failure(generation, Failed(reason=reason, version=None))
         elif generation is self._serving and not generation.is_ending:
+            if self._starting is not None and not self._starting.has_had_holder:
+                reason = "the process that was to start it has ended"
+                self._see_failure(self._starting, Failed(reason=reason, version=None))
             _log.error(
                 "the process that holds the tables has ended; its workers go on, and others are started with "
                 "tables read anew: what was updated since they were loaded is lost then"
@@ -372,6 +379,8 @@ class Supervisor:
 
     def _tell_all(self, generation: _Generation, message: object) -> None:
         generation.is_ending = True
+        if generation.holder is not None and not generation.workers:
+            _kill(generation.holder_pid)  # it reads tables, perhaps for long, for nobody
         links = [generation.holder, *(worker.link for worker in generation.workers.values())]
         for link in links:
             if link is not None:
@@ -447,8 +456,13 @@ class Supervisor:
         for worker in self._workers():
             if worker.link is not None:
                 _log.error("process %d (pid %d) didn't end in time and is killed", worker.index, worker.pid)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(worker.pid, signal.SIGKILL)
+                _kill(worker.pid)
+
+
+def _kill(pid: int) -> None:
+    """Of a process whose link is open: it is there, and the number is nobody else's."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _adopt_orphans() -> None:
