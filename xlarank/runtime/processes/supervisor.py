@@ -345,7 +345,12 @@ class Supervisor:
             self._forget(generation)
 
     def _see_worker_end(self, generation: _Generation, ended: WorkerEnded) -> None:
+        while wait([self._listening], 0):
+            self._accept()
         worker = generation.workers.get(ended.pid)
+        # Its last words, such as why it can't start, may still be on their way from it: all are there by now.
+        while worker is not None and worker.link in self._links:
+            self._hear(worker.link)
         if worker is not None and worker.link is None:
             del generation.workers[ended.pid]
         if ended.is_restarted:
