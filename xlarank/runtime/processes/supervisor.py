@@ -8,25 +8,17 @@ import dataclasses
 import itertools
 import logging
 import os
-import queue
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from prometheus_client import generate_latest
-from prometheus_client.core import Metric
-from prometheus_client.registry import Collector, CollectorRegistry
-
 from xlarank.errors import ConfigError, ModelError
 from xlarank.runtime.processes.holder import Backoff
 from xlarank.runtime.processes.messages import (
-    AskMetrics,
     Complete,
     Failed,
     Hello,
@@ -40,18 +32,14 @@ from xlarank.runtime.processes.messages import (
     WorkerEnded,
     WorkerStarted,
 )
-from xlarank.runtime.processes.metrics_merge import MergedMetrics
+from xlarank.runtime.processes.scrapes import Scrapes, Worker
 from xlarank.runtime.processes.version_plan import VersionPlan
-from xlarank.runtime.version_metrics import VersionMetrics
 
 __all__ = ["StopSignal", "Supervisor"]
 
 _log = logging.getLogger(__name__)
 
 _PR_SET_CHILD_SUBREAPER = 36
-
-_SCRAPE_SECONDS = 2.0
-"""How long a scrape waits for a process; of one that hangs the last words count."""
 
 _KILL_SECONDS = 10.0
 """After the grace period of a stop, what is left is killed."""
@@ -70,16 +58,6 @@ class StopSignal(Protocol):
 
 
 @dataclasses.dataclass
-class _Worker:
-    index: int
-    pid: int
-    link: Connection | None = None
-    is_ready: bool = False
-    text: bytes = b""
-    """What it last said of itself."""
-
-
-@dataclasses.dataclass
 class _Generation:
     """A holder and its workers."""
 
@@ -88,7 +66,7 @@ class _Generation:
     started_at: float
     holder: Connection | None = None
     holder_pid: int = 0
-    workers: dict[int, _Worker] = dataclasses.field(default_factory=dict)
+    workers: dict[int, Worker] = dataclasses.field(default_factory=dict)
     """By pid."""
 
     is_complete: bool = False
@@ -151,27 +129,11 @@ class Supervisor:
         self._backoff = Backoff()
         self._look_at = clock()
         self._is_watched = watch_seconds is not None
-        self._merged = MergedMetrics()
-        self._counts = _Counts(num_workers, self._is_up)
-        self._version_metrics = VersionMetrics(plan.statuses, lambda: 0)
-        self._registry = CollectorRegistry()
-        self._registry.register(self._counts)
-        self._registry.register(self._version_metrics)
-        self._wake_reader, self._wake_writer = os.pipe()
-        self._scrapes: queue.SimpleQueue[Future[bytes]] = queue.SimpleQueue()
-        self._round: list[Future[bytes]] = []
-        self._unanswered: set[int] = set()  # pids
-        self._round_ends_at = 0.0
+        self._scrapes = Scrapes(num_workers, self._is_up, plan.statuses, clock=clock)
 
     def metrics_text(self) -> bytes:
         """What /metrics answers; asks every worker. Any thread."""
-        asked: Future[bytes] = Future()
-        self._scrapes.put(asked)
-        os.write(self._wake_writer, b"m")
-        try:
-            return asked.result(_SCRAPE_SECONDS + 5)
-        except FutureTimeoutError:
-            return b""
+        return self._scrapes.text()
 
     def run(self, stop: StopSignal) -> None:
         """Serves until told to stop, then until all processes have ended.
@@ -190,8 +152,7 @@ class Supervisor:
     def close(self) -> None:
         """Frees files."""
         self._listening.close()
-        os.close(self._wake_reader)
-        os.close(self._wake_writer)
+        self._scrapes.close()
 
     # What is to be served
 
@@ -232,7 +193,7 @@ class Supervisor:
         else:
             _log.info("versions %s are served, before %s", generation.versions, before.versions)
             for model in {m for m, _ in {*generation.versions} - {*before.versions}}:
-                self._version_metrics.record_swap(model, self._clock() - generation.started_at)
+                self._scrapes.versions.record_swap(model, self._clock() - generation.started_at)
             self._tell_all(before, Retire())
 
     def _see_failure(self, generation: _Generation, failed: Failed) -> None:
@@ -250,7 +211,7 @@ class Supervisor:
         at_fault = at_fault or new
         self._plan.block(sorted(at_fault), failed.reason)
         for model in {model for model, _ in at_fault}:
-            self._version_metrics.record_failure(model)
+            self._scrapes.versions.record_failure(model)
         if at_fault:
             self._look_at = self._clock()
         else:
@@ -263,26 +224,22 @@ class Supervisor:
     # What happens
 
     def _step(self, until: float, stop: StopSignal | None = None) -> None:
-        watched: list[Any] = [self._listening, self._wake_reader, *self._links]
+        watched: list[Any] = [self._listening, self._scrapes.file, *self._links]
         if stop is not None:
             watched.append(stop)
         timeout = None if until == float("inf") else max(0.0, until - self._clock())
         for ready in wait(watched, timeout):
             if ready is self._listening:
                 self._accept()
-            elif ready == self._wake_reader:
-                os.read(self._wake_reader, 4096)
             elif isinstance(ready, Connection) and ready in self._links:
                 self._hear(ready)
-        self._see_to_scrapes()
+        self._scrapes.see_to(self._workers())
         self._reap()
 
     def _next_time(self) -> float:
         """When something is to be done though nothing happens."""
-        times = [float("inf") if self._starting is not None else self._look_at]
-        if self._round:
-            times.append(self._round_ends_at)
-        return min(times)
+        look_at = float("inf") if self._starting is not None else self._look_at
+        return min(look_at, self._scrapes.ends_at)
 
     def _accept(self) -> None:
         accepted, _ = self._listening.accept()
@@ -299,7 +256,7 @@ class Supervisor:
             generation.holder, generation.holder_pid, generation.has_had_holder = link, hello.pid, True
             self._links[link] = lambda message: self._hear_holder(generation, message)
         else:
-            worker = generation.workers.setdefault(hello.pid, _Worker(hello.index, hello.pid))
+            worker = generation.workers.setdefault(hello.pid, Worker(hello.index, hello.pid))
             worker.link = link
             self._links[link] = lambda message: self._hear_worker(generation, worker, message)
         if generation is not None and generation.is_ending:
@@ -317,7 +274,7 @@ class Supervisor:
 
     def _hear_holder(self, generation: _Generation, message: object) -> None:
         if isinstance(message, WorkerStarted):
-            generation.workers.setdefault(message.pid, _Worker(message.index, message.pid))
+            generation.workers.setdefault(message.pid, Worker(message.index, message.pid))
         elif isinstance(message, WorkerEnded):
             self._see_worker_end(generation, message)
         elif isinstance(message, Failed):
@@ -327,7 +284,7 @@ class Supervisor:
         elif message is None:
             self._see_holder_end(generation)
 
-    def _hear_worker(self, generation: _Generation, worker: _Worker, message: object) -> None:
+    def _hear_worker(self, generation: _Generation, worker: Worker, message: object) -> None:
         if isinstance(message, Ready):
             worker.is_ready = True
             _log.info("process %d (pid %d) serves", worker.index, worker.pid)
@@ -336,11 +293,11 @@ class Supervisor:
         elif isinstance(message, (MetricsText, LastMetrics)):
             worker.text = message.text
             worker.is_ready &= isinstance(message, MetricsText)
-            self._unanswered.discard(worker.pid)
+            self._scrapes.see_answer(worker)
         elif message is None:
             worker.link, worker.is_ready = None, False
-            self._unanswered.discard(worker.pid)
-            self._merged.keep(worker.text)
+            self._scrapes.see_answer(worker)
+            self._scrapes.merged.keep(worker.text)
             worker.text = b""
             self._forget(generation)
 
@@ -354,7 +311,7 @@ class Supervisor:
         if worker is not None and worker.link is None:
             del generation.workers[ended.pid]
         if ended.is_restarted:
-            self._counts.restarts[ended.index] += 1
+            self._scrapes.restarts[ended.index] += 1
         self._see_failure(
             generation,
             Failed(reason=f"process {ended.index} ended while it started: {ended.why}", version=None),
@@ -414,32 +371,7 @@ class Supervisor:
             reason = "the process that holds the tables ended while it started"
             self._see_failure(starting, Failed(reason=reason, version=None))
 
-    # Scrapes
-
-    def _see_to_scrapes(self) -> None:
-        if not self._round and not self._scrapes.empty():
-            self._begin_round()
-        if self._round and (not self._unanswered or self._clock() >= self._round_ends_at):
-            text = self._text()
-            for asked in self._round:
-                asked.set_result(text)
-            self._round = []
-
-    def _begin_round(self) -> None:
-        while not self._scrapes.empty():
-            self._round.append(self._scrapes.get())
-        self._round_ends_at = self._clock() + _SCRAPE_SECONDS
-        self._unanswered = set()
-        for worker in self._workers():
-            if worker.link is not None and worker.is_ready:
-                self._unanswered.add(worker.pid)
-                self._tell(worker.link, AskMetrics())
-
-    def _text(self) -> bytes:
-        texts = [(worker.index, worker.text) for worker in self._workers()]
-        return self._merged.text(texts, generate_latest(self._registry))
-
-    def _workers(self) -> Iterator[_Worker]:
+    def _workers(self) -> Iterator[Worker]:
         """By generation."""
         for _, generation in sorted(self._generations.items()):
             yield from generation.workers.values()
@@ -476,27 +408,3 @@ def _adopt_orphans() -> None:
     library = ctypes.CDLL(None, use_errno=True)
     if library.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         _log.info("holders may become children of init: %s", os.strerror(ctypes.get_errno()))
-
-
-class _Counts(Collector):
-    """Which processes serve, and how often each was started again."""
-
-    def __init__(self, num_workers: int, is_up: Callable[[int], bool]) -> None:
-        self.restarts = [0] * num_workers
-        self._is_up = is_up
-
-    def collect(self) -> Sequence[Metric]:
-        """For prometheus_client."""
-        up = Metric("xlarank_worker_up", "Whether a server process serves", "gauge")
-        restarts = Metric(
-            "xlarank_worker_restarts", "Times that a server process was started again", "counter"
-        )
-        for index, count in enumerate(self.restarts):
-            labels = {"process": str(index)}
-            up.add_sample("xlarank_worker_up", labels, float(self._is_up(index)))
-            restarts.add_sample("xlarank_worker_restarts_total", labels, count)
-        return [up, restarts]
-
-    def describe(self) -> Sequence[Metric]:
-        """For prometheus_client: nothing to compare at registration."""
-        return []
