@@ -13,7 +13,7 @@ from xlarank.host.memory import huge_empty
 from xlarank.host.tables import aligned_empty
 from xlarank.spec import Bucket, FeatureSpec, ModelSpec, RankRequest, RowFormat, TableSpec, TaskSpec
 
-NUM_ROWS, DIM = 8, 2048
+NUM_ROWS, DIM = 8, 16384
 spec = ModelSpec(
     name="changing",
     features=[FeatureSpec(name="id", kind="id", scope="candidate", table="t")],
@@ -52,8 +52,10 @@ def read():
     return values[:, 0]
 
 
-seen = num_journaled = 0
-for round in range(30):
+seen = num_journaled = num_rounds = 0
+while num_journaled < 3:  # until some were killed in the middle of a row
+    num_rounds += 1
+    assert num_rounds < 2000
     writers = []
     for first in (1, 2):
         pid = os.fork()
@@ -71,7 +73,7 @@ for round in range(30):
     assert not (shared.stamps & 1).any()
     assert not shared.journal[:8].any()
     read()
-print(num_journaled, shared.state[0], shared.state[1] == NUM_ROWS * shared.state[0])
+print(num_rounds, shared.state[0], shared.state[1] == NUM_ROWS * shared.state[0])
 """
 
 
@@ -84,7 +86,6 @@ def test_processes_that_are_killed_while_they_write_leave_no_half_row():
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    num_journaled, num_updates, are_rows_counted = result.stdout.split()
-    assert int(num_updates) >= 90
+    num_rounds, num_updates, are_rows_counted = result.stdout.split()
+    assert int(num_updates) >= 3 * int(num_rounds)
     assert are_rows_counted == "True"
-    assert int(num_journaled) > 0  # else nobody was killed while writing, and nothing was shown
