@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OverloadError,
         RequestError,
         UnavailableError,
+        UnsupportedError,
         VerifyError,
         XlarankError,
     )
@@ -50,6 +51,7 @@ __all__ = [
     "TableSpec",
     "TaskSpec",
     "UnavailableError",
+    "UnsupportedError",
     "VerifyError",
     "XlarankError",
     "build_bundle",

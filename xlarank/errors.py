@@ -5,7 +5,8 @@
     ├── RequestError           the caller's fault; the server goes on
     │   ├── FeatureError       a feature is missing, unknown or malformed
     │   ├── ModelNotFoundError no such model or version
-    │   └── AccessError        the caller may not do this, or doesn't say who it is
+    │   ├── AccessError        the caller may not do this, or doesn't say who it is
+    │   └── UnsupportedError   the server, as it was started, doesn't do this for anybody
     ├── ModelError             the compiler refuses a model
     │   └── VerifyError        its compiled scores leave the tolerance
     ├── BundleError            a bundle or feature file is damaged, truncated or of an unknown format
@@ -45,6 +46,10 @@ class AccessError(RequestError):
     def __init__(self, message: str, is_known_caller: bool = False) -> None:
         super().__init__(message)
         self.is_known_caller = is_known_caller
+
+
+class UnsupportedError(RequestError):
+    """The server, as it was started, doesn't do this for anybody; the message says what does it instead."""
 
 
 class ModelError(XlarankError):

@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 from google.protobuf.message import Message
 
-from xlarank.errors import ConfigError, RequestError
+from xlarank.errors import ConfigError, RequestError, UnsupportedError
 from xlarank_serving._proto import admin_pb2 as messages
 from xlarank_serving._proto import grpc_service_pb2 as inference_messages
 from xlarank_serving.access import ADMIN_SERVICE_NAME as SERVICE_NAME
@@ -35,14 +35,19 @@ _NUM_THREADS = 2
 
 
 def handlers(
-    repository: Repository, pool: concurrent.futures.ThreadPoolExecutor
+    repository: Repository, pool: concurrent.futures.ThreadPoolExecutor, *, is_one_of_many: bool = False
 ) -> dict[str, grpc.RpcMethodHandler]:
-    """A handler a method of the service, by name, run on the pool; who may call is another's affair."""
+    """A handler a method of the service, by name, run on the pool; who may call is another's affair.
+
+    In one of many processes on a port rows of tables are updated for all of them, and feature stores aren't.
+    """
 
     def update_rows(request: messages.UpdateRowsRequest, _: grpc.ServicerContext) -> Any:
         return _update_rows(repository, request)
 
     methods = {"UpdateRows": update_rows, **feature_methods(repository)}
+    if is_one_of_many:
+        methods |= dict.fromkeys(("UpdateFeatures", "RemoveFeatures"), _refuse_features)
     return {
         name: unary_handler(messages, name, method, pool, types=_RPCS[name])
         for name, method in methods.items()
@@ -60,24 +65,35 @@ class AdminServer:
     """
 
     def __init__(
-        self, repository: Repository, port: int, *, manager: ManagedRepository | None = None
+        self,
+        repository: Repository,
+        port: int,
+        *,
+        manager: ManagedRepository | None = None,
+        is_one_of_many: bool = False,
     ) -> None:
         """
         Args:
           repository: whose models may be changed.
           port: 0 for a free one.
           manager: the same one if models may be loaded and unloaded; None for updates alone.
+          is_one_of_many: whether other processes listen on this port too.
 
         Raises:
           ConfigError: if the port is in use.
         """
         self._threads = concurrent.futures.ThreadPoolExecutor(_NUM_THREADS, "grpc-admin")
-        self._server = grpc.server(self._threads, options=server_options(LimitConfig(), ConnectionConfig()))
-        services = {SERVICE_NAME: handlers(repository, self._threads)}
+        self._server = grpc.server(
+            self._threads,
+            options=server_options(LimitConfig(), ConnectionConfig(), shares_port=is_one_of_many),
+        )
+        services = {SERVICE_NAME: handlers(repository, self._threads, is_one_of_many=is_one_of_many)}
         if manager is not None:
             services[INFERENCE_SERVICE_NAME] = {
                 name: unary_handler(inference_messages, name, method)
-                for name, method in RepositoryService(manager, manager=manager).methods().items()
+                for name, method in RepositoryService(manager, manager=manager, is_one_of_many=is_one_of_many)
+                .methods()
+                .items()
             }
         self._server.add_generic_rpc_handlers(
             [grpc.method_handlers_generic_handler(name, own) for name, own in services.items()]
@@ -238,6 +254,14 @@ class AdminClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _refuse_features(request: Any, _: grpc.ServicerContext) -> Any:
+    raise UnsupportedError(
+        "feature stores can't be updated in a server of several processes, as each has a store of its own "
+        "and a call reaches one of them: build the feature file anew and start the server again, or serve "
+        "with --processes 1"
+    )
 
 
 def _update_rows(repository: Repository, request: messages.UpdateRowsRequest) -> Any:

@@ -17,12 +17,15 @@ __all__ = [
     "ConnectionConfig",
     "HttpConfig",
     "LimitConfig",
+    "ProcessesConfig",
     "SecurityConfig",
     "ServerConfig",
     "TracingConfig",
 ]
 
 _MAX_PORT = 2**16 - 1
+
+_MAX_PROCESSES = 256
 
 # gRPC counts bytes and milliseconds in 32 bits.
 _MAX_MIB = 2047
@@ -71,6 +74,26 @@ class ServerConfig:
         """What each port is for, its address and its number; those that are off are left out."""
         ports = [("grpc", self.host, self.port), ("http", self.host, self.http_port)]
         return ports if self.admin_port is None else [*ports, ("admin", "127.0.0.1", self.admin_port)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessesConfig:
+    """Whether one process serves, or several that share ports and tables."""
+
+    num_processes: int = dataclasses.field(default=1, metadata={"flag": "processes"})
+    """Server processes, each with its own devices; one that dies is started again."""
+
+    devices: tuple[str, ...] = dataclasses.field(default=(), metadata={"flag": "process-devices"})
+    """CUDA_VISIBLE_DEVICES of each process, such as the UUID of a MIG slice; by default each sees all."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, "processes", "num_processes", 1, _MAX_PROCESSES)
+        object.__setattr__(self, "devices", tuple(self.devices))
+        if self.devices and len(self.devices) != self.num_processes:
+            raise ConfigError(
+                f"processes: devices names those of each process: expected {self.num_processes}, got "
+                f"{len(self.devices)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,16 +155,17 @@ class ConnectionConfig:
     max_idle_seconds: float = 3600.0
     """A connection without calls is closed after this time."""
 
-    max_age_seconds: float = 0.0
+    max_age_seconds: float | None = dataclasses.field(default=None, metadata={"none": "auto"})
     """A connection is closed when it is so old and its calls are answered, so that clients come back to the
-    newest certificate, or to another process that serves on this port."""
+    newest certificate, or to another process that serves on this port; auto: 60 with several processes, else
+    no limit."""
 
     def __post_init__(self) -> None:
         for name in ("max_connections", "max_streams"):
             _check_range(self, "connections", name, 1)
         _check_range(self, "connections", "max_metadata_kib", 1, _MAX_KIB)
         for field in dataclasses.fields(self):
-            if field.name.endswith("_seconds"):
+            if field.name.endswith("_seconds") and getattr(self, field.name) is not None:
                 _check_range(self, "connections", field.name, 0, _MAX_SECONDS)
         if not self.keepalive_timeout_seconds:
             raise ConfigError("connections: keepalive_timeout_seconds must be > 0; was 0.0")

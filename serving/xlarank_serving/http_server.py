@@ -38,6 +38,7 @@ class HttpServer:
         host: str = "127.0.0.1",
         authorize: Authorize | None = None,
         tls: ssl.SSLContext | None = None,
+        shares_port: bool = False,
     ) -> None:
         """
         Args:
@@ -48,6 +49,7 @@ class HttpServer:
           host: address to listen on.
           authorize: who may call what, see `http_app`.
           tls: certificates; None for plain HTTP.
+          shares_port: whether other processes listen on the port too.
 
         Raises:
           ConfigError: if the port is in use or the address can't be had.
@@ -63,7 +65,7 @@ class HttpServer:
         if config.port is None:
             raise ConfigError("http: expected a port, got none")
         self._host = host
-        self._socket = _listen(host, config.port)
+        self._socket = _listen(host, config.port, shares_port)
         self.port: int = self._socket.getsockname()[1]
         options = uvicorn.Config(
             app,
@@ -93,20 +95,24 @@ class HttpServer:
         """host:port."""
         return address_of(self._host, self.port)
 
-    def stop(self) -> None:
-        """Closes the port; requests under way have a second to be answered."""
-        self._options.timeout_graceful_shutdown = _GRACE_SECONDS
+    def stop(self, grace_seconds: int = _GRACE_SECONDS) -> None:
+        """Closes the port; requests under way have so long to be answered. Idempotent."""
+        if not self._thread.is_alive():
+            return
+        self._options.timeout_graceful_shutdown = grace_seconds
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, shares_port: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.socket(family)
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shares_port:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listening.bind((host.strip("[]"), port))
             listening.listen(_BACKLOG)  # from now on a client waits rather than being refused
         except OSError:

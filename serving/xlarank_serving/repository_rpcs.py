@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from xlarank.errors import AccessError, RequestError
+from xlarank.errors import AccessError, RequestError, UnsupportedError
 from xlarank_serving._proto import grpc_service_pb2 as messages
 
 __all__ = ["IndexedRepository", "ManagedRepository", "RepositoryService", "VersionState"]
@@ -64,12 +64,20 @@ class ManagedRepository(IndexedRepository, Protocol):
 class RepositoryService:
     """Answers the repository RPCs. Any thread."""
 
-    def __init__(self, repository: IndexedRepository, *, manager: ManagedRepository | None = None) -> None:
+    def __init__(
+        self,
+        repository: IndexedRepository,
+        *,
+        manager: ManagedRepository | None = None,
+        is_one_of_many: bool = False,
+    ) -> None:
         """
         Args:
           repository: whose models.
           manager: the same one where callers may load and unload; None where they may not.
+          is_one_of_many: whether other processes serve on the same port, which a call here wouldn't reach.
         """
+        self._is_one_of_many = is_one_of_many
         self._repository = repository
         self._manager = manager
 
@@ -114,6 +122,12 @@ class RepositoryService:
         return messages.RepositoryModelUnloadResponse()
 
     def _manager_for(self, verb: str) -> ManagedRepository:
+        if self._is_one_of_many:
+            raise UnsupportedError(
+                f"models can't be {verb}ed one by one in a server of several processes, as a call reaches "
+                f"one of them: publish or remove versions in its repository, which it looks at "
+                f"(--watch-seconds), or serve with --processes 1"
+            )
         if self._manager is None:
             raise AccessError(
                 f"models can't be {verb}ed on this port; the administrative port of the server answers this "

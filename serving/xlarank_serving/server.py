@@ -27,18 +27,21 @@ from xlarank_serving.service import InferenceService, Repository
 from xlarank_serving.streams import InferStreams
 from xlarank_serving.threads import ServerThreads
 from xlarank_serving.tls import ServerTls
-from xlarank_serving.transport import address_of, bind, server_options
+from xlarank_serving.transport import address_of, bind, num_connections, server_options, stop_listening
 
 if TYPE_CHECKING:
     from xlarank_serving.http_server import HttpServer
     from xlarank_serving.repository_rpcs import ManagedRepository
 
-__all__ = ["RankingServer", "StopRequest", "stop_on_signals"]
+__all__ = ["RankingServer", "StopRequest", "metrics_server", "stop_on_signals"]
 
 # Once every ranking request is done: how long those that still arrive are turned away in words, and how long
 # open streams (a health Watch, reflection) may stay.
 _TURN_AWAY_SECONDS = 0.3
 _LAST_GRACE_SECONDS = 0.2
+
+_LOOK_SECONDS = 0.1
+"""How often a server that lets its clients go looks whether one is left."""
 
 
 class RankingServer:
@@ -46,14 +49,14 @@ class RankingServer:
 
     Attributes:
       port: of gRPC.
-      http_port: of /metrics.
+      http_port: of /metrics, if it is answered here.
       rest: the protocol's own HTTP port, if it was asked for.
     """
 
     def __init__(
         self,
         repository: Repository,
-        metrics_text: Callable[[], bytes],
+        metrics_text: Callable[[], bytes] | None,
         config: ServerConfig | None = None,
         *,
         limits: LimitConfig | None = None,
@@ -63,11 +66,13 @@ class RankingServer:
         manager: ManagedRepository | None = None,
         default_timeout_seconds: float = math.inf,
         observers: Sequence[Observer] = (),
+        is_one_of_many: bool = False,
+        on_drained: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
           repository: answers; `stop` closes it.
-          metrics_text: what /metrics answers.
+          metrics_text: what /metrics answers; None for nothing, as it is answered elsewhere.
           config: where to listen; it and the others are their defaults where they aren't given.
           limits: how much a caller may send.
           connections: how long clients may stay.
@@ -76,6 +81,9 @@ class RankingServer:
           manager: the repository once more if callers with an admin token may load and unload models.
           default_timeout_seconds: longest that a request may take which asks for no less.
           observers: logs and traces, told of every ranking request.
+          is_one_of_many: whether other processes listen on the same ports: what would change this one alone
+            is refused.
+          on_drained: called by `stop` when every request is answered, before the repository is closed.
 
         Raises:
           ConfigError: if a port is in use, certificates or tokens aren't right, or HTTP's libraries aren't
@@ -85,6 +93,7 @@ class RankingServer:
         limits = limits or LimitConfig()
         security = security or SecurityConfig()
         self._config = config
+        self._on_drained = on_drained
         self._repository = repository
         authorizer = Authorizer(security)
         tls = ServerTls(security) if security.has_tls else None
@@ -103,21 +112,18 @@ class RankingServer:
             undo.callback(self._receive_watch.close)
             self._server = grpc.server(
                 self._threads.rank,
-                options=server_options(limits, connections or ConnectionConfig()),
+                options=server_options(limits, connections or ConnectionConfig(), shares_port=is_one_of_many),
                 maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
                 interceptors=[Gatekeeper(authorizer, self._threads)],
             )
             undo.callback(lambda: self._server.stop(None).wait())
+            self._is_one_of_many = is_one_of_many
             self._register(manager if authorizer.answers_administration else None, authorizer)
             self.port = bind(self._server, "grpc", config.host, config.port, tls)
-            self._http = MetricsServer(
-                metrics_text,
-                host=config.host,
-                port=config.http_port,
-                tls=None if security.plain_http else tls,
-                check=authorizer.check_metrics,
-            )
-            undo.callback(self._http.close)
+            self._http: MetricsServer | None = None
+            if metrics_text is not None:
+                self._http = metrics_server(metrics_text, config, security, authorizer, tls)
+                undo.callback(self._http.close)
             self.rest: HttpServer | None = None
             if http is not None and http.port is not None:
                 self.rest = _http_server()(
@@ -128,9 +134,10 @@ class RankingServer:
                     host=config.host,
                     authorize=authorizer.check_method,
                     tls=None if tls is None or security.plain_http else tls.http_context(),
+                    shares_port=is_one_of_many,
                 )
             undo.pop_all()
-        self.http_port = self._http.port
+        self.http_port = None if self._http is None else self._http.port
         self._server.start()
 
     @property
@@ -139,9 +146,22 @@ class RankingServer:
         return address_of(self._config.host, self.port)
 
     @property
-    def http_address(self) -> str:
-        """host:port of /metrics."""
-        return address_of(self._config.host, self.http_port)
+    def http_address(self) -> str | None:
+        """host:port of /metrics, if it is answered here."""
+        return None if self.http_port is None else address_of(self._config.host, self.http_port)
+
+    def retire(self, wait: Callable[[float], bool]) -> None:
+        """Lets clients go to the other processes of the port: listens no more, answers all the same, and
+        returns when each connection has come to its age (`ConnectionConfig.max_age_seconds`) and is gone.
+
+        Args:
+          wait: for some seconds; True if there is no more time to wait.
+        """
+        stop_listening(self.port)
+        if self.rest is not None:
+            self.rest.stop(math.ceil(self._config.grace_seconds))
+        while num_connections(self.port) and not wait(_LOOK_SECONDS):
+            pass
 
     def stop(self, grace_seconds: float | None = None) -> None:
         """Takes no more requests, answers those accepted, then closes the repository.
@@ -161,11 +181,13 @@ class RankingServer:
             self.rest.stop()
         self._server.stop(_LAST_GRACE_SECONDS if grace else 0).wait()
         try:
+            self._on_drained()
             self._repository.close()
         finally:
             self._receive_watch.close()
             self._threads.close()
-            self._http.close()
+            if self._http is not None:
+                self._http.close()
 
     def __enter__(self) -> RankingServer:
         return self
@@ -174,7 +196,9 @@ class RankingServer:
         self.stop()
 
     def _register(self, manager: ManagedRepository | None, authorizer: Authorizer) -> None:
-        inference = self._service.handlers(self._threads, manager=manager)
+        inference = self._service.handlers(
+            self._threads, manager=manager, is_one_of_many=self._is_one_of_many
+        )
         services = {
             SERVICE_NAME: inference
             | {
@@ -184,13 +208,39 @@ class RankingServer:
             health.SERVICE_NAME: self._health.handlers(self._threads),
         }
         if authorizer.answers_administration:
-            services[admin.SERVICE_NAME] = admin.handlers(self._repository, self._threads.control)
+            services[admin.SERVICE_NAME] = admin.handlers(
+                self._repository, self._threads.control, is_one_of_many=self._is_one_of_many
+            )
         services[reflection.SERVICE_NAME] = reflection.reflection_handlers(services, self._threads)
         for name, handlers in services.items():
             generic = grpc.method_handlers_generic_handler(name, handlers)
             if name == SERVICE_NAME:
                 generic = Gate(self._service, handlers, self._threads)
             self._server.add_generic_rpc_handlers((generic,))
+
+
+def metrics_server(
+    text: Callable[[], bytes],
+    config: ServerConfig,
+    security: SecurityConfig,
+    authorizer: Authorizer | None = None,
+    tls: ServerTls | None = None,
+) -> MetricsServer:
+    """/metrics as a server's config has it; what isn't given of the security is made.
+
+    Raises:
+      ConfigError: if the port is in use, or certificates or tokens aren't right.
+    """
+    authorizer = authorizer or Authorizer(security)
+    if tls is None and security.has_tls:
+        tls = ServerTls(security)
+    return MetricsServer(
+        text,
+        host=config.host,
+        port=config.http_port,
+        tls=None if security.plain_http else tls,
+        check=authorizer.check_metrics,
+    )
 
 
 def _http_server() -> type[HttpServer]:
@@ -221,6 +271,10 @@ class StopRequest:
         if not self._is_set:
             self._is_set = True
             os.write(self._writer, b"x")
+
+    def fileno(self) -> int:
+        """A file that becomes readable when it is set."""
+        return self._reader
 
     def is_set(self) -> bool:
         """Whether it was set."""

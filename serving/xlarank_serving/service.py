@@ -200,13 +200,18 @@ class InferenceService:
         return self._is_stopping
 
     def handlers(
-        self, threads: ServerThreads, *, manager: ManagedRepository | None = None
+        self,
+        threads: ServerThreads,
+        *,
+        manager: ManagedRepository | None = None,
+        is_one_of_many: bool = False,
     ) -> dict[str, grpc.RpcMethodHandler]:
         """A handler a method, by name.
 
         Args:
           threads: that they run on.
           manager: loads and unloads models for callers; None where they may not.
+          is_one_of_many: see `RepositoryService`.
         """
         methods: dict[str, tuple[Callable[[Any, Any], Any], concurrent.futures.ThreadPoolExecutor]] = {
             "ServerLive": (self.server_live, threads.control),
@@ -218,8 +223,8 @@ class InferenceService:
             "ModelStatistics": (self.model_statistics, threads.control),
             "ModelInfer": (self.model_infer, threads.rank),
         }
-        repository_methods = RepositoryService(self._repository, manager=manager).methods()
-        methods |= {name: (method, threads.control) for name, method in repository_methods.items()}
+        administration = RepositoryService(self._repository, manager=manager, is_one_of_many=is_one_of_many)
+        methods |= {name: (method, threads.control) for name, method in administration.methods().items()}
         return {
             name: unary_handler(
                 messages, name, method, pool, limits=self.limits if name == "ModelInfer" else None

@@ -17,6 +17,7 @@ from xlarank.errors import (
     OverloadError,
     RequestError,
     UnavailableError,
+    UnsupportedError,
     XlarankError,
 )
 
@@ -27,6 +28,7 @@ _log = logging.getLogger(__name__)
 # First match wins, so a subclass stands before its base.
 _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (ModelNotFoundError, grpc.StatusCode.NOT_FOUND),
+    (UnsupportedError, grpc.StatusCode.UNIMPLEMENTED),
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -43,6 +45,7 @@ _ERRORS: dict[grpc.StatusCode, Callable[[str], XlarankError]] = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadError,
+    grpc.StatusCode.UNIMPLEMENTED: UnsupportedError,
     grpc.StatusCode.UNAUTHENTICATED: AccessError,
     grpc.StatusCode.PERMISSION_DENIED: functools.partial(AccessError, is_known_caller=True),
 }
@@ -53,6 +56,7 @@ _HTTP_CODES = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.UNAUTHENTICATED: 401,
     grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.UNIMPLEMENTED: 501,
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 429,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Iterator
+
 import grpc
 
 from xlarank.errors import ConfigError
 from xlarank_serving.config import ConnectionConfig, LimitConfig
 from xlarank_serving.tls import ServerTls
 
-__all__ = ["address_of", "bind", "server_options"]
+__all__ = ["address_of", "bind", "num_connections", "server_options", "stop_listening"]
 
 _MIB = 2**20
 _KIB = 2**10
@@ -23,12 +27,14 @@ _AGE_GRACE_MS = 60_000
 _FOREVER_MS = 2**31 - 1
 
 
-def server_options(limits: LimitConfig, connections: ConnectionConfig) -> list[tuple[str, int]]:
-    """Channel arguments of a server."""
+def server_options(
+    limits: LimitConfig, connections: ConnectionConfig, *, shares_port: bool = False
+) -> list[tuple[str, int]]:
+    """Channel arguments of a server, which may share its port with other processes."""
     timeout_ms = _milliseconds(connections.keepalive_timeout_seconds)
     metadata_bytes = connections.max_metadata_kib * _KIB
     return [
-        ("grpc.so_reuseport", 0),  # by default a second server would share the port silently
+        ("grpc.so_reuseport", int(shares_port)),  # by default a second server would share the port silently
         ("grpc.max_receive_message_length", limits.max_message_mib * _MIB),
         ("grpc.max_send_message_length", -1),
         # Both, or gRPC refuses at random between them.
@@ -83,6 +89,41 @@ def bind(server: grpc.Server, what: str, host: str, port: int, tls: ServerTls | 
     return bound
 
 
-def _milliseconds(seconds: float) -> int:
-    """0 seconds are no limit."""
+def stop_listening(port: int) -> None:
+    """Takes no more connections to a port; those that there are stay, and the server goes on answering.
+
+    gRPC has no call for this: its own stop cancels what arrives before clients have heard of it. So the
+    socket is told, behind its back; it logs that it closes its acceptor.
+    """
+    for one in _sockets_of(port):
+        if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            one.shutdown(socket.SHUT_RD)
+
+
+def num_connections(port: int) -> int:
+    """Connections to a port of this process that are open."""
+    return sum(_is_connected(one) for one in _sockets_of(port))
+
+
+def _sockets_of(port: int) -> Iterator[socket.socket]:
+    """Every socket of the process whose own port that is; closed, with nothing done to it, at the next."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as one:
+                if one.family in (socket.AF_INET, socket.AF_INET6) and one.getsockname()[1] == port:
+                    yield one
+        except OSError:  # no socket, or closed meanwhile
+            continue
+
+
+def _is_connected(one: socket.socket) -> bool:
+    try:
+        one.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def _milliseconds(seconds: float | None) -> int:
+    """0 seconds are no limit, nor is None: who serves alone needs none."""
     return max(1, round(seconds * _MS)) if seconds else _FOREVER_MS

@@ -192,9 +192,9 @@ def test_a_config_that_can_t_be_read_is_told_whole(check, tmp_path):
     status, _, problems = check("--config", str(tmp_path / "server.toml"), "--port", "-1")
     assert status == 1
     assert [problem.rpartition("server.toml: ")[2] for problem in problems] == [
-        "sections: unknown keys ['servers']; expected of ['server', 'limits', 'connections', 'security', "
-        "'http', 'access_log', 'tracing', 'models', 'versions', 'tables', 'features', 'queue', 'faults', "
-        "'captures']",
+        "sections: unknown keys ['servers']; expected of ['server', 'processes', 'limits', 'connections', "
+        "'security', 'http', 'access_log', 'tracing', 'models', 'versions', 'tables', 'features', 'queue', "
+        "'faults', 'captures']",
         "server: port must be in [0, 65535]; was -1",
         "limits: max_inputs must be >= 1; was 0",
     ]
@@ -213,4 +213,36 @@ def test_a_bundle_in_a_folder_of_another_name_is_a_problem(check, repository):
     (repository / "bare").rename(repository / "other")
     assert check(str(repository), *FREE)[2] == [
         f"{repository}/other/1: expected model 'other', as the folder is named, got 'bare'"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--processes", "0"), "processes: num_processes must be >= 1; was 0"),
+        (
+            ("--processes", "3", "--process-devices", "MIG-a", "--process-devices", "MIG-b"),
+            "processes: devices names those of each process: expected 3, got 2",
+        ),
+        (
+            ("--processes", "2", "--max-age-seconds", "0"),
+            "connections: max_age_seconds must be > 0 with several processes",
+        ),
+    ],
+)
+def test_processes_that_cannot_serve_together_are_a_problem(check, repository, words, problem):
+    status, _, (told,) = check(str(repository), *FREE, *words)
+    assert status == 1
+    assert told.startswith(problem)
+
+
+def test_rows_on_devices_are_not_updated_by_several_processes(check, tmp_path):
+    table = np.zeros((4, 2), np.float32)
+    bundle = publish(tmp_path, {"a": table, "b": table}, updatable=["a"], on_devices=["a", "b"])
+    assert check(str(tmp_path), *FREE) == (0, "ok\n", [])
+    status, _, problems = check(str(tmp_path), *FREE, "--processes", "2")
+    assert status == 1
+    assert problems == [
+        f"{bundle}: tables ['a'] are updatable and devices hold rows of them, which an update in another "
+        "process wouldn't reach: compile with --device-table-bytes 0, or serve with --processes 1"
     ]

@@ -214,7 +214,8 @@ def test_tables_that_do_not_fit_beside_the_others_are_refused_with_figures(
     assert set(repository.engine("linear").load_report.table_memory.values()) == {"huge"}
     publish(2)
     little = AvailableMemory(machine=100, cgroup=None)
-    monkeypatch.setattr(tables.load_tables, "__kwdefaults__", {"on_bytes": None, "available": lambda: little})
+    defaults = (tables.load_tables.__kwdefaults__ or {}) | {"available": lambda: little}
+    monkeypatch.setattr(tables.load_tables, "__kwdefaults__", defaults)
     repository.poll()
     assert scores(repository) == 1
     assert "need 0.00 GiB of memory, available are 0.00 GiB (MemAvailable 0.00" in reason(repository, 2)

@@ -2,11 +2,7 @@
 
 import contextlib
 import json
-import os
 import signal
-import subprocess
-import sys
-import urllib.request
 
 import grpc
 import linear
@@ -15,16 +11,13 @@ import pytest
 import tritonclient.grpc as triton
 import trustme
 from linear import expected, features
+from served import metrics_of, read_until, served_by, tensors_of
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.admin import AdminClient
 from xlarank_serving.channel import ClientTls
 from xlarank_serving.client import RankingClient
 
 from xlarank.errors import AccessError, ModelNotFoundError, RequestError
-
-
-def environment():
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -37,30 +30,6 @@ def folder(tmp_path_factory):
 def started(folder, *options):
     """A server process of the folder's models."""
     return served_by(str(folder / "models"), "--compile-cache", str(folder / "cache"), *options)
-
-
-@contextlib.contextmanager
-def served_by(*options):
-    """A server process; what is left of it at the end is killed."""
-    command = [
-        sys.executable,
-        "-m",
-        "xlarank.cli",
-        "serve",
-        "--json",
-        "--port",
-        "0",
-        "--http-port",
-        "0",
-        *options,
-    ]
-    with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -88,21 +57,6 @@ def test_scores_over_the_wire_are_the_model_s(running, num_candidates, packed):
     np.testing.assert_allclose(scores["value"], expected(num_candidates), rtol=1e-5, atol=1e-4)
 
 
-def tensors_of(num_candidates):
-    """A request for tritonclient."""
-    values = features(num_candidates)
-    tensors = {
-        "age": ("FP32", np.float32([3.0])),
-        "likes": ("FP32", values["likes"]),
-        "topics": ("INT64", np.array(values["topics"]).reshape(-1)),
-        "topics.lengths": ("INT32", np.full(num_candidates, 2, np.int32)),
-    }
-    inputs = [triton.InferInput(name, array.shape, datatype) for name, (datatype, array) in tensors.items()]
-    for tensor, (_, array) in zip(inputs, tensors.values(), strict=True):
-        tensor.set_data_from_numpy(array)
-    return inputs
-
-
 def test_tritonclient_gets_the_same_scores(running):
     with triton.InferenceServerClient(running["grpc"]) as client:
         scores = client.infer("linear", tensors_of(5)).as_numpy("value")
@@ -120,12 +74,6 @@ def test_bad_requests_between_good_ones_harm_nobody(running):
                 client.score("linear", features(2), version=2)
             scores = client.score("linear", features(9))["value"]
             np.testing.assert_allclose(scores, expected(9), rtol=1e-5, atol=1e-4)
-
-
-def metrics_of(running):
-    with urllib.request.urlopen(f"http://{running['http']}/metrics", timeout=10) as response:
-        lines = response.read().decode().splitlines()
-    return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
 
 
 def test_mapped_tables_are_served_from_their_files_and_checked(folder):
@@ -244,16 +192,6 @@ name = "linear"
 policy = "all"
 labels = [{ name = "first", version = 1 }]
 """
-
-
-def read_until(stream, word):
-    """Reads a process's output up to the line with a word in it."""
-    lines = []
-    for line in stream:
-        lines.append(line)
-        if word in line:
-            return
-    raise AssertionError(f"expected {word!r}, got {lines}")
 
 
 def test_a_server_swaps_to_a_version_that_is_published_while_it_serves(folder):

@@ -68,6 +68,7 @@ def publish(
     rows: Collection[int] = (4, 16),
     golden_error: float = 0.0,
     with_code: bool = True,
+    spec: ModelSpec = SPEC,
 ) -> Path:
     """Publishes a version with other weights and the programs of another one.
 
@@ -79,9 +80,10 @@ def publish(
       rows: buckets to take along.
       golden_error: added to the golden scores.
       with_code: take the compiled code along.
+      spec: what of the tables differs, or the name; rows of a table past the model's ten are zeros.
     """
     bundle = open_bundle(version)
-    manifest = bundle.manifest
+    manifest = dataclasses.replace(bundle.manifest, spec=spec)
     scale = float(number) if scale is None else scale
     requests, values = bundle.golden()
     (before,) = bundle.params()["scale"]
@@ -90,14 +92,15 @@ def publish(
     )
     scores = values["scores"]["value"] + np.float32(scale - before) * ages + np.float32(golden_error)
     kept = [entry for entry in manifest.programs if entry.bucket.rows in rows]
-    with BundleWriter(repository, SPEC.name, number) as writer:
+    with BundleWriter(repository, spec.name, number) as writer:
         for entry in kept:
             writer.add_program(Path(entry.file).name, bundle.program(entry))
         if manifest.prepare is not None:
             writer.add_program(Path(manifest.prepare).name, bundle.prepare() or b"")
         writer.add_params({"scale": np.float32([scale])})
         for name, table in bundle.tables().items():
-            writer.add_table(name, table)
+            num_more = spec.table_by_name[name].num_rows - len(table)
+            writer.add_table(name, np.pad(table, [(0, num_more), (0, 0)]))
         writer.add_golden(requests, {"scores": {"value": scores.astype(np.float32)}})
         for file in bundle.cache_files() if with_code else ():
             (writer.cache_dir / file.name).write_bytes(file.read_bytes())

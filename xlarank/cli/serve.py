@@ -5,23 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import resource
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from xlarank.cli.sections import add_flags, config_text, options_of, read_sections
-from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, port_problem
-from xlarank.cli.table_memory import table_progress
+from xlarank.cli.serve_config import ServeConfig, port_problem
 from xlarank.errors import ConfigError
-
-if TYPE_CHECKING:
-    from xlarank_serving.access_log import AccessLog
-    from xlarank_serving.tracing import Tracer
-
-    from xlarank.runtime import Captures, Metrics, ModelRepository
 
 __all__ = ["add_parser", "run"]
 
@@ -109,101 +101,38 @@ def _check(config: ServeConfig | None, problems: list[str], *, is_json: bool) ->
 
 
 def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
-    from xlarank_serving.admin import AdminServer
-    from xlarank_serving.server import RankingServer, stop_on_signals
+    _raise_file_limit()
+    if config.processes.num_processes > 1:
+        from xlarank.cli.serve_processes import serve_with_processes
 
-    from xlarank.runtime import Captures, Metrics
+        return serve_with_processes(config, lambda ready: _announce(config, ready, is_json=is_json))
+    return _serve_alone(config, is_json=is_json)
+
+
+def _serve_alone(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
+    from xlarank.cli.serve_start import running_server
 
     # Before models load; binding the ports for good, after that, refuses a late comer.
     for port in config.ports:
         if problem := port_problem(*port):
             raise ConfigError(problem)
-    _raise_file_limit()
-    metrics = Metrics()
-    timeout_ms = config.queue.default_timeout_ms
-    with contextlib.ExitStack() as outer:
-        captures = outer.enter_context(contextlib.closing(Captures(config.captures)))
-        observers = [outer.enter_context(contextlib.closing(each)) for each in _observers(config)]
-        repository = _open_repository(config, metrics, captures)
-        stop = outer.enter_context(stop_on_signals())  # while models load, a signal ends the process at once
-        try:
-            server = RankingServer(
-                repository,
-                metrics.text,
-                config.server,
-                limits=config.limits,
-                connections=config.connections,
-                security=config.security,
-                http=config.http,
-                manager=repository,
-                default_timeout_seconds=timeout_ms / 1e3 if timeout_ms else math.inf,
-                observers=observers,
-            )
-        except ConfigError:
-            repository.close()
-            raise
-        with server, contextlib.ExitStack() as stack:
-            models = [f"{name}/{version}" for name, version, _ in repository.models()]
-            ready = {"grpc": server.address, "http": server.http_address, "models": models}
-            if server.rest is not None:
-                ready["rest"] = server.rest.address
-            if config.server.admin_port is not None:
-                admin = AdminServer(repository, config.server.admin_port, manager=repository)
-                ready["admin"] = stack.enter_context(admin).address
-            if config.server.port_file is not None:
-                _write_whole(config.server.port_file, json.dumps(ready))
-            if is_json:
-                print(json.dumps(ready), flush=True)
-            else:
-                print(
-                    f"ready: grpc {ready['grpc']} http {ready['http']} models {' '.join(models)}", flush=True
-                )
-            stop.wait()
-    return ready
+    if config.processes.devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.processes.devices[0]
+    with running_server(config) as running:
+        _announce(config, running.ready, is_json=is_json)
+        running.stop.wait()
+    return running.ready
 
 
-def _observers(config: ServeConfig) -> list[AccessLog | Tracer]:
-    """Logs and traces that are asked for, open."""
-    observers: list[AccessLog | Tracer] = []
-    if config.access_log.path is not None:
-        from xlarank_serving.access_log import AccessLog
-
-        observers.append(AccessLog(config.access_log))
-    if config.tracing.endpoint is not None:
-        try:
-            from xlarank_serving.tracing import Tracer
-        except ImportError as error:
-            raise ConfigError(
-                f"tracing: expected {error.name} to be installed: pip install 'xlarank[otel]'"
-            ) from error
-        observers.append(Tracer(config.tracing))
-    return observers
-
-
-def _open_repository(config: ServeConfig, metrics: Metrics, captures: Captures) -> ModelRepository:
-    from xlarank.runtime import ModelRepository
-
-    models = config.models
-    if models.repository is None:
-        raise ConfigError(NO_REPOSITORY)
-    with table_progress() as on_table_bytes:
-        return ModelRepository.open(
-            models.repository,
-            num_devices=models.devices,
-            host_threads=models.host_threads,
-            compile_cache=models.compile_cache,
-            use_bundle_code=models.bundle_code,
-            table_memory=config.tables.memory,
-            allow_reference_gather=models.allow_reference_gather,
-            metrics=metrics,
-            features=config.features.files,
-            versions=config.versions,
-            queue=config.queue,
-            captures=captures,
-            faults=config.faults,
-            on_progress=lambda step: print(f"loading {step}", file=sys.stderr, flush=True),
-            on_table_bytes=on_table_bytes,
-        )
+def _announce(config: ServeConfig, ready: dict[str, Any], *, is_json: bool) -> None:
+    """Tells people and scripts that the server answers, and where."""
+    if config.server.port_file is not None:
+        _write_whole(config.server.port_file, json.dumps(ready))
+    if is_json:
+        print(json.dumps(ready), flush=True)
+    else:
+        models = " ".join(ready["models"])
+        print(f"ready: grpc {ready['grpc']} http {ready['http']} models {models}", flush=True)
 
 
 def _raise_file_limit() -> None:

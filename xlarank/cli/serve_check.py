@@ -12,6 +12,7 @@ from xlarank_serving.tls import ServerTls
 
 from xlarank.bundle import Bundle, Verify, list_versions, open_bundle
 from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, port_problem
+from xlarank.cli.serve_processes import sharing_problem
 from xlarank.errors import ConfigError, XlarankError
 from xlarank.host import FeatureFile, native_available
 
@@ -25,7 +26,8 @@ def problems_of(config: ServeConfig) -> list[str]:
     problems += _path_problems(config)
     versions, wrong = _versions(config)
     problems += wrong
-    problems += _bundle_problems(config.models.repository, versions)
+    is_shared = config.processes.num_processes > 1
+    problems += _bundle_problems(config.models.repository, versions, is_shared=is_shared)
     problems += _feature_problems([options.path for options in config.features.files], versions)
     if not native_available() and not config.models.allow_reference_gather:
         problems.append(
@@ -87,7 +89,9 @@ def _versions(config: ServeConfig) -> tuple[dict[str, list[int]], list[str]]:
     return wanted, missing
 
 
-def _bundle_problems(repository: Path | None, versions: Mapping[str, Sequence[int]]) -> Iterator[str]:
+def _bundle_problems(
+    repository: Path | None, versions: Mapping[str, Sequence[int]], *, is_shared: bool
+) -> Iterator[str]:
     for model, version in sorted((model, number) for model, own in versions.items() for number in own):
         assert repository is not None
         try:
@@ -96,6 +100,8 @@ def _bundle_problems(repository: Path | None, versions: Mapping[str, Sequence[in
             yield str(error)
             continue
         yield from _bundle_refusals(bundle, model)
+        if is_shared and (problem := sharing_problem(bundle)):
+            yield problem
 
 
 def _bundle_refusals(bundle: Bundle, model: str) -> Iterator[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import socket
 from pathlib import Path
+from typing import Any
 
 from xlarank_serving.config import (
     AccessLogConfig,
     ConnectionConfig,
     HttpConfig,
     LimitConfig,
+    ProcessesConfig,
     SecurityConfig,
     ServerConfig,
     TracingConfig,
@@ -27,6 +29,7 @@ __all__ = [
     "ModelsConfig",
     "ServeConfig",
     "TablesConfig",
+    "listening_address",
     "port_problem",
 ]
 
@@ -124,6 +127,7 @@ class ServeConfig:
     """The server's config: a field is a section of the file, and its class says what may stand there."""
 
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+    processes: ProcessesConfig = dataclasses.field(default_factory=ProcessesConfig)
     limits: LimitConfig = dataclasses.field(default_factory=LimitConfig)
     connections: ConnectionConfig = dataclasses.field(default_factory=ConnectionConfig)
     security: SecurityConfig = dataclasses.field(default_factory=SecurityConfig)
@@ -138,6 +142,13 @@ class ServeConfig:
     faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
     captures: CaptureConfig = dataclasses.field(default_factory=CaptureConfig)
 
+    def __post_init__(self) -> None:
+        if self.processes.num_processes > 1 and self.connections.max_age_seconds == 0:
+            raise ConfigError(
+                "connections: max_age_seconds must be > 0 with several processes, as a connection stays "
+                "with one of them until its end, and a new version waits for it; was 0.0"
+            )
+
     @property
     def ports(self) -> list[tuple[str, str, int]]:
         """What each port is for, its address and its number; those that are off are left out."""
@@ -145,10 +156,16 @@ class ServeConfig:
         return self.server.ports + ([] if rest is None else [("rest", self.server.host, rest)])
 
 
+def listening_address(host: str, port: int) -> tuple[int, Any]:
+    """Family and address of a socket that listens there; OSError for a host that isn't known."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return family, address
+
+
 def port_problem(what: str, host: str, port: int) -> str | None:
     """Why a port can't be listened on; None if it can."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, address = listening_address(host, port)
         with socket.socket(family) as probe:
             # As servers do: else a port that one has just left would look taken.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -12,6 +12,7 @@ from xlarank.host.hashing import hash_int64, hash_strings
 from xlarank.host.memory import HugePages, TableMemory, huge_empty
 from xlarank.host.preprocessing import model_inputs, to_dense, to_rows, truncate
 from xlarank.host.row_codec import check_tables, decode_rows, encode_rows
+from xlarank.host.shared_rows import SharedRows
 from xlarank.host.strings import split_bytes_tensor
 from xlarank.host.tables import HostTable, aligned_empty
 
@@ -32,6 +33,7 @@ __all__ = [
     "HugePages",
     "MissPolicy",
     "Segment",
+    "SharedRows",
     "TableMemory",
     "aligned_empty",
     "check_tables",

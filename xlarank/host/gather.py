@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from xlarank.host.device_rows import DeviceRows
 from xlarank.host.plan import native_plan
 from xlarank.host.prefetch import measure_lines_ahead
 from xlarank.host.reference import gather_numpy
+from xlarank.host.shared_rows import SharedRows
 from xlarank.host.tables import HostTable, check_writable, host_tables
 from xlarank.host.updates import encode_update
 from xlarank.spec import (
@@ -76,6 +79,7 @@ class Gatherer:
       backend: "native" or "numpy".
       lines_ahead: distance of the prefetch in cache lines by table; empty in NumPy.
       device_rows: by table, of those that devices hold rows of.
+      shared_rows: by table, of those that other processes update too.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class Gatherer:
         lines_ahead: int | None = None,
         device_rows: Sequence[DeviceRows] = (),
         is_updated: bool = True,
+        shared_rows: Mapping[str, SharedRows] = MappingProxyType({}),
     ) -> None:
         """Prepares vocabularies and threads, and measures how far to prefetch.
 
@@ -109,6 +114,8 @@ class Gatherer:
             the share of the other rows.
           is_updated: whether `update_rows` may be called; without it rows of updatable tables may be
             read-only, as while compiling.
+          shared_rows: of updatable tables that other processes look up in and update too, by name; takes the
+            native kernel.
 
         Raises:
           ConfigError: if a number is out of range, spec and tables disagree, an updatable table that is
@@ -138,6 +145,12 @@ class Gatherer:
         self._is_updated = is_updated
         if is_updated:
             check_writable(spec, self._tables)
+        self.shared_rows = shared_rows
+        if shared_rows and self.backend == "numpy":
+            raise ConfigError(
+                f"tables {sorted(shared_rows)} are updated by several processes, which takes the native "
+                f"kernel: build it with `pip install .`, or serve with one process"
+            )
         self._token = object()
         self._updates = threading.Lock()  # held by who reads or writes rows in NumPy
         self._kernel: Any = None
@@ -153,6 +166,7 @@ class Gatherer:
                 self.lines_ahead,
                 num_threads,
                 device_rows=self.device_rows,
+                shared_rows=shared_rows,
             )
 
     def update_rows(self, table: str, rows: np.ndarray, values: np.ndarray) -> None:
@@ -186,7 +200,9 @@ class Gatherer:
             return
         if self._kernel is not None:
             index = [t.name for t in self.spec.tables].index(table)
-            self._kernel.update_rows(index, numbers, encoded.rows)
+            shared = self.shared_rows.get(table)
+            with contextlib.nullcontext() if shared is None else shared.writing():
+                self._kernel.update_rows(index, numbers, encoded.rows)
             return
         with self._updates:
             for number, row in zip(numbers, encoded.rows, strict=True):

@@ -72,14 +72,16 @@ class HugePages:
         return f"{self.got / 2**20:.0f} of {self.asked / 2**20:.0f} MiB in huge pages"
 
 
-def huge_empty(num_bytes: int) -> np.ndarray:
-    """Private memory for which huge pages were asked: zeros, freed with the last array that looks into it.
+def huge_empty(num_bytes: int, *, is_shared: bool = False) -> np.ndarray:
+    """Memory for which huge pages were asked: zeros, freed with the last array that looks into it.
 
     Where the machine has several NUMA nodes with memory, the pages take turns between them: threads of
     every node read every table.
 
     Args:
       num_bytes: >= 0.
+      is_shared: whether processes forked later write into it together, and not each into a copy. The kernel
+        seldom has huge pages for such memory.
 
     Returns:
       [num_bytes] uint8, writable; its first byte lies at a multiple of 2 MiB. Nothing is resident until it is
@@ -91,7 +93,8 @@ def huge_empty(num_bytes: int) -> np.ndarray:
     if num_bytes < 0:
         raise ConfigError(f"huge_empty: num_bytes must be >= 0; was {num_bytes}")
     try:
-        pages = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        kind = mmap.MAP_SHARED if is_shared else mmap.MAP_PRIVATE
+        pages = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=kind | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError, ValueError) as error:
         raise ConfigError(f"huge_empty: the system has no {num_bytes} bytes to give: {error}") from error
     advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux

@@ -11,6 +11,7 @@ import numpy as np
 
 from xlarank.host._extension import native
 from xlarank.host.device_rows import DeviceRows
+from xlarank.host.shared_rows import SharedRows
 from xlarank.host.tables import HostTable
 from xlarank.host.vocabulary import index_of
 from xlarank.spec import Clip, FeatureKind, FeatureSpec, Log1p, ModelSpec, OutOfRange, Signature, ValueType
@@ -26,6 +27,7 @@ def native_plan(
     num_threads: int,
     *,
     device_rows: Mapping[str, DeviceRows] = MappingProxyType({}),
+    shared_rows: Mapping[str, SharedRows] = MappingProxyType({}),
     isa: str = "auto",
 ) -> Any:
     """Prepares the kernel for a model.
@@ -37,6 +39,7 @@ def native_plan(
       lines_ahead: distance of the prefetch by table, in cache lines; 0 = none.
       num_threads: threads that gather, the caller among them.
       device_rows: of the signature's device tables, by name.
+      shared_rows: of the tables that other processes update too, by name.
       isa: instruction set of pooling: "avx512", "avx2", "baseline", or "auto", the best that the CPU runs.
 
     Returns:
@@ -67,6 +70,7 @@ def native_plan(
                 is_updatable=t.updatable and tables[t.name].rows.flags.writeable,
             )
             | _on_device(device_rows.get(t.name), t.num_rows)
+            | _stamps(shared_rows.get(t.name))
             for t in spec.tables
         ],
         features=features,
@@ -92,6 +96,12 @@ def native_table(
         "out_of_range": out_of_range.value,
         "is_updatable": is_updatable,
     }
+
+
+def _stamps(shared: SharedRows | None) -> dict[str, Any]:
+    if shared is None:
+        return {"stamps": None, "journal": None}
+    return {"stamps": shared.stamps, "journal": shared.journal}
 
 
 def _on_device(rows: DeviceRows | None, num_rows: int) -> dict[str, Any]:

@@ -180,7 +180,9 @@ class Engine:
             huge_page_bytes=0 if huge_pages is None else huge_pages.got,
             checked_bytes=lambda: self._table_check.num_checked_bytes,
         )
-        self._table_versions = TableVersions(table.name for table in self.spec.tables if table.updatable)
+        self._table_versions = TableVersions(
+            (table.name for table in self.spec.tables if table.updatable), shared=loaded.gatherer.shared_rows
+        )
         self.metrics.set_table_versions(self._table_versions.now)
         self.features = features
         self._gatherer: Gatherer = loaded.gatherer

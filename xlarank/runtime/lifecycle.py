@@ -28,7 +28,7 @@ from xlarank.runtime.model_versions import ModelVersions
 from xlarank.runtime.pool import DevicePool
 from xlarank.runtime.pool_metrics import PoolMetrics
 from xlarank.runtime.routes import ServedVersion
-from xlarank.runtime.tables import TableBytes
+from xlarank.runtime.tables import HeldTables, TableBytes
 from xlarank.runtime.version_loading import LoadOptions, VersionLoader
 from xlarank.runtime.version_metrics import VersionMetrics
 from xlarank.runtime.watching import Stop, Watcher
@@ -71,6 +71,7 @@ class ModelRepository:
         faults: FaultConfig | None = None,
         on_progress: Callable[[str], None] | None = None,
         on_table_bytes: TableBytes | None = None,
+        held: HeldTables | None = None,
         stop: Stop | None = None,
     ) -> ModelRepository:
         """Loads every model; when this returns all of them are ready.
@@ -86,6 +87,8 @@ class ModelRepository:
           features: feature files to open, each for the model that it was built for.
           versions: which versions, and whether to look for new ones; the latest, and no, by default.
           faults: when a device is given up; `FaultConfig()` by default.
+          held: tables of the versions to serve, which another process has chosen and loaded: those, whatever
+            the folder has, and for good; `versions` then says who gets which.
           stop: the watcher's clock; see `Watcher`.
 
         Raises:
@@ -109,9 +112,14 @@ class ModelRepository:
             captures=captures or Captures(),
             on_progress=on_progress,
             on_table_bytes=on_table_bytes,
+            held=held,
         )
         root = Path(path)
         found = _models_in(root, may_be_empty=is_watched)
+        if held is not None:
+            versions = dataclasses.replace(versions, watch_seconds=None)
+            by_model = itertools.groupby(sorted(held.tables), key=lambda version: version[0])
+            found = {model: [version for _, version in own] for model, own in by_model}
         if not is_watched and (unknown := {policy.name for policy in versions.models} - {"", *found}):
             raise ConfigError(
                 f"repository {root}: versions: policies of models {sorted(unknown)}, found {sorted(found)}"
@@ -126,7 +134,7 @@ class ModelRepository:
         )
         repository = cls(root, pool, metrics, versions, loader, stopping)
         try:
-            repository._follow(found, strict=not is_watched)
+            repository._follow(found, strict=held is not None or not is_watched)
             repository._serve(stop)
         except BaseException:
             repository.close()

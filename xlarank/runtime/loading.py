@@ -168,6 +168,7 @@ class Loader:
         paces: Callable[[int], device.Pace] | None = None,
         can_prove: Callable[[int], bool] | None = None,
         profiles: Sequence[LatencyProfile] | None = None,
+        tables: LoadedTables | None = None,
     ) -> None:
         """See `xlarank.runtime.Engine.load`, and:
 
@@ -178,6 +179,7 @@ class Loader:
           can_prove: by index of the device, whether the version is proven and timed there; everywhere without
             it, or where it says no of all.
           profiles: by device, of the same programs on the same devices; they are timed without it.
+          tables: the bundle's, loaded already; they are loaded without it.
         """
         self._bundle = bundle
         self._devices = devices
@@ -191,6 +193,7 @@ class Loader:
         self._paces = paces
         self._can_prove = can_prove or (lambda _: True)
         self._known_profiles = profiles
+        self._loaded_tables = tables
         self._seconds: dict[str, float] = {}
 
     @property
@@ -256,6 +259,8 @@ class Loader:
         return differences
 
     def _tables(self) -> LoadedTables:
+        if self._loaded_tables is not None:
+            return self._loaded_tables
         load = functools.partial(
             load_tables,
             self._bundle,
@@ -281,6 +286,7 @@ class Loader:
             unused=manifest.unused_features,
             activations=manifest.activations,
             device_rows=DeviceRows.of_bundle(manifest.placements, numbers),
+            shared_rows=tables.shared_rows,
         )
 
     def _replicas(self, gatherer: Gatherer, is_same_place: bool) -> list[device.Replica]:
@@ -331,9 +337,22 @@ class Loader:
         worst = dict.fromkeys((task.name for task in self._bundle.spec.tasks), 0.0)
         for index, replica in self._trusted(replicas):
             run = functools.partial(self._run, index, replica)
-            errors = check(run, buffers, where=f"golden replay on {replica.device}")
+            errors = self._checked(check, run, buffers, f"golden replay on {replica.device}")
             worst = {task: max(worst[task], errors[task]) for task in worst}
         return worst
+
+    def _checked(
+        self, check: GoldenCheck, run: Callable, buffers: device.BatchBuffers, where: str
+    ) -> dict[str, float]:
+        """Golden scores are those of tables as they were written: where another process has updated rows by
+        now, what can still be told is whether the device runs and its scores are finite."""
+        try:
+            return check(run, buffers, where=where)
+        except VerifyError:
+            shared = {} if self._loaded_tables is None else self._loaded_tables.shared_rows
+            if not any(rows.state[0] for rows in shared.values()):
+                raise
+            return check(run, buffers, where=f"{where}, on updated tables", is_any_score_right=True)
 
     def _run(
         self, index: int, replica: device.Replica, bucket: Bucket, leaves: Mapping[str, np.ndarray]

@@ -423,6 +423,13 @@ class Metrics(Collector):
             self._models[name, version] = metrics
         return metrics
 
+    @property
+    def num_successes(self) -> int:
+        """Requests answered, of all versions that there are."""
+        with self._lock:
+            models = list(self._models.values())
+        return sum(model.statistics().num_successes for model in models)
+
     def remove(self, name: str, version: int) -> None:
         """Forgets an unloaded version, and lets go of its engine."""
         with self._lock:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+
+from xlarank.host import SharedRows
 
 __all__ = ["TableVersion", "TableVersions"]
 
@@ -27,12 +30,20 @@ class TableVersion:
 class TableVersions:
     """Counts the updates of the updatable tables. Any thread."""
 
-    def __init__(self, tables: Iterable[str], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        tables: Iterable[str],
+        *,
+        shared: Mapping[str, SharedRows] = MappingProxyType({}),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """
         Args:
           tables: names.
+          shared: of those that several processes update; what each of them did counts for all.
           clock: seconds, monotonic.
         """
+        self._shared = shared
         self._clock = clock
         self._lock = threading.Lock()
         now = clock()
@@ -41,6 +52,8 @@ class TableVersions:
 
     def advance(self, table: str, num_rows: int) -> int:
         """Counts an update that is complete; returns the table's new version."""
+        if table in self._shared:
+            return self._shared[table].count(num_rows)
         with self._lock:
             version, rows, _ = self._states[table]
             self._states[table] = (version + 1, rows + num_rows, self._clock())
@@ -50,6 +63,7 @@ class TableVersions:
         """By table."""
         with self._lock:
             states, now = dict(self._states), self._clock()
+        states |= {table: shared.state for table, shared in self._shared.items()}
         return {
             table: TableVersion(version, rows, max(0.0, now - at))
             for table, (version, rows, at) in states.items()

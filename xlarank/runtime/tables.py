@@ -12,9 +12,10 @@ from xlarank.bundle import Bundle, TableFile
 from xlarank.errors import ConfigError
 from xlarank.host import HostTable, HugePages, TableMemory, huge_empty
 from xlarank.host.memory import AvailableMemory, available_memory, huge_pages_enabled, huge_pages_of
+from xlarank.host.shared_rows import SharedRows
 from xlarank.runtime.table_check import TableCheck
 
-__all__ = ["LoadedTables", "load_tables"]
+__all__ = ["HeldTables", "LoadedTables", "load_tables"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,10 +44,29 @@ class LoadedTables:
     check: TableCheck
     """Of their content; finished for those that aren't mapped."""
 
+    shared_rows: Mapping[str, SharedRows] = dataclasses.field(default_factory=dict)
+    """Of updatable tables that processes forked later update together, by name."""
+
     def __str__(self) -> str:
         """Where they are, such as ``tables in huge: users, videos; in mmap: words``."""
         names = {memory: [n for n, m in self.memory.items() if m is memory] for memory in TableMemory}
         return "tables " + "; ".join(f"in {memory}: {', '.join(n)}" for memory, n in names.items() if n)
+
+
+@dataclasses.dataclass
+class HeldTables:
+    """Tables that another process has loaded, for the versions that this one is to serve."""
+
+    tables: Mapping[tuple[str, int], LoadedTables]
+    """By model and version."""
+
+    loading: tuple[str, int] | None = None
+    """The version that is being loaded, or was when it failed. Written by the thread that loads."""
+
+    def take(self, model: str, version: int) -> LoadedTables:
+        """Those of a version that is loaded now."""
+        self.loading = model, version
+        return self.tables[model, version]
 
 
 def load_tables(
@@ -57,6 +77,7 @@ def load_tables(
     platforms: Sequence[str] = (),
     on_bytes: TableBytes | None = None,
     available: Callable[[], AvailableMemory] = available_memory,
+    is_for_forks: bool = False,
 ) -> LoadedTables:
     """Reads tables into huge pages, every byte checked on its way, or maps them.
 
@@ -69,6 +90,8 @@ def load_tables(
         counted too.
       on_bytes: told of progress in the caller's thread.
       available: how much memory there is.
+      is_for_forks: whether this process looks nothing up, and those that it forks do: rows of updatable
+        tables are then in memory that all of them write to, those of others in memory that none may write to.
 
     Returns:
       The tables; of mapped ones a sample has been checked, and `LoadedTables.check` does the others once it
@@ -97,13 +120,20 @@ def load_tables(
     arrays = {name: file.map() for name, file in mapped.items()}
     pages = None
     if read:
+        shared = updatable if is_for_forks else []
         own, pages = _read(
-            {name: files[name] for name in read}, num_threads, on_bytes or (lambda _d, _t: None)
+            {name: files[name] for name in read}, shared, num_threads, on_bytes or (lambda _d, _t: None)
         )
         arrays |= own
         _log.info("tables of %s: %s", bundle.path, pages)
     places = {name: TableMemory.MMAP if name in mapped else TableMemory.HUGE for name in files}
-    return LoadedTables(_tables(bundle, arrays), places, pages, check)
+    tables = _tables(bundle, arrays)
+    shared_rows = {}
+    if is_for_forks:
+        shared_rows = {name: SharedRows(tables[name].rows) for name in updatable}
+        for name in tables.keys() - shared_rows.keys():
+            tables[name].rows.flags.writeable = False
+    return LoadedTables(tables, places, pages, check, shared_rows)
 
 
 def _tables(bundle: Bundle, arrays: Mapping[str, np.ndarray]) -> dict[str, HostTable]:
@@ -177,15 +207,9 @@ def _gib(num_bytes: float) -> str:
 
 
 def _read(
-    files: Mapping[str, TableFile], num_threads: int, on_bytes: TableBytes
+    files: Mapping[str, TableFile], shared: Collection[str], num_threads: int, on_bytes: TableBytes
 ) -> tuple[dict[str, np.ndarray], HugePages]:
-    """All tables in one piece of memory: hundreds of small ones would each round up to a huge page."""
-    begins: dict[str, int] = {}
-    end = 0
-    for name, file in files.items():
-        begins[name] = end
-        end += file.num_bytes + -file.num_bytes % _ALIGNMENT
-    memory = huge_empty(end)
+    """Tables by name, and what was had of huge pages; those named as shared in memory of that kind."""
     arrays: dict[str, np.ndarray] = {}
     num_done, num_bytes = 0, sum(file.num_bytes for file in files.values())
 
@@ -194,8 +218,28 @@ def _read(
         num_done += num_read
         on_bytes(num_done, num_bytes)
 
+    asked = got = 0
+    for is_shared in (False, True):
+        own = {name: file for name, file in files.items() if (name in shared) is is_shared}
+        if not own:
+            continue
+        # All in one piece of memory: hundreds of small ones would each round up to a huge page.
+        begins = _places(own)
+        memory = huge_empty(begins.pop(""), is_shared=is_shared)
+        for name, file in own.items():
+            rows = memory[begins[name] : begins[name] + file.num_bytes]
+            file.read_into(rows, num_threads=num_threads, on_bytes=advance)
+            arrays[name] = rows.view(file.dtype).reshape(file.shape)
+        pages = huge_pages_of(memory)
+        asked, got = asked + pages.asked, got + pages.got
+    return arrays, HugePages(asked, got)
+
+
+def _places(files: Mapping[str, TableFile]) -> dict[str, int]:
+    """Where each table begins, by name, and under "" the end of all."""
+    begins: dict[str, int] = {}
+    end = 0
     for name, file in files.items():
-        own = memory[begins[name] : begins[name] + file.num_bytes]
-        file.read_into(own, num_threads=num_threads, on_bytes=advance)
-        arrays[name] = own.view(file.dtype).reshape(file.shape)
-    return arrays, huge_pages_of(memory)
+        begins[name] = end
+        end += file.num_bytes + -file.num_bytes % _ALIGNMENT
+    return begins | {"": end}

@@ -21,7 +21,7 @@ from xlarank.runtime.loading import Loader, program_key
 from xlarank.runtime.metrics import Metrics
 from xlarank.runtime.pacing import PacedRuns
 from xlarank.runtime.pool import DevicePool
-from xlarank.runtime.tables import TableBytes
+from xlarank.runtime.tables import HeldTables, TableBytes
 from xlarank.spec import ModelSpec
 from xlarank.spec.serving import QueueConfig
 
@@ -53,6 +53,9 @@ class LoadOptions:
 
     on_progress: Callable[[str], None] | None = None
     """Told each step in words."""
+
+    held: HeldTables | None = None
+    """Tables that are loaded already, of every version that is to be."""
 
     on_table_bytes: TableBytes | None = None
     """Told the bytes of tables read so far, and of how many."""
@@ -119,6 +122,8 @@ class VersionLoader:
           XlarankError: if it can't be served; says why, naming the file where one is at fault.
         """
         before = device.num_compiled()
+        held = self._options.held
+        tables = None if held is None else held.take(path.parent.name, int(path.name))
         bundle = self._open(path, is_beside)
         key = program_key(bundle)
         if is_beside and key not in self._in_cache:
@@ -138,6 +143,7 @@ class VersionLoader:
             paces=self._paced.on if is_beside else None,
             can_prove=self._paced.can_prove if is_beside else None,
             profiles=None if twin is None else twin.profiles,
+            tables=tables,
         )
         store = self._store(path, bundle.spec, peers)
         engine = Engine(loader, self._pool, self._metrics, store, options.queue, options.captures)

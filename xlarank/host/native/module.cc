@@ -176,11 +176,7 @@ class Kernel {
     if (!isa_) throw std::invalid_argument("this CPU doesn't run the kernel's '" + isa + "' form");
     for (nb::handle item : tables) {
       Table table = parse_table(nb::cast<nb::dict>(item), buffers_);
-      stamps_.emplace_back();
-      if (table.is_updatable) {
-        stamps_.back() = std::make_unique<uint32_t[]>(kNumStamps);  // zeros
-        table.view.stamps = stamps_.back().get();
-      }
+      make_stamps(nb::cast<nb::dict>(item), table);
       read_device_places(nb::cast<nb::dict>(item), table);
       plan_.tables.push_back(table);
     }
@@ -268,7 +264,8 @@ class Kernel {
       throw std::invalid_argument("there is no such table");
     }
     const Table& table = plan_.tables[static_cast<size_t>(table_index)];
-    uint32_t* const stamps = stamps_[static_cast<size_t>(table_index)].get();
+    uint32_t* const stamps = stamps_[static_cast<size_t>(table_index)];
+    uint8_t* const journal = journals_[static_cast<size_t>(table_index)];
     if (!stamps) throw std::invalid_argument("the table isn't updatable");
     const Buffer numbers(rows.ptr()), values(encoded.ptr());
     if (!numbers.is('i', 4, 1) || !values.is('u', 1, 2) || numbers.size(0) != values.size(0) ||
@@ -284,7 +281,13 @@ class Kernel {
     const nb::gil_scoped_release release;
     const std::lock_guard lock(updates_);
     for (int64_t i = 0; i < count; ++i) {
-      write_row(stamps, at[i], data + at[i] * row_bytes, values.data<const uint8_t>() + i * row_bytes, row_bytes);
+      uint8_t* const to = data + at[i] * row_bytes;
+      const uint8_t* const from = values.data<const uint8_t>() + i * row_bytes;
+      if (journal) {
+        write_row_for_all(stamps, at[i], to, from, row_bytes, journal);
+      } else {
+        write_row(stamps, at[i], to, from, row_bytes);
+      }
     }
   }
 
@@ -296,6 +299,27 @@ class Kernel {
 
   static void check(bool holds) {
     if (!holds) throw std::invalid_argument("kernel: the plan contradicts itself");
+  }
+
+  // An updatable table's stamps: of this process, or, with a journal, in memory that others write to as well.
+  void make_stamps(const nb::dict& fields, Table& table) {
+    stamps_.push_back(nullptr);
+    journals_.push_back(nullptr);
+    if (!table.is_updatable) return;
+    if (nb::object(fields["stamps"]).is_none()) {
+      own_stamps_.push_back(std::make_unique<uint32_t[]>(kNumStamps));  // zeros
+      stamps_.back() = own_stamps_.back().get();
+    } else {
+      const Buffer& stamps = buffers_.emplace_back(nb::handle(fields["stamps"]).ptr(), true);
+      const Buffer& journal = buffers_.emplace_back(nb::handle(fields["journal"]).ptr(), true);
+      const int64_t num_bytes = static_cast<int64_t>(sizeof(int64_t)) + table.view.row_bytes;
+      check(stamps.is('u', 4, 1) && stamps.size(0) == kNumStamps);
+      check(journal.is('u', 1, 1) && journal.size(0) == num_bytes);
+      stamps_.back() = stamps.data<uint32_t>();
+      journals_.back() = journal.data<uint8_t>();
+      check(reinterpret_cast<uintptr_t>(journals_.back()) % sizeof(int64_t) == 0);
+    }
+    table.view.stamps = stamps_.back();
   }
 
   void read_device_places(const nb::dict& fields, Table& table) {
@@ -368,8 +392,10 @@ class Kernel {
   Plan plan_;
   Buffers buffers_;                        // memory of the tables
   std::vector<nb::object> vocabularies_;  // keeps what the plan points at
-  std::vector<std::unique_ptr<uint32_t[]>> stamps_;  // by table; null if it isn't updatable
-  std::mutex updates_;                               // held by the writer of rows
+  std::vector<std::unique_ptr<uint32_t[]>> own_stamps_;
+  std::vector<uint32_t*> stamps_;   // by table; null if it isn't updatable
+  std::vector<uint8_t*> journals_;  // by table; null if no other process writes it
+  std::mutex updates_;              // held by the writer of rows; other processes are the caller's affair
   const IsaFunctions* isa_;
   std::unique_ptr<RepeatWatch> watch_;
   ThreadPool threads_;

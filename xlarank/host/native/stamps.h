@@ -58,4 +58,17 @@ inline void write_row(uint32_t* stamps, int32_t row, uint8_t* to, const uint8_t*
   __atomic_store_n(at, stamp + 2, __ATOMIC_RELEASE);
 }
 
+// The same for rows that several processes share, any of which may be killed in between: what is being written
+// stands in the journal until it is. [8 + row_bytes]: the row's number + 1 as int64, 0 for none, and its bytes.
+// Whoever finds a number there, and no writer, writes the row again (xlarank.host.shared_rows).
+inline void write_row_for_all(uint32_t* stamps, int32_t row, uint8_t* to, const uint8_t* from, int64_t row_bytes,
+                              uint8_t* journal) {
+  int64_t* const number = reinterpret_cast<int64_t*>(journal);
+  __builtin_memcpy(journal + sizeof(int64_t), from, static_cast<unsigned long>(row_bytes));
+  __atomic_store_n(number, int64_t{row} + 1, __ATOMIC_RELEASE);
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  write_row(stamps, row, to, from, row_bytes);
+  __atomic_store_n(number, 0, __ATOMIC_RELEASE);
+}
+
 }  // namespace xlarank

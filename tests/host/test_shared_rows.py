@@ -1,0 +1,91 @@
+"""Rows that several processes read and write: never a half row, and who is killed leaves none."""
+
+import os
+import subprocess
+import sys
+
+# In a process of its own, without threads: only such a one may be forked.
+SCRIPT = """
+import os, signal, sys, time
+import numpy as np
+from xlarank.host import Gatherer, HostTable, Segment, SharedRows
+from xlarank.host.memory import huge_empty
+from xlarank.host.tables import aligned_empty
+from xlarank.spec import Bucket, FeatureSpec, ModelSpec, RankRequest, RowFormat, TableSpec, TaskSpec
+
+NUM_ROWS, DIM = 8, 16384
+spec = ModelSpec(
+    name="changing",
+    features=[FeatureSpec(name="id", kind="id", scope="candidate", table="t")],
+    tables=[TableSpec(name="t", dim=DIM, rows=NUM_ROWS, updatable=True)],
+    tasks=[TaskSpec(name="click")],
+)
+memory = huge_empty(NUM_ROWS * DIM * 4, is_shared=True)
+table = HostTable(memory.reshape(NUM_ROWS, DIM * 4), RowFormat.FLOAT32, DIM)
+shared = SharedRows(table.rows)
+
+
+def gatherer():
+    return Gatherer(spec, {"t": table}, shared_rows={"t": shared}, lines_ahead=0)
+
+
+def write(first):
+    own, rows = gatherer(), np.arange(NUM_ROWS)
+    value = first
+    while True:
+        own.update_rows("t", rows, np.full((NUM_ROWS, DIM), value, np.float32))
+        shared.count(NUM_ROWS)
+        value += 2
+
+
+reader = gatherer()
+request = reader.bind(RankRequest(spec, {"id": np.arange(NUM_ROWS)}))
+bucket = Bucket(NUM_ROWS, 1)
+out = {leaf.name: aligned_empty(leaf.shape(bucket), leaf.dtype) for leaf in reader.signature.leaves}
+slot = reader.signature.slots["id"]
+
+
+def read():
+    reader.gather([Segment(request, 0, NUM_ROWS)], bucket, out)
+    values = out[slot.leaf][:, slot.begin : slot.end]
+    assert (values == values[:, :1]).all(), values
+    return values[:, 0]
+
+
+seen = num_journaled = num_rounds = 0
+while num_journaled < 3:  # until some were killed in the middle of a row
+    num_rounds += 1
+    assert num_rounds < 2000
+    writers = []
+    for first in (1, 2):
+        pid = os.fork()
+        if not pid:
+            write(2 * seen + first)
+        writers.append(pid)
+    before = shared.state[0]
+    while shared.state[0] < before + 3:
+        seen = max(seen, int(read().max()))
+    for pid in writers:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    num_journaled += bool(shared.journal[:8].view(np.int64)[0])
+    shared.repair()
+    assert not (shared.stamps & 1).any()
+    assert not shared.journal[:8].any()
+    read()
+print(num_rounds, shared.state[0], shared.state[1] == NUM_ROWS * shared.state[0])
+"""
+
+
+def test_processes_that_are_killed_while_they_write_leave_no_half_row():
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SCRIPT],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    num_rounds, num_updates, are_rows_counted = result.stdout.split()
+    assert int(num_updates) >= 3 * int(num_rounds)
+    assert are_rows_counted == "True"

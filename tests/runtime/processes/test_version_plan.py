@@ -1,0 +1,50 @@
+"""What processes are to serve, by what is in a folder."""
+
+import pytest
+
+from xlarank.runtime.processes.version_plan import VersionPlan
+from xlarank.spec.versions import ModelPolicy, Policy, VersionOptions
+
+
+@pytest.fixture
+def put(tmp_path):
+    def put(*versions):
+        for model, number in versions:
+            (tmp_path / model / str(number)).mkdir(parents=True, exist_ok=True)
+
+    return put
+
+
+def plan_of(tmp_path, **policies):
+    models = tuple(ModelPolicy(name=name, **fields) for name, fields in policies.items())
+    return VersionPlan(tmp_path, VersionOptions(models=models))
+
+
+def test_policies_say_what_is_wanted(tmp_path, put):
+    put(("a", 1), ("a", 2), ("b", 1), ("b", 2), ("c", 1), ("c", 3))
+    plan = plan_of(tmp_path, b={"policy": Policy.ALL}, c={"policy": Policy.SPECIFIC, "versions": (1,)})
+    assert plan.wanted(()) == (("a", 2), ("b", 1), ("b", 2), ("c", 1))
+
+
+def test_a_version_that_failed_is_left_alone_until_its_folder_changes(tmp_path, put):
+    put(("a", 1), ("a", 2))
+    plan = plan_of(tmp_path)
+    plan.block([("a", 2)], "wrong scores")
+    assert plan.wanted((("a", 1),)) == (("a", 1),)
+    (status,) = plan.statuses()
+    assert (status.version, status.state, status.reason) == (2, "UNAVAILABLE", "wrong scores")
+    (tmp_path / "a" / "2" / "file").write_text("another")
+    assert plan.wanted((("a", 1),)) == (("a", 2),)
+    assert plan.statuses() == []
+
+
+def test_what_is_served_stays_when_its_folder_or_the_whole_repository_vanishes(tmp_path, put):
+    put(("a", 1), ("b", 1))
+    plan = plan_of(tmp_path)
+    served = (("a", 1), ("b", 1))
+    (tmp_path / "a" / "1").rmdir()
+    assert plan.wanted(served) == served
+    put(("b", 2))
+    assert plan.wanted(served) == (("a", 1), ("b", 2))
+    tmp_path.rename(tmp_path.with_name("elsewhere"))
+    assert plan.wanted(served) is None

@@ -1,0 +1,208 @@
+"""`xlarank serve --processes k`: the supervisor, and what the processes below it run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pickle
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from xlarank.bundle import Bundle, Verify, open_bundle
+from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, listening_address, port_problem
+from xlarank.errors import ConfigError, XlarankError
+from xlarank.runtime.background import in_background
+from xlarank.runtime.processes.holder import Holder
+from xlarank.runtime.processes.messages import Failed, Hello, Order, Version, open_link
+from xlarank.runtime.processes.supervised import Supervised, WorkerRequests
+from xlarank.runtime.tables import HeldTables, LoadedTables, load_tables
+
+__all__ = ["hold_and_serve", "serve_with_processes", "sharing_problem"]
+
+_log = logging.getLogger(__name__)
+
+_MAX_AGE_SECONDS = 60.0
+"""Of connections, unless the config says."""
+
+_MAX_LOADING_THREADS = 4
+
+
+def serve_with_processes(config: ServeConfig, announce: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Serves until a signal; returns what it served first.
+
+    Args:
+      config: with two processes or more.
+      announce: told where it answers once all of them do.
+
+    Raises:
+      XlarankError: for ports, options or a repository that can't be served.
+    """
+    from xlarank_serving.server import metrics_server, stop_on_signals
+    from xlarank_serving.transport import address_of
+
+    from xlarank.runtime.processes.supervisor import Supervisor
+    from xlarank.runtime.processes.version_plan import VersionPlan
+
+    repository = config.models.repository
+    if repository is None:
+        raise ConfigError(NO_REPOSITORY)
+    if not repository.is_dir():
+        raise ConfigError(f"repository {repository}: expected a folder of models, found none")
+    ready: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        config, ports = stack.enter_context(_reserved(config))
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="xlarank-", ignore_cleanup_errors=True))
+        )
+
+        def on_ready(versions: tuple[Version, ...]) -> None:
+            ready["models"] = [f"{model}/{version}" for model, version in versions]
+            announce(ready)
+
+        supervisor = Supervisor(
+            VersionPlan(repository, config.versions),
+            lambda order: _spawn(config, order, folder),
+            num_workers=config.processes.num_processes,
+            folder=folder,
+            watch_seconds=config.versions.watch_seconds,
+            grace_seconds=config.server.grace_seconds,
+            on_ready=on_ready,
+        )
+        stack.enter_context(contextlib.closing(supervisor))
+        stop = stack.enter_context(stop_on_signals())
+        metrics = metrics_server(supervisor.metrics_text, config.server, config.security)
+        stack.callback(metrics.close)
+        ready |= {
+            "grpc": address_of(config.server.host, ports["grpc"]),
+            "http": address_of(config.server.host, metrics.port),
+        }
+        if "rest" in ports:
+            ready["rest"] = address_of(config.server.host, ports["rest"])
+        if "admin" in ports:
+            ready["admin"] = address_of("127.0.0.1", ports["admin"])
+        supervisor.run(stop)
+    return ready
+
+
+@contextlib.contextmanager
+def _reserved(config: ServeConfig) -> Iterator[tuple[ServeConfig, dict[str, int]]]:
+    """The config with ports that are the server's until the end of the block, and those of the workers.
+
+    Nobody listens on a reserved port, so that a client is refused rather than left waiting.
+    """
+    with contextlib.ExitStack() as stack:
+        ports: dict[str, int] = {}
+        for what, host, port in config.ports:
+            if problem := port_problem(what, host, port):
+                raise ConfigError(problem)
+            if what == "http":
+                continue
+            family, address = listening_address(host, port)
+            reserved = stack.enter_context(socket.socket(family))
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            reserved.bind(address)
+            ports[what] = reserved.getsockname()[1]
+        server = dataclasses.replace(config.server, port=ports["grpc"], admin_port=ports.get("admin"))
+        http = dataclasses.replace(config.http, port=ports.get("rest"))
+        connections = config.connections
+        if connections.max_age_seconds is None:
+            connections = dataclasses.replace(connections, max_age_seconds=_MAX_AGE_SECONDS)
+        yield dataclasses.replace(config, server=server, http=http, connections=connections), ports
+
+
+def _spawn(config: ServeConfig, order: Order, folder: Path) -> int:
+    """A holder in a fresh process, in which nothing was started: not a fork of the one that has threads."""
+    orders = folder / f"order-{order.generation}"
+    orders.write_bytes(pickle.dumps((config, order)))
+    command = [sys.executable, "-m", "xlarank.cli.serve_holder", str(orders)]
+    # numpy's BLAS would start threads, and nobody here multiplies matrices.
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    # A session of its own: a signal from the terminal is for the supervisor, which tells the others.
+    return os.posix_spawn(sys.executable, command, environment, setsid=True)
+
+
+def hold_and_serve(orders: Path) -> int:
+    """What a holder runs, and those that it forks; returns its exit status.
+
+    Args:
+      orders: file that the supervisor has written for it; it is removed.
+    """
+    config, order = pickle.loads(orders.read_bytes())
+    orders.unlink()
+
+    def load(version: Version, is_beside: bool) -> LoadedTables:
+        return _load(config, version, is_beside)
+
+    def work(
+        order: Order, index: int, tables: Mapping[Version, LoadedTables], say_ready: Callable[[], None]
+    ) -> int:
+        return _work(config, order, index, HeldTables(tables), say_ready)
+
+    return Holder(load, work).run(order)
+
+
+def _load(config: ServeConfig, version: Version, is_beside: bool) -> LoadedTables:
+    assert config.models.repository is not None
+    model, number = version
+    bundle = open_bundle(config.models.repository / model / str(number), verify=Verify.SIZES)
+    if problem := sharing_problem(bundle):
+        raise ConfigError(problem)
+    print(f"loading {model} {number}: tables", file=sys.stderr, flush=True)
+    threads = config.models.host_threads or min(_MAX_LOADING_THREADS, len(os.sched_getaffinity(0)))
+
+    def read(num_threads: int) -> LoadedTables:
+        return load_tables(bundle, config.tables.memory, num_threads=num_threads, is_for_forks=True)
+
+    return in_background(lambda: read(1)) if is_beside else read(threads)
+
+
+def sharing_problem(bundle: Bundle) -> str | None:
+    """Why several processes can't serve a bundle; None if they can."""
+    on_devices = {placement.table for placement in bundle.manifest.placements}
+    both = sorted(on_devices & {table.name for table in bundle.spec.tables if table.updatable})
+    if not both:
+        return None
+    return (
+        f"{bundle.path}: tables {both} are updatable and devices hold rows of them, which an update in "
+        f"another process wouldn't reach: compile with --device-table-bytes 0, or serve with --processes 1"
+    )
+
+
+def _work(
+    config: ServeConfig, order: Order, index: int, held: HeldTables, say_ready: Callable[[], None]
+) -> int:
+    """What a worker runs."""
+    if config.processes.devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.processes.devices[index]
+    from xlarank_serving.server import StopRequest
+
+    from xlarank.cli.serve_start import running_server
+
+    supervised = Supervised(
+        open_link(order.link, Hello(generation=order.generation, pid=os.getpid(), index=index))
+    )
+    retire = StopRequest()
+    try:
+        with running_server(
+            config, held, on_drained=lambda metrics: supervised.say_last(metrics.text())
+        ) as running:
+            running.metrics.register(WorkerRequests(index, lambda: running.metrics.num_successes))
+            supervised.start(running.ready, running.metrics.text, stop=running.stop, retire=retire)
+            say_ready()
+            wait([running.stop.fileno(), retire.fileno()])
+            if not running.stop.is_set():
+                running.server.retire(running.stop.wait)
+    except XlarankError as error:
+        supervised.tell(Failed(reason=str(error), version=held.loading))
+        return 1
+    except Exception as error:
+        supervised.tell(Failed(reason=f"{type(error).__name__}: {error}", version=held.loading))
+        raise
+    return 0

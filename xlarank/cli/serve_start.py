@@ -1,0 +1,141 @@
+"""A server put together from its config: `running_server`. Imports JAX and gRPC."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from xlarank_serving.admin import AdminServer
+from xlarank_serving.server import RankingServer, StopRequest, stop_on_signals
+
+from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig
+from xlarank.cli.table_memory import table_progress
+from xlarank.errors import ConfigError
+from xlarank.runtime import Captures, Metrics, ModelRepository
+from xlarank.runtime.tables import HeldTables
+
+if TYPE_CHECKING:
+    from xlarank_serving.access_log import AccessLog
+    from xlarank_serving.tracing import Tracer
+
+__all__ = ["RunningServer", "running_server"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunningServer:
+    """A server that answers."""
+
+    server: RankingServer
+    metrics: Metrics
+
+    ready: dict[str, Any]
+    """What the ready line says."""
+
+    stop: StopRequest
+    """Set by a signal."""
+
+
+@contextlib.contextmanager
+def running_server(
+    config: ServeConfig,
+    held: HeldTables | None = None,
+    *,
+    on_drained: Callable[[Metrics], None] = lambda _: None,
+) -> Iterator[RunningServer]:
+    """A server until the end of the block, which it drains at.
+
+    Args:
+      config: everything that it may be told.
+      held: tables that another process has loaded; the server is then one of many on its ports, and /metrics
+        is not its own affair.
+      on_drained: told at the end, when all that was accepted is answered.
+
+    Raises:
+      XlarankError: for ports, options or a repository that can't be served.
+    """
+    is_one_of_many = held is not None
+    metrics = Metrics()
+    timeout_ms = config.queue.default_timeout_ms
+    with contextlib.ExitStack() as outer:
+        captures = outer.enter_context(contextlib.closing(Captures(config.captures)))
+        observers = [outer.enter_context(contextlib.closing(each)) for each in _observers(config)]
+        repository = _open_repository(config, metrics, captures, held)
+        stop = outer.enter_context(stop_on_signals())  # while models load, a signal ends the process at once
+        try:
+            server = RankingServer(
+                repository,
+                None if is_one_of_many else metrics.text,
+                config.server,
+                limits=config.limits,
+                connections=config.connections,
+                security=config.security,
+                http=config.http,
+                manager=repository,
+                default_timeout_seconds=timeout_ms / 1e3 if timeout_ms else math.inf,
+                observers=observers,
+                is_one_of_many=is_one_of_many,
+                on_drained=lambda: on_drained(metrics),
+            )
+        except ConfigError:
+            repository.close()
+            raise
+        with server, contextlib.ExitStack() as stack:
+            models = [f"{name}/{version}" for name, version, _ in repository.models()]
+            ready = {"grpc": server.address, "http": server.http_address, "models": models}
+            if server.rest is not None:
+                ready["rest"] = server.rest.address
+            if config.server.admin_port is not None:
+                admin = AdminServer(
+                    repository, config.server.admin_port, manager=repository, is_one_of_many=is_one_of_many
+                )
+                ready["admin"] = stack.enter_context(admin).address
+            yield RunningServer(server, metrics, ready, stop)
+
+
+def _observers(config: ServeConfig) -> list[AccessLog | Tracer]:
+    """Logs and traces that are asked for, open."""
+    observers: list[AccessLog | Tracer] = []
+    if config.access_log.path is not None:
+        from xlarank_serving.access_log import AccessLog
+
+        observers.append(AccessLog(config.access_log))
+    if config.tracing.endpoint is not None:
+        try:
+            from xlarank_serving.tracing import Tracer
+        except ImportError as error:
+            raise ConfigError(
+                f"tracing: expected {error.name} to be installed: pip install 'xlarank[otel]'"
+            ) from error
+        observers.append(Tracer(config.tracing))
+    return observers
+
+
+def _open_repository(
+    config: ServeConfig, metrics: Metrics, captures: Captures, held: HeldTables | None
+) -> ModelRepository:
+    models = config.models
+    if models.repository is None:
+        raise ConfigError(NO_REPOSITORY)
+    with table_progress() as on_table_bytes:
+        return ModelRepository.open(
+            models.repository,
+            num_devices=models.devices,
+            host_threads=models.host_threads,
+            compile_cache=models.compile_cache,
+            use_bundle_code=models.bundle_code,
+            table_memory=config.tables.memory,
+            allow_reference_gather=models.allow_reference_gather,
+            metrics=metrics,
+            features=config.features.files,
+            versions=config.versions,
+            queue=config.queue,
+            captures=captures,
+            faults=config.faults,
+            on_progress=lambda step: print(f"loading {step}", file=sys.stderr, flush=True),
+            on_table_bytes=on_table_bytes,
+            held=held,
+        )

@@ -1,0 +1,410 @@
+"""The process that looks after the others: `Supervisor`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import itertools
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from xlarank.errors import ConfigError, ModelError
+from xlarank.runtime.processes.holder import Backoff
+from xlarank.runtime.processes.messages import (
+    Complete,
+    Failed,
+    Hello,
+    LastMetrics,
+    MetricsText,
+    Order,
+    Ready,
+    Retire,
+    Stop,
+    Version,
+    WorkerEnded,
+    WorkerStarted,
+)
+from xlarank.runtime.processes.scrapes import Scrapes, Worker
+from xlarank.runtime.processes.version_plan import VersionPlan
+
+__all__ = ["StopSignal", "Supervisor"]
+
+_log = logging.getLogger(__name__)
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+_KILL_SECONDS = 10.0
+"""After the grace period of a stop, what is left is killed."""
+
+
+class StopSignal(Protocol):
+    """Whether to stop, and a file that becomes readable then."""
+
+    def fileno(self) -> int:
+        """The file."""
+        ...
+
+    def is_set(self) -> bool:
+        """Whether to stop."""
+        ...
+
+
+@dataclasses.dataclass
+class _Generation:
+    """A holder and its workers."""
+
+    number: int
+    versions: tuple[Version, ...]
+    started_at: float
+    holder: Connection | None = None
+    holder_pid: int = 0
+    workers: dict[int, Worker] = dataclasses.field(default_factory=dict)
+    """By pid."""
+
+    is_complete: bool = False
+    is_ending: bool = False
+    failure: Failed | None = None
+    has_had_holder: bool = False
+
+
+class Supervisor:
+    """Has k processes serve what the repository's policies want, until it is told to stop.
+
+    A new version is loaded and proven by k new workers beside the old ones, and when all of them serve, the
+    old ones let their clients go and end. Where one of the new can't, all of them end, and the old ones go
+    on.
+
+    `run` is for one thread; any thread may ask for `metrics_text`.
+    """
+
+    def __init__(
+        self,
+        plan: VersionPlan,
+        spawn: Callable[[Order], int],
+        *,
+        num_workers: int,
+        folder: Path,
+        watch_seconds: float | None,
+        grace_seconds: float,
+        on_ready: Callable[[tuple[Version, ...]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+          plan: what is to be served.
+          spawn: starts a holder that has nothing to inherit; returns its pid.
+          num_workers: k.
+          folder: of its own, that others may not enter, for the socket.
+          watch_seconds: between two looks at the repository; None: it isn't looked at again.
+          grace_seconds: how long a stop waits for accepted requests.
+          on_ready: told once, what is served, when the first k serve.
+          clock: seconds, monotonic.
+        """
+        self._plan = plan
+        self._spawn = spawn
+        self._num_workers = num_workers
+        self._watch_seconds = watch_seconds
+        self._grace_seconds = grace_seconds
+        self._on_ready = on_ready
+        self._clock = clock
+        self._path = folder / "link"
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(self._path))
+        self._listening.listen()
+        self._numbers = itertools.count(1)
+        self._generations: dict[int, _Generation] = {}
+        self._serving: _Generation | None = None
+        self._starting: _Generation | None = None
+        self._links: dict[Connection, Callable[[object], None]] = {}
+        self._pids: set[int] = set()  # of holders that are children of this process
+        self._has_children = False  # as of the last look
+        self._backoff = Backoff()
+        self._look_at = clock()
+        self._is_watched = watch_seconds is not None
+        self._scrapes = Scrapes(num_workers, self._is_up, plan.statuses, clock=clock)
+
+    def metrics_text(self) -> bytes:
+        """What /metrics answers; asks every worker. Any thread."""
+        return self._scrapes.text()
+
+    def run(self, stop: StopSignal) -> None:
+        """Serves until told to stop, then until all processes have ended.
+
+        Raises:
+          ModelError: if what is to be served at first can't be, and the repository isn't watched; says why.
+        """
+        _adopt_orphans()
+        try:
+            while not stop.is_set():
+                self._begin_next()
+                self._step(self._next_time(), stop)
+        finally:
+            self._end()
+
+    def close(self) -> None:
+        """Frees files."""
+        self._listening.close()
+        self._scrapes.close()
+
+    # What is to be served
+
+    def _begin_next(self) -> None:
+        if self._starting is not None or self._clock() < self._look_at:
+            return
+        self._look_at = (
+            self._clock() + self._watch_seconds if self._watch_seconds is not None else float("inf")
+        )
+        serving = self._serving
+        served = () if serving is None else serving.versions
+        wanted = served if serving is not None and not self._is_watched else self._plan.wanted(served)
+        is_lost = serving is not None and serving.holder is None
+        if wanted is None and serving is None and not self._is_watched:
+            raise ConfigError("the repository can't be looked at, and nothing is served yet")
+        if wanted is None or (serving is not None and wanted == served and not is_lost):
+            return
+        number = next(self._numbers)
+        self._starting = self._generations[number] = _Generation(number, wanted, self._clock())
+        order = Order(
+            generation=number,
+            versions=wanted,
+            num_workers=self._num_workers,
+            is_beside=serving is not None,
+            link=self._path,
+        )
+        if serving is not None and serving.holder is not None:
+            with contextlib.suppress(OSError):  # it has just ended, which its link says next
+                serving.holder.send(order)
+        else:
+            self._pids.add(self._spawn(order))
+
+    def _see_complete(self, generation: _Generation) -> None:
+        generation.is_complete = True
+        before, self._serving, self._starting = self._serving, generation, None
+        if before is None:
+            self._on_ready(generation.versions)
+        else:
+            _log.info("versions %s are served, before %s", generation.versions, before.versions)
+            for model in {m for m, _ in {*generation.versions} - {*before.versions}}:
+                self._scrapes.versions.record_swap(model, self._clock() - generation.started_at)
+            self._tell_all(before, Retire())
+
+    def _see_failure(self, generation: _Generation, failed: Failed) -> None:
+        """One of the processes of a generation that isn't complete can't start."""
+        if generation.failure is not None or generation.is_complete or generation.is_ending:
+            return
+        generation.failure = failed
+        self._tell_all(generation, Stop())
+        self._starting = None
+        serving = self._serving
+        if serving is None and not self._is_watched:
+            raise ModelError(failed.reason)
+        new = set(generation.versions) - set(() if serving is None else serving.versions)
+        at_fault = {failed.version} & new if failed.version is not None else set()
+        at_fault = at_fault or new
+        self._plan.block(sorted(at_fault), failed.reason)
+        for model in {model for model, _ in at_fault}:
+            self._scrapes.versions.record_failure(model)
+        if at_fault:
+            self._look_at = self._clock()
+        else:
+            seconds = self._backoff.after(0.0)
+            _log.error(
+                "the processes can't be started anew, another try comes in %g s: %s", seconds, failed.reason
+            )
+            self._look_at = self._clock() + seconds
+
+    # What happens
+
+    def _step(self, until: float, stop: StopSignal | None = None) -> None:
+        watched: list[Any] = [self._listening, self._scrapes.file, *self._links]
+        if stop is not None:
+            watched.append(stop)
+        timeout = None if until == float("inf") else max(0.0, until - self._clock())
+        for ready in wait(watched, timeout):
+            if ready is self._listening:
+                self._accept()
+            elif isinstance(ready, Connection) and ready in self._links:
+                self._hear(ready)
+        self._scrapes.see_to(self._workers())
+        self._reap()
+
+    def _next_time(self) -> float:
+        """When something is to be done though nothing happens."""
+        look_at = float("inf") if self._starting is not None else self._look_at
+        return min(look_at, self._scrapes.ends_at)
+
+    def _accept(self) -> None:
+        accepted, _ = self._listening.accept()
+        link = Connection(accepted.detach())
+        try:
+            hello: Hello = link.recv()
+        except (EOFError, OSError):
+            link.close()
+            return
+        generation = self._generations.get(hello.generation)
+        if generation is None:
+            link.close()
+        elif hello.index is None:
+            generation.holder, generation.holder_pid, generation.has_had_holder = link, hello.pid, True
+            self._links[link] = lambda message: self._hear_holder(generation, message)
+        else:
+            worker = generation.workers.setdefault(hello.pid, Worker(hello.index, hello.pid))
+            worker.link = link
+            self._links[link] = lambda message: self._hear_worker(generation, worker, message)
+        if generation is not None and generation.is_ending:
+            self._tell_all(generation, Stop())
+
+    def _hear(self, link: Connection) -> None:
+        hear = self._links[link]
+        try:
+            message = link.recv()
+        except (EOFError, OSError):
+            del self._links[link]
+            link.close()
+            message = None
+        hear(message)
+
+    def _hear_holder(self, generation: _Generation, message: object) -> None:
+        if isinstance(message, WorkerStarted):
+            generation.workers.setdefault(message.pid, Worker(message.index, message.pid))
+        elif isinstance(message, WorkerEnded):
+            self._see_worker_end(generation, message)
+        elif isinstance(message, Failed):
+            self._see_failure(generation, message)
+        elif isinstance(message, Complete):
+            self._see_complete(generation)
+        elif message is None:
+            self._see_holder_end(generation)
+
+    def _hear_worker(self, generation: _Generation, worker: Worker, message: object) -> None:
+        if isinstance(message, Ready):
+            worker.is_ready = True
+            _log.info("process %d (pid %d) serves", worker.index, worker.pid)
+        elif isinstance(message, Failed):
+            self._see_failure(generation, message)
+        elif isinstance(message, (MetricsText, LastMetrics)):
+            worker.text = message.text
+            worker.is_ready &= isinstance(message, MetricsText)
+            self._scrapes.see_answer(worker)
+        elif message is None:
+            worker.link, worker.is_ready = None, False
+            self._scrapes.see_answer(worker)
+            self._scrapes.merged.keep(worker.text)
+            worker.text = b""
+            self._forget(generation)
+
+    def _see_worker_end(self, generation: _Generation, ended: WorkerEnded) -> None:
+        while wait([self._listening], 0):
+            self._accept()
+        worker = generation.workers.get(ended.pid)
+        # Its last words, such as why it can't start, may still be on their way from it: all are there by now.
+        while worker is not None and worker.link in self._links:
+            self._hear(worker.link)
+        if worker is not None and worker.link is None:
+            del generation.workers[ended.pid]
+        if ended.is_restarted:
+            self._scrapes.restarts[ended.index] += 1
+        self._see_failure(
+            generation,
+            Failed(reason=f"process {ended.index} ended while it started: {ended.why}", version=None),
+        )
+
+    def _see_holder_end(self, generation: _Generation) -> None:
+        generation.holder = None
+        if not generation.is_complete:
+            reason = "the process that holds the tables ended while it started"
+            self._see_failure(generation, Failed(reason=reason, version=None))
+        elif generation is self._serving and not generation.is_ending:
+            if self._starting is not None and not self._starting.has_had_holder:
+                reason = "the process that was to start it has ended"
+                self._see_failure(self._starting, Failed(reason=reason, version=None))
+            _log.error(
+                "the process that holds the tables has ended; its workers go on, and others are started with "
+                "tables read anew: what was updated since they were loaded is lost then"
+            )
+            self._look_at = min(self._look_at, self._clock() + self._backoff.after(0.0))
+        self._forget(generation)
+
+    def _forget(self, generation: _Generation) -> None:
+        if generation.holder is not None or any(worker.link for worker in generation.workers.values()):
+            return
+        if generation.has_had_holder and (generation.is_ending or generation.failure is not None):
+            self._generations.pop(generation.number, None)
+
+    def _tell_all(self, generation: _Generation, message: object) -> None:
+        generation.is_ending = True
+        if generation.holder is not None and not generation.workers:
+            _kill(generation.holder_pid)  # it reads tables, perhaps for long, for nobody
+        links = [generation.holder, *(worker.link for worker in generation.workers.values())]
+        for link in links:
+            if link is not None:
+                self._tell(link, message)
+
+    @staticmethod
+    def _tell(link: Connection, message: object) -> None:
+        with contextlib.suppress(OSError):  # it has ended; its link says so next
+            link.send(message)
+
+    def _reap(self) -> None:
+        """Takes note of children that have ended, and of orphans if this is a container's first process."""
+        self._has_children = True
+        try:
+            while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+                if pid in self._pids:
+                    self._pids.discard(pid)
+                    self._see_child_end()
+        except ChildProcessError:
+            self._has_children = False
+
+    def _see_child_end(self) -> None:
+        """A holder that ended before it said a word has no link to tell of its end."""
+        starting = self._starting
+        if starting is not None and not starting.has_had_holder:
+            reason = "the process that holds the tables ended while it started"
+            self._see_failure(starting, Failed(reason=reason, version=None))
+
+    def _workers(self) -> Iterator[Worker]:
+        """By generation."""
+        for _, generation in sorted(self._generations.items()):
+            yield from generation.workers.values()
+
+    def _is_up(self, index: int) -> bool:
+        serving = self._serving
+        return serving is not None and any(w.is_ready for w in serving.workers.values() if w.index == index)
+
+    # The end
+
+    def _end(self) -> None:
+        """All processes drain, and what doesn't is killed."""
+        for generation in self._generations.values():
+            self._tell_all(generation, Stop())
+        self._starting = None
+        deadline = self._clock() + self._grace_seconds + _KILL_SECONDS
+        while (self._links or self._has_children) and self._clock() < deadline:
+            self._step(min(deadline, self._clock() + 0.5))
+        for worker in self._workers():
+            if worker.link is not None:
+                _log.error("process %d (pid %d) didn't end in time and is killed", worker.index, worker.pid)
+                _kill(worker.pid)
+
+
+def _kill(pid: int) -> None:
+    """Of a process whose link is open: it is there, and the number is nobody else's."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _adopt_orphans() -> None:
+    """A holder that outlives the one it was forked from is a child of this process then, not of the machine's
+    first one. Where the system won't, it is that one's."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        _log.info("holders may become children of init: %s", os.strerror(ctypes.get_errno()))

@@ -1,0 +1,93 @@
+"""Which versions the processes are to serve: `VersionPlan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from xlarank.bundle import list_versions
+from xlarank.errors import BundleError
+from xlarank.runtime.processes.messages import Version
+from xlarank.runtime.watching import folder_stamp
+from xlarank.spec.versions import Policy, VersionOptions, VersionState, VersionStatus
+
+__all__ = ["VersionPlan"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocked:
+    stamp: str | None
+    reason: str
+
+
+class VersionPlan:
+    """Looks at a repository and says, by the policies, what is to be served. For one thread.
+
+    As one process goes about it (`ModelVersions`): a version that failed isn't tried again before its folder
+    changes, and one whose folder vanishes is served on until another takes its place.
+    """
+
+    def __init__(self, root: Path, options: VersionOptions) -> None:
+        """
+        Args:
+          root: folder of ``<model>/<version>``.
+          options: policies by model.
+        """
+        self._root = root
+        self._options = options
+        self._blocked: dict[Version, _Blocked] = {}
+        self._is_listed = True
+
+    def wanted(self, served: Collection[Version]) -> tuple[Version, ...] | None:
+        """What is to be served now, sorted; None if the folder can't be looked at.
+
+        Args:
+          served: what is served now.
+        """
+        try:
+            found = list_versions(self._root)
+        except BundleError as error:
+            if self._is_listed:
+                _log.error("the repository can't be looked at, what is loaded goes on serving: %s", error)
+            self._is_listed = False
+            return None
+        self._is_listed = True
+        self._forget_changed()
+        wanted: list[Version] = []
+        for model in sorted({*found, *(model for model, _ in served)}):
+            own = {version for name, version in served if name == model}
+            wanted += [(model, version) for version in self._of_model(model, found.get(model, ()), own)]
+        return tuple(sorted(wanted))
+
+    def block(self, versions: Iterable[Version], reason: str) -> None:
+        """Leaves versions alone until their folders change."""
+        for model, version in versions:
+            _log.error("model %s version %d isn't served: %s", model, version, reason)
+            stamp = folder_stamp(self._root / model / str(version))
+            self._blocked[model, version] = _Blocked(stamp, reason)
+
+    def statuses(self) -> list[VersionStatus]:
+        """Of what failed: by model, then by version."""
+        return [
+            VersionStatus(model, version, VersionState.UNAVAILABLE, blocked.reason)
+            for (model, version), blocked in sorted(self._blocked.items())
+        ]
+
+    def _of_model(self, model: str, on_disk: Sequence[int], served: set[int]) -> Sequence[int]:
+        policy = self._options.policy_of(model)
+        available = {*on_disk, *served}
+        if policy.policy is Policy.ALL and on_disk:
+            available = set(on_disk)
+        blocked = [version for name, version in self._blocked if name == model]
+        return policy.wanted(available, blocked) or sorted(served)
+
+    def _forget_changed(self) -> None:
+        self._blocked = {
+            (model, version): blocked
+            for (model, version), blocked in self._blocked.items()
+            if folder_stamp(self._root / model / str(version)) == blocked.stamp
+        }
