@@ -212,7 +212,7 @@ class Bench:
             f"CPU of the server's process a request (500 candidates, {kilobytes:.0f} KB in {num_tensors} "
             f"tensors, closed loop of 2), less that of gather and execute back to back in a process of their "
             f"own, less that of a gRPC server with the same threads that reads the same messages and answers "
-            f"as many scores; XLA and gather in one thread, {len(turns)} turns of "
+            f"as many scores; each on one CPU, {len(turns)} turns of "
             f"{self._sizes.cpu_requests} requests or more (spread: lowest and highest turn)"
         )
         figure = Figure(

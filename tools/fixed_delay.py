@@ -117,7 +117,7 @@ class FixedDelayBatcher(Generic[Item]):
                 f"expected a request of 1 to {self.plan.ladder.max_rows} rows, got {num_rows}; this rule "
                 f"splits none"
             )
-        ticket = Ticket(item, num_rows, now, deadline, (float(priority), next(self._count)))
+        ticket = Ticket(item, now, deadline, (float(priority), next(self._count)))
         bisect.insort(self._queue, Part(ticket, 0, num_rows), key=lambda part: part.ticket.order)
 
     def release(self, device: int) -> None:

@@ -47,7 +47,6 @@ def queue_server(
     *,
     rule: str = OURS,
     host_threads: int | None = None,
-    environment: dict[str, str] | None = None,
     **queue: Any,
 ) -> Iterator[dict[str, Any]]:
     """Starts it on one device; yields its ready line.
@@ -57,13 +56,12 @@ def queue_server(
       cache: compilation cache.
       rule: `OURS`, `ONE_BY_ONE`, or a number: Triton's rule with so many microseconds of delay.
       host_threads: of the gather.
-      environment: variables beside this process's own.
       queue: fields of `QueueConfig`.
     """
     words = [str(bundle), "--compile-cache", str(cache), "--queue", json.dumps(queue), "--rule", rule]
     if host_threads is not None:
         words += ["--host-threads", str(host_threads)]
-    with started([sys.executable, __file__, *words], environment) as ready:
+    with started([sys.executable, __file__, *words]) as ready:
         yield ready
 
 

@@ -1,6 +1,6 @@
 """CPU of a request in the server process, beside gather, execute and what gRPC and the messages take anyhow.
 
-Three processes take turns, XLA and gather in one thread in each:
+Three processes take turns, each held to one CPU, so that XLA and gather have one thread and nobody spins:
   server      the server, 500 candidates a request in closed loop: CPU of the process a request
   executable  gather and execute of the same bucket, back to back: CPU of the process a call, all threads
   echo        a gRPC server with the same threads that reads the same messages and answers as many scores:
@@ -12,13 +12,14 @@ Three processes take turns, XLA and gather in one thread in each:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,6 @@ __all__ = ["measure", "process_cpu_seconds"]
 
 _OUTSTANDING = 2
 _NUM_REQUESTS = 16
-_ONE_THREAD = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -48,6 +48,17 @@ def process_cpu_seconds(pid: int) -> float:
     """CPU that a process has used so far, all of its threads, in user and kernel."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICK  # utime, stime
+
+
+@contextlib.contextmanager
+def _one_cpu() -> Iterator[None]:
+    """Processes that are started meanwhile have one CPU, the last one: pools are sized by it."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def measure(bundle: Path, *, turns: int, num_requests: int) -> dict[str, Any]:
@@ -71,13 +82,15 @@ def measure(bundle: Path, *, turns: int, num_requests: int) -> dict[str, Any]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         save_requests(folder / "requests.npz", encoded)
-        server = queue_server(bundle, folder / "cache", host_threads=1, environment=_ONE_THREAD)
+        server = queue_server(bundle, folder / "cache", host_threads=1)
         runs: dict[str, Callable[[], float]] = {}
         for name, context in (("server", server), ("parse", _echo("parse")), ("bytes", _echo("bytes"))):
-            ready = stack.enter_context(context)
+            with _one_cpu():
+                ready = stack.enter_context(context)
             generator = stack.enter_context(LoadGenerator(ready["grpc"], folder / "requests.npz"))
             runs[name] = _requests_cpu(generator, ready["pid"], num_requests)
-        executable = _Executable(bundle, folder / "cache")
+        with _one_cpu():
+            executable = _Executable(bundle, folder / "cache")
         stack.callback(executable.close)
         runs["executable"] = lambda: executable.cpu(num_requests)
         for run in runs.values():
@@ -146,7 +159,6 @@ class _Executable:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **_ONE_THREAD},
         )
 
     def cpu(self, num_calls: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -29,18 +28,16 @@ def serving(repository: Path, cache: Path, *options: object) -> Iterator[dict[st
 
 
 @contextlib.contextmanager
-def started(command: list[str], environment: dict[str, str] | None = None) -> Iterator[dict[str, Any]]:
+def started(command: list[str]) -> Iterator[dict[str, Any]]:
     """A process that serves until SIGTERM; yields its ready line, with its process id as `pid`.
 
     Args:
       command: prints a line of JSON once it is ready.
-      environment: variables beside this process's own.
 
     Raises:
       RuntimeError: if it ends before it is ready.
     """
-    env = {**os.environ, **(environment or {})}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
