@@ -15,6 +15,7 @@ import dataclasses
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,14 +26,32 @@ from serving_latency import measure_points, p99_over_md1, simulator_error
 from serving_overload import batching_gain, overload_figures, overload_of
 from serving_plot import draw
 from serving_rules import Curves, affinity, serve_rules, simulate_rules, vs_fixed_delay
+from serving_swaps import measure_swaps, swap_p99
 
-__all__ = ["FULL", "NAMES", "SHORT", "Sizes"]
+__all__ = ["FULL", "GROUPS", "SHORT", "Sizes", "groups_of"]
 
-NAMES = ("efficiency", "batching", "latency", "rules", "overload", "affinity", "request_cpu")
-"""What --only takes."""
+GROUPS = {
+    "heavy_efficiency": ("heavy_efficiency",),
+    "light_efficiency": ("light_efficiency",),
+    "batching": ("batching_gain",),
+    "latency": ("p99_over_md1", "simulator_error"),
+    "rules": ("vs_fixed_delay",),
+    "overload": ("overload_goodput", "overload_p99"),
+    "overload_light": ("overload_goodput_light", "overload_p99_light"),
+    "swaps": ("swap_p99",),
+    "affinity": ("affinity_throughput", "affinity_p99"),
+    "request_cpu": ("request_cpu_us",),
+}
+"""What is measured together: the figures of each group."""
 
 BARE_NETWORK = '{"hidden": [8], "num_cross_layers": 1, "cross_rank": 2}'
 """Of a model whose requests weigh as much as the others', and its network hardly anything."""
+
+OTHER_NETWORKS = {"light_b": '{"hidden": [264, 128]}', "light_c": '{"hidden": [272, 128]}'}
+"""As the light model's, but programs of their own."""
+
+SWAP_LADDER = (64, 512)
+"""Of models that are swapped."""
 
 MAX_LOAD = 0.5
 """Load average above which a run says that others' work is in its figures."""
@@ -73,6 +92,15 @@ class Sizes:
     cpu_requests: int
     """Of a turn of request_cpu_us."""
 
+    num_programs: int
+    """Other programs to swap to, at most that of `OTHER_NETWORKS`."""
+
+    num_warm: int
+    """Servers that swap with a warm compile cache alone."""
+
+    num_cold: int
+    """Servers that swap with a cold one first."""
+
 
 FULL = Sizes(
     note="",
@@ -80,12 +108,15 @@ FULL = Sizes(
     alone=(512,),
     heavy_options=None,
     runs=3,
-    heavy_seconds=14,
+    heavy_seconds=10,
     light_seconds=4,
     turn_seconds=3,
     num_simulated=6000,
     is_plotted=True,
     cpu_requests=1500,
+    num_programs=2,
+    num_warm=1,
+    num_cold=2,
 )
 
 SHORT = Sizes(
@@ -100,6 +131,9 @@ SHORT = Sizes(
     num_simulated=400,
     is_plotted=False,
     cpu_requests=200,
+    num_programs=1,
+    num_warm=0,
+    num_cold=1,
 )
 
 
@@ -119,37 +153,39 @@ class Bench:
         self._served: dict[str, Served] = {}
         self.curves: list[Curves] = []
 
-    def figures(self, name: str) -> list[Figure]:
-        """One of `NAMES`."""
-        return getattr(self, f"_{name}")()
+    def figures(self, group: str) -> list[Figure]:
+        """One of `GROUPS`."""
+        return getattr(self, f"_{group}")()
 
-    def _efficiency(self) -> list[Figure]:
-        figures = []
-        for name, target in (("heavy", 0.9), ("light", 0.7)):
-            served = self._model(name, self._sizes.alone)
-            self._tell(f"{name}_efficiency")
-            words = ["--turns", 2 * self._sizes.runs, "--seconds", self._sizes.turn_seconds]
-            result = run_tool("bench_server.py", served.bundle, *words)
-            medians = {name: statistics.median(result[name]) for name in ("server", "executable")}
-            figure = ratio_figure(
-                f"{name}_efficiency",
-                result["server"],
-                result["executable"],
-                target=target,
-                goal=Goal.AT_LEAST,
-                how=self._how(
-                    served, f"{result['how']}; candidates are counted on both sides, padding on neither"
+    def _heavy_efficiency(self) -> list[Figure]:
+        return [self._efficiency("heavy", 0.9)]
+
+    def _light_efficiency(self) -> list[Figure]:
+        return [self._efficiency("light", 0.7)]
+
+    def _efficiency(self, name: str, target: float) -> Figure:
+        served = self._model(name, self._sizes.alone)
+        self._tell(f"{name}_efficiency")
+        words = ["--turns", 2 * self._sizes.runs, "--seconds", self._sizes.turn_seconds]
+        result = run_tool("bench_server.py", served.bundle, *words)
+        medians = {side: statistics.median(result[side]) for side in ("server", "executable")}
+        return ratio_figure(
+            f"{name}_efficiency",
+            result["server"],
+            result["executable"],
+            target=target,
+            goal=Goal.AT_LEAST,
+            how=self._how(
+                served, f"{result['how']}; candidates are counted on both sides, padding on neither"
+            ),
+            beside={
+                "rows/s, median": ", ".join(
+                    f"{side} {result['num_candidates'] * rate:,.0f}" for side, rate in medians.items()
                 ),
-                beside={
-                    "rows/s, median": ", ".join(
-                        f"{side} {result['num_candidates'] * rate:,.0f}" for side, rate in medians.items()
-                    ),
-                    "a batch in the server, mean": f"gather {result['gather_ms']:.2f} ms, execute "
-                    f"{result['execute_ms']:.2f} ms; bare executable {1e3 / medians['executable']:.2f} ms",
-                },
-            )
-            figures.append(figure)
-        return figures
+                "a batch in the server, mean": f"gather {result['gather_ms']:.2f} ms, execute "
+                f"{result['execute_ms']:.2f} ms; bare executable {1e3 / medians['executable']:.2f} ms",
+            },
+        )
 
     def _batching(self) -> list[Figure]:
         heavy = self._model("heavy")
@@ -183,16 +219,30 @@ class Bench:
         return [vs_fixed_delay(self.curves, light, served, how=self._how())]
 
     def _overload(self) -> list[Figure]:
-        figures = []
-        for name, suffix, target, seconds in (
-            ("heavy", "", 0.9, self._sizes.heavy_seconds),
-            ("light", "_light", 0.75, self._sizes.light_seconds),
-        ):
-            served = self._model(name)
-            self._tell(f"overload of the {name} model")
-            runs = overload_of(self._lab, served, runs=self._sizes.runs, seconds=seconds)
-            figures += overload_figures(suffix, runs, target=target, how=self._how(served))
-        return figures
+        return self._overload_of("heavy", "", 0.9, self._sizes.heavy_seconds)
+
+    def _overload_light(self) -> list[Figure]:
+        return self._overload_of("light", "_light", 0.75, self._sizes.light_seconds)
+
+    def _overload_of(self, name: str, suffix: str, target: float, seconds: float) -> list[Figure]:
+        served = self._model(name)
+        self._tell(f"overload of the {name} model")
+        runs = overload_of(self._lab, served, runs=self._sizes.runs, seconds=seconds)
+        return overload_figures(suffix, runs, target=target, how=self._how(served))
+
+    def _swaps(self) -> list[Figure]:
+        sizes = self._sizes
+        names = ("light", *OTHER_NETWORKS)[: 1 + sizes.num_programs]
+        builds = [self._model(name, SWAP_LADDER) for name in names]
+        runs = measure_swaps(
+            self._lab,
+            builds,
+            num_warm=sizes.num_warm,
+            num_cold=sizes.num_cold,
+            quiet_seconds=sizes.light_seconds / 2,
+            tell=self._tell,
+        )
+        return [swap_p99(runs, how=self._how(builds[0]))]
 
     def _affinity(self) -> list[Figure]:
         served = [self._model(name) for name in ("heavy", "light")]
@@ -205,14 +255,14 @@ class Bench:
         self._tell("request_cpu_us")
         words = ["--turns", 2 * self._sizes.runs + 1, "--requests", self._sizes.cpu_requests]
         result = run_tool("request_cpu.py", served.bundle, *words)
-        turns = list(zip(result["server"], result["executable"], result["parse"], strict=True))
-        values = [server - executable - echo for server, executable, echo in turns]
+        turns = list(zip(result["server"], result["gather_execute"], result["parse"], strict=True))
+        values = [server - inside - echo for server, inside, echo in turns]
         kilobytes, num_tensors = result["bytes_a_request"] / 1e3, result["num_tensors"]
         text = (
             f"CPU of the server's process a request (500 candidates, {kilobytes:.0f} KB in {num_tensors} "
-            f"tensors, closed loop of 2), less that of gather and execute back to back in a process of their "
-            f"own, less that of a gRPC server with the same threads that reads the same messages and answers "
-            f"as many scores; each on one CPU, {len(turns)} turns of "
+            f"tensors, closed loop of 2), less that of gather and execute (of the thread that calls them, "
+            f"while it does, and of XLA's own threads), less that of a gRPC server with the same threads "
+            f"that reads the same messages and answers as many scores; one CPU each, {len(turns)} turns of "
             f"{self._sizes.cpu_requests} requests or more (spread: lowest and highest turn)"
         )
         figure = Figure(
@@ -225,7 +275,7 @@ class Bench:
             beside={
                 "us, medians": ", ".join(
                     f"{name} {statistics.median(result[name]):.0f}"
-                    for name in ("server", "executable", "parse", "bytes")
+                    for name in ("server", "gather_execute", "parse", "bytes")
                 )
             },
         )
@@ -234,11 +284,11 @@ class Bench:
     def _model(self, name: str, ladder: Sequence[int] = ()) -> Served:
         """Compiled when it is first asked for."""
         ladder = ladder or self._sizes.ladder
-        options = {"heavy": self._sizes.heavy_options, "light": None, "bare": BARE_NETWORK}[name]
+        options = {"heavy": self._sizes.heavy_options, "bare": BARE_NETWORK, **OTHER_NETWORKS}.get(name)
         key = "-".join(map(str, (name, *ladder)))
         if key not in self._served:
             self._tell(f"compiling the {name} model")
-            config = f"ranker_{'light' if name == 'bare' else name}.toml"
+            config = f"ranker_{'heavy' if name == 'heavy' else 'light'}.toml"
             folder = self._lab.folder / "models"
             self._served[key] = build(key, folder, ladder, config=config, options=options)
         return self._served[key]
@@ -250,13 +300,31 @@ class Bench:
         return "; ".join([*words, text] if text else words)
 
 
+_TEXT = "; ".join(f"{group} ({', '.join(figures)})" for group, figures in GROUPS.items())
+
+
+def groups_of(text: str) -> list[str]:
+    """The groups to measure for names of groups and figures with commas between, each once.
+
+    Raises:
+      argparse.ArgumentTypeError: for another name.
+    """
+    names = text.split(",")
+    known = {name for group, figures in GROUPS.items() for name in (group, *figures)}
+    if unknown := set(names) - known:
+        raise argparse.ArgumentTypeError(f"expected groups or figures, got {sorted(unknown)}: {_TEXT}")
+    return [group for group, figures in GROUPS.items() if {group, *figures} & set(names)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="JSON file to write; the plot goes beside it, as .png")
     parser.add_argument("--short", action="store_true", help="shorter and fewer runs")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="some of it (all)")
+    parser.add_argument(
+        "--only", type=groups_of, default=list(GROUPS), metavar="NAME,...", help=f"groups or figures: {_TEXT}"
+    )
     args = parser.parse_args()
     sizes = SHORT if args.short else FULL
     load = os.getloadavg()[0]
@@ -265,7 +333,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, console.status("") as status:
         noted = dataclasses.replace(sizes, note=f"{sizes.note}load average {load:.1f} before the run; ")
         bench = Bench(Path(folder), noted, status.update)
-        figures = [figure for name in args.only for figure in bench.figures(name)]
+        figures = []
+        for group in args.only:
+            begin = time.monotonic()
+            figures += bench.figures(group)
+            console.print(f"{group}: {time.monotonic() - begin:.0f} s", highlight=False)
         curves = bench.curves
     report(figures, args.out, console=console)
     if args.out is not None and curves:

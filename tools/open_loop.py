@@ -55,6 +55,9 @@ class Played:
     lags: np.ndarray
     """[A] float64 seconds by which they were sent late; NaN for one that was not sent."""
 
+    began_at: float = 0.0
+    """Second 0 of `at` on the machine's monotonic clock, which all of its processes share."""
+
     @property
     def is_ok(self) -> np.ndarray:
         """[A] bool."""
@@ -81,13 +84,14 @@ class Played:
             "latencies": self.latencies.tolist(),
             "codes": self.codes,
             "lags": self.lags.tolist(),
+            "began_at": self.began_at,
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Played:
         """Reads what `to_json` gives."""
         arrays = {name: np.array(values[name], np.float64) for name in ("at", "latencies", "lags")}
-        return cls(codes=values["codes"], **arrays)
+        return cls(codes=values["codes"], began_at=values["began_at"], **arrays)
 
 
 def play(
@@ -98,7 +102,7 @@ def play(
     *,
     timeout: float,
     max_open: int = 4096,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Played:
     """Sends requests at their times and waits for all answers.
@@ -144,7 +148,7 @@ def play(
     with changed:
         if not changed.wait_for(lambda: num_open == 0, timeout + _EXTRA_SECONDS):
             raise TimeoutError(f"{num_open} of {len(at)} requests without an answer after {timeout} s")
-    return Played(np.array(at, np.float64), latencies, codes, lags)
+    return Played(np.array(at, np.float64), latencies, codes, lags, begin)
 
 
 @dataclasses.dataclass(frozen=True)

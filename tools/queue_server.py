@@ -11,23 +11,29 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fixed_delay import fixed_delay, one_by_one
+from prometheus_client import Metric
 from server_process import started
 from xlarank_serving.server import RankingServer, ServerConfig, stop_on_signals
 
 from xlarank import device
 from xlarank.errors import ModelNotFoundError
+from xlarank.host import Gatherer
 from xlarank.runtime import Engine, Metrics
 from xlarank.runtime.batcher import Batcher
 from xlarank.runtime.pool import DevicePool
 from xlarank.runtime.scheduler import BatcherMaker
 from xlarank.spec.serving import QueueConfig
 
-__all__ = ["ONE_BY_ONE", "OURS", "batcher_of", "queue_server"]
+__all__ = ["CPU_SECONDS", "ONE_BY_ONE", "OURS", "batcher_of", "queue_server"]
+
+CPU_SECONDS = "bench_gather_execute_cpu_seconds"
+"""CPU of the threads that call gather and execute, within these calls: a metric of servers that count it."""
 
 OURS = "ours"
 ONE_BY_ONE = "one_by_one"
@@ -47,6 +53,7 @@ def queue_server(
     *,
     rule: str = OURS,
     host_threads: int | None = None,
+    counts_cpu: bool = False,
     **queue: Any,
 ) -> Iterator[dict[str, Any]]:
     """Starts it on one device; yields its ready line.
@@ -56,13 +63,44 @@ def queue_server(
       cache: compilation cache.
       rule: `OURS`, `ONE_BY_ONE`, or a number: Triton's rule with so many microseconds of delay.
       host_threads: of the gather.
+      counts_cpu: whether /metrics has `CPU_SECONDS`.
       queue: fields of `QueueConfig`.
     """
     words = [str(bundle), "--compile-cache", str(cache), "--queue", json.dumps(queue), "--rule", rule]
     if host_threads is not None:
         words += ["--host-threads", str(host_threads)]
+    if counts_cpu:
+        words.append("--count-cpu")
     with started([sys.executable, __file__, *words]) as ready:
         yield ready
+
+
+class _CpuCounter:
+    """Counts for `CPU_SECONDS` from the moment that it is made."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0  # written by the device's thread alone
+        for owner, name in ((Gatherer, "gather"), (device.Replica, "run")):
+            setattr(owner, name, self._counted(getattr(owner, name)))
+
+    def collect(self) -> Iterator[Metric]:
+        """For prometheus_client."""
+        family = Metric(CPU_SECONDS, "CPU of gather and execute in the threads that call them", "gauge")
+        family.add_sample(CPU_SECONDS, {}, self._seconds)
+        yield family
+
+    def describe(self) -> list[Metric]:
+        """For prometheus_client: nothing to compare at registration."""
+        return []
+
+    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*words: Any) -> Any:
+            begin = time.thread_time()
+            result = method(*words)
+            self._seconds += time.thread_time() - begin
+            return result
+
+        return counted
 
 
 class _OneModel:
@@ -95,6 +133,8 @@ class _OneModel:
 def _serve(args: argparse.Namespace) -> None:
     device.configure(num_devices=1, compile_cache=args.compile_cache)
     pool, metrics = DevicePool(1, make_batcher=batcher_of(args.rule)), Metrics()
+    if args.count_cpu:
+        metrics.register(_CpuCounter())
     engine = Engine.load(
         args.bundle,
         host_threads=args.host_threads,
@@ -121,6 +161,7 @@ def main() -> None:
     parser.add_argument("--queue", default="{}", help="JSON object of QueueConfig's fields")
     parser.add_argument("--rule", default=OURS, help=f"{OURS}, {ONE_BY_ONE}, or a delay in us: Triton's rule")
     parser.add_argument("--host-threads", type=int, help="threads of the gather (CPUs, 4 at most)")
+    parser.add_argument("--count-cpu", action="store_true", help=f"/metrics has {CPU_SECONDS}")
     _serve(parser.parse_args())
 
 

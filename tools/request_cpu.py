@@ -1,10 +1,10 @@
-"""CPU of a request in the server process, beside gather, execute and what gRPC and the messages take anyhow.
+"""CPU of a request in the server process without gather and execute, beside what gRPC and the messages take.
 
-Three processes take turns, each held to one CPU, so that XLA and gather have one thread and nobody spins:
-  server      the server, 500 candidates a request in closed loop: CPU of the process a request
-  executable  gather and execute of the same bucket, back to back: CPU of the process a call, all threads
-  echo        a gRPC server with the same threads that reads the same messages and answers as many scores:
-              CPU of the process a request
+Processes that take turns in closed loop, each held to one CPU, so that XLA and gather have one thread:
+  server   the server, 500 candidates a request: CPU of the process a request, and of it gather and execute:
+           that of the thread that calls them, while it does, and that of XLA's own threads
+  parse    a gRPC server with the same threads that reads the same messages and answers as many scores
+  bytes    the same, but it doesn't read them
 
     python tools/request_cpu.py build/models/bare/1 --turns 5 --requests 1000
 """
@@ -15,20 +15,18 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import grpc
-from bench_server import NUM_CANDIDATES, encode, load_executable
+from bench_server import NUM_CANDIDATES, encode
 from open_loop import LoadGenerator, save_requests
-from queue_server import queue_server
-from server_process import started
+from queue_server import CPU_SECONDS, queue_server
+from server_process import server_samples, started
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.server import ServerConfig, stop_on_signals
@@ -41,13 +39,23 @@ __all__ = ["measure", "process_cpu_seconds"]
 
 _OUTSTANDING = 2
 _NUM_REQUESTS = 16
-_TICK = os.sysconf("SC_CLK_TCK")
+_NAMES = ("server", "gather_execute", "parse", "bytes")
+_XLA_THREADS = "tf_XLA"
 
 
-def process_cpu_seconds(pid: int) -> float:
-    """CPU that a process has used so far, all of its threads, in user and kernel."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICK  # utime, stime
+def process_cpu_seconds(pid: int, threads: str = "") -> float:
+    """CPU that the living threads of a process have used so far, in user and kernel.
+
+    Args:
+      pid: of the process.
+      threads: how their names begin; all by default.
+    """
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            if (task / "comm").read_text().startswith(threads):
+                total += int((task / "schedstat").read_text().split()[0])  # nanoseconds on a CPU
+    return total / 1e9
 
 
 @contextlib.contextmanager
@@ -70,50 +78,59 @@ def measure(bundle: Path, *, turns: int, num_requests: int) -> dict[str, Any]:
       num_requests: of a turn.
 
     Returns:
-      ``server``, ``executable``, ``parse`` (the echo) and ``bytes`` (an echo that doesn't read the messages):
-      microseconds of CPU a request, by turn.
+      ``server``, ``gather_execute`` (what of it is theirs), ``parse`` and ``bytes``: microseconds of CPU a
+      request, by turn.
     """
     spec = open_bundle(bundle, verify=Verify.SIZES).spec
     encoded = [
         encode(spec, request)
         for request in random_requests(spec, _NUM_REQUESTS, num_candidates=NUM_CANDIDATES)
     ]
-    results: dict[str, Any] = {name: [] for name in ("server", "executable", "parse", "bytes")}
+    results: dict[str, Any] = {name: [] for name in _NAMES}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         save_requests(folder / "requests.npz", encoded)
-        server = queue_server(bundle, folder / "cache", host_threads=1)
-        runs: dict[str, Callable[[], float]] = {}
+        server = queue_server(bundle, folder / "cache", host_threads=1, counts_cpu=True)
+        sides: list[_Side] = []
         for name, context in (("server", server), ("parse", _echo("parse")), ("bytes", _echo("bytes"))):
             with _one_cpu():
                 ready = stack.enter_context(context)
             generator = stack.enter_context(LoadGenerator(ready["grpc"], folder / "requests.npz"))
-            runs[name] = _requests_cpu(generator, ready["pid"], num_requests)
-        with _one_cpu():
-            executable = _Executable(bundle, folder / "cache")
-        stack.callback(executable.close)
-        runs["executable"] = lambda: executable.cpu(num_requests)
-        for run in runs.values():
-            run()  # warms up
+            sides.append(_Side(name, ready, generator))
+        for side in sides:
+            side.cpu(num_requests)  # warms up
         for turn in range(turns):
-            for name in runs if turn % 2 == 0 else reversed(runs):
-                results[name].append(1e6 * runs[name]())
+            for side in sides if turn % 2 == 0 else reversed(sides):
+                for name, seconds in side.cpu(num_requests).items():
+                    results[name].append(1e6 * seconds)
     return {**results, "bytes_a_request": len(encoded[0]), "num_tensors": len(spec.features)}
 
 
-def _requests_cpu(generator: LoadGenerator, pid: int, num_requests: int) -> Callable[[], float]:
-    def run() -> float:
-        before = process_cpu_seconds(pid)
+class _Side:
+    """A process that answers."""
+
+    def __init__(self, name: str, ready: Mapping[str, Any], generator: LoadGenerator) -> None:
+        self._name, self._ready, self._generator = name, ready, generator
+
+    def cpu(self, num_requests: int) -> dict[str, float]:
+        """Seconds of CPU a request, over at least so many."""
+        before = self._seconds()
         num_answers = 0
         while num_answers < num_requests:
             # In bursts: the generator counts by time, this by requests.
-            result = generator.closed_loop(
+            result = self._generator.closed_loop(
                 range(_NUM_REQUESTS), outstanding=_OUTSTANDING, seconds=0.3, warm_seconds=0.0
             )
             num_answers += result.num_answers
-        return (process_cpu_seconds(pid) - before) / num_answers
+        return {name: (value - before[name]) / num_answers for name, value in self._seconds().items()}
 
-    return run
+    def _seconds(self) -> dict[str, float]:
+        pid = self._ready["pid"]
+        seconds = {self._name: process_cpu_seconds(pid)}
+        if self._name == "server":
+            (calls,) = [v for name, _, v in server_samples(self._ready["http"]) if name == CPU_SECONDS]
+            seconds["gather_execute"] = float(calls) + process_cpu_seconds(pid, _XLA_THREADS)
+        return seconds
 
 
 def _echo(kind: str) -> Any:
@@ -150,47 +167,10 @@ def _be_the_echo(kind: str) -> None:
     threads.close()
 
 
-class _Executable:
-    """The process that gathers and executes."""
-
-    def __init__(self, bundle: Path, cache: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "executable", str(bundle), str(cache)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def cpu(self, num_calls: int) -> float:
-        """Seconds of CPU a call."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(num_calls, file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self._process.args}: ended with status {self._process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self._process.communicate(timeout=60)
-
-
-def _be_the_executable(bundle: Path, cache: Path) -> None:
-    gather, run = load_executable(bundle, cache)
-    for line in sys.stdin:
-        num_calls, before = int(line), time.process_time()
-        for _ in range(num_calls):
-            gather()
-            run()
-        print(json.dumps((time.process_time() - before) / num_calls), flush=True)
-
-
 def main() -> None:
     match sys.argv[1:]:
         case ["echo", kind]:
             _be_the_echo(kind)
-        case ["executable", bundle, cache]:
-            _be_the_executable(Path(bundle), Path(cache))
         case _:
             parser = argparse.ArgumentParser(
                 description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
