@@ -1,7 +1,7 @@
 """Figures of serving: batching, latency, overload, rules compared, CPU of a request.
 
-    python tools/bench_serving.py --out bench/serving.json    about ten minutes on two idle cores
-    python tools/bench_serving.py --short                     less than a minute: shorter and fewer runs
+    python tools/bench_serving.py --out bench/serving.json    a quarter of an hour on two idle cores
+    python tools/bench_serving.py --short                     less than a minute: few figures, short runs
 
 Load comes from a process of its own: open loop, Poisson arrivals, latencies from the intended start. Every
 yardstick is measured in the same run, in turns with what it is held against. Beside the JSON file goes a plot
@@ -44,11 +44,14 @@ GROUPS = {
 }
 """What is measured together: the figures of each group."""
 
-BARE_NETWORK = '{"hidden": [8], "num_cross_layers": 1, "cross_rank": 2}'
-"""Of a model whose requests weigh as much as the others', and its network hardly anything."""
+NETWORKS = {
+    "bare": '{"hidden": [8], "num_cross_layers": 1, "cross_rank": 2}',
+    "light_b": '{"hidden": [264, 128]}',
+    "light_c": '{"hidden": [272, 128]}',
+}
+"""In place of the light model's: hardly any, to see all else; other programs."""
 
-OTHER_NETWORKS = {"light_b": '{"hidden": [264, 128]}', "light_c": '{"hidden": [272, 128]}'}
-"""As the light model's, but programs of their own."""
+OTHER_PROGRAMS = ("light_b", "light_c")
 
 SWAP_LADDER = (64, 512)
 """Of models that are swapped."""
@@ -72,8 +75,11 @@ class Sizes:
     alone: tuple[int, ...]
     """Of those served beside the bare executable, such that both run the same program."""
 
-    heavy_options: str | None
-    """Of the heavy model's network, JSON; its config's by default."""
+    groups: tuple[str, ...]
+    """Of `GROUPS`, where --only names none."""
+
+    has_heavy: bool
+    """Whether the heavy model is compiled; else the light one stands in for it."""
 
     runs: int
     """Of everything that is repeated."""
@@ -93,7 +99,7 @@ class Sizes:
     """Of a turn of request_cpu_us."""
 
     num_programs: int
-    """Other programs to swap to, at most that of `OTHER_NETWORKS`."""
+    """Other programs to swap to, at most as many as `OTHER_PROGRAMS`."""
 
     num_warm: int
     """Servers that swap with a warm compile cache alone."""
@@ -106,7 +112,8 @@ FULL = Sizes(
     note="",
     ladder=(8, 16, 64, 128, 256, 512),
     alone=(512,),
-    heavy_options=None,
+    groups=tuple(GROUPS),
+    has_heavy=True,
     runs=3,
     heavy_seconds=10,
     light_seconds=4,
@@ -123,7 +130,8 @@ SHORT = Sizes(
     note="short form, shorter and fewer runs than the target is meant for; ",
     ladder=(16, 512),
     alone=(16, 512),
-    heavy_options='{"hidden": [512, 256]}',
+    groups=("light_efficiency", "batching", "overload_light", "affinity"),
+    has_heavy=False,
     runs=1,
     heavy_seconds=1.5,
     light_seconds=0.8,
@@ -232,7 +240,7 @@ class Bench:
 
     def _swaps(self) -> list[Figure]:
         sizes = self._sizes
-        names = ("light", *OTHER_NETWORKS)[: 1 + sizes.num_programs]
+        names = ("light", *OTHER_PROGRAMS)[: 1 + sizes.num_programs]
         builds = [self._model(name, SWAP_LADDER) for name in names]
         runs = measure_swaps(
             self._lab,
@@ -284,13 +292,14 @@ class Bench:
     def _model(self, name: str, ladder: Sequence[int] = ()) -> Served:
         """Compiled when it is first asked for."""
         ladder = ladder or self._sizes.ladder
-        options = {"heavy": self._sizes.heavy_options, "bare": BARE_NETWORK, **OTHER_NETWORKS}.get(name)
+        if name == "heavy" and not self._sizes.has_heavy:
+            name = "light"
         key = "-".join(map(str, (name, *ladder)))
         if key not in self._served:
             self._tell(f"compiling the {name} model")
             config = f"ranker_{'heavy' if name == 'heavy' else 'light'}.toml"
             folder = self._lab.folder / "models"
-            self._served[key] = build(key, folder, ladder, config=config, options=options)
+            self._served[key] = build(key, folder, ladder, config=config, options=NETWORKS.get(name))
         return self._served[key]
 
     def _how(self, served: Served | None = None, text: str = "") -> str:
@@ -322,9 +331,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="JSON file to write; the plot goes beside it, as .png")
     parser.add_argument("--short", action="store_true", help="shorter and fewer runs")
-    parser.add_argument(
-        "--only", type=groups_of, default=list(GROUPS), metavar="NAME,...", help=f"groups or figures: {_TEXT}"
-    )
+    parser.add_argument("--only", type=groups_of, metavar="NAME,...", help=f"groups or figures: {_TEXT}")
     args = parser.parse_args()
     sizes = SHORT if args.short else FULL
     load = os.getloadavg()[0]
@@ -334,15 +341,16 @@ def main() -> None:
         noted = dataclasses.replace(sizes, note=f"{sizes.note}load average {load:.1f} before the run; ")
         bench = Bench(Path(folder), noted, status.update)
         figures = []
-        for group in args.only:
-            begin = time.monotonic()
-            figures += bench.figures(group)
-            console.print(f"{group}: {time.monotonic() - begin:.0f} s", highlight=False)
-        curves = bench.curves
-    report(figures, args.out, console=console)
-    if args.out is not None and curves:
+        try:
+            for group in args.only or sizes.groups:
+                begin = time.monotonic()
+                figures += bench.figures(group)
+                console.print(f"{group}: {time.monotonic() - begin:.0f} s", highlight=False)
+        finally:  # a failure doesn't lose what was measured before it
+            report(figures, args.out, console=console)
+    if args.out is not None and bench.curves:
         plot = args.out.with_suffix(".png")
-        draw(curves, plot)
+        draw(bench.curves, plot)
         console.print(f"plot in {plot}", highlight=False, markup=False, soft_wrap=True)
 
 

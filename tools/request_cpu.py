@@ -6,7 +6,7 @@ Processes that take turns in closed loop, each held to one CPU, so that XLA and 
   parse    a gRPC server with the same threads that reads the same messages and answers as many scores
   bytes    the same, but it doesn't read them
 
-    python tools/request_cpu.py build/models/bare/1 --turns 5 --requests 1000
+    python tools/request_cpu.py build/models/ranker_light/1 --turns 5 --requests 1000
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def measure(bundle: Path, *, turns: int, num_requests: int) -> dict[str, Any]:
     """Lets them take turns.
 
     Args:
-      bundle: version folder; its network should weigh little, as the difference is of the whole.
+      bundle: version folder; a network that weighs little leaves the caches to what is measured.
       turns: of each.
       num_requests: of a turn.
 

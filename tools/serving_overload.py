@@ -120,6 +120,8 @@ class Overload:
     def p99(self) -> float:
         """Seconds, of the accepted ones."""
         accepted = self.played.latencies[self.is_counted & self.played.is_ok]
+        if not accepted.size:
+            raise RuntimeError(f"expected answers under overload, got {self.played.counts}")
         return float(np.quantile(accepted, 0.99))
 
 
