@@ -217,7 +217,7 @@ class Bench:
         sizes, light = self._sizes, self._model("light")
         self._tell("Triton's rule, served")
         served = serve_rules(self._lab, light, runs=sizes.runs, seconds=sizes.light_seconds)
-        for name in ("heavy", "light"):
+        for name in ("heavy", "light") if sizes.has_heavy else ("light",):
             served_model = self._model(name)
             self._tell(f"Triton's rule, simulated with the {name} model")
             plan = self._lab.plan(served_model)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 from queue_server import OURS
 from serving_rules import RULES, Curves
 
@@ -22,7 +23,7 @@ def draw(curves: Sequence[Curves], path: Path) -> None:
       path: .png or .svg.
     """
     # Not of pyplot, which keeps figures and looks for a display.
-    picture = Figure(figsize=(5.2 * len(curves), 4.2), layout="constrained")
+    picture = Figure(figsize=(5.2 * len(curves), 4.6), layout="constrained")
     panels = picture.subplots(1, len(curves), squeeze=False)[0]
     for axes, curve in zip(panels, curves, strict=True):
         for place, rule in enumerate(RULES):
@@ -34,9 +35,14 @@ def draw(curves: Sequence[Curves], path: Path) -> None:
                     loads, values, style, color=f"C{place}", marker=".", label=f"{name}, p{quantile * 100:g}"
                 )
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.grid(axis="y", alpha=0.3)
         axes.set_xlabel("load, share of our capacity")
         axes.set_title(curve.model)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("ms, simulated with measured times")
-    panels[0].legend(frameon=False)
+    picture.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     picture.savefig(path, dpi=120)
