@@ -27,7 +27,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-native test-aarch64 test-sanitizers check format movielens protos clean
-.PHONY: fuzz bench bench-main bench-compiler bench-embedding
+.PHONY: fuzz soak bench bench-main bench-compiler bench-embedding bench-serving
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -75,6 +75,7 @@ bench: $(STAMP)  ## short form of every benchmark → bench/short/
 	@$(BIN)/python tools/bench_main.py --short --out bench/short/main.json
 	@$(BIN)/python tools/bench_compiler.py --short --out bench/short/compiler.json
 	@$(BIN)/python tools/bench_embedding.py --short --out bench/short/embedding.json
+	@$(BIN)/python tools/bench_serving.py --short --out bench/short/serving.json
 
 bench-main: $(STAMP)  ## figures of the main path → bench/main.json
 	@$(BIN)/python tools/bench_main.py --out bench/main.json
@@ -93,6 +94,14 @@ bench-embedding: $(PEERS)  ## figures of the embedding engine against torch and 
 FUZZ_FLAGS ?= --cases 100000
 fuzz: $(STAMP)  ## broken ranking requests to a real server: statuses, scores, memory
 	@$(BIN)/python tools/fuzz_model_infer.py $(FUZZ_FLAGS)
+
+bench-serving: $(STAMP)  ## figures of serving: batching, latency, overload → bench/serving.json
+	@$(BIN)/python tools/bench_serving.py --out bench/serving.json
+
+# SOAK_FLAGS="--seconds 20" is the short form.
+SOAK_FLAGS ?= --minutes 10
+soak: $(STAMP)  ## a server under mixed load for ten minutes: nothing fails but what must, nothing grows
+	@$(BIN)/python tools/soak.py $(SOAK_FLAGS)
 
 clean:  ## remove what make made, but data/
 	rm -rf $(VENV) $(ARTIFACTS) bench build

@@ -27,8 +27,9 @@ from typing import Any
 
 import grpc
 import numpy as np
-from bench_server import closed_loop, server_samples, serving
+from bench_server import closed_loop
 from figures import Figure, Goal, command, environment, ratio_figure, report, run_tool
+from server_process import server_samples, serving
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.encoding import add_inputs
 from xlarank_serving.layout import SERVICE_NAME

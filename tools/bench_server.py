@@ -15,19 +15,17 @@ import argparse
 import concurrent.futures
 import contextlib
 import json
-import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+from server_process import server_samples, serving
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.encoding import add_inputs
 from xlarank_serving.layout import SERVICE_NAME
@@ -38,15 +36,13 @@ from xlarank.compiler import random_requests
 from xlarank.host import Gatherer, Segment
 from xlarank.spec import Bucket, ModelSpec, RankRequest
 
-__all__ = ["closed_loop", "measure", "server_samples", "serving"]
+__all__ = ["closed_loop", "encode", "load_executable", "measure"]
 
 NUM_CANDIDATES = 500
 BUCKET = Bucket(512, 1)
 
 _NUM_REQUESTS = 16
 _WARM_SECONDS = 0.5
-
-_SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)  # of Prometheus text: name, labels, value
 
 
 def measure(bundle: Path, *, turns: int, seconds: float, outstanding: int) -> dict[str, Any]:
@@ -122,29 +118,6 @@ class _Worker:
         return json.loads(line)
 
 
-@contextlib.contextmanager
-def serving(repository: Path, cache: Path, *options: object) -> Iterator[dict[str, Any]]:
-    """The server as a user starts it, on one device; yields its ready line."""
-    words = ["serve", str(repository), "--port", "0", "--http-port", "0", "--devices", "1", "--json"]
-    command = [sys.executable, "-m", "xlarank.cli", *words, "--compile-cache", str(cache), *map(str, options)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the server ended with status {process.wait()} before it was ready")
-        yield json.loads(line)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-
-
-def server_samples(http: str) -> list[tuple[str, str, str]]:
-    """Name, labels and value of every sample of a server's metrics."""
-    with urllib.request.urlopen(f"http://{http}/metrics") as response:
-        return _SAMPLE.findall(response.read().decode())
-
-
 def _server_means(http: str) -> dict[str, float]:
     samples = server_samples(http)
     totals = {name: float(value) for name, _, value in samples}  # one model: one sample a name, but buckets'
@@ -165,8 +138,18 @@ def _requests(spec: ModelSpec) -> list[RankRequest]:
     return random_requests(spec, _NUM_REQUESTS, num_candidates=NUM_CANDIDATES)
 
 
-def _be_the_executable(bundle_folder: Path, cache: str) -> None:
-    device.configure(num_devices=1, compile_cache=Path(cache))
+def load_executable(bundle_folder: Path, cache: Path) -> tuple[Callable[[], None], Callable[[], np.ndarray]]:
+    """The bare executable of `BUCKET` on one device, and a request of `NUM_CANDIDATES` for it.
+
+    Args:
+      bundle_folder: version folder.
+      cache: compilation cache.
+
+    Returns:
+      What gathers the request, in one thread, and what runs the program on what was gathered: [N] scores of
+      the first task.
+    """
+    device.configure(num_devices=1, compile_cache=cache)
     bundle = open_bundle(bundle_folder, verify=Verify.SIZES)
     gatherer = Gatherer(bundle.spec, bundle.tables(), unused=bundle.manifest.unused_features)
     (entry,) = [entry for entry in bundle.manifest.programs if entry.bucket == BUCKET]
@@ -176,13 +159,21 @@ def _be_the_executable(bundle_folder: Path, cache: str) -> None:
     prepared = device.prepare_weights(target, prepare, list(bundle.params().values()))
     replica = device.Replica(target, gatherer.signature, {BUCKET: program}, prepared)
     leaves = device.BatchBuffers(gatherer.signature, bundle.manifest.ladder).leaves(BUCKET)
-    request = _requests(bundle.spec)[0]
-    gatherer.gather([Segment(gatherer.bind(request), 0, NUM_CANDIDATES)], BUCKET, leaves)
+    segments = [Segment(gatherer.bind(_requests(bundle.spec)[0]), 0, NUM_CANDIDATES)]
     task = bundle.spec.tasks[0].name
-    print(json.dumps(replica.run(BUCKET, leaves)[task][:NUM_CANDIDATES].tolist()), flush=True)
+    return (
+        lambda: gatherer.gather(segments, BUCKET, leaves),
+        lambda: replica.run(BUCKET, leaves)[task][:NUM_CANDIDATES],
+    )
+
+
+def _be_the_executable(bundle_folder: Path, cache: str) -> None:
+    gather, run = load_executable(bundle_folder, Path(cache))
+    gather()
+    print(json.dumps(run().tolist()), flush=True)
     for line in sys.stdin:
-        _count_calls(lambda: replica.run(BUCKET, leaves), _WARM_SECONDS)
-        num_calls, seconds = _count_calls(lambda: replica.run(BUCKET, leaves), float(line))
+        _count_calls(run, _WARM_SECONDS)
+        num_calls, seconds = _count_calls(run, float(line))
         print(json.dumps(num_calls / seconds), flush=True)
 
 
@@ -196,7 +187,7 @@ def _count_calls(call: Any, seconds: float) -> tuple[int, float]:
 
 def _be_the_client(bundle_folder: Path, address: str, outstanding: int) -> None:
     spec = open_bundle(bundle_folder, verify=Verify.SIZES).spec
-    encoded = [_encode(spec, request) for request in _requests(spec)]
+    encoded = [encode(spec, request) for request in _requests(spec)]
     with grpc.insecure_channel(address) as channel:
         infer = channel.unary_unary(f"/{SERVICE_NAME}/ModelInfer")  # bytes to bytes
         answer = messages.ModelInferResponse.FromString(infer(encoded[0]))
@@ -205,7 +196,8 @@ def _be_the_client(bundle_folder: Path, address: str, outstanding: int) -> None:
             print(json.dumps(closed_loop(infer, encoded, outstanding, float(line))), flush=True)
 
 
-def _encode(spec: ModelSpec, request: RankRequest) -> bytes:
+def encode(spec: ModelSpec, request: RankRequest) -> bytes:
+    """A ModelInfer message, one raw tensor a feature."""
     message = messages.ModelInferRequest(model_name=spec.name)
     add_inputs(message, spec, request)
     return message.SerializeToString()

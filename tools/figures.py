@@ -114,12 +114,12 @@ def ratio_figure(
 
     Args:
       figure: id.
-      numerators: at least one, > 0.
+      numerators: at least one, >= 0.
       denominators: the neighbour of each numerator, at the same place, > 0.
       target, goal, how, beside: see `Figure`.
 
     Raises:
-      ValueError: if the two don't pair up, or hold anything but finite numbers > 0.
+      ValueError: if the two don't pair up, or hold anything but finite numbers, >= 0 over > 0.
     """
     if len(numerators) != len(denominators) or not numerators:
         raise ValueError(
@@ -127,8 +127,10 @@ def ratio_figure(
             f"{len(numerators)} and {len(denominators)}"
         )
     for number in (*numerators, *denominators):
-        if not 0 < number < math.inf:
-            raise ValueError(f"figure {figure!r}: expected finite numbers > 0 to compare, got {number!r}")
+        if not 0 <= number < math.inf:
+            raise ValueError(f"figure {figure!r}: expected finite numbers >= 0 to compare, got {number!r}")
+    if not all(denominators):
+        raise ValueError(f"figure {figure!r}: expected numbers > 0 to compare with, got {denominators!r}")
     ratios = np.divide(numerators, denominators)
     low, high = np.percentile(ratios, _SPREAD_PERCENTILES)
     return Figure(

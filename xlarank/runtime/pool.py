@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from xlarank.errors import DeadlineError, ExecutionError, OverloadError, UnavailableError
-from xlarank.runtime.batcher import Batch
+from xlarank.runtime.batcher import Batch, Batcher
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.device_health import DeviceHealth, DeviceState, DeviceStatus, Suspicion
 from xlarank.runtime.pool_metrics import REFUSALS, DeviceSnapshot, PoolSnapshot, QueueSnapshot
-from xlarank.runtime.scheduler import ModelQueue, Scheduler, Turn
+from xlarank.runtime.scheduler import BatcherMaker, ModelQueue, Scheduler, Turn
 from xlarank.spec import FaultConfig, RequestOptions
 from xlarank.spec.serving import QueueConfig
 
@@ -69,12 +69,13 @@ class DevicePool:
         costs: Sequence[float] | None = None,
         faults: FaultConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
+        make_batcher: BatcherMaker = Batcher,
     ) -> None:
         """Starts the threads.
 
         Args:
           num_devices: one thread each.
-          costs: see `Scheduler`.
+          costs, make_batcher: see `Scheduler`.
           faults: see `DeviceHealth`; `FaultConfig()` by default.
           clock: seconds, monotonic.
         """
@@ -83,7 +84,7 @@ class DevicePool:
         self._work = threading.Condition(self._lock)  # a device may have something to do
         self._timer = threading.Condition(self._lock)  # the time to wake may have come nearer
         # All below guarded by _lock.
-        self._scheduler: Scheduler[Any] = Scheduler(num_devices, costs=costs)
+        self._scheduler: Scheduler[Any] = Scheduler(num_devices, costs=costs, make_batcher=make_batcher)
         self._health = DeviceHealth(num_devices, faults or FaultConfig())
         self._suspicions: list[Suspicion] = []  # to be judged by another device
         self._workloads: dict[ModelQueue, Workload] = {}

@@ -25,8 +25,8 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Hashable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, TypeVar
 
 from xlarank.errors import DeadlineError, OverloadError, UnavailableError
 from xlarank.runtime.batcher import Batch, Batcher, Part, Ticket
@@ -34,9 +34,12 @@ from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.spec import DEFAULT_PRIORITY, RequestOptions
 from xlarank.spec.serving import DispatchPolicy, QueueConfig
 
-__all__ = ["ModelQueue", "Scheduler", "Turn"]
+__all__ = ["BatcherMaker", "ModelQueue", "Scheduler", "Turn"]
 
 Item = TypeVar("Item", bound=Hashable)
+
+BatcherMaker = Callable[..., Batcher[Any]]
+"""Takes what `Batcher` takes: the plan, the config and `num_devices`."""
 
 _ADAPT = 0.1
 """Share of the newest run in the ratio of measured to predicted time."""
@@ -112,13 +115,21 @@ class _Device:
 class Scheduler(Generic[Item]):
     """See the contract at the top of the file."""
 
-    def __init__(self, num_devices: int, *, costs: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        num_devices: int,
+        *,
+        costs: Sequence[float] | None = None,
+        make_batcher: BatcherMaker = Batcher,
+    ) -> None:
         """
         Args:
           num_devices: numbered from 0.
           costs: what a second of each costs, so that the cheaper one that is fast enough is preferred; all
             alike by default.
+          make_batcher: the queue of a model; another rule than `Batcher`'s to compare with.
         """
+        self._make_batcher = make_batcher
         costs = [1.0] * num_devices if costs is None else costs
         self._devices = [_Device(index, cost) for index, cost in enumerate(costs)]
         self._queues: list[ModelQueue[Item]] = []
@@ -153,7 +164,7 @@ class Scheduler(Generic[Item]):
         """
         assert len(plans) == len(self._devices)
         fastest = min(plans, key=lambda plan: plan.seconds_a_row)
-        batcher: Batcher[Item] = Batcher(fastest, config, num_devices=len(plans))
+        batcher: Batcher[Item] = self._make_batcher(fastest, config, num_devices=len(plans))
         queue = ModelQueue(name, batcher, plans, version)
         queue.used_seconds = min((other.used_seconds for other in self._queues), default=0.0)
         self._queues.append(queue)

@@ -1,0 +1,96 @@
+"""The serving benchmark's own arithmetic: windows of swaps, CPU of a process, names of groups."""
+
+import argparse
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+from bench_serving import GROUPS, groups_of
+from open_loop import Played
+from request_cpu import process_cpu_seconds
+from serving_swaps import COLD, REFRESH, WARM, Swap, SwapRun, swap_p99, wait_until_alone
+
+
+def run_of(swaps, latency_at, codes=None, seconds=100):
+    """A request each 10 ms, in two schedules."""
+    played = []
+    for began_at in (1000.0, 1000.0 + seconds / 2):
+        at = np.arange(0, seconds / 2, 0.01)
+        latencies = np.array([latency_at(began_at + start) for start in at])
+        played.append(Played(at, latencies, codes or ["OK"] * len(at), np.zeros(len(at)), began_at))
+    return SwapRun(swaps, played, num_compiles=0)
+
+
+def test_requests_belong_to_the_window_that_they_were_meant_to_start_in():
+    first = Swap(kind=COLD, begin=1010.0, end=1020.0)
+    second = Swap(kind=WARM, begin=1048.0, end=1052.0)  # in two schedules
+    run = run_of([first, second], lambda now: now)
+    inside = run.latencies(second)
+    assert (inside.min(), inside.max()) == pytest.approx((1048.0, 1051.99))
+    assert len(inside) == 400
+    outside = run.latencies()
+    assert len(outside) == 10_000 - 1000 - 400
+    assert not any(((s.begin <= outside) & (outside < s.end)).any() for s in (first, second))
+
+
+def test_the_figure_is_of_the_worse_kind_and_of_windows_alone():
+    def latency(now):
+        return 0.03 if 1020 <= now < 1030 else 0.02 if 1010 <= now < 1020 else 0.01
+
+    swaps = [
+        Swap(kind=COLD, begin=1010.0, end=1020.0),
+        Swap(kind=WARM, begin=1040.0, end=1045.0),
+        Swap(kind=REFRESH, begin=1020.0, end=1030.0),
+    ]
+    figure = swap_p99([run_of(swaps, latency)], how="x")
+    assert figure.value == pytest.approx(2.0)  # new weights are shown beside
+    assert "cold (spread" in figure.how
+    assert figure.beside["new weights, 1 swaps of 10.0 s"].startswith("3.000 ")
+    assert figure.beside["p99 of whole runs, swaps and pauses, over that without a swap"] == "3.000"
+
+
+def test_a_swap_ends_when_the_version_before_has_ended():
+    answers = [
+        {1: ("READY", "")},
+        {1: ("READY", ""), 2: ("LOADING", "")},
+        {1: ("UNLOADING", ""), 2: ("READY", "")},
+        {1: ("UNAVAILABLE", "not served under policy latest"), 2: ("READY", "")},
+    ]
+    asked = iter(answers)
+    wait_until_alone(2, lambda: next(asked), sleep=lambda seconds: None)
+    assert next(asked, None) is None
+
+
+def test_a_version_that_fails_says_why():
+    with pytest.raises(RuntimeError, match=r"version 2 isn't served: golden scores differ"):
+        wait_until_alone(2, lambda: {2: ("UNAVAILABLE", "golden scores differ")}, sleep=lambda seconds: None)
+
+
+def test_cpu_of_a_process_is_that_of_its_threads():
+    stop = threading.Event()
+
+    def spin():
+        while not stop.is_set():
+            pass
+
+    thread = threading.Thread(target=spin)
+    before, own = process_cpu_seconds(os.getpid()), time.process_time()
+    thread.start()
+    try:
+        while time.process_time() < own + 0.2:
+            pass
+        used, expected = process_cpu_seconds(os.getpid()) - before, time.process_time() - own
+    finally:
+        stop.set()
+        thread.join()
+    assert used == pytest.approx(expected, abs=0.1)
+    assert process_cpu_seconds(os.getpid(), "no such thread") == 0
+
+
+def test_groups_are_named_by_themselves_or_by_their_figures():
+    assert groups_of("simulator_error,swaps,p99_over_md1") == ["latency", "swaps"]
+    assert groups_of(",".join(GROUPS)) == list(GROUPS)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"expected groups or figures, got \['speed'\]"):
+        groups_of("swaps,speed")

@@ -1,0 +1,222 @@
+"""Rules compared: `vs_fixed_delay` (Triton's batching), `affinity_throughput` and `affinity_p99` (spreading).
+
+Mostly simulated, by the server's own scheduler with times that a server measured; where a server can be had
+with the other rule, it is compared too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from figures import Figure, Goal
+from queue_server import OURS, batcher_of
+from serving_lab import (
+    HUGE_QUEUE,
+    Lab,
+    Served,
+    arrivals_of,
+    fixed_sizes,
+    mixed_sizes,
+    run_simulation,
+)
+
+from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.simulation import Arrival
+
+__all__ = ["LOADS", "RULES", "Curves", "affinity", "serve_rules", "simulate_rules", "vs_fixed_delay"]
+
+RULES = (OURS, "500", "5000")
+"""Ours, and Triton's with a delay of so many microseconds."""
+
+LOADS = (0.1, 0.5, 0.8, 0.95)
+_PLOTTED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+_QUANTILES = (0.5, 0.99)
+_SERVED_LOAD = 0.5
+_TRAFFIC = mixed_sizes()
+_OUTSTANDING = 16
+
+_NUM_DEVICES = 4
+_SLO_SERVICES = 5
+_STEPS = 8
+"""Halvings of the range of loads that is searched."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """Latencies of one model by rule and load."""
+
+    model: str
+    seconds: dict[str, dict[float, dict[float, float]]]
+    """By rule, load and quantile."""
+
+    def ratio(self, rule: str, load: float, quantile: float = 0.99) -> float:
+        """A rule's latency over ours."""
+        return self.seconds[rule][load][quantile] / self.seconds[OURS][load][quantile]
+
+
+def simulate_rules(served: Served, plan: BucketPlan, num_requests: int, *, is_plotted: bool) -> Curves:
+    """Every rule at every load, with the same arrivals.
+
+    Args:
+      served: the model.
+      plan: its measured prices.
+      num_requests: of each load.
+      is_plotted: whether the loads between those of the figure are wanted too.
+    """
+    capacity = _capacity(plan, num_requests)
+    seconds: dict[str, dict[float, dict[float, float]]] = {rule: {} for rule in RULES}
+    for load in _PLOTTED if is_plotted else LOADS:
+        arrivals, _ = arrivals_of(_TRAFFIC, load * capacity, num_requests, seed=1)
+        for rule in RULES:
+            result = run_simulation(plan, arrivals, make_batcher=batcher_of(rule))
+            seconds[rule][load] = {q: result.latency(q) for q in _QUANTILES}
+    return Curves(served.words, seconds)
+
+
+def serve_rules(
+    lab: Lab, served: Served, *, runs: int, seconds: float
+) -> dict[str, list[dict[float, float]]]:
+    """Servers with each rule take turns at the same arrivals; seconds by rule, run and quantile.
+
+    Raises:
+      RuntimeError: if a request isn't answered.
+    """
+    latencies: dict[str, list[dict[float, float]]] = {rule: [] for rule in RULES}
+    with ExitStack() as stack:
+        generators = {}
+        for rule in RULES:
+            server = lab.server(served, rule=rule, **HUGE_QUEUE)
+            generator = lab.generator(served, _TRAFFIC, stack.enter_context(server))
+            generators[rule] = stack.enter_context(generator)
+        for run in range(runs):
+            capacities = [
+                generator.closed_loop(
+                    range(len(_TRAFFIC.sizes)), outstanding=_OUTSTANDING, seconds=max(0.5, seconds / 8)
+                ).rate
+                for generator in generators.values()  # each is warmed up
+            ]
+            rate = _SERVED_LOAD * capacities[0]
+            arrivals, choices = arrivals_of(_TRAFFIC, rate, max(50, round(rate * seconds)), seed=run)
+            for rule in RULES if run % 2 == 0 else reversed(RULES):
+                played = generators[rule].play([arrival.at for arrival in arrivals], choices)
+                if not played.is_ok.all():
+                    raise RuntimeError(f"expected every request to be answered, got {played.counts}")
+                latencies[rule].append({q: played.latency(q) for q in _QUANTILES})
+    return latencies
+
+
+def vs_fixed_delay(
+    curves: Sequence[Curves], light: Served, served: dict[str, list[dict[float, float]]], *, how: str
+) -> Figure:
+    """Triton's p99 over ours, the worst of all."""
+    ratios, beside = [], {}
+    for curve in curves:
+        for rule in RULES[1:]:
+            mine = {load: curve.ratio(rule, load) for load in LOADS}
+            ratios += list(mine.values())
+            medians = ", ".join(f"{curve.ratio(rule, load, 0.5):.3f}" for load in LOADS)
+            beside[f"{curve.model}, {rule} us, simulated"] = (
+                ", ".join(f"{load:.0%} {ratio:.3f}" for load, ratio in mine.items()) + f"; p50 {medians}"
+            )
+    for rule in RULES[1:]:
+        pairs = list(zip(served[rule], served[OURS], strict=True))
+        by_quantile = {
+            q: statistics.median(theirs[q] / ours[q] for theirs, ours in pairs) for q in _QUANTILES
+        }
+        ratios.append(by_quantile[0.99])
+        ours_ms = 1e3 * statistics.median(ours[0.99] for _, ours in pairs)
+        beside[f"{light.words}, {rule} us, served at {_SERVED_LOAD:.0%}"] = (
+            f"{by_quantile[0.99]:.3f}; p50 {by_quantile[0.5]:.3f}; our p99 {ours_ms:.2f} ms"
+        )
+    return Figure(
+        figure="vs_fixed_delay",
+        value=min(ratios),
+        target=1,
+        goal=Goal.AT_LEAST,
+        spread=(min(ratios), max(ratios)),
+        how=f"{how}; {_TRAFFIC.words}; p99 of Triton's rule (max_queue_delay 500 us and 5 ms, preferred size "
+        f"the largest bucket) over ours: the worst (spread: the best) of {_percents(LOADS)} of our capacity, "
+        f"both models, simulated with the measured profiles, and of {_SERVED_LOAD:.0%} served (light model; "
+        f"{len(served[OURS])} runs in turns, same arrivals, median of ratios)",
+        beside=beside,
+    )
+
+
+def affinity(models: Sequence[tuple[Served, BucketPlan]], num_requests: int, *, how: str) -> list[Figure]:
+    """What keeping a request on one device gains over spreading it, on four devices."""
+    rates, tails, beside = [], [], {}
+    for served, plan in models:
+        slo = _SLO_SERVICES * plan.run_seconds(plan.ladder.max_rows, 1)
+        highest = {
+            policy: _highest_load(plan, policy, slo, num_requests) for policy in ("affinity", "spread")
+        }
+        p99 = {policy: _p99(plan, policy, highest["spread"], num_requests) for policy in highest}
+        rates.append(highest["affinity"] / highest["spread"])
+        tails.append(p99["affinity"] / p99["spread"])
+        beside[served.words] = (
+            f"SLO {1e3 * slo:.2f} ms; highest load by affinity {highest['affinity']:.2f}, by spread "
+            f"{highest['spread']:.2f}; p99 at the latter {1e3 * p99['affinity']:.2f} and "
+            f"{1e3 * p99['spread']:.2f} ms"
+        )
+    text = (
+        f"{how}; simulated: {_NUM_DEVICES} devices with the measured profile, 500 candidates a request, "
+        f"Poisson, {num_requests} requests a load, p99 within {_SLO_SERVICES} times the service time of a "
+        f"full bucket; affinity over spread (equal parts to every device); heavy model (spread: both models)"
+    )
+    common: dict[str, Any] = {"beside": beside}
+    return [
+        Figure(
+            figure="affinity_throughput",
+            value=rates[0],
+            target=1,
+            goal=Goal.AT_LEAST,
+            spread=(min(rates), max(rates)),
+            how=f"{text}: highest load that meets it (Snap reports 1.29)",
+            **common,
+        ),
+        Figure(
+            figure="affinity_p99",
+            value=tails[0],
+            target=1,
+            goal=Goal.AT_MOST,
+            spread=(min(tails), max(tails)),
+            how=f"{text}: p99 at the highest load by which spread meets it (Snap reports 0.5)",
+        ),
+    ]
+
+
+def _percents(shares: Sequence[float]) -> str:
+    return ", ".join(f"{share:.0%}" for share in shares)
+
+
+def _highest_load(plan: BucketPlan, policy: str, slo: float, num_requests: int) -> float:
+    """Share of what the devices could do if each request ran alone on one."""
+    low, high = 0.0, 1.25
+    for _ in range(_STEPS):
+        load = (low + high) / 2
+        low, high = (load, high) if _p99(plan, policy, load, num_requests) <= slo else (low, load)
+    if not low:
+        raise RuntimeError(f"policy {policy}: no load has a p99 of at most {slo} s")
+    return low
+
+
+def _p99(plan: BucketPlan, policy: str, load: float, num_requests: int) -> float:
+    traffic = fixed_sizes(500)
+    rate = load * _NUM_DEVICES / plan.seconds(traffic.sizes[0])
+    arrivals, _ = arrivals_of(traffic, rate, num_requests, seed=2)
+    result = run_simulation(plan, arrivals, num_devices=_NUM_DEVICES, policy=policy)
+    return result.latency(0.99) if result.is_answered.all() else math.inf
+
+
+def _capacity(plan: BucketPlan, num_requests: int) -> float:
+    """Requests a second that our rule does when there are always enough."""
+    rng = np.random.default_rng(0)
+    sizes = rng.choice(np.array(_TRAFFIC.sizes), num_requests)
+    result = run_simulation(plan, [Arrival(0.0, int(size)) for size in sizes], max_skip_ms=0)
+    return result.requests_a_second

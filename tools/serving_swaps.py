@@ -1,0 +1,308 @@
+"""Version swaps under load: `swap_p99`.
+
+A real `xlarank serve` watches a repository at 60% of its capacity, open loop, while versions are published
+into it. A swap's window is from the version's folder appearing to the version before having ended: reading,
+compiling, proving, timing, swapping and draining are all in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from figures import Figure, Goal
+from open_loop import LoadGenerator, Played
+from server_process import server_samples, serving
+from serving_lab import Lab, Served, arrivals_of, fixed_sizes
+from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.layout import SERVICE_NAME
+
+__all__ = ["COLD", "REFRESH", "WARM", "Swap", "SwapRun", "measure_swaps", "swap_p99", "wait_until_alone"]
+
+COLD, WARM, REFRESH = "cold", "warm", "new weights"
+"""A program that nobody has compiled; one whose code is in the bundle or the cache; the one that serves."""
+
+_LOAD = 0.6
+_TRAFFIC = fixed_sizes(500)
+_OUTSTANDING = 3
+_SLICE_SECONDS = 1.0
+"""Of a schedule; another follows until the versions are through."""
+
+_WATCH_SECONDS = 0.2
+_LOOK_SECONDS = 0.1
+_COMPILES = "xlarank_serving_compiles_total"
+_MAX_SECONDS = 120
+"""Of a swap."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Swap:
+    """From the version's folder appearing to the version before having ended."""
+
+    kind: str
+    """`COLD`, `WARM` or `REFRESH`."""
+
+    begin: float
+    """On the clock of `Played.began_at`, as the next."""
+
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end - self.begin
+
+
+@dataclasses.dataclass(frozen=True)
+class SwapRun:
+    """A server's requests while versions came and went."""
+
+    swaps: Sequence[Swap]
+    played: Sequence[Played]
+    num_compiles: int
+    """Programs that were compiled in the serving process meanwhile."""
+
+    @property
+    def num_failures(self) -> int:
+        """Requests without scores."""
+        return sum(int((~part.is_ok).sum()) for part in self.played)
+
+    def latencies(self, swap: Swap | None = None) -> np.ndarray:
+        """[A] seconds of the answered requests that were meant to start in a swap's window.
+
+        Args:
+          swap: None for those in no window.
+        """
+        starts = np.concatenate([part.began_at + part.at[part.is_ok] for part in self.played])
+        values = np.concatenate([part.answered for part in self.played])
+        windows = self.swaps if swap is None else [swap]
+        is_inside = np.zeros(len(starts), bool)
+        for window in windows:
+            is_inside |= (window.begin <= starts) & (starts < window.end)
+        return values[~is_inside if swap is None else is_inside]
+
+
+def measure_swaps(
+    lab: Lab,
+    builds: Sequence[Served],
+    *,
+    num_warm: int,
+    num_cold: int,
+    quiet_seconds: float,
+    tell: Callable[[str], None],
+) -> list[SwapRun]:
+    """Swaps through builds of one model, each of another program.
+
+    Args:
+      lab: where to work.
+      builds: the first is served at the start; at least two.
+      num_warm: servers that take code from bundles.
+      num_cold: servers that take none, and find no compiled code but that of the first; at least one.
+      quiet_seconds: between swaps.
+      tell: what is being done.
+
+    Raises:
+      RuntimeError: if a version isn't served.
+    """
+    first, *others = builds
+    warm = [(REFRESH, first), *((WARM, build) for build in others), (REFRESH, others[-1]), (WARM, first)]
+    cold = [*((COLD, build) for build in others), (WARM, first)]
+    servers = [(warm, ())] * num_warm + [(cold, ("--no-bundle-code",))] * num_cold
+    runs = []
+    for place, (sequence, options) in enumerate(servers):
+        tell(f"swaps, server {place + 1} of {len(servers)}")
+        folder = lab.folder / f"swaps-{place}"
+        repository = _Repository(folder / "repository", first)
+        watch = ("--watch-seconds", _WATCH_SECONDS, *options)
+        with (
+            serving(repository.root, folder / "cache", *watch) as ready,
+            lab.generator(first, _TRAFFIC, ready) as generator,
+        ):
+            runs.append(_run(ready, generator, repository, sequence, quiet_seconds))
+    return runs
+
+
+def _run(
+    ready: Mapping[str, Any],
+    generator: LoadGenerator,
+    repository: _Repository,
+    sequence: Sequence[tuple[str, Served]],
+    quiet_seconds: float,
+) -> SwapRun:
+    capacity = generator.closed_loop(
+        range(len(_TRAFFIC.sizes)), outstanding=_OUTSTANDING, seconds=max(1.0, quiet_seconds)
+    ).rate
+    swaps = []
+    with _watching(ready["grpc"], repository.model) as states, _load(generator, _LOAD * capacity) as played:
+        _look_for(quiet_seconds, states)
+        for kind, build in sequence:
+            begin = time.monotonic()
+            version = repository.publish(build)
+            wait_until_alone(version, states)
+            swaps.append(Swap(kind=kind, begin=begin, end=time.monotonic()))
+            _look_for(quiet_seconds, states)
+    (num_compiles,) = [v for name, _, v in server_samples(ready["http"]) if name == _COMPILES]
+    run = SwapRun(swaps, played, round(float(num_compiles)))
+    if run.num_failures:
+        counts = sum((part.counts for part in played), Counter[str]())
+        raise RuntimeError(f"expected every request to be answered while versions swap, got {counts}")
+    return run
+
+
+def swap_p99(runs: Sequence[SwapRun], *, how: str) -> Figure:
+    """p99 in the windows of swaps over p99 without, the worse of cold and warm."""
+    swaps = [(run, swap) for run in runs for swap in run.swaps]
+    kinds = [kind for kind in (COLD, WARM, REFRESH) if any(swap.kind == kind for _, swap in swaps)]
+    ratios = {
+        kind: [_p99(run.latencies(swap)) / _p99(run.latencies()) for run, swap in swaps if swap.kind == kind]
+        for kind in kinds
+    }
+    worst = max((COLD, WARM), key=lambda kind: statistics.median(ratios[kind]))
+    beside = {}
+    for kind in kinds:
+        latencies = np.concatenate([run.latencies(swap) for run, swap in swaps if swap.kind == kind])
+        seconds = statistics.median(swap.seconds for _, swap in swaps if swap.kind == kind)
+        beside[f"{kind}, {len(ratios[kind])} swaps of {seconds:.1f} s"] = (
+            f"{statistics.median(ratios[kind]):.3f} ({min(ratios[kind]):.3f} to {max(ratios[kind]):.3f}); "
+            f"{len(latencies)} requests, their p99 {1e3 * _p99(latencies):.2f} ms"
+        )
+    quiet = [run.latencies() for run in runs]
+    every = [np.concatenate([part.answered for part in run.played]) for run in runs]
+    beside["without a swap"] = (
+        f"p50 {1e3 * statistics.median(float(np.median(part)) for part in quiet):.2f} ms, p99 "
+        f"{1e3 * statistics.median(map(_p99, quiet)):.2f} ms"
+    )
+    whole = statistics.median(_p99(a) / _p99(b) for a, b in zip(every, quiet, strict=True))
+    beside["p99 of whole runs, swaps and pauses, over that without a swap"] = f"{whole:.3f}"
+    beside["failures, compiles in the server"] = (
+        f"{sum(run.num_failures for run in runs)} of {sum(map(len, every))} requests, "
+        f"{sum(run.num_compiles for run in runs)} programs"
+    )
+    return Figure(
+        figure="swap_p99",
+        value=statistics.median(ratios[worst]),
+        target=1.5,
+        goal=Goal.AT_MOST,
+        spread=(min(ratios[worst]), max(ratios[worst])),
+        how=f"{how}; {_TRAFFIC.words}, Poisson arrivals at {_LOAD:.0%} of the capacity (closed loop of "
+        f"{_OUTSTANDING}, measured before each of {len(runs)} runs) to `xlarank serve --watch-seconds "
+        f"{_WATCH_SECONDS}` on one device while versions with other programs are published; p99 of requests "
+        f"that start between the version's folder appearing and the version before having ended, over p99 of "
+        f"the same run outside of such windows: median of {len(ratios[worst])} swaps, the worse of compile "
+        f"cache cold and warm: {worst} (spread: all of them); no request failed",
+        beside=beside,
+    )
+
+
+def _p99(latencies: np.ndarray) -> float:
+    return float(np.quantile(latencies, 0.99))
+
+
+class _Repository:
+    """A folder that versions of a model are published into."""
+
+    def __init__(self, root: Path, first: Served) -> None:
+        self.root = root
+        self.model = first.spec.name
+        self._last = 0
+        self.publish(first)
+
+    def publish(self, build: Served) -> int:
+        """Another version, there whole or not at all; returns its number."""
+        self._last += 1
+        beside = self.root / self.model / f".{self._last}"
+        shutil.copytree(build.bundle, beside, copy_function=os.link)
+        beside.rename(beside.with_name(str(self._last)))
+        return self._last
+
+
+@contextlib.contextmanager
+def _load(generator: LoadGenerator, rate: float) -> Iterator[list[Played]]:
+    """Requests at so many a second from a thread of its own until the end of the context; then all of it."""
+    played: list[Played] = []
+    problems: list[Exception] = []
+    stop = threading.Event()
+
+    def play() -> None:
+        try:
+            while not stop.is_set():
+                num_requests = max(1, round(rate * _SLICE_SECONDS))
+                arrivals, choices = arrivals_of(_TRAFFIC, rate, num_requests, seed=len(played))
+                played.append(generator.play([arrival.at for arrival in arrivals], choices))
+        except Exception as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=play, name="load")
+    thread.start()
+    try:
+        yield played
+    finally:
+        stop.set()
+        thread.join()
+    if problems:
+        raise problems[0]
+
+
+States = Callable[[], dict[int, tuple[str, str]]]
+"""State and reason by version."""
+
+
+@contextlib.contextmanager
+def _watching(address: str, model: str) -> Iterator[States]:
+    """What the server says of a model's versions, cheaply: it is asked while latencies are measured."""
+    with grpc.insecure_channel(address) as channel:
+        index = channel.unary_unary(
+            f"/{SERVICE_NAME}/RepositoryIndex",
+            request_serializer=messages.RepositoryIndexRequest.SerializeToString,
+            response_deserializer=messages.RepositoryIndexResponse.FromString,
+        )
+
+        def states() -> dict[int, tuple[str, str]]:
+            answer = index(messages.RepositoryIndexRequest(), timeout=30)
+            return {int(m.version): (m.state, m.reason) for m in answer.models if m.name == model}
+
+        yield states
+
+
+def _look_for(seconds: float, states: States) -> None:
+    """Time passes in which the server is asked as often as while it swaps."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        states()
+        time.sleep(_LOOK_SECONDS)
+
+
+def wait_until_alone(version: int, states: States, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Until a version answers and every other has ended.
+
+    Args:
+      version: that was published.
+      states: asks the server.
+      sleep: waits.
+
+    Raises:
+      RuntimeError: if that doesn't come to pass.
+    """
+    end = time.monotonic() + _MAX_SECONDS
+    while time.monotonic() < end:
+        found = states()
+        state, reason = found.get(version, ("", ""))
+        if state == "READY" and all(
+            other == version or of_other == "UNAVAILABLE" for other, (of_other, _) in found.items()
+        ):
+            return
+        if state == "UNAVAILABLE" and reason:
+            raise RuntimeError(f"version {version} isn't served: {reason}")
+        sleep(_LOOK_SECONDS)
+    raise RuntimeError(f"version {version} isn't alone after {_MAX_SECONDS} s: {found}")
