@@ -1,4 +1,4 @@
-"""Other rules of batching, to compare ours with: Triton's, and none. `FixedDelayBatcher`.
+"""Another rule of batching, to compare ours with: Triton's. `FixedDelayBatcher`.
 
 Triton's `GetDynamicBatch` with the preferred size left at the maximum: requests are taken in order until the
 next one doesn't fit, which sends the batch, as a full one is sent; else it is held back until its oldest
@@ -21,7 +21,7 @@ from xlarank.runtime.scheduler import BatcherMaker
 from xlarank.spec import DEFAULT_PRIORITY
 from xlarank.spec.serving import QueueConfig
 
-__all__ = ["FixedDelayBatcher", "fixed_delay", "one_by_one"]
+__all__ = ["FixedDelayBatcher", "fixed_delay"]
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -30,11 +30,6 @@ def fixed_delay(delay_us: float) -> BatcherMaker:
     """What to give a `Scheduler` or a `DevicePool`: batchers that hold requests back for so long."""
     # Not a subclass of Batcher, which is final, but all of it that a scheduler uses.
     return cast(BatcherMaker, functools.partial(FixedDelayBatcher, delay_us=delay_us))
-
-
-def one_by_one() -> BatcherMaker:
-    """What to give a `Scheduler` or a `DevicePool`: batchers that merge nothing."""
-    return cast(BatcherMaker, functools.partial(FixedDelayBatcher, delay_us=0, max_requests=1))
 
 
 class FixedDelayBatcher(Generic[Item]):
@@ -47,7 +42,6 @@ class FixedDelayBatcher(Generic[Item]):
         *,
         num_devices: int = 1,
         delay_us: float,
-        max_requests: int | None = None,
     ) -> None:
         """
         Args:
@@ -55,12 +49,10 @@ class FixedDelayBatcher(Generic[Item]):
           config: limits of admission.
           num_devices: as `Batcher` takes it; the rule doesn't ask.
           delay_us: max_queue_delay_microseconds.
-          max_requests: of a batch; any number by default.
         """
         self.plan = plan
         self.config = config or QueueConfig()
         self._delay = delay_us / 1e6
-        self._max_requests = max_requests
         self._queue: list[Part[Item]] = []  # ascending by priority, then by arrival
         self._late: list[Item] = []
         self._count = itertools.count()
@@ -183,8 +175,7 @@ class FixedDelayBatcher(Generic[Item]):
         parts: list[Part[Item]] = []
         num_rows = 0
         for part in self._queue:
-            is_full = len(parts) == self._max_requests
-            if is_full or plan.bucket(num_rows + part.num_rows, len(parts) + 1) is None:
+            if plan.bucket(num_rows + part.num_rows, len(parts) + 1) is None:
                 return parts, True
             parts.append(part)
             num_rows += part.num_rows

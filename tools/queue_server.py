@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fixed_delay import fixed_delay, one_by_one
+from fixed_delay import fixed_delay
 from prometheus_client import Metric
 from server_process import started
 from xlarank_serving.server import RankingServer, ServerConfig, stop_on_signals
@@ -30,20 +30,17 @@ from xlarank.runtime.pool import DevicePool
 from xlarank.runtime.scheduler import BatcherMaker
 from xlarank.spec.serving import QueueConfig
 
-__all__ = ["CPU_SECONDS", "ONE_BY_ONE", "OURS", "batcher_of", "queue_server"]
+__all__ = ["CPU_SECONDS", "OURS", "batcher_of", "queue_server"]
 
 CPU_SECONDS = "bench_gather_execute_cpu_seconds"
 """CPU of the threads that call gather and execute, within these calls: a metric of servers that count it."""
 
 OURS = "ours"
-ONE_BY_ONE = "one_by_one"
 
 
 def batcher_of(rule: str) -> BatcherMaker:
     """The batchers of a rule; see `queue_server`."""
-    if rule == OURS:
-        return Batcher
-    return one_by_one() if rule == ONE_BY_ONE else fixed_delay(float(rule))
+    return Batcher if rule == OURS else fixed_delay(float(rule))
 
 
 @contextlib.contextmanager
@@ -61,7 +58,7 @@ def queue_server(
     Args:
       bundle: version folder.
       cache: compilation cache.
-      rule: `OURS`, `ONE_BY_ONE`, or a number: Triton's rule with so many microseconds of delay.
+      rule: `OURS`, or a number: Triton's rule with so many microseconds of delay.
       host_threads: of the gather.
       counts_cpu: whether /metrics has `CPU_SECONDS`.
       queue: fields of `QueueConfig`.
@@ -159,7 +156,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, help="version folder")
     parser.add_argument("--compile-cache", type=Path, required=True, help="folder of compiled code")
     parser.add_argument("--queue", default="{}", help="JSON object of QueueConfig's fields")
-    parser.add_argument("--rule", default=OURS, help=f"{OURS}, {ONE_BY_ONE}, or a delay in us: Triton's rule")
+    parser.add_argument("--rule", default=OURS, help=f"{OURS}, or a delay in us: Triton's rule")
     parser.add_argument("--host-threads", type=int, help="threads of the gather (CPUs, 4 at most)")
     parser.add_argument("--count-cpu", action="store_true", help=f"/metrics has {CPU_SECONDS}")
     _serve(parser.parse_args())

@@ -9,7 +9,6 @@ from collections import Counter
 import numpy as np
 from figures import Figure, Goal, ratio_figure
 from open_loop import Played
-from queue_server import ONE_BY_ONE
 from serving_lab import (
     HUGE_QUEUE,
     Lab,
@@ -44,7 +43,7 @@ def batching_gain(lab: Lab, heavy: Served, *, turns: int, seconds: float, how: s
     rows: list[float] = []
     with (
         lab.server(heavy, **HUGE_QUEUE) as on,
-        lab.server(heavy, rule=ONE_BY_ONE, **HUGE_QUEUE) as off,
+        lab.server(heavy, max_batch_rows=1, **HUGE_QUEUE) as off,
         lab.generator(heavy, traffic, on) as to_on,
         lab.generator(heavy, traffic, off) as to_off,
     ):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from fixed_delay import FixedDelayBatcher, fixed_delay, one_by_one
+from fixed_delay import FixedDelayBatcher, fixed_delay
 from serving_lab import run_simulation
 
 from xlarank.errors import BucketError
@@ -68,14 +68,6 @@ def test_a_higher_level_comes_first_and_without_a_delay_nothing_waits():
     assert items(batcher.next_batch(0, 0.1)) == ["a"]
 
 
-def test_one_by_one_merges_nothing():
-    batcher = one_by_one()(plan_of(4, 8), None, num_devices=1)
-    batcher.add("a", 1, now=0.0)
-    batcher.add("b", 1, now=0.0)
-    assert [items(batcher.next_batch(0, 0.0)) for _ in range(2)] == [["a"], ["b"]]
-    assert batcher.next_batch(0, 0.0) is None
-
-
 def test_requests_leave_the_queue_unrun():
     batcher = queue()
     batcher.add("a", 1, now=0.0, deadline=0.001)
@@ -102,5 +94,3 @@ def test_the_simulator_runs_it():
     np.testing.assert_allclose(held.latencies, [0.013, 0.012, 0.008])
     ours = run_simulation(plan, arrivals)
     np.testing.assert_allclose(ours.latencies, [0.008, 0.015, 0.008])
-    alone = run_simulation(plan, arrivals, make_batcher=one_by_one())
-    assert alone.num_batches == 3
