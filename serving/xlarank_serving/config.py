@@ -225,7 +225,8 @@ class HttpConfig:
     """Where, beside gRPC's; 0 for a free one, none for gRPC alone."""
 
     max_connections: int = dataclasses.field(default=1024, metadata={"flag": "rest-max-connections"})
-    """Past this a request is answered 503."""
+    """One more closes the one that has been without a request longest; if all others have one, its own is
+    answered 503."""
 
     max_body_mib: int = dataclasses.field(default=64, metadata={"flag": "rest-max-body-mib"})
     """Largest request; 413 beyond."""
@@ -233,10 +234,11 @@ class HttpConfig:
     max_receive_seconds: float = dataclasses.field(
         default=30.0, metadata={"flag": "rest-max-receive-seconds"}
     )
-    """Longest that a request's body may take to come; 408 beyond."""
+    """Longest that a request's header may take to come, and then its body; the connection is closed beyond,
+    for a body with a 408."""
 
     idle_seconds: int = dataclasses.field(default=60, metadata={"flag": "rest-idle-seconds"})
-    """How long a connection without a request stays open."""
+    """How long a connection without a request, or whose client doesn't read its answer, stays open."""
 
     def __post_init__(self) -> None:
         if self.port is not None and not 0 <= self.port <= _MAX_PORT:

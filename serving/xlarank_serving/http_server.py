@@ -11,6 +11,7 @@ import uvicorn
 from xlarank.errors import ConfigError
 from xlarank_serving.config import HttpConfig
 from xlarank_serving.http_app import Authorize, http_app
+from xlarank_serving.http_connections import bounded_connections
 from xlarank_serving.service import InferenceService, Repository
 from xlarank_serving.threads import ServerThreads
 from xlarank_serving.transport import address_of
@@ -69,7 +70,11 @@ class HttpServer:
         self.port: int = self._socket.getsockname()[1]
         options = uvicorn.Config(
             app,
-            http="h11",
+            http=bounded_connections(
+                max_connections=config.max_connections,
+                idle_seconds=config.idle_seconds,
+                max_header_seconds=config.max_receive_seconds,
+            ),
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -77,7 +82,7 @@ class HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=config.max_connections,
+            limit_concurrency=config.max_connections + 1,  # what is refused is the one beyond
             timeout_keep_alive=config.idle_seconds,
             backlog=_BACKLOG,
         )

@@ -1,0 +1,98 @@
+"""How long HTTP connections that ask for nothing may stay: `bounded_connections`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+__all__ = ["bounded_connections"]
+
+
+def bounded_connections(
+    *, max_connections: int, idle_seconds: float, max_header_seconds: float
+) -> type[H11Protocol]:
+    """A uvicorn protocol that closes connections without a request under way.
+
+    uvicorn itself begins to count a connection's idle time with its first answer, and starts anew with every
+    byte: who never sends a whole header would stay for ever. And at its limit it refuses requests, so that
+    silent connections would shut the port.
+
+    Args:
+      max_connections: one more closes the one that has been without a request longest. If all others have
+        one it stays, and uvicorn's `limit_concurrency` answers it.
+      idle_seconds: from the connection's begin, or its last answer, to a request's first byte. A client that
+        doesn't read its answer for so long is left, too.
+      max_header_seconds: from there to the end of the header; for the rest of a body that was refused, too.
+
+    Returns:
+      The class, for one server: its connections share a list of those that are idle.
+    """
+    idle: dict[Connection, None] = {}  # the longest first; used by the event loop's thread alone
+
+    class Connection(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None  # beside uvicorn's own, which bytes reset
+        _is_receiving = False  # bytes came since it was last idle, and no whole header yet
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._wait(idle_seconds)
+            idle[self] = None
+            if len(self.connections) > max_connections and (longest := next(iter(idle))) is not self:
+                del idle[longest]
+                longest.transport.abort()  # not in order, which its peer could draw out
+                self.connections.discard(longest)  # now, or this one's request might be refused yet
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._has_request:
+                self._settle()
+                idle.pop(self, None)
+            elif not self._is_receiving:
+                self._is_receiving = True
+                self._wait(max_header_seconds)
+
+        def on_response_complete(self) -> None:
+            self._settle()
+            super().on_response_complete()
+            if not self._has_request and not self.transport.is_closing():
+                idle[self] = None
+                self._wait(idle_seconds)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._wait(idle_seconds)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._has_request:
+                self._settle()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._settle()
+            idle.pop(self, None)
+            super().connection_lost(exc)
+
+        @property
+        def _has_request(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _wait(self, seconds: float) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.loop.call_later(seconds, self._give_up)
+
+        def _settle(self) -> None:
+            self._is_receiving = False
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _give_up(self) -> None:
+            if self.transport.get_write_buffer_size():
+                self.transport.abort()  # who doesn't read would never let it be closed in order
+            else:
+                self.transport.close()
+
+    return Connection

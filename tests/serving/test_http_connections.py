@@ -1,0 +1,177 @@
+"""HTTP connections that ask for nothing, against a real uvicorn."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+
+import pytest
+import uvicorn
+from xlarank_serving.http_connections import bounded_connections
+
+LONG = 60.0  # seconds; a test would fail for its own timeout first
+REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.fixture
+def serve():
+    """Starts servers of an ASGI app; gives a function that connects to one."""
+    with contextlib.ExitStack() as stack:
+
+        def start(app, *, max_connections=100, idle_seconds=LONG, max_header_seconds=LONG):
+            bounded = bounded_connections(
+                max_connections=max_connections,
+                idle_seconds=idle_seconds,
+                max_header_seconds=max_header_seconds,
+            )
+            options = uvicorn.Config(
+                app,
+                http=bounded,
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                limit_concurrency=max_connections + 1,
+                timeout_keep_alive=int(LONG),
+                timeout_graceful_shutdown=1,
+            )
+            server = uvicorn.Server(options)
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(setattr, server, "should_exit", True)
+
+            def connect():
+                return stack.enter_context(socket.create_connection(listening.getsockname(), timeout=20))
+
+            return connect
+
+        yield start
+
+
+async def hello(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+def ask(connection):
+    """Sends a request and reads the whole answer, of which it gives the status."""
+    connection.sendall(REQUEST)
+    return status_of(connection)
+
+
+def status_of(connection):
+    answer = b""
+    while not answer.endswith((b"hello", b"Service Unavailable")):
+        part = connection.recv(4096)
+        assert part, answer
+        answer += part
+    return int(answer.split()[1])
+
+
+def is_closed(connection):
+    """Waits for the end."""
+    with contextlib.suppress(ConnectionResetError):
+        while connection.recv(2**20):
+            pass
+    return True
+
+
+def test_a_client_that_never_speaks_is_left(serve):
+    connect = serve(hello, idle_seconds=0.1)
+    assert is_closed(connect())
+
+
+@pytest.mark.parametrize("before", [(), (REQUEST,)], ids=["first", "second"])
+def test_a_header_that_never_ends_is_given_up_however_it_trickles(serve, before):
+    connect = serve(hello, max_header_seconds=0.3)
+    connection = connect()
+    for _ in before:
+        assert ask(connection) == 200
+    connection.settimeout(0.02)  # the pace of the trickle
+    connection.sendall(REQUEST[:-2])
+    closed = False
+    for _ in range(1000):
+        try:
+            connection.sendall(b"X: y\r\n")
+            closed = not connection.recv(1)
+        except TimeoutError:
+            continue
+        except (ConnectionResetError, BrokenPipeError):
+            closed = True
+        if closed:
+            break
+    assert closed
+
+
+def test_a_connection_is_kept_for_the_next_request_and_then_left(serve):
+    connect = serve(hello, idle_seconds=0.5)
+    connection = connect()
+    assert [ask(connection) for _ in range(3)] == [200] * 3
+    assert is_closed(connection)
+
+
+def test_requests_sent_ahead_are_all_answered(serve):
+    connection = serve(hello)()
+    connection.sendall(3 * REQUEST)
+    answer = b""
+    while answer.count(b"hello") < 3:
+        part = connection.recv(4096)
+        assert part
+        answer += part
+
+
+def test_at_the_limit_the_longest_idle_one_makes_room(serve):
+    connect = serve(hello, max_connections=3)
+    first, second, half = connect(), connect(), connect()
+    assert [ask(first), ask(second)] == [200, 200]
+    half.sendall(REQUEST[:20])
+    assert ask(first) == 200  # second is the longest idle now, after half
+    assert ask(connect()) == 200
+    assert is_closed(half)
+    assert ask(connect()) == 200
+    assert is_closed(second)
+    assert ask(first) == 200
+
+
+def test_silent_connections_do_not_shut_the_port(serve):
+    connect = serve(hello, max_connections=4)
+    silent = [connect() for _ in range(20)]
+    assert ask(connect()) == 200
+    assert all(map(is_closed, silent[:16]))
+
+
+def test_while_all_have_a_request_one_more_is_answered_503(serve):
+    arrived, go_on = threading.Semaphore(0), threading.Event()
+
+    async def slow(scope, receive, send):
+        arrived.release()
+        await asyncio.get_running_loop().run_in_executor(None, go_on.wait, 20)
+        await hello(scope, receive, send)
+
+    connect = serve(slow, max_connections=2)
+    busy = [connect(), connect()]
+    for connection in busy:
+        connection.sendall(REQUEST)
+        assert arrived.acquire(timeout=20)
+    refused = connect()
+    assert ask(refused) == 503
+    go_on.set()
+    assert [status_of(connection) for connection in busy] == [200, 200]
+
+
+def test_a_client_that_does_not_read_its_answer_is_left(serve):
+    async def flood(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(64):
+            await send({"type": "http.response.body", "body": bytes(2**20), "more_body": True})
+            sent.append(1)
+        ended.set()
+
+    sent, ended = [], threading.Event()
+    connect = serve(flood, idle_seconds=0.2)
+    connection = connect()
+    connection.sendall(REQUEST)
+    assert ended.wait(20)  # what a client that is gone would get is thrown away
+    assert is_closed(connection)
