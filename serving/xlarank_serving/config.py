@@ -229,7 +229,8 @@ class HttpConfig:
     answered 503."""
 
     max_body_mib: int = dataclasses.field(default=64, metadata={"flag": "rest-max-body-mib"})
-    """Largest request; 413 beyond."""
+    """Largest request; 413 beyond. All that are being received or answered may have 16 times as much
+    together; 503 beyond."""
 
     max_receive_seconds: float = dataclasses.field(
         default=30.0, metadata={"flag": "rest-max-receive-seconds"}

@@ -34,6 +34,7 @@ from starlette.routing import Route
 
 from xlarank.errors import OverloadError, RequestError, UnavailableError
 from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.http_bodies import Bodies
 from xlarank_serving.http_messages import HEADER_LENGTH, encode_response, json_of, parse_object, parse_request
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.repository_rpcs import IndexedRepository, RepositoryService
@@ -58,6 +59,7 @@ def http_app(
     threads: ServerThreads,
     *,
     max_body_bytes: int,
+    max_bodies_bytes: int,
     max_receive_seconds: float,
     authorize: Authorize | None = None,
 ) -> Starlette:
@@ -68,12 +70,12 @@ def http_app(
       repository: has the index.
       threads: that the answers are made on.
       max_body_bytes: largest request; 413 beyond.
+      max_bodies_bytes: of all requests together that are being received or answered; 503 beyond.
       max_receive_seconds: longest that a body may take to come; 408 beyond.
       authorize: who may call what; everybody everything by default.
     """
-    app = _App(
-        service, RepositoryService(repository), threads, max_body_bytes, max_receive_seconds, authorize
-    )
+    bodies = Bodies(max_body_bytes, max_bodies_bytes, max_receive_seconds)
+    app = _App(service, RepositoryService(repository), threads, bodies, authorize)
     routes = [
         app.get("/v2", "ServerMetadata", app.server_metadata),
         app.get("/v2/health/live", "ServerLive", service.server_live),
@@ -100,15 +102,13 @@ class _App:
         service: InferenceService,
         repository: RepositoryService,
         threads: ServerThreads,
-        max_body_bytes: int,
-        max_receive_seconds: float,
+        bodies: Bodies,
         authorize: Authorize | None,
     ) -> None:
         self.repository = repository
         self._service = service
         self._threads = threads
-        self._max_body_bytes = max_body_bytes
-        self._max_receive_seconds = max_receive_seconds
+        self._bodies = bodies
         self._authorize = authorize
 
     def server_metadata(self, request: Any, context: Any) -> messages.ServerMetadataResponse:
@@ -130,10 +130,10 @@ class _App:
         """A route whose body is a JSON object of settings, or empty."""
 
         async def answer(request: Request) -> Response:
-            body = await self._body(request)
             message = getattr(messages, f"{method}Request")(**request.path_params)
-            if body:
-                _set_from_json(message, body)
+            async with self._bodies.received(request) as body:
+                if body:
+                    _set_from_json(message, body)
             return _response(method, await self._on_control(function, message))
 
         return Route(path, self._answering(method, answer), methods=["POST"])
@@ -142,14 +142,14 @@ class _App:
         """A route that ranks."""
 
         async def answer(request: Request) -> Response:
-            body = await self._body(request)
-            ranking = _Ranking(self._service, request, body)
-            loop = asyncio.get_running_loop()
-            watch = asyncio.create_task(_wait_for_disconnect(request, ranking.cancel))
-            try:
-                content, header_length = await loop.run_in_executor(self._threads.rank, ranking.run)
-            finally:
-                watch.cancel()
+            async with self._bodies.received(request) as body:
+                ranking = _Ranking(self._service, request, body)
+                loop = asyncio.get_running_loop()
+                watch = asyncio.create_task(_wait_for_disconnect(request, ranking.cancel))
+                try:
+                    content, header_length = await loop.run_in_executor(self._threads.rank, ranking.run)
+                finally:
+                    watch.cancel()
             if header_length is None:
                 return Response(content, media_type="application/json")
             headers = {HEADER_LENGTH: str(header_length)}
@@ -180,29 +180,6 @@ class _App:
     async def _on_control(self, function: Callable[[Any, Any], Any], message: Any) -> Any:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads.control, function, message, None)
-
-    async def _body(self, request: Request) -> bytes:
-        if encoding := request.headers.get("content-encoding"):
-            raise HTTPException(415, f"expected a body without Content-Encoding, got {encoding[:100]!r}")
-        limit = self._max_body_bytes
-        too_large = HTTPException(413, f"expected a body of at most {limit} bytes, got more")
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > limit:
-            raise too_large
-        chunks: list[bytes] = []
-        size = 0
-        try:
-            async with asyncio.timeout(self._max_receive_seconds):
-                async for chunk in request.stream():
-                    chunks.append(chunk)
-                    size += len(chunk)
-                    if size > limit:
-                        raise too_large
-        except TimeoutError:
-            raise HTTPException(
-                408, f"expected the whole body within {self._max_receive_seconds:g} s, got {size} bytes"
-            ) from None
-        return b"".join(chunks)
 
 
 class _Ranking:

@@ -21,6 +21,9 @@ __all__ = ["HttpServer"]
 _BACKLOG = 2048
 _GRACE_SECONDS = 1
 
+_MAX_BODIES = 16
+"""How many of the largest bodies are held at a time: far more of the usual ones, and 1 GiB by default."""
+
 
 class HttpServer:
     """Listens once constructed, until `stop`; one thread for all connections.
@@ -60,6 +63,7 @@ class HttpServer:
             repository,
             threads,
             max_body_bytes=config.max_body_mib << 20,
+            max_bodies_bytes=_MAX_BODIES * config.max_body_mib << 20,
             max_receive_seconds=config.max_receive_seconds,
             authorize=authorize,
         )

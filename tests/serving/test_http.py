@@ -1,8 +1,10 @@
 """The protocol over HTTP: the published client, JSON by hand, and every way to send it wrong."""
 
+import contextlib
 import functools
 import http.client
 import json
+import select
 import socket
 import threading
 
@@ -394,6 +396,39 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(own):
                        headers={"Transfer-Encoding": "chunked"})  # fmt: skip
     assert connection.getresponse().status == 413
     connection.close()
+
+
+def test_silent_connections_do_not_shut_the_port(own, wire):
+    over = own(max_connections=2)
+    host, port = over.address.split(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+        assert over.infer(as_json(wire))[0] == 200
+
+
+def test_bodies_have_a_common_bound_and_give_their_share_back(own, wire):
+    over = own(max_body_mib=1)
+    host, port = over.address.split(":")
+    head = b"POST /v2/models/feed/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1048576\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        # One that is stalled is refused as soon as all of them together have sent more than 16 MiB.
+        connections = [
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in range(17)
+        ]
+        for connection in connections:
+            connection.sendall(head + bytes(2**20 - 1))
+        (refused, *_), _, _ = select.select(connections, [], [], 20)
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += refused.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1\r\n" in answer
+        assert b"the server holds 16777216 bytes of requests, its limit; try again" in answer
+        connections.remove(refused)
+        connections[0].close()
+        statuses = (over.infer(as_json(wire))[0] for _ in range(1000))  # until the server has noticed
+        assert next(status for status in statuses if status != 503) == 200
 
 
 def test_a_body_that_does_not_come_is_given_up(own):
