@@ -1,22 +1,24 @@
 """Kept requests: how many, where, and that they can be scored again."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
 import shop
 
-from xlarank.bundle import read_requests
+from xlarank.bundle import read_requests, write_requests
 from xlarank.compiler import random_requests
 from xlarank.errors import ConfigError
 from xlarank.runtime import Captures, Timings
+from xlarank.runtime import captures as captures_module
 from xlarank.spec import CaptureConfig
 
 TIMINGS = Timings(queue=0.001, gather=0.002, execute=0.003, total=0.0075)
 
 
-def keep(captures, count):
-    requests = random_requests(shop.SPEC, count, num_candidates=3)
+def keep(captures, count, seed=0):
+    requests = random_requests(shop.SPEC, count, num_candidates=3, seed=seed)
     for request in requests:
         scores = {task.name: np.arange(3, dtype=np.float32) for task in shop.SPEC.tasks}
         captures.keep_slow("shop", 7, request, TIMINGS, scores)
@@ -52,6 +54,59 @@ def test_files_are_written_whole_and_the_oldest_go_those_of_an_earlier_process_i
     np.testing.assert_array_equal(values["scores"]["click"], [0, 1, 2])
     facts = json.loads(files[-1].with_suffix(".json").read_text())
     assert (facts["model"], facts["version"], facts["reason"]) == ("shop", 7, "slow")
+
+
+class SlowDisk:
+    """`write_requests` that waits until it may go on, as a disk that doesn't follow."""
+
+    def __init__(self, monkeypatch):
+        self.has_come, self.go_on = threading.Event(), threading.Event()
+        monkeypatch.setattr(captures_module, "write_requests", self)
+
+    def __call__(self, *args):
+        self.has_come.set()
+        assert self.go_on.wait(60)
+        write_requests(*args)
+
+
+def test_the_folder_holds_the_last_though_the_disk_did_not_follow(tmp_path, monkeypatch, caplog):
+    disk, now = SlowDisk(monkeypatch), [100.0]
+    captures = Captures(CaptureConfig(folder=tmp_path, num_kept=3), clock=lambda: now[0])
+    keep(captures, 1)
+    assert disk.has_come.wait(60)  # the first is being written
+    requests = keep(captures, 9)  # six of them don't wait any more
+    captures.keep_fault("shop", 7, requests[0], "row 1")  # slow ones don't push it out
+    now[0] += 59
+    keep(captures, 1)
+    assert messages(caplog) == ["captures: 1 requests are kept in memory alone: the disk doesn't follow"]
+    now[0] += 1
+    requests = keep(captures, 3, seed=1)
+    disk.go_on.set()
+    captures.close()
+    assert messages(caplog)[1:] == [
+        "captures: 7 requests are kept in memory alone: the disk doesn't follow",
+        "captures: 2 requests are kept in memory alone: the disk doesn't follow",
+    ]
+    files = sorted(tmp_path.glob("*-slow-*.safetensors"), key=lambda path: int(path.stem.rpartition("-")[2]))
+    assert len(files) == 3
+    for file, request in zip(files, requests, strict=True):
+        (again,), _ = read_requests(file, shop.SPEC)
+        assert again.columns[-1].tobytes() == request.columns[-1].tobytes()
+    assert len(list(tmp_path.glob("*-fault-*.safetensors"))) == 1
+
+
+def messages(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_folder_that_can_not_be_written_is_said_once_a_minute(tmp_path, caplog):
+    captures = Captures(CaptureConfig(folder=tmp_path / "kept", num_kept=9), clock=lambda: 5.0)
+    (tmp_path / "kept").rmdir()
+    keep(captures, 4)
+    captures.close()
+    first, rest = messages(caplog)
+    assert first.startswith("captures: 1 requests can't be written, the last: shop-7-slow-")
+    assert rest.startswith("captures: 3 requests can't be written, the last: shop-7-slow-")
 
 
 def test_nothing_is_kept_where_none_is_wanted(tmp_path):

@@ -7,10 +7,9 @@ import dataclasses
 import enum
 import json
 import logging
-import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,10 @@ from xlarank.spec import CaptureConfig, RankRequest
 __all__ = ["Capture", "CaptureReason", "Captures"]
 
 _log = logging.getLogger(__name__)
+
+
+_SECONDS_A_LINE = 60.0
+"""The log gets no more than one line in so many of each complaint, with its count."""
 
 
 class CaptureReason(enum.StrEnum):
@@ -56,25 +59,29 @@ class Capture:
 class Captures:
     """Keeps the last requests of each reason. Any thread; a thread of its own writes files."""
 
-    def __init__(self, config: CaptureConfig | None = None) -> None:
+    def __init__(
+        self, config: CaptureConfig | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """
         Args:
           config: `CaptureConfig()` by default.
+          clock: seconds; how often the log hears of the same thing.
 
         Raises:
           ConfigError: if the folder can't be made.
         """
         self.config = config or CaptureConfig()
-        self._lock = threading.Lock()
-        # Guarded by _lock.
-        self._kept: dict[CaptureReason, collections.deque[Capture]] = {
-            reason: collections.deque(maxlen=self.config.num_kept) for reason in CaptureReason
-        }
-        # The writer's own: what it wrote, the oldest first.
+        self._changed = threading.Condition()
+        # Guarded by _changed, as the next three: the last of each reason, in memory and to be written.
+        self._kept = self._last_of_each()
+        self._unwritten = self._last_of_each()
+        self._is_closed = False  # moves one way
+        self._skipped = _Complaint("%d requests are kept in memory alone: the disk doesn't follow", clock)
+        self._failed = _Complaint("%d requests can't be written, the last: %s", clock)  # the writer's own
+        # The writer's own, too: what it wrote, the oldest first.
         self._files: dict[CaptureReason, collections.deque[Path]] = {
             reason: collections.deque() for reason in CaptureReason
         }
-        self._to_write: queue.Queue[Capture | None] = queue.Queue(maxsize=max(1, self.config.num_kept))
         self._writer: threading.Thread | None = None
         if self.config.folder is not None and self.config.num_kept:
             self._folder = self.config.folder
@@ -87,6 +94,9 @@ class Captures:
                 self._prune(files)
             self._writer = threading.Thread(target=self._write_all, name="xlarank-captures", daemon=True)
             self._writer.start()
+
+    def _last_of_each(self) -> dict[CaptureReason, collections.deque[Capture]]:
+        return {reason: collections.deque(maxlen=self.config.num_kept) for reason in CaptureReason}
 
     def is_slow(self, seconds: float) -> bool:
         """Whether a request that took so long is kept."""
@@ -110,34 +120,49 @@ class Captures:
 
     def kept(self) -> list[Capture]:
         """What is in memory, by reason, the oldest first."""
-        with self._lock:
+        with self._changed:
             return [capture for captures in self._kept.values() for capture in captures]
 
     def close(self) -> None:
         """Writes what is left."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
         if self._writer is not None:
-            self._to_write.put(None)
             self._writer.join()
             self._writer = None
+        self._skipped.tell()
+        self._failed.tell()
 
     def _keep(self, capture: Capture) -> None:
-        with self._lock:
+        with self._changed:
             self._kept[capture.reason].append(capture)
-        if self._writer is not None:
-            try:
-                self._to_write.put_nowait(capture)
-            except queue.Full:  # the disk doesn't follow: requests don't wait for it
-                _log.warning("captures: a %s request is kept in memory alone", capture.reason)
+            if self._writer is None:
+                return
+            unwritten = self._unwritten[capture.reason]
+            if len(unwritten) == self.config.num_kept:  # the oldest goes: requests don't wait for the disk
+                self._skipped.count()
+            unwritten.append(capture)
+            self._changed.notify()
 
     def _write_all(self) -> None:
         number = 0
-        while (capture := self._to_write.get()) is not None:
+        while (capture := self._next()) is not None:
             number += 1
             stem = f"{capture.model}-{capture.version}-{capture.reason}-{int(capture.at * 1e3)}-{number}"
             try:
                 self._write(capture, self._folder / f"{stem}.safetensors")
             except (OSError, BundleError) as error:
-                _log.warning("captures: %s can't be written: %s", stem, error)
+                self._failed.count(f"{stem}: {error}")
+
+    def _next(self) -> Capture | None:
+        """The oldest that is to be written, faults first; waits for one, None at the end."""
+        with self._changed:
+            while not any(self._unwritten.values()):
+                if self._is_closed:
+                    return None
+                self._changed.wait()
+            return next(captures for captures in self._unwritten.values() if captures).popleft()
 
     def _write(self, capture: Capture, path: Path) -> None:
         scores = {} if capture.scores is None else {"scores": dict(capture.scores)}
@@ -164,3 +189,28 @@ class Captures:
 
 def _modified(path: Path) -> float:
     return path.stat().st_mtime
+
+
+class _Complaint:
+    """Something that may happen at every request, and is logged with its count once in a while."""
+
+    def __init__(self, line: str, clock: Callable[[], float]) -> None:
+        self._line = line
+        self._clock = clock
+        self._count = 0
+        self._details: tuple[str, ...] = ()
+        self._tell_at = -float("inf")
+
+    def count(self, *details: str) -> None:
+        """It happened; its owner sees to it that threads take turns."""
+        self._count += 1
+        self._details = details
+        if self._clock() >= self._tell_at:
+            self.tell()
+
+    def tell(self) -> None:
+        """Logs what wasn't logged yet."""
+        if self._count:
+            _log.warning(f"captures: {self._line}", self._count, *self._details)
+            self._count = 0
+            self._tell_at = self._clock() + _SECONDS_A_LINE
