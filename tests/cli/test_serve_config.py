@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from bundles import publish
 
-from xlarank.cli import main
+from xlarank.cli import main, serve_config
 from xlarank.cli.sections import config_text, options_of, read_sections
-from xlarank.cli.serve_config import ServeConfig
+from xlarank.cli.serve_check import UNCHECKED
+from xlarank.cli.serve_config import ServeConfig, port_problems
 
 EXAMPLE = Path(__file__).parents[2] / "configs" / "server.toml"
 
@@ -56,6 +57,7 @@ def repository(tmp_path):
     return tmp_path / "models"
 
 
+OK = f"ok; not checked: {UNCHECKED}\n"
 FREE = ("--port", "0", "--http-port", "0")
 
 
@@ -89,9 +91,10 @@ def test_print_config_prints_what_would_be_used(capsys, tmp_path):
 
 
 def test_a_repository_that_could_be_served_is_ok(check, repository):
-    assert check(str(repository), *FREE) == (0, "ok\n", [])
+    assert check(str(repository), *FREE) == (0, OK, [])
     status, out, problems = check(str(repository), *FREE, "--json")
-    assert (status, json.loads(out), problems) == (0, {"ok": True, "problems": []}, [])
+    assert (status, problems) == (0, [])
+    assert json.loads(out) == {"ok": True, "problems": [], "unchecked": UNCHECKED}
 
 
 def test_a_check_loads_no_jax(repository):
@@ -105,7 +108,7 @@ def test_a_check_loads_no_jax(repository):
     ended = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
     )
-    assert ended.stdout == "ok\n[]\n"
+    assert ended.stdout == f"{OK}[]\n"
 
 
 def test_the_versions_that_are_checked_are_those_that_would_be_served(check, repository, tmp_path):
@@ -168,12 +171,12 @@ def test_every_problem_is_told_in_a_line_of_its_own(check, repository, tmp_path)
         status, out, problems = check("--config", str(file))
         assert (
             check("--config", str(file), "--json")[1]
-            == json.dumps({"ok": False, "problems": problems}) + "\n"
+            == json.dumps({"ok": False, "problems": problems, "unchecked": UNCHECKED}) + "\n"
         )
     assert (status, out) == (1, "")
     expected = [
         f"grpc port {port} on 127.0.0.1: expected a free port, got Address already in use",
-        f"rest port {port} on 127.0.0.1: expected a free port, got Address already in use",
+        f"rest port {port} on 127.0.0.1: expected a port of its own, got that of grpc",
         f"security: tokens {tmp_path}/tokens: line 1: expected a token of at least 16 printable ASCII ",
         f"security: tls_certificate {tmp_path}/none.pem: can't be read: No such file or directory",
         f"server: port_file {tmp_path}/nowhere/ports.json: expected a path in a folder, got none",
@@ -185,6 +188,43 @@ def test_every_problem_is_told_in_a_line_of_its_own(check, repository, tmp_path)
     assert len(problems) == len(expected)
     for problem, opening in zip(problems, expected, strict=True):
         assert problem.startswith(opening)
+
+
+@pytest.mark.parametrize(
+    ("ports", "problem"),
+    [
+        ([("grpc", "127.0.0.1", 0), ("http", "127.0.0.1", 0)], None),
+        ([("grpc", "localhost", 1), ("http", "127.0.0.1", 1)], "http port 1 on 127.0.0.1: {} grpc"),
+        ([("grpc", "0.0.0.0", 1), ("admin", "127.0.0.1", 1)], "admin port 1 on 127.0.0.1: {} grpc"),
+        ([("grpc", "127.0.0.2", 1), ("admin", "127.0.0.1", 1)], None),
+    ],
+)
+def test_a_port_is_given_to_one_service_only(monkeypatch, ports, problem):
+    monkeypatch.setattr(serve_config, "port_problem", lambda *_: None)  # whatever this machine listens on
+    expected = [] if problem is None else [problem.format("expected a port of its own, got that of")]
+    assert port_problems(ports) == expected
+
+
+def test_a_server_with_one_port_for_two_services_does_not_start(repository, capsys):
+    assert main.main(parse(str(repository), "--port", "1", "--http-port", "1")) != 0
+    text = "http port 1 on 127.0.0.1: expected a port of its own, got that of grpc"
+    assert text in capsys.readouterr().err
+
+
+def test_a_repository_that_is_watched_may_be_empty(check, tmp_path):
+    assert check(str(tmp_path), *FREE, "--watch-seconds", "1") == (0, OK, [])
+
+
+def test_what_a_check_leaves_unchecked_is_said(check, repository, capsys):
+    (table,) = (repository / "bare" / "1" / "tables").glob("*.npy")
+    with table.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    status, out, _ = check(str(repository), *FREE)
+    assert (status, "not checked: what the bundles' files hold beyond their sizes" in out) == (0, True)
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "compares files' sizes, not what they hold" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_config_that_can_t_be_read_is_told_whole(check, tmp_path):
@@ -239,7 +279,7 @@ def test_processes_that_cannot_serve_together_are_a_problem(check, repository, w
 def test_rows_on_devices_are_not_updated_by_several_processes(check, tmp_path):
     table = np.zeros((4, 2), np.float32)
     bundle = publish(tmp_path, {"a": table, "b": table}, updatable=["a"], on_devices=["a", "b"])
-    assert check(str(tmp_path), *FREE) == (0, "ok\n", [])
+    assert check(str(tmp_path), *FREE) == (0, OK, [])
     status, _, problems = check(str(tmp_path), *FREE, "--processes", "2")
     assert status == 1
     assert problems == [

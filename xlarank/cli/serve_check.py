@@ -11,17 +11,23 @@ from xlarank_serving.config import SecurityConfig
 from xlarank_serving.tls import ServerTls
 
 from xlarank.bundle import Bundle, Verify, list_versions, open_bundle
-from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, port_problem
+from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, port_problems
 from xlarank.cli.serve_processes import sharing_problem
 from xlarank.errors import ConfigError, XlarankError
 from xlarank.host import FeatureFile, native_available
 
-__all__ = ["problems_of"]
+__all__ = ["UNCHECKED", "problems_of"]
+
+UNCHECKED = (
+    "what the bundles' files hold beyond their sizes (`xlarank inspect` reads them), whether programs "
+    "compile and give the golden scores, devices, and memory"
+)
+"""What may yet keep a server from starting, in words."""
 
 
 def problems_of(config: ServeConfig) -> list[str]:
     """Everything that is wrong, a line each: files, certificates, tokens, ports, bundles, feature files."""
-    problems = [problem for port in config.ports if (problem := port_problem(*port))]
+    problems = port_problems(config.ports)
     problems += _security_problems(config.security)
     problems += _path_problems(config)
     versions, wrong = _versions(config)
@@ -78,7 +84,7 @@ def _versions(config: ServeConfig) -> tuple[dict[str, list[int]], list[str]]:
         found = list_versions(repository)
     except XlarankError as error:
         return {}, [str(error)]
-    if not found:
+    if not found and config.versions.watch_seconds is None:  # one that is watched may be empty yet
         return {}, [f"repository {repository}: expected bundles as <model>/<version>, found none"]
     wanted = {m: config.versions.policy_of(m).wanted(numbers, ()) for m, numbers in found.items()}
     missing = [

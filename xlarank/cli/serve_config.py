@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ __all__ = [
     "TablesConfig",
     "listening_address",
     "port_problem",
+    "port_problems",
 ]
 
 NO_REPOSITORY = "expected a repository, named on the command line or as repository in [models] of the file"
@@ -173,3 +176,29 @@ def port_problem(what: str, host: str, port: int) -> str | None:
     except OSError as error:
         return f"{what} port {port} on {host}: expected a free port, got {error.strerror or error}"
     return None
+
+
+def port_problems(ports: Sequence[tuple[str, str, int]]) -> list[str]:
+    """Why ports of one server can't be listened on, a line each; see `ServeConfig.ports`."""
+    problems: list[str | None] = []
+    for index, (what, host, port) in enumerate(ports):
+        same = [of for of, at, number in ports[:index] if number == port != 0 and _overlap(at, host)]
+        if same:
+            problems.append(
+                f"{what} port {port} on {host}: expected a port of its own, got that of {same[0]}"
+            )
+        else:
+            problems.append(port_problem(what, host, port))
+    return [problem for problem in problems if problem is not None]
+
+
+def _overlap(host: str, other: str) -> bool:
+    """Whether one of two addresses is the other, or all of them."""
+    resolved = []
+    for name in (host, other):
+        try:
+            info = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        except OSError:
+            return False  # `port_problem` tells
+        resolved.append(ipaddress.ip_address(str(info[0][4][0]).partition("%")[0]))
+    return resolved[0] == resolved[1] or any(address.is_unspecified for address in resolved)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from xlarank.bundle import Bundle, Verify, open_bundle
-from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, listening_address, port_problem
+from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, listening_address, port_problems
 from xlarank.errors import ConfigError, XlarankError
 from xlarank.runtime.background import in_background
 from xlarank.runtime.processes.holder import Holder
@@ -99,9 +99,9 @@ def _reserved(config: ServeConfig) -> Iterator[tuple[ServeConfig, dict[str, int]
     """
     with contextlib.ExitStack() as stack:
         ports: dict[str, int] = {}
+        if wrong := port_problems(config.ports):
+            raise ConfigError(wrong[0])
         for what, host, port in config.ports:
-            if problem := port_problem(what, host, port):
-                raise ConfigError(problem)
             if what == "http":
                 continue
             family, address = listening_address(host, port)
