@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -249,7 +250,10 @@ def server_means(http: str) -> Callable[[], ServerMeans]:
     """Looks at a server's metrics; what it returns looks again, and says what happened between."""
 
     def look() -> dict[str, float]:
-        return {name: float(value) for name, labels, value in server_samples(http) if "bucket=" not in labels}
+        values: dict[str, float] = defaultdict(float)
+        for name, _, value in server_samples(http):
+            values[name] += float(value)  # of all buckets
+        return values
 
     before = look()
 

@@ -47,6 +47,8 @@ def test_every_series_of_the_dashboard_is_one_that_the_server_has(series):
     asked = {name for query in queries() for name in NAME.findall(query)}
     assert len(asked) > 25
     assert asked - series.keys() == set()
+    assert {"xlarank_device_rows", "xlarank_batch_rows_total", "xlarank_padding_rows_total"} <= asked
+    assert any("by (model, bucket)" in query and "xlarank_padding_rows_total" in query for query in queries())
 
 
 def test_every_label_that_the_dashboard_groups_or_selects_by_is_one_that_the_series_has(series):

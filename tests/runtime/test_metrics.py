@@ -54,12 +54,13 @@ def test_a_batch_counts_its_rows_padding_and_bucket(metrics, feed):
     feed.record_batch(Bucket(512, 16), 300, 9, 0.25, 0.5)
     feed.record_batch(Bucket(512, 1), 512, 1, 0.25, 0.5)
     assert value(metrics, "nv_inference_exec_count") == 3
-    assert value(metrics, "xlarank_batch_rows_total") == 1312
-    assert value(metrics, "xlarank_padding_rows_total") == 12 + 212
     assert value(metrics, "xlarank_gather_seconds_total") == 0.75
     assert value(metrics, "xlarank_execute_seconds_total") == 1.5
-    bucket = '{bucket="512x1",model="feed",version="3"}'
-    assert value(metrics, "xlarank_bucket_batches_total", bucket) == 2
+    for bucket, batches, rows, padding in (("512x1", 2, 1012, 12), ("512x16", 1, 300, 212)):
+        labels = f'{{bucket="{bucket}",model="feed",version="3"}}'
+        assert value(metrics, "xlarank_bucket_batches_total", labels) == batches
+        assert value(metrics, "xlarank_batch_rows_total", labels) == rows
+        assert value(metrics, "xlarank_padding_rows_total", labels) == padding
 
 
 def test_tables_are_stated_once_and_what_is_checked_of_them_at_each_scrape(metrics, feed):
@@ -193,7 +194,9 @@ def test_no_event_of_several_threads_is_lost(metrics, feed):
         thread.join()
     assert value(metrics, "nv_inference_request_success") == 2000
     assert value(metrics, "nv_inference_count") == 4000
-    assert value(metrics, "xlarank_padding_rows_total") == 12000
+    bucket = '{bucket="8x1",model="feed",version="3"}'
+    assert value(metrics, "xlarank_batch_rows_total", bucket) == 4000
+    assert value(metrics, "xlarank_padding_rows_total", bucket) == 12000
     count = value(metrics, "nv_inference_request_duration_histogram_us_count")
     assert count == 2000
     assert value(metrics, "xlarank_request_candidates_count") == 2000

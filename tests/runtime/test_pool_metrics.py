@@ -66,10 +66,28 @@ def test_queues_refusals_and_devices_are_told():
     assert now["xlarank_device_state", device, ("state", "healthy")] == 1
     assert now["xlarank_device_state", device, ("state", "quarantined")] == 0
     assert now["xlarank_device_batches_total", device] == 0
+    assert now["xlarank_device_rows", device] == 8
     work.gate.set()
     pool.close()
     after = samples(pool)
     assert after["xlarank_device_batches_total", device] == 2
     assert after["xlarank_queue_rows", *model] == 0
+    assert after["xlarank_device_rows", device] == 0
     pool.detach(queue)
     assert not any(name.startswith("xlarank_queue") for name, *_ in samples(pool))
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    # 8 of 20 rows run at a time; what is left of them waits for the device that began, or for each its half.
+    [("affinity", [20, 0]), ("spread", [10, 10])],
+)
+def test_rows_that_wait_for_one_device_alone_are_its_own(policy, expected):
+    work, pool = Work(), DevicePool(2)
+    queue = pool.attach(work, "feed", [PLAN, PLAN], QueueConfig(policy=policy))
+    pool.submit(queue, "large", 20, RequestOptions())
+    assert work.has_come.wait(60)
+    now = samples(pool)
+    assert sorted((now["xlarank_device_rows", ("device", str(i))] for i in (0, 1)), reverse=True) == expected
+    work.gate.set()
+    pool.close()

@@ -205,12 +205,14 @@ class Batcher(Generic[Item]):
                 self._deadlines = [entry for entry in self._deadlines if entry[1] in self._hurried]
                 heapq.heapify(self._deadlines)
 
-    def release(self, device: int) -> None:
-        """Lets other devices run what is bound or pinned to one that is out of service."""
+    def held_by(self, device: int) -> list[Part[Item]]:
+        """What no other device may run: the rest of a request that it has begun, and its shares of others."""
         parts = [part for part in self._queue if part.pin == device]
-        if device in self._bound:
-            parts.append(self._bound[device])
-        for part in parts:
+        return [*parts, self._bound[device]] if device in self._bound else parts
+
+    def release(self, device: int) -> None:
+        """Lets other devices run what is held by one that is out of service."""
+        for part in self.held_by(device):
             self._remove(part)
             self._insert(dataclasses.replace(part, pin=None))
 

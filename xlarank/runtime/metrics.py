@@ -16,9 +16,9 @@
     nv_inference_pending_request_count      requests submitted and not yet answered
     nv_inference_*_duration_histogram_us    the same five durations as histograms
     xlarank_request_candidates              candidates of accepted requests that have any, as a histogram
-    xlarank_batch_rows_total                valid rows in executed batches
-    xlarank_padding_rows_total              rows of executed buckets that held no candidate
     xlarank_bucket_batches_total            batches executed, by `bucket` (rows x requests)
+    xlarank_batch_rows_total                valid rows in them, by `bucket`
+    xlarank_padding_rows_total              rows of them that held no candidate, by `bucket`
     xlarank_gather_seconds_total            time spent gathering, summed over batches
     xlarank_execute_seconds_total           time spent executing, summed over batches
     xlarank_request_path_compiles_total     compiles that a request had to wait for: a defect
@@ -90,9 +90,9 @@ _HELP = {
     "nv_inference_compute_infer_duration_us": "Microseconds of execute, summed over requests",
     "nv_inference_compute_output_duration_us": "Microseconds of respond, summed over requests",
     "nv_inference_pending_request_count": "Requests submitted and not yet answered",
-    "xlarank_batch_rows_total": "Valid rows in executed batches",
-    "xlarank_padding_rows_total": "Rows of executed buckets that held no candidate",
     "xlarank_bucket_batches_total": "Batches executed, by bucket (rows x requests)",
+    "xlarank_batch_rows_total": "Valid rows in executed batches, by bucket",
+    "xlarank_padding_rows_total": "Rows of executed batches that held no candidate, by bucket",
     "xlarank_gather_seconds_total": "Seconds of gather, summed over batches",
     "xlarank_execute_seconds_total": "Seconds of execute, summed over batches",
     "xlarank_request_path_compiles_total": "Compiles that a request had to wait for",
@@ -126,6 +126,13 @@ _OF_TABLES = {
     "xlarank_table_age_seconds": "age_seconds",
 }
 """Series by table: fields of `TableVersion`."""
+
+_OF_BUCKETS: Mapping[str, Callable[[Bucket, int, int], int]] = {
+    "xlarank_bucket_batches_total": lambda bucket, num_batches, num_rows: num_batches,
+    "xlarank_batch_rows_total": lambda bucket, num_batches, num_rows: num_rows,
+    "xlarank_padding_rows_total": lambda bucket, num_batches, num_rows: num_batches * bucket.rows - num_rows,
+}
+"""Series by bucket: from its batches, and the valid rows in them."""
 
 _STORE_HELP = {
     "xlarank_feature_store_rows": "Candidates that a lookup in the feature store finds",
@@ -214,6 +221,7 @@ class ModelMetrics:
         self._failure_seconds = 0.0
         self._last_success_at = 0.0
         self._batches: Counter[Bucket] = Counter()
+        self._batch_rows: Counter[Bucket] = Counter()  # valid ones
         self._batch_seconds: dict[Bucket, tuple[float, float]] = {}  # of gather and execute
         self._sums_us = [0.0] * len(_STAGES)
         self._histograms = [[0] * (len(_BOUNDS_US) + 1) for _ in _STAGES]  # not cumulative
@@ -247,11 +255,10 @@ class ModelMetrics:
         with self._lock:
             values = self._values
             values["nv_inference_exec_count"] += 1
-            values["xlarank_batch_rows_total"] += num_rows
-            values["xlarank_padding_rows_total"] += bucket.rows - num_rows
             values["xlarank_gather_seconds_total"] += gather_seconds
             values["xlarank_execute_seconds_total"] += execute_seconds
             self._batches[bucket] += 1
+            self._batch_rows[bucket] += num_rows
             before = self._batch_seconds.get(bucket, (0.0, 0.0))
             self._batch_seconds[bucket] = (before[0] + gather_seconds, before[1] + execute_seconds)
 
@@ -353,7 +360,8 @@ class ModelMetrics:
         """Name, labels and value of every series but the histograms', of one moment."""
         with self._lock:
             values, failures = self._values.copy(), self._failures.copy()
-            batches, sums_us = self._batches.copy(), list(self._sums_us)
+            batches, batch_rows = self._batches.copy(), self._batch_rows.copy()
+            sums_us = list(self._sums_us)
             checked_table_bytes, table_versions = self._checked_table_bytes, self._table_versions
             pending, features = self._pending, self._features
             table_places = self._table_places
@@ -372,9 +380,10 @@ class ModelMetrics:
             elif name in _OF_TABLES:
                 for table, state in tables.items():
                     yield name, {**self.labels, "table": table}, getattr(state, _OF_TABLES[name])
-            elif name == "xlarank_bucket_batches_total":
+            elif name in _OF_BUCKETS:
                 for bucket, count in sorted(batches.items()):
-                    yield name, {**self.labels, "bucket": str(bucket)}, count
+                    value = _OF_BUCKETS[name](bucket, count, batch_rows[bucket])
+                    yield name, {**self.labels, "bucket": str(bucket)}, value
             else:
                 yield name, self.labels, values[name]
         if features is not None:

@@ -7,6 +7,7 @@ xlarank_queue_refusals_total          requests that were refused or dropped unru
                                       queue_full, deadline (refused on arrival), late (dropped from the
                                       queue), canceled (by the caller), no_device
 xlarank_device_state                  1 for the state that a `device` is in, 0 for the others, by `state`
+xlarank_device_rows                   rows that a `device` runs, or that wait for it alone
 xlarank_device_busy_seconds_total     time that it ran batches, by `device`
 xlarank_device_batches_total          batches that it ran
 xlarank_device_slowdown               what its batches take, over what was measured at the load
@@ -57,6 +58,9 @@ class DeviceSnapshot:
     slowdown: float
     """What its batches take, over what was measured at the load."""
 
+    num_rows: int
+    """Rows that it runs, or that wait for it alone."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PoolSnapshot:
@@ -103,6 +107,9 @@ class PoolMetrics(Collector):
         states = GaugeMetricFamily(
             "xlarank_device_state", "1 for the state that a device is in", labels=["device", "state"]
         )
+        rows = GaugeMetricFamily(
+            "xlarank_device_rows", "Rows that a device runs, or that wait for it alone", labels=["device"]
+        )
         busy = CounterMetricFamily(
             "xlarank_device_busy_seconds", "Seconds that a device ran batches", labels=["device"]
         )
@@ -119,8 +126,9 @@ class PoolMetrics(Collector):
             own = [str(index)]
             for state in DeviceState:
                 states.add_metric([*own, state.value], float(device.status.state is state))
+            rows.add_metric(own, device.num_rows)
             busy.add_metric(own, device.busy_seconds)
             batches.add_metric(own, device.num_batches)
             slowdown.add_metric(own, device.slowdown)
             quarantines.add_metric(own, device.status.num_quarantines)
-        yield from (states, busy, batches, slowdown, quarantines)
+        yield from (states, rows, busy, batches, slowdown, quarantines)

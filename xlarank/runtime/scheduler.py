@@ -271,10 +271,13 @@ class Scheduler(Generic[Item]):
         """Of the models that take part."""
         return self._queues
 
-    def use_of(self, device_index: int) -> tuple[int, float, float]:
-        """Turns that a device has ended, their seconds, and what late ones took over what was predicted."""
+    def use_of(self, device_index: int) -> tuple[int, float, float, int]:
+        """Turns that a device has ended, their seconds, what late ones took over what was predicted, and rows
+        that it runs or that wait for it alone."""
         device = self._devices[device_index]
-        return device.num_turns, device.busy_seconds, device.ratio
+        held = [part for queue in self._queues for part in queue.batcher.held_by(device_index)]
+        num_rows = sum(part.num_rows for part in held) + (device.turn.batch.num_rows if device.turn else 0)
+        return device.num_turns, device.busy_seconds, device.ratio, num_rows
 
     def set_healthy(self, device_index: int, is_healthy: bool) -> None:
         """Takes a device out of service, and what is bound to it to others; or puts it back."""
