@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import logging
 import socket
@@ -17,7 +18,7 @@ __all__ = ["MetricsServer"]
 _log = logging.getLogger(__name__)
 
 _MAX_SCRAPES = 16
-"""At a time, each on a thread; one more is closed at once."""
+"""At a time, each on a thread; one more takes the place of the one that has longest said nothing whole."""
 
 _POLL_SECONDS = 0.1
 """How often the listening thread looks whether it shall stop."""
@@ -84,7 +85,11 @@ class _Server(http.server.ThreadingHTTPServer):
     ) -> None:
         self.address_family = family
         self._tls = None if tls is None else tls.http_context()
-        self._free = threading.BoundedSemaphore(_MAX_SCRAPES)
+        self._lock = threading.Lock()
+        # Scrapers on a thread, and of them those whose request is awaited, the longest first; both guarded by
+        # _lock.
+        self._open: set[socket.socket] = set()
+        self._silent: dict[socket.socket, None] = {}
         super().__init__(address, handler)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -95,7 +100,12 @@ class _Server(http.server.ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
+        with self._lock:
+            has_room = len(self._open) < _MAX_SCRAPES or self._drop_longest_silent()
+            if has_room:
+                self._open.add(request)
+                self._silent[request] = None
+        if has_room:
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
@@ -104,7 +114,26 @@ class _Server(http.server.ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            with self._lock:
+                self._open.discard(request)
+                self._silent.pop(request, None)
+
+    def is_asked(self, connection: socket.socket) -> bool:
+        """Told that a whole request came; False if its connection was given up just now."""
+        with self._lock:
+            return self._silent.pop(connection, connection) is None
+
+    def _drop_longest_silent(self) -> bool:
+        """Ends a connection, which wakes its thread; False if all were asked. Under _lock."""
+        longest = next(iter(self._silent), None)
+        if longest is None:
+            return False
+        del self._silent[longest]
+        self._open.discard(longest)  # its thread ends
+        with contextlib.suppress(OSError):  # its peer was faster
+            # Not the method of a TLS socket, which is no matter for two threads.
+            socket.socket.shutdown(longest, socket.SHUT_RDWR)
+        return True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Whoever hangs up or fails a handshake did so by itself."""
@@ -119,9 +148,12 @@ def _handler(
     text: Callable[[], bytes], check: Callable[[str | None], None]
 ) -> type[http.server.BaseHTTPRequestHandler]:
     class Handler(http.server.BaseHTTPRequestHandler):
-        timeout = 10  # seconds for a client to say what it wants
+        timeout = 10  # seconds for a client to say what it wants, in one piece or the next
+        server: _Server
 
         def do_GET(self) -> None:
+            if not self.server.is_asked(self.connection):
+                return
             if self.path.partition("?")[0] != "/metrics":
                 self.send_error(404, "expected /metrics")
                 return

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import hmac
 import http.client
+import socket
 import ssl
 import urllib.error
 import urllib.request
@@ -82,8 +83,13 @@ def test_with_tls_a_client_that_trusts_the_server_is_answered_and_no_other(
         with pytest.raises(UnavailableError):
             ask(running, candidates, tls=ClientTls(server_ca=ca, server_name="elsewhere.example"))
         url = f"https://{running.server.http_address}/metrics"
-        with urllib.request.urlopen(url, context=ssl.create_default_context(cafile=ca), timeout=10) as answer:
-            assert b"nv_inference_request_success" in answer.read()
+        with contextlib.ExitStack() as stack:
+            address = ("127.0.0.1", running.server.http_port)
+            silent = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(20)]
+            context = ssl.create_default_context(cafile=ca)
+            with urllib.request.urlopen(url, context=context, timeout=10) as answer:
+                assert b"nv_inference_request_success" in answer.read()
+            assert silent[0].recv(1) == b""  # without a handshake, so that it made room
         with pytest.raises(urllib.error.URLError, match="certificate verify failed"):
             urllib.request.urlopen(url, context=ssl.create_default_context(cafile=other_ca), timeout=10)
 

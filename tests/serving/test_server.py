@@ -1,5 +1,6 @@
 """Health, reflection, metadata, ports, metrics over HTTP, statuses, and the stop."""
 
+import contextlib
 import http.client
 import math
 import os
@@ -207,6 +208,19 @@ def test_http_answers_nothing_but_metrics(shared):
     connection.request("GET", "/")
     assert connection.getresponse().status == 404
     connection.close()
+
+
+def test_scrapers_that_say_nothing_make_room_for_one_that_does(serving):
+    host, port = serving.server.http_address.split(":")
+    with contextlib.ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=10)) for _ in range(40)
+        ]
+        silent[-1].sendall(b"GET /metrics HT")
+        assert b"nv_inference_count" in scrape(serving).encode()
+        assert silent[0].recv(1) == b""
+        silent[-1].sendall(b"TP/1.0\r\n\r\n")  # of the 16 that are left
+        assert silent[-1].recv(12) == b"HTTP/1.0 200"
 
 
 def test_an_internal_error_is_logged_and_the_server_goes_on(serving, candidates, caplog):
