@@ -20,7 +20,7 @@ from xlarank_serving.config import ConnectionConfig, LimitConfig
 from xlarank_serving.layout import SERVICE_NAME as INFERENCE_SERVICE_NAME
 from xlarank_serving.parsing import unary_handler
 from xlarank_serving.repository_rpcs import ManagedRepository, RepositoryService
-from xlarank_serving.service import Repository
+from xlarank_serving.service import Engine, Repository
 from xlarank_serving.status import error_of
 from xlarank_serving.transport import address_of, bind, server_options
 
@@ -266,7 +266,11 @@ def _refuse_features(request: Any, _: grpc.ServicerContext) -> Any:
 
 def _update_rows(repository: Repository, request: messages.UpdateRowsRequest) -> Any:
     """See the proto file."""
-    engine = repository.engine(request.model_name, request.model_version)
+    with repository.lease(request.model_name, request.model_version) as engine:
+        return _update_rows_of(engine, request)
+
+
+def _update_rows_of(engine: Engine, request: messages.UpdateRowsRequest) -> Any:
     rows, num_bytes = np.array(request.rows, np.int64), len(request.values)
     if num_bytes % 4 or (num_bytes // 4 % len(rows) if len(rows) else num_bytes):
         raise RequestError(

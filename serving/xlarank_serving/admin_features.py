@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,7 +45,7 @@ class _Engine(Protocol):
 
 
 class _Repository(Protocol):
-    def engine(self, name: str, version: str) -> Any: ...
+    def lease(self, name: str, version: str) -> contextlib.AbstractContextManager[Any]: ...
 
 
 def feature_methods(repository: _Repository) -> dict[str, Callable[[Any, Any], Message]]:
@@ -53,24 +55,34 @@ def feature_methods(repository: _Repository) -> dict[str, Callable[[Any, Any], M
       repository: whose models' feature stores may be changed.
     """
 
+    # One codec an engine, dropped with it; not a store, which its codec would keep. A lost race builds one
+    # twice, and they are equal.
+    codecs: weakref.WeakKeyDictionary[_Engine, ModelCodec] = weakref.WeakKeyDictionary()
+
+    def codec_of(engine: _Engine, store: FeatureStore) -> ModelCodec:
+        codec = codecs.get(engine)
+        if codec is None:
+            codec = codecs[engine] = ModelCodec(store.rows_spec, store)
+        return codec
+
     def update(request: inference.ModelInferRequest, _: object) -> messages.UpdateFeaturesResponse:
-        engine, store = _served(repository, request.model_name, request.model_version)
-        ids, features = ModelCodec(store.rows_spec, store).decode_rows(request)
-        if len(ids):
-            engine.update_features(ids, features)
-        return messages.UpdateFeaturesResponse(
-            model_version=str(engine.version), store_version=store.stats().version
-        )
+        with _served(repository, request.model_name, request.model_version) as (engine, store):
+            ids, features = codec_of(engine, store).decode_rows(request)
+            if len(ids):
+                engine.update_features(ids, features)
+            return messages.UpdateFeaturesResponse(
+                model_version=str(engine.version), store_version=store.stats().version
+            )
 
     def remove(request: messages.RemoveFeaturesRequest, _: object) -> messages.RemoveFeaturesResponse:
-        engine, _store = _served(repository, request.model_name, request.model_version)
-        ids = np.array(request.candidate_ids, np.int64)
-        num_removed = engine.remove_features(ids) if len(ids) else 0
-        return messages.RemoveFeaturesResponse(model_version=str(engine.version), num_removed=num_removed)
+        with _served(repository, request.model_name, request.model_version) as (engine, _store):
+            ids = np.array(request.candidate_ids, np.int64)
+            num_removed = engine.remove_features(ids) if len(ids) else 0
+            return messages.RemoveFeaturesResponse(model_version=str(engine.version), num_removed=num_removed)
 
     def metadata(request: inference.ModelMetadataRequest, _: object) -> inference.ModelMetadataResponse:
-        engine, store = _served(repository, request.name, request.version)
-        return ModelCodec(store.rows_spec, store).metadata([engine.version])
+        with _served(repository, request.name, request.version) as (engine, store):
+            return codec_of(engine, store).metadata([engine.version])
 
     return {"UpdateFeatures": update, "RemoveFeatures": remove, "FeatureMetadata": metadata}
 
@@ -140,11 +152,12 @@ class FeatureCalls:
         return version
 
 
-def _served(repository: _Repository, name: str, version: str) -> tuple[_Engine, FeatureStore]:
-    """A model's engine and its feature store; RequestError if it has none."""
-    engine: _Engine = repository.engine(name, version)
-    if engine.features is None:
-        raise RequestError(
-            f"model {name!r} is served without a feature store: start the server with --features"
-        )
-    return engine, engine.features
+@contextlib.contextmanager
+def _served(repository: _Repository, name: str, version: str) -> Iterator[tuple[_Engine, FeatureStore]]:
+    """A model's engine, kept open meanwhile, and its feature store; RequestError if it has none."""
+    with repository.lease(name, version) as engine:
+        if engine.features is None:
+            raise RequestError(
+                f"model {name!r} is served without a feature store: start the server with --features"
+            )
+        yield engine, engine.features

@@ -9,9 +9,10 @@ import weakref
 import linear
 import numpy as np
 import pytest
+from xlarank_serving.admin import AdminClient, AdminServer
 
 from xlarank import device
-from xlarank.errors import ModelError, UnavailableError
+from xlarank.errors import ModelError, RequestError, UnavailableError
 from xlarank.runtime import DevicePool, Metrics, ModelRepository, VersionOptions, warming
 from xlarank.runtime.compile_helper import CompileHelper
 from xlarank.runtime.pacing import PacedRuns
@@ -95,6 +96,31 @@ def test_a_request_that_got_the_old_engine_just_before_the_swap_is_answered_by_i
     np.testing.assert_allclose(future.result().scores["value"], linear.expected(5, 1), rtol=1e-6)
     drained(repository)
     assert {status.version: status.state for status in repository.index()} == {1: "UNAVAILABLE", 2: "READY"}
+
+
+def test_an_update_that_a_swap_overtakes_keeps_its_version_open(publish, opened):
+    publish(1)
+    repository = opened()
+    engine = repository.engine("linear")
+    update_rows = engine.update_rows
+
+    def swap_and_update(*words):
+        publish(2)
+        repository.poll()
+        assert not repository._models["linear"].wait_until_drained(0.2)
+        return update_rows(*words)
+
+    engine.update_rows = swap_and_update
+    with (
+        AdminServer(repository, 0) as server,
+        AdminClient(server.address) as admin,
+        pytest.raises(RequestError, match="updatable"),  # what an open engine says of this table
+    ):
+        admin.update_rows("linear", "topics", [1], np.ones((1, 3)))
+    del engine.update_rows
+    drained(repository)
+    with pytest.raises(UnavailableError, match="model 'linear' version 1 is closed"):
+        engine.update_rows("topics", np.array([1]), np.ones((1, 3)))
 
 
 class Parts:

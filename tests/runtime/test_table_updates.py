@@ -1,5 +1,6 @@
 """An engine whose tables are written while it answers: scores, versions, metrics, the administrative port."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -150,10 +151,11 @@ class OneModel:
     def __init__(self, engine):
         self._engine = engine
 
-    def engine(self, name, version):
+    @contextlib.contextmanager
+    def lease(self, name, version):
         if name != "shop":
             raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
-        return self._engine
+        yield self._engine
 
 
 def test_the_administrative_port_updates_rows_and_names_what_is_wrong(repository):

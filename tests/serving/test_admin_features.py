@@ -1,5 +1,9 @@
 """Candidate features updated and removed through the administrative port, in every form they have."""
 
+import contextlib
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import stored
@@ -19,12 +23,18 @@ class StoreAlone:
     def __init__(self, store):
         self.features = store
 
-    def engine(self, name, version):
+    @contextlib.contextmanager
+    def lease(self, name, version):
         if name != "stored":
             raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
-        return self
+        self.num_leases += 1
+        yield self
+        self.num_leases -= 1
+
+    num_leases = 0
 
     def update_features(self, ids, features):
+        assert self.num_leases
         self.features.update(ids, features)
 
     def remove_features(self, ids):
@@ -96,6 +106,37 @@ def test_a_row_too_large_is_refused_before_it_is_sent(store, admin, monkeypatch)
     with pytest.raises(FeatureError, match="of candidate 8: expected a row of at most 2000 bytes, got"):
         admin.update_features("stored", [8], stored.columns_of([row]))
     assert store.stats().rows == 0
+
+
+def test_a_codec_is_made_once_a_store_and_goes_with_it(monkeypatch):
+    made = []
+
+    class Counted(admin_features.ModelCodec):
+        def __init__(self, *args):
+            made.append(1)
+            super().__init__(*args)
+
+    monkeypatch.setattr(admin_features, "ModelCodec", Counted)
+    (row,) = rows_of(3, 1)
+    repository = Holder(StoreAlone(FeatureStore(stored.SPEC)))
+    with AdminServer(repository, 0) as server, AdminClient(server.address) as admin:
+        for candidate in range(3):
+            admin.update_features("stored", [candidate], stored.columns_of([row]))
+        assert len(made) == 1
+        store = weakref.ref(repository.served.features)
+        repository.served = None
+        gc.collect()
+        assert store() is None
+
+
+class Holder:
+    """A repository that lets go of its engine."""
+
+    def __init__(self, served):
+        self.served = served
+
+    def lease(self, name, version):
+        return self.served.lease(name, version)
 
 
 def test_a_model_without_a_store_has_no_features_to_change():
