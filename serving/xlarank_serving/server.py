@@ -27,7 +27,14 @@ from xlarank_serving.service import InferenceService, Repository
 from xlarank_serving.streams import InferStreams
 from xlarank_serving.threads import ServerThreads
 from xlarank_serving.tls import ServerTls
-from xlarank_serving.transport import address_of, bind, num_connections, server_options, stop_listening
+from xlarank_serving.transport import (
+    address_of,
+    bind,
+    hang_up,
+    num_connections,
+    server_options,
+    stop_listening,
+)
 
 if TYPE_CHECKING:
     from xlarank_serving.http_server import HttpServer
@@ -179,6 +186,7 @@ class RankingServer:
             time.sleep(_TURN_AWAY_SECONDS)
         if self.rest is not None:
             self.rest.stop()
+        hang_up(self.port)
         self._server.stop(_LAST_GRACE_SECONDS if grace else 0).wait()
         try:
             self._on_drained()

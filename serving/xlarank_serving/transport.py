@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import stat
 from collections.abc import Iterator
 
 import grpc
@@ -12,7 +14,7 @@ from xlarank.errors import ConfigError
 from xlarank_serving.config import ConnectionConfig, LimitConfig
 from xlarank_serving.tls import ServerTls
 
-__all__ = ["address_of", "bind", "num_connections", "server_options", "stop_listening"]
+__all__ = ["address_of", "bind", "hang_up", "num_connections", "server_options", "stop_listening"]
 
 _MIB = 2**20
 _KIB = 2**10
@@ -89,30 +91,51 @@ def bind(server: grpc.Server, what: str, host: str, port: int, tls: ServerTls | 
     return bound
 
 
-def stop_listening(port: int) -> None:
-    """Takes no more connections to a port; those that there are stay, and the server goes on answering.
+def hang_up(port: int) -> None:
+    """Ends the connections to a port of this process and takes no more: calls on them are UNAVAILABLE.
 
-    gRPC has no call for this: its own stop cancels what arrives before clients have heard of it. So the
-    socket is told, behind its back; it logs that it closes its acceptor.
+    For the end, when what was accepted is answered. gRPC's own stop answers CANCELLED, which clients don't
+    retry, to each call that arrives before its client has heard of the stop, or that no thread has taken yet:
+    https://github.com/grpc/grpc/issues/41785. Nothing is done where a system doesn't list a process's files.
     """
-    for one in _sockets_of(port):
-        if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            one.shutdown(socket.SHUT_RD)
+    stop_listening(port)  # first, or clients that were hung up on would be back
+    for _, one in _sockets_of(port):
+        with contextlib.suppress(OSError):  # its client has just left
+            one.shutdown(socket.SHUT_RDWR)
+
+
+def stop_listening(port: int) -> None:
+    """Takes no more connections to a port of this process; those that there are stay, and are answered.
+
+    gRPC has no call for this. Its listening socket is closed by putting another one in its place, which hears
+    of nothing: of one that is shut down gRPC would log an error.
+    """
+    with socket.socket() as deaf:
+        for number, one in _sockets_of(port):
+            if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                one.close()
+                os.dup2(deaf.fileno(), number, inheritable=False)
 
 
 def num_connections(port: int) -> int:
     """Connections to a port of this process that are open."""
-    return sum(_is_connected(one) for one in _sockets_of(port))
+    return sum(_is_connected(one) for _, one in _sockets_of(port))
 
 
-def _sockets_of(port: int) -> Iterator[socket.socket]:
-    """Every socket of the process whose own port that is; closed, with nothing done to it, at the next."""
-    for name in os.listdir("/proc/self/fd"):
+def _sockets_of(port: int) -> Iterator[tuple[int, socket.socket]]:
+    """File number of each socket of the process whose own port that is, and a copy, closed at the next."""
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError:  # another system
+        names = []
+    for number in map(int, names):
         try:
-            with socket.socket(fileno=os.dup(int(name))) as one:
+            if not stat.S_ISSOCK(os.fstat(number).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(number)) as one:
                 if one.family in (socket.AF_INET, socket.AF_INET6) and one.getsockname()[1] == port:
-                    yield one
-        except OSError:  # no socket, or closed meanwhile
+                    yield number, one
+        except OSError:  # closed meanwhile
             continue
 
 

@@ -1,5 +1,6 @@
 """Health, reflection, metadata, ports, metrics over HTTP, statuses, and the stop."""
 
+import collections
 import contextlib
 import http.client
 import math
@@ -20,6 +21,7 @@ from grpc_reflection.v1alpha import proto_reflection_descriptor_database
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from prometheus_client.parser import text_string_to_metric_families
+from xlarank_serving import transport
 from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig, ServerConfig
 from xlarank_serving.server import RankingServer, stop_on_signals
 from xlarank_serving.status import error_of, failure_reason, status_of
@@ -343,6 +345,51 @@ def test_stop_answers_what_was_accepted_and_then_closes_the_repository(wire, can
     assert running.repository.is_closed
     with pytest.raises(UnavailableError):
         running.client.score("feed", candidates)
+    running.channel.close()
+    running.client.close()
+
+
+def test_whoever_calls_during_a_stop_is_told_so_and_never_that_it_cancelled_itself(wire):
+    running, request = wire.start(), wire.raw(**wire.valid(3)).SerializeToString()
+    codes, is_answered, is_stopped = collections.Counter(), threading.Semaphore(0), threading.Event()
+
+    def ask():
+        options = [("grpc.use_local_subchannel_pool", 1)]  # a connection each
+        with grpc.insecure_channel(running.server.address, options) as channel:
+            infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            while not is_stopped.is_set():
+                try:
+                    infer(request, timeout=20)
+                    codes[grpc.StatusCode.OK] += 1
+                    is_answered.release()
+                except grpc.RpcError as error:
+                    codes[error.code()] += 1
+
+    callers = [threading.Thread(target=ask) for _ in range(8)]
+    for caller in callers:
+        caller.start()
+    assert all(is_answered.acquire(timeout=20) for _ in range(40))
+    running.server.stop(30)
+    is_stopped.set()
+    for caller in callers:
+        caller.join()
+    assert codes.keys() == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+    running.channel.close()
+    running.client.close()
+
+
+def test_connections_are_counted_and_no_file_is_left_open(wire):
+    running = wire.start()
+    live = running.channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+    live(b"", timeout=10)
+    before = len(os.listdir("/proc/self/fd"))
+    assert [transport.num_connections(running.server.port) for _ in range(3)] == [1, 1, 1]
+    assert len(os.listdir("/proc/self/fd")) == before
+    transport.stop_listening(running.server.port)
+    live(b"", timeout=10)  # who is there stays
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", running.server.port), timeout=10)
+    running.server.stop(0)
     running.channel.close()
     running.client.close()
 
