@@ -3,6 +3,8 @@
 import contextlib
 import json
 import signal
+import subprocess
+import sys
 
 import grpc
 import linear
@@ -11,7 +13,7 @@ import pytest
 import tritonclient.grpc as triton
 import trustme
 from linear import expected, features
-from served import metrics_of, read_until, served_by, tensors_of
+from served import environment, metrics_of, read_until, served_by, tensors_of
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.admin import AdminClient
 from xlarank_serving.channel import ClientTls
@@ -181,6 +183,31 @@ def test_sigterm_lets_accepted_requests_finish(folder):
                 np.testing.assert_allclose(scores, expected(num_candidates), rtol=1e-5, atol=1e-4)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
+
+
+HANGS = """
+import threading
+from xlarank.cli import main, serve
+from xlarank_serving.server import RankingServer
+serve._LAST_SECONDS = 0.2
+RankingServer.stop = lambda self: threading.Event().wait()
+main.run()
+"""
+
+
+def test_a_stop_that_hangs_ends_all_the_same_and_says_where(folder):
+    words = [str(folder / "models"), "--compile-cache", str(folder / "cache"), "--grace", "0"]
+    words += ["--port", "0", "--http-port", "0", "--json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGS, "serve", *words], env=environment(), **pipes
+    ) as process:
+        assert process.stdout.readline(), process.communicate(timeout=60)[1]
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Timeout (0:00:00.2" in err
+    assert "in <lambda>" in err.partition("most recent call first")[2]
 
 
 VERSIONS = """
