@@ -11,7 +11,7 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 ARTIFACTS ?= artifacts
 MOVIELENS_DIR ?= data/ml-100k
 # Two processes, a file whole in one of them: modules share what is slow to make.
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+PYTEST_FLAGS ?= -n 2 --dist loadfile -m 'not sweep'
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -26,7 +26,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-native test-aarch64 test-sanitizers check format movielens protos clean
+.PHONY: help setup demo test test-sweeps test-native test-aarch64 test-sanitizers check format movielens protos clean
 .PHONY: fuzz soak bench bench-main bench-compiler bench-embedding bench-serving
 
 help:  ## this list
@@ -46,6 +46,9 @@ demo: $(STAMP)  ## train, compile, serve and ask a model of a made-up video feed
 
 test: $(STAMP)  ## the test suite
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-sweeps: $(STAMP)  ## what `make test` runs a sample of: every pass on every model, ten minutes
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m sweep
 
 test-native:  ## C++ tests of the kernel
 	@tools/test_native.sh plain

@@ -80,7 +80,7 @@ def test_the_model_of_your_own_is_trained_compiled_and_scored(tmp_path):
         "--buckets",
         "8",
         "--tune-seconds",
-        "5",
+        "0",
         "--json",
     ]
     compiled = json.loads(run("-m", "xlarank.cli", *words, folder=tmp_path).splitlines()[-1])

@@ -59,7 +59,17 @@ def by_hand(tables):
     return {task: np.concatenate([part[task] for part in parts]) for task in parts[0]}
 
 
-@pytest.mark.parametrize("row_format", RowFormat)
+@pytest.mark.parametrize(
+    "row_format",
+    [
+        RowFormat.FLOAT32,
+        RowFormat.INT8,
+        *(
+            pytest.param(f, marks=pytest.mark.sweep)
+            for f in (RowFormat.FLOAT16, RowFormat.BFLOAT16, RowFormat.INT4)
+        ),
+    ],
+)
 def test_a_named_format_is_that_of_the_bundle_s_tables_and_of_what_is_served(tmp_path, row_format):
     result = built(tmp_path, options=options(row_format))
     bundle = open_bundle(result.path)

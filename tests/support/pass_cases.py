@@ -44,6 +44,7 @@ __all__ = [
     "operations",
     "plain_of",
     "run_all",
+    "sampled",
     "shape_of",
     "swept",
 ]
@@ -57,12 +58,17 @@ MODELS = (*FOREIGN, "shop", *ZOO)
 _SAMPLE = {"feed", "history_transformer", "indices", "linen_wide", "loops", "ple", "programs_in_programs"}
 
 
-def swept(names: Sequence[str]) -> list[Any]:
-    """Parameters of a sweep that CI repeats on a sample on the oldest interpreter, whose JAX is older too.
+def sampled(names: Sequence[str], rest: Any) -> list[Any]:
+    """Parameters of which all but a sample have the mark `rest`."""
+    return [name if name in _SAMPLE else pytest.param(name, marks=rest) for name in names]
 
-    All models are hoisted on every interpreter, which reads every equation of theirs.
+
+def swept(names: Sequence[str]) -> list[Any]:
+    """Parameters of a sweep, of which `make test` and CI run a sample and `make test-sweeps` the rest.
+
+    All models are hoisted in every run on the newest interpreter, which reads every equation of theirs.
     """
-    return [name if name in _SAMPLE else pytest.param(name, marks=pytest.mark.once) for name in names]
+    return sampled(names, pytest.mark.sweep)
 
 
 HALF_PRECISION = frozenset({"experts_of_their_own"})

@@ -20,6 +20,7 @@ from pass_cases import (
     operations,
     plain_of,
     run_all,
+    sampled,
 )
 
 from xlarank.spec import Bucket, FeatureSpec, ModelSpec, TaskSpec
@@ -56,7 +57,7 @@ def line_of(function, text):
     return f"{inspect.getsourcefile(function)}:{number} "
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sampled(MODELS, pytest.mark.once))
 def test_hoisted_scores_are_those_of_the_authors_model(name):
     case, number = case_of(name), MODELS.index(name)
     more = MORE_BUCKETS if name in ODD else (MORE_BUCKETS[number % len(MORE_BUCKETS)],)
