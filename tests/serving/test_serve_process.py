@@ -187,9 +187,9 @@ def test_sigterm_lets_accepted_requests_finish(folder):
 
 HANGS = """
 import threading
-from xlarank.cli import main, serve
+from xlarank.cli import main, serve_start
 from xlarank_serving.server import RankingServer
-serve._LAST_SECONDS = 0.2
+serve_start._LAST_SECONDS = 0.2
 RankingServer.stop = lambda self: threading.Event().wait()
 main.run()
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import faulthandler
 import json
 import os
 import resource
@@ -17,9 +16,6 @@ from xlarank.cli.serve_config import ServeConfig, port_problems
 from xlarank.errors import ConfigError
 
 __all__ = ["add_parser", "run"]
-
-_LAST_SECONDS = 20.0
-"""After the grace period of a stop, until a process that hangs in it is ended."""
 
 _EPILOG = """\
 example:
@@ -115,7 +111,7 @@ def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
 
 
 def _serve_alone(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
-    from xlarank.cli.serve_start import running_server
+    from xlarank.cli.serve_start import bound_stop, running_server
 
     # Before models load; binding the ports for good, after that, refuses a late comer.
     if wrong := port_problems(config.ports):
@@ -125,9 +121,7 @@ def _serve_alone(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
     with running_server(config) as running:
         _announce(config, running.ready, is_json=is_json)
         running.stop.wait()
-        # A stop is bounded whatever hangs in it, a driver's thread at the interpreter's exit included: the
-        # stacks of all threads are printed then, and the status is 1.
-        faulthandler.dump_traceback_later(config.server.grace_seconds + _LAST_SECONDS, exit=True)
+        bound_stop(config)
     return running.ready
 
 

@@ -183,7 +183,7 @@ def _work(
         os.environ["CUDA_VISIBLE_DEVICES"] = config.processes.devices[index]
     from xlarank_serving.server import StopRequest
 
-    from xlarank.cli.serve_start import running_server
+    from xlarank.cli.serve_start import bound_stop, running_server
 
     supervised = Supervised(
         open_link(order.link, Hello(generation=order.generation, pid=os.getpid(), index=index))
@@ -199,6 +199,7 @@ def _work(
             wait([running.stop.fileno(), retire.fileno()])
             if not running.stop.is_set():
                 running.server.retire(running.stop.wait)
+            bound_stop(config)
     except XlarankError as error:
         supervised.tell(Failed(reason=str(error), version=held.loading))
         return 1

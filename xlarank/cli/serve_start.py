@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from xlarank_serving.access_log import AccessLog
     from xlarank_serving.tracing import Tracer
 
-__all__ = ["RunningServer", "running_server"]
+__all__ = ["RunningServer", "bound_stop", "running_server"]
+
+_LAST_SECONDS = 20.0
+"""After the grace period of a stop, until a process that hangs in it is ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,8 @@ def running_server(
         captures = outer.enter_context(contextlib.closing(Captures(config.captures)))
         observers = [outer.enter_context(contextlib.closing(each)) for each in _observers(config)]
         repository = _open_repository(config, metrics, captures, held)
+        if held is not None:
+            held.loading = None  # what fails from now on is no version's fault
         stop = outer.enter_context(stop_on_signals())  # while models load, a signal ends the process at once
         try:
             server = RankingServer(
@@ -94,6 +100,12 @@ def running_server(
                 )
                 ready["admin"] = stack.enter_context(admin).address
             yield RunningServer(server, metrics, ready, stop)
+
+
+def bound_stop(config: ServeConfig) -> None:
+    """From now on the process ends within the grace period and some seconds, whatever hangs in its stop, a
+    driver's thread at the interpreter's exit included: with the stacks of all threads, and status 1."""
+    faulthandler.dump_traceback_later(config.server.grace_seconds + _LAST_SECONDS, exit=True)
 
 
 def _observers(config: ServeConfig) -> list[AccessLog | Tracer]:

@@ -22,6 +22,7 @@ from xlarank.runtime.processes.messages import (
     Order,
     Retire,
     Stop,
+    SuccessorEnded,
     Version,
     WorkerEnded,
     WorkerStarted,
@@ -109,7 +110,7 @@ class Holder:
             Version, LoadedTables
         ] = {}  # nothing else may keep any, or it would never be freed
         self._workers: list[_Worker] = []
-        self._successors: dict[int, int] = {}  # by pid, a file that is readable once it has ended
+        self._successors: dict[int, tuple[int, int]] = {}  # by pid, a file readable at its end; generation
         self._is_complete = False  # moves one way
         self._is_ending = False  # moves one way
 
@@ -150,23 +151,28 @@ class Holder:
         timeout = max(0.0, min(starts) - self._clock()) if starts else None
         watched: list[Any] = [] if self._link.closed else [self._link]
         watched += [w.exited for w in self._workers if w.pid]
-        watched += self._successors.values()
+        watched += [exited for exited, _ in self._successors.values()]
         watched += [w.readied for w in self._workers if w.readied >= 0]
         happened = set(wait(watched, timeout))
         if self._link in happened:
             self._obey()
-        for worker in self._workers:
-            if worker.readied in happened:
-                self._see_ready(worker)
-            if worker.pid and worker.exited in happened:
-                self._see_end(worker)
+        # First all that has happened: files that are closed meanwhile give their numbers to new ones.
+        readied = [worker for worker in self._workers if worker.readied in happened]
+        ended = [worker for worker in self._workers if worker.pid and worker.exited in happened]
+        successors = [pid for pid, (exited, _) in self._successors.items() if exited in happened]
+        for worker in readied:
+            self._see_ready(worker)
+        for worker in ended:
+            self._see_end(worker)
+        self._see_complete()
+        for pid in successors:
+            exited, generation = self._successors.pop(pid)
+            why = _why(os.waitpid(pid, 0)[1])
+            os.close(exited)
+            self._tell(SuccessorEnded(generation=generation, why=why))
         for worker in self._workers:
             if worker.start_at is not None and worker.start_at <= self._clock() and not self._is_ending:
                 self._start(worker)
-        for pid, exited in list(self._successors.items()):
-            if exited in happened:
-                os.waitpid(pid, 0)
-                os.close(self._successors.pop(pid))
 
     def _obey(self) -> None:
         try:
@@ -195,7 +201,11 @@ class Holder:
             for other in self._workers:
                 if not other.pid and not other.has_been_ready and other.start_at is None:
                     self._start(other)
-        if not self._is_complete and all(w.has_been_ready for w in self._workers):
+
+    def _see_complete(self) -> None:
+        """Only while all of them serve: one that has ended before is a start that failed."""
+        is_whole = all(w.pid and w.ready_at is not None for w in self._workers)
+        if is_whole and not self._is_complete and not self._is_ending:
             self._is_complete = True
             self._tell(Complete())
 
@@ -222,7 +232,17 @@ class Holder:
         reader, writer = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # of processes or memory there are too many, or too little, now
+            os.close(reader)
+            os.close(writer)
+            seconds = worker.backoff.after(0.0)
+            worker.start_at = self._clock() + seconds
+            _log.error(
+                "process %d can't be forked, %s; another try comes in %g s", worker.index, error, seconds
+            )
+            return
         if not pid:
             os.close(reader)
             self._be_worker(worker.index, writer)
@@ -247,9 +267,13 @@ class Holder:
         """A fork that inherits the tables; what it doesn't need of them it lets go of."""
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self._tell(SuccessorEnded(generation=order.generation, why=str(error)))
+            return
         if pid:
-            self._successors[pid] = os.pidfd_open(pid)
+            self._successors[pid] = os.pidfd_open(pid), order.generation
             return
         self._leave()
         self._workers, self._successors = [], {}
@@ -264,7 +288,7 @@ class Holder:
             for file in (worker.exited if worker.pid else -1, worker.readied):
                 if file >= 0:
                     os.close(file)
-        for exited in self._successors.values():
+        for exited, _ in self._successors.values():
             os.close(exited)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)

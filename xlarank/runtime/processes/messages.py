@@ -20,6 +20,7 @@ __all__ = [
     "Ready",
     "Retire",
     "Stop",
+    "SuccessorEnded",
     "Version",
     "WorkerEnded",
     "WorkerStarted",
@@ -98,9 +99,17 @@ class WorkerEnded:
     """Whether another is forked."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SuccessorEnded:
+    """A holder that was forked from this one has ended, or could not be forked."""
+
+    generation: int
+    why: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Complete:
-    """All workers of a holder have been ready."""
+    """All workers of a holder serve."""
 
 
 @dataclasses.dataclass(frozen=True)

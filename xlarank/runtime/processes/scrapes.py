@@ -38,6 +38,21 @@ class Worker:
     text: bytes = b""
     """What it last said of itself."""
 
+    asked_at: float | None = None
+    """Since when it owes an answer; None for not."""
+
+    def ask(self, now: float) -> None:
+        """Asks it to speak of itself, unless it owes an answer: what nobody reads would fill the link."""
+        if self.link is None or not self.is_ready or self.asked_at is not None:
+            return
+        self.asked_at = now
+        with contextlib.suppress(OSError):  # it has ended; its link says so next
+            self.link.send(AskMetrics())
+
+    def silent_seconds(self, now: float) -> float:
+        """How long it has owed an answer."""
+        return 0.0 if self.asked_at is None else now - self.asked_at
+
 
 class Scrapes:
     """Asks the workers for those who scrape, and adds up what they say.
@@ -97,6 +112,7 @@ class Scrapes:
 
     def see_answer(self, worker: Worker) -> None:
         """A worker has said what it has to say, or never will."""
+        worker.asked_at = None
         self._unanswered.discard(worker.pid)
 
     def see_to(self, workers: Iterable[Worker]) -> None:
@@ -134,10 +150,10 @@ class Scrapes:
         self._round_ends_at = self._clock() + _WAIT_SECONDS
         self._unanswered = set()
         for worker in workers:
-            if worker.link is not None and worker.is_ready:
-                self._unanswered.add(worker.pid)
-                with contextlib.suppress(OSError):  # it has ended; its link says so next
-                    worker.link.send(AskMetrics())
+            if worker.silent_seconds(self._clock()) < _WAIT_SECONDS:  # a hung one holds up one scrape
+                worker.ask(self._clock())
+                if worker.asked_at is not None:
+                    self._unanswered.add(worker.pid)
 
 
 class _Counts(Collector):

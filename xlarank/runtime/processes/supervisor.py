@@ -28,6 +28,7 @@ from xlarank.runtime.processes.messages import (
     Ready,
     Retire,
     Stop,
+    SuccessorEnded,
     Version,
     WorkerEnded,
     WorkerStarted,
@@ -43,6 +44,15 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 _KILL_SECONDS = 10.0
 """After the grace period of a stop, what is left is killed."""
+
+_BEAT_SECONDS = 5.0
+"""How often workers are asked whether they are there."""
+
+_HUNG_SECONDS = 30.0
+"""A worker that hasn't answered for so long is killed, and started again."""
+
+_MOST_DEATHS = 3
+"""So many starts in a row in which a process died for no reason that is known: it may be what it loads."""
 
 
 class StopSignal(Protocol):
@@ -116,9 +126,9 @@ class Supervisor:
         self._on_ready = on_ready
         self._clock = clock
         self._path = folder / "link"
-        self._listening = socket.socket(socket.AF_UNIX)
-        self._listening.bind(str(self._path))
-        self._listening.listen()
+        self._listening = _listening_at(self._path)
+        self._beat_at = clock() + _BEAT_SECONDS
+        self._num_deaths = 0  # starts in a row that ended so
         self._numbers = itertools.count(1)
         self._generations: dict[int, _Generation] = {}
         self._serving: _Generation | None = None
@@ -183,9 +193,16 @@ class Supervisor:
             with contextlib.suppress(OSError):  # it has just ended, which its link says next
                 serving.holder.send(order)
         else:
-            self._pids.add(self._spawn(order))
+            try:
+                self._pids.add(self._spawn(order))
+            except OSError as error:
+                failed = Failed(reason=f"no process can be started: {error}", version=None)
+                self._see_failure(self._starting, failed, is_death=True)
 
     def _see_complete(self, generation: _Generation) -> None:
+        if generation.failure is not None or generation.is_ending:
+            return  # the word of its failure was on its way first
+        self._num_deaths = 0
         generation.is_complete = True
         before, self._serving, self._starting = self._serving, generation, None
         if before is None:
@@ -196,19 +213,26 @@ class Supervisor:
                 self._scrapes.versions.record_swap(model, self._clock() - generation.started_at)
             self._tell_all(before, Retire())
 
-    def _see_failure(self, generation: _Generation, failed: Failed) -> None:
-        """One of the processes of a generation that isn't complete can't start."""
+    def _see_failure(self, generation: _Generation, failed: Failed, *, is_death: bool = False) -> None:
+        """One of the processes of a generation that isn't complete can't start.
+
+        A version is blamed that was being loaded when it said so, or that is new where processes have died
+        in several starts in a row. What is no version's fault ends the first start, and is tried again later.
+        """
         if generation.failure is not None or generation.is_complete or generation.is_ending:
             return
         generation.failure = failed
         self._tell_all(generation, Stop())
         self._starting = None
         serving = self._serving
-        if serving is None and not self._is_watched:
-            raise ModelError(failed.reason)
+        self._num_deaths = self._num_deaths + 1 if is_death else 0
+        is_hopeless = not is_death or self._num_deaths >= _MOST_DEATHS
         new = set(generation.versions) - set(() if serving is None else serving.versions)
         at_fault = {failed.version} & new if failed.version is not None else set()
-        at_fault = at_fault or new
+        if serving is None and is_hopeless and not (at_fault and self._is_watched):
+            raise ModelError(failed.reason)
+        if is_death and is_hopeless:
+            at_fault, self._num_deaths = new, 0
         self._plan.block(sorted(at_fault), failed.reason)
         for model in {model for model, _ in at_fault}:
             self._scrapes.versions.record_failure(model)
@@ -235,11 +259,25 @@ class Supervisor:
                 self._hear(ready)
         self._scrapes.see_to(self._workers())
         self._reap()
+        if self._clock() >= self._beat_at:
+            self._beat()
+
+    def _beat(self) -> None:
+        """Looks after workers that hang, and after the socket: folders for temporary files are cleaned up."""
+        self._beat_at = self._clock() + _BEAT_SECONDS
+        if not self._path.exists():
+            self._listening.close()
+            self._listening = _listening_at(self._path)
+        for worker in self._workers():
+            worker.ask(self._clock())
+            if worker.silent_seconds(self._clock()) >= _HUNG_SECONDS:
+                _log.error("process %d (pid %d) doesn't answer and is killed", worker.index, worker.pid)
+                _kill(worker.pid)
 
     def _next_time(self) -> float:
         """When something is to be done though nothing happens."""
         look_at = float("inf") if self._starting is not None else self._look_at
-        return min(look_at, self._scrapes.ends_at)
+        return min(look_at, self._scrapes.ends_at, self._beat_at)
 
     def _accept(self) -> None:
         accepted, _ = self._listening.accept()
@@ -281,6 +319,8 @@ class Supervisor:
             self._see_failure(generation, message)
         elif isinstance(message, Complete):
             self._see_complete(generation)
+        elif isinstance(message, SuccessorEnded):
+            self._see_successor_end(message)
         elif message is None:
             self._see_holder_end(generation)
 
@@ -315,17 +355,25 @@ class Supervisor:
         self._see_failure(
             generation,
             Failed(reason=f"process {ended.index} ended while it started: {ended.why}", version=None),
+            is_death=True,
         )
+
+    def _see_successor_end(self, ended: SuccessorEnded) -> None:
+        """One that ended before it said a word has no link to tell of its end."""
+        starting = self._starting
+        if starting is not None and starting.number == ended.generation and not starting.has_had_holder:
+            reason = f"the process that was to hold the tables ended while it started: {ended.why}"
+            self._see_failure(starting, Failed(reason=reason, version=None), is_death=True)
 
     def _see_holder_end(self, generation: _Generation) -> None:
         generation.holder = None
         if not generation.is_complete:
             reason = "the process that holds the tables ended while it started"
-            self._see_failure(generation, Failed(reason=reason, version=None))
+            self._see_failure(generation, Failed(reason=reason, version=None), is_death=True)
         elif generation is self._serving and not generation.is_ending:
             if self._starting is not None and not self._starting.has_had_holder:
                 reason = "the process that was to start it has ended"
-                self._see_failure(self._starting, Failed(reason=reason, version=None))
+                self._see_failure(self._starting, Failed(reason=reason, version=None), is_death=True)
             _log.error(
                 "the process that holds the tables has ended; its workers go on, and others are started with "
                 "tables read anew: what was updated since they were loaded is lost then"
@@ -369,7 +417,7 @@ class Supervisor:
         starting = self._starting
         if starting is not None and not starting.has_had_holder:
             reason = "the process that holds the tables ended while it started"
-            self._see_failure(starting, Failed(reason=reason, version=None))
+            self._see_failure(starting, Failed(reason=reason, version=None), is_death=True)
 
     def _workers(self) -> Iterator[Worker]:
         """By generation."""
@@ -378,7 +426,10 @@ class Supervisor:
 
     def _is_up(self, index: int) -> bool:
         serving = self._serving
-        return serving is not None and any(w.is_ready for w in serving.workers.values() if w.index == index)
+        if serving is None:
+            return False
+        mine = [worker for worker in serving.workers.values() if worker.index == index]
+        return any(w.is_ready and w.silent_seconds(self._clock()) < _BEAT_SECONDS for w in mine)
 
     # The end
 
@@ -394,6 +445,14 @@ class Supervisor:
             if worker.link is not None:
                 _log.error("process %d (pid %d) didn't end in time and is killed", worker.index, worker.pid)
                 _kill(worker.pid)
+
+
+def _listening_at(path: Path) -> socket.socket:
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(path))
+    listening.listen()
+    return listening
 
 
 def _kill(pid: int) -> None:

@@ -1,0 +1,161 @@
+"""What a supervisor makes of what it hears, with a clock and processes that the test makes up."""
+
+import socket
+import subprocess
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+
+import pytest
+
+from xlarank.errors import ModelError
+from xlarank.runtime.processes.messages import Failed, SuccessorEnded
+from xlarank.runtime.processes.scrapes import Worker
+from xlarank.runtime.processes.supervisor import Supervisor
+
+OLD, NEW = ("feed", 1), ("feed", 2)
+DEATH = Failed(reason="process 0 ended while it started: signal 9 (SIGKILL)", version=None)
+
+
+class Plan:
+    """Wants version 1, then version 2 as well."""
+
+    def __init__(self):
+        self.versions, self.blocked = (OLD,), []
+
+    def wanted(self, served):
+        return tuple(v for v in self.versions if v not in self.blocked)
+
+    def block(self, versions, reason):
+        self.blocked += versions
+
+    def statuses(self):
+        return []
+
+
+@pytest.fixture
+def told(tmp_path):
+    """A supervisor, its plan and clock, and the orders that it has given."""
+    told = SimpleNamespace(now=0.0, orders=[], plan=Plan(), ready=[])
+
+    def spawn(order):
+        told.orders.append(order)
+        return 2**30  # nobody's
+
+    told.supervisor = Supervisor(
+        told.plan,
+        spawn,
+        num_workers=2,
+        folder=tmp_path / "own",
+        watch_seconds=5.0,
+        grace_seconds=0.0,
+        on_ready=told.ready.append,
+        clock=lambda: told.now,
+    )
+    yield told
+    told.supervisor.close()
+
+
+def begin(told):
+    told.now = max(told.now, told.supervisor._look_at)
+    told.supervisor._begin_next()
+    assert told.supervisor._starting is not None
+    return told.supervisor._starting
+
+
+def serve(told):
+    """Has the first generation serve; it holds the tables over a link."""
+    first = begin(told)
+    first.holder = SimpleNamespace(send=told.orders.append)
+    first.has_had_holder = True
+    told.supervisor._see_complete(first)
+    return first
+
+
+def test_a_process_that_dies_at_the_first_start_is_started_again_and_no_version_is_blamed(told):
+    for seconds in (1, 2):
+        told.supervisor._see_failure(begin(told), DEATH, is_death=True)
+        assert told.supervisor._look_at == told.now + seconds
+    with pytest.raises(ModelError, match="process 0 ended while it started: signal 9"):
+        told.supervisor._see_failure(begin(told), DEATH, is_death=True)
+    assert told.plan.blocked == []
+    assert len(told.orders) == 3
+
+
+def test_beside_what_serves_a_version_is_given_up_after_several_deaths_in_a_row(told):
+    serve(told)
+    told.plan.versions = (OLD, NEW)
+    for _ in range(3):
+        assert told.plan.blocked == []
+        told.supervisor._see_failure(begin(told), DEATH, is_death=True)
+    assert told.plan.blocked == [NEW]
+    assert told.supervisor._serving.versions == (OLD,)
+
+
+def test_what_is_no_version_s_fault_ends_the_first_start_and_is_tried_again_later(told):
+    failed = Failed(reason="access log /none: no such folder", version=None)
+    with pytest.raises(ModelError, match="access log /none"):
+        told.supervisor._see_failure(begin(told), failed)
+    told.supervisor._starting = None
+    serve(told)
+    told.plan.versions = (OLD, NEW)
+    told.supervisor._see_failure(begin(told), failed)
+    assert told.plan.blocked == []
+    assert begin(told).versions == (OLD, NEW)
+
+
+def test_a_version_that_says_it_is_at_fault_is_left_alone_at_once(told):
+    serve(told)
+    told.plan.versions = (OLD, NEW)
+    told.supervisor._see_failure(begin(told), Failed(reason="golden replay", version=NEW))
+    assert told.plan.blocked == [NEW]
+
+
+def test_who_has_failed_takes_nobodys_place(told):
+    first = serve(told)
+    told.plan.versions = (OLD, NEW)
+    second = begin(told)
+    told.supervisor._see_failure(second, DEATH, is_death=True)
+    told.supervisor._see_complete(second)
+    assert told.supervisor._serving is first
+    assert not first.is_ending
+
+
+def test_a_successor_that_ends_before_it_says_a_word_is_noticed(told):
+    serve(told)
+    told.plan.versions = (OLD, NEW)
+    starting = begin(told)
+    told.supervisor._hear_holder(
+        told.supervisor._serving, SuccessorEnded(generation=starting.number, why="signal 9 (SIGKILL)")
+    )
+    assert told.supervisor._starting is None
+    assert begin(told).number > starting.number
+
+
+def test_a_socket_that_was_cleaned_away_is_made_again(told, tmp_path):
+    (tmp_path / "own" / "link").unlink()
+    (tmp_path / "own").rmdir()
+    told.supervisor._beat()
+    assert (tmp_path / "own" / "link").is_socket()
+
+
+def test_a_process_that_does_not_answer_is_asked_once_and_killed(told):
+    ours, its = socket.socketpair()
+    link, silent = Connection(ours.detach()), Connection(its.detach())
+    first = serve(told)
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            worker = Worker(0, process.pid, link, is_ready=True)
+            first.workers[process.pid] = worker
+            for told.now in range(1000, 1030):
+                told.supervisor._beat()
+                assert told.supervisor._is_up(0) == (told.now < 1005)
+            assert process.poll() is None
+            told.now = 1030
+            told.supervisor._beat()
+            assert process.wait(30) == -9
+        finally:
+            process.kill()
+    silent.recv()
+    assert not silent.poll(0), "it was asked again"
+    link.close()
+    silent.close()
