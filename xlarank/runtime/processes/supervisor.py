@@ -222,7 +222,8 @@ class Supervisor:
         if generation.failure is not None or generation.is_complete or generation.is_ending:
             return
         generation.failure = failed
-        self._tell_all(generation, Stop())
+        # Clients have come to those that serve already: these let them go first.
+        self._tell_all(generation, Stop() if self._serving is None else Retire())
         self._starting = None
         serving = self._serving
         self._num_deaths = self._num_deaths + 1 if is_death else 0
