@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-# In a process of its own, without threads: only such a one may be forked.
 SCRIPT = """
 import os, signal, sys, time
 import numpy as np
@@ -77,15 +76,59 @@ print(num_rounds, shared.state[0], shared.state[1] == NUM_ROWS * shared.state[0]
 """
 
 
-def test_processes_that_are_killed_while_they_write_leave_no_half_row():
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SCRIPT],
+# Two processes with two threads each, a table a thread: whoever waits for one table holds no other.
+TWO_TABLES = """
+import os, threading, time
+from xlarank.host import SharedRows
+from xlarank.host.memory import huge_empty
+
+tables = [SharedRows(huge_empty(640, is_shared=True).reshape(10, 64)) for _ in range(2)]
+inside = [huge_empty(8, is_shared=True) for _ in tables]
+
+
+def write(table, inside):
+    for _ in range(200):
+        with table.writing():
+            assert not inside[0]
+            inside[0] = 1
+            time.sleep(0.0005)  # so that others come meanwhile
+            inside[0] = 0
+    num_done.append(1)
+
+
+num_done = []
+pid = os.fork()
+threads = [threading.Thread(target=write, args=each) for each in [*zip(tables, inside)] * 2]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+if not pid:
+    os._exit(len(num_done) != 4)
+assert len(num_done) == 4
+assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+def run(script):
+    """In a process of its own, without threads: only such a one may be forked."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def test_processes_that_are_killed_while_they_write_leave_no_half_row():
+    result = run(SCRIPT)
     assert result.returncode == 0, result.stderr
     num_rounds, num_updates, are_rows_counted = result.stdout.split()
     assert int(num_updates) >= 3 * int(num_rounds)
     assert are_rows_counted == "True"
+
+
+def test_writers_of_two_tables_wait_for_their_own_table_alone():
+    result = run(TWO_TABLES)
+    assert result.returncode == 0, result.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import threading
 import time
 from collections.abc import Iterator
 
@@ -48,9 +47,7 @@ class SharedRows:
         self.stamps = memory[_HEADER_BYTES:][: 4 * _NUM_STAMPS].view(np.uint32)
         self.journal = memory[_HEADER_BYTES + 4 * _NUM_STAMPS :]
         self._times[0] = time.monotonic()
-        self._threads = threading.Lock()
-        # Record locks are a process's own, over an inherited file too, and end with it, however it ends.
-        self._file = os.memfd_create("xlarank-rows")
+        self._file = os.memfd_create("xlarank-rows")  # never locked itself: forks share it
 
     @property
     def state(self) -> tuple[int, int, float]:
@@ -63,13 +60,19 @@ class SharedRows:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Keeps other writers out, of this process and of the others. Not twice by one thread."""
-        with self._threads:
-            fcntl.lockf(self._file, fcntl.LOCK_EX)
+        # Opened anew, the file is this call's own: its lock keeps threads of this process out as well as other
+        # processes, and ends with the owner, however that ends. Record locks are a process's own: the kernel
+        # takes threads that wait for different tables for one that waits for itself (EDEADLK).
+        file = os.open(f"/proc/self/fd/{self._file}", os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 self._finish()
                 yield
             finally:
-                fcntl.lockf(self._file, fcntl.LOCK_UN)
+                fcntl.flock(file, fcntl.LOCK_UN)  # a program just being started may have the file yet
+        finally:
+            os.close(file)
 
     def count(self, num_rows: int) -> int:
         """Counts an update that is complete; returns the table's new version."""
