@@ -4,6 +4,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+
+from xlarank.host import SharedRows
+from xlarank.host.memory import huge_empty
+
 SCRIPT = """
 import os, signal, sys, time
 import numpy as np
@@ -132,3 +138,28 @@ def test_processes_that_are_killed_while_they_write_leave_no_half_row():
 def test_writers_of_two_tables_wait_for_their_own_table_alone():
     result = run(TWO_TABLES)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("stamp", [6, 7], ids=["before the stamp", "after the stamp"])
+def test_a_row_that_is_finished_for_a_killed_writer_is_written_under_an_odd_stamp(stamp):
+    memory = huge_empty(640, is_shared=True).reshape(10, 64)
+    shared = SharedRows(memory)
+    during = []
+
+    class Watched:
+        def __setitem__(self, row, values):
+            during.append(int(shared.stamps[at]))
+            memory[row] = values
+
+    at = (3 * 2654435761 & 0xFFFFFFFF) >> 20  # row 3's, as native/stamps.h has it
+    shared.stamps[at] = stamp
+    shared.journal[:8].view(np.int64)[0] = 3 + 1
+    shared.journal[8:] = 9
+    shared._rows = Watched()
+    shared.repair()
+    assert during == [7]
+    assert shared.stamps[at] == 8
+    assert (memory[3] == 9).all() and memory.sum() == 64 * 9
+    assert not (shared.stamps & 1).any()
+    shared.repair()
+    assert during == [7]

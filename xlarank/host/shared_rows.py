@@ -92,7 +92,9 @@ class SharedRows:
         if not number[0]:
             return
         row = int(number[0]) - 1
+        # The writer may have been killed before it made the row's stamp odd, within, or just after: odd is what
+        # readers wait for, and nobody else writes stamps now. All of them, for a moment, instead of the row's.
+        self.stamps |= 1
         self._rows[row] = self.journal[_NUMBER_BYTES:]
-        # Nobody else writes stamps now; the row's is odd unless the end came just before or just after.
-        self.stamps += self.stamps & 1
+        self.stamps += 1
         number[0] = 0
