@@ -290,7 +290,9 @@ class StopRequest:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits for so many seconds, or for ever; whether it was set."""
-        select.select([self._reader], [], [], timeout)  # goes on after a handler has run
+        poll = select.poll()  # select() takes no file from the 1024th on
+        poll.register(self._reader, select.POLLIN)
+        poll.poll(None if timeout is None else math.ceil(1e3 * timeout))  # goes on after a handler has run
         return self._is_set
 
     def close(self) -> None:

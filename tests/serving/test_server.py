@@ -2,9 +2,11 @@
 
 import collections
 import contextlib
+import fcntl
 import http.client
 import math
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -23,7 +25,7 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from prometheus_client.parser import text_string_to_metric_families
 from xlarank_serving import transport
 from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig, ServerConfig
-from xlarank_serving.server import RankingServer, stop_on_signals
+from xlarank_serving.server import RankingServer, StopRequest, stop_on_signals
 from xlarank_serving.status import error_of, failure_reason, status_of
 
 from xlarank.errors import (
@@ -434,6 +436,21 @@ def test_a_stop_without_grace_cancels_what_is_left(wire, candidates):
     assert running.engine.held[0][0].cancelled()
     running.channel.close()
     running.client.close()
+
+
+def test_a_stop_is_waited_for_where_many_files_are_open():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    stop = StopRequest()
+    try:
+        reader, stop._reader = stop._reader, fcntl.fcntl(stop._reader, fcntl.F_DUPFD_CLOEXEC, 1024)
+        os.close(reader)
+        assert stop.wait(0.001) is False
+        stop.set()
+        assert stop.wait() is True
+    finally:
+        stop.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
