@@ -1,6 +1,7 @@
 """Kept requests: how many, where, and that they can be scored again."""
 
 import json
+import os
 import threading
 
 import numpy as np
@@ -54,6 +55,31 @@ def test_files_are_written_whole_and_the_oldest_go_those_of_an_earlier_process_i
     np.testing.assert_array_equal(values["scores"]["click"], [0, 1, 2])
     facts = json.loads(files[-1].with_suffix(".json").read_text())
     assert (facts["model"], facts["version"], facts["reason"]) == ("shop", 7, "slow")
+
+
+def test_processes_that_share_a_folder_keep_the_last_of_all_and_overwrite_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(captures_module.time, "time", lambda: 1000.0)
+    processes = [Captures(CaptureConfig(folder=tmp_path, num_kept=4)) for _ in range(3)]
+    requests = []
+    for process, count in enumerate((3, 2, 3)):
+        monkeypatch.setattr(os, "getpid", lambda process=process: 70 + process)
+        requests += keep(processes[process], count, seed=process)
+        processes[process].close()
+        for path in tmp_path.glob(f"*-{70 + process}-*.safetensors"):
+            os.utime(path, (process, process))
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert {path.stem for path in files} == {path.stem for path in tmp_path.glob("*.json")}
+    found = [read_requests(path, shop.SPEC)[0][0].columns[-1].tobytes() for path in files]
+    assert found == [request.columns[-1].tobytes() for request in requests[-4:]]
+
+
+def test_a_model_whose_name_has_a_reason_in_it_is_kept_by_its_own(tmp_path):
+    captures = Captures(CaptureConfig(folder=tmp_path, num_kept=1))
+    (request,) = random_requests(shop.SPEC, 1, num_candidates=3, seed=0)
+    captures.keep_fault("too-slow-7", 7, request, "row 1")
+    keep(captures, 1)
+    captures.close()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 class SlowDisk:

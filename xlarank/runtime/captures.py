@@ -7,6 +7,8 @@ import dataclasses
 import enum
 import json
 import logging
+import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -78,10 +80,6 @@ class Captures:
         self._is_closed = False  # moves one way
         self._skipped = _Complaint("%d requests are kept in memory alone: the disk doesn't follow", clock)
         self._failed = _Complaint("%d requests can't be written, the last: %s", clock)  # the writer's own
-        # The writer's own, too: what it wrote, the oldest first.
-        self._files: dict[CaptureReason, collections.deque[Path]] = {
-            reason: collections.deque() for reason in CaptureReason
-        }
         self._writer: threading.Thread | None = None
         if self.config.folder is not None and self.config.num_kept:
             self._folder = self.config.folder
@@ -89,9 +87,8 @@ class Captures:
                 self._folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ConfigError(f"captures: folder {self._folder}: {error}") from error
-            for reason, files in self._files.items():  # what an earlier process left counts too
-                files += sorted(self._folder.glob(f"*-{reason}-*.safetensors"), key=_modified)
-                self._prune(files)
+            for reason in CaptureReason:
+                self._prune(reason)
             self._writer = threading.Thread(target=self._write_all, name="xlarank-captures", daemon=True)
             self._writer.start()
 
@@ -149,7 +146,8 @@ class Captures:
         number = 0
         while (capture := self._next()) is not None:
             number += 1
-            stem = f"{capture.model}-{capture.version}-{capture.reason}-{int(capture.at * 1e3)}-{number}"
+            when = f"{int(capture.at * 1e3)}-{os.getpid()}-{number}"  # others may write into the folder, too
+            stem = f"{capture.model}-{capture.version}-{capture.reason}-{when}"
             try:
                 self._write(capture, self._folder / f"{stem}.safetensors")
             except (OSError, BundleError) as error:
@@ -177,18 +175,27 @@ class Captures:
         # The facts come last: a reader takes a request with facts for whole.
         write_requests(path, [capture.request], scores)
         path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-        self._files[capture.reason].append(path)
-        self._prune(self._files[capture.reason])
+        self._prune(capture.reason)
+        if not path.exists():  # another process has removed it for newer ones, perhaps before it had facts
+            path.with_suffix(".json").unlink(missing_ok=True)
 
-    def _prune(self, files: collections.deque[Path]) -> None:
-        while len(files) > self.config.num_kept:
-            old = files.popleft()
-            old.with_suffix(".json").unlink(missing_ok=True)
-            old.unlink(missing_ok=True)
+    def _prune(self, reason: CaptureReason) -> None:
+        """Leaves the folder the last of a reason, whichever process wrote them, be it gone or not."""
+        name = re.compile(rf".*-{reason}(-\d+)+\.safetensors")
+        files = [path for path in self._folder.iterdir() if name.fullmatch(path.name)]
+        for old in sorted(files, key=_age_key)[: -self.config.num_kept]:
+            facts = old.with_suffix(".json")
+            for path in (facts, old, facts):  # its writer may be just writing them
+                path.unlink(missing_ok=True)
 
 
-def _modified(path: Path) -> float:
-    return path.stat().st_mtime
+def _age_key(path: Path) -> tuple[int, int]:
+    """Ascending with when it was written; numbers tell those of one process apart that have the same time."""
+    try:
+        modified = path.stat().st_mtime_ns
+    except FileNotFoundError:  # another process has just removed it as one of the oldest
+        modified = 0
+    return modified, int(path.stem.rpartition("-")[2])
 
 
 class _Complaint:
