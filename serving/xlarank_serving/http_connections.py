@@ -1,13 +1,16 @@
-"""How long HTTP connections that ask for nothing may stay: `bounded_connections`."""
+"""How long HTTP connections that ask for nothing may stay: `bounded_connections`, `BoundedServer`."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import socket
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["bounded_connections"]
+__all__ = ["BoundedServer", "bounded_connections"]
 
 
 def bounded_connections(
@@ -96,3 +99,28 @@ def bounded_connections(
                 self.transport.close()
 
     return Connection
+
+
+class BoundedServer(uvicorn.Server):
+    """A uvicorn server that gives up connections whose TLS handshake doesn't end.
+
+    Before the handshake a connection has no protocol of uvicorn's yet, so that `bounded_connections` can't
+    count it, and asyncio itself lets it stay for a minute.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, max_handshake_seconds: float) -> None:
+        """
+        Args:
+          config: loaded; with or without TLS.
+          max_handshake_seconds: from a connection's begin to the end of its handshake.
+        """
+        super().__init__(config)
+        self._max_handshake_seconds = max_handshake_seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens. uvicorn has no option for the time, so its event loop, which is its own, passes it on."""
+        if self.config.ssl is not None:
+            loop = asyncio.get_running_loop()
+            bounded = functools.partial(loop.create_server, ssl_handshake_timeout=self._max_handshake_seconds)
+            vars(loop)["create_server"] = bounded
+        await super().startup(sockets)

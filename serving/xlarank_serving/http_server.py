@@ -11,7 +11,7 @@ import uvicorn
 from xlarank.errors import ConfigError
 from xlarank_serving.config import HttpConfig
 from xlarank_serving.http_app import Authorize, http_app
-from xlarank_serving.http_connections import bounded_connections
+from xlarank_serving.http_connections import BoundedServer, bounded_connections
 from xlarank_serving.service import InferenceService, Repository
 from xlarank_serving.threads import ServerThreads
 from xlarank_serving.transport import address_of
@@ -20,6 +20,7 @@ __all__ = ["HttpServer"]
 
 _BACKLOG = 2048
 _GRACE_SECONDS = 1
+_MAX_HANDSHAKE_SECONDS = 10.0
 
 _MAX_BODIES = 16
 """How many of the largest bodies are held at a time: far more of the usual ones, and 1 GiB by default."""
@@ -93,7 +94,7 @@ class HttpServer:
         options.load()
         options.ssl = tls
         self._options = options
-        self._server = uvicorn.Server(options)
+        self._server = BoundedServer(options, max_handshake_seconds=_MAX_HANDSHAKE_SECONDS)
         self._thread = threading.Thread(
             target=self._server.run, args=([self._socket],), name="http", daemon=True
         )

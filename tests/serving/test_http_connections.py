@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 import threading
 
 import pytest
+import trustme
 import uvicorn
-from xlarank_serving.http_connections import bounded_connections
+from xlarank_serving.http_connections import BoundedServer, bounded_connections
 
 LONG = 60.0  # seconds; a test would fail for its own timeout first
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -18,7 +20,15 @@ def serve():
     """Starts servers of an ASGI app; gives a function that connects to one."""
     with contextlib.ExitStack() as stack:
 
-        def start(app, *, max_connections=100, idle_seconds=LONG, max_header_seconds=LONG):
+        def start(
+            app,
+            *,
+            max_connections=100,
+            idle_seconds=LONG,
+            max_header_seconds=LONG,
+            max_handshake_seconds=LONG,
+            tls=None,
+        ):
             bounded = bounded_connections(
                 max_connections=max_connections,
                 idle_seconds=idle_seconds,
@@ -35,7 +45,9 @@ def serve():
                 timeout_keep_alive=int(LONG),
                 timeout_graceful_shutdown=1,
             )
-            server = uvicorn.Server(options)
+            options.load()
+            options.ssl = tls
+            server = BoundedServer(options, max_handshake_seconds=max_handshake_seconds)
             listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
             thread.start()
@@ -175,3 +187,14 @@ def test_a_client_that_does_not_read_its_answer_is_left(serve):
     connection.sendall(REQUEST)
     assert ended.wait(20)  # what a client that is gone would get is thrown away
     assert is_closed(connection)
+
+
+def test_a_client_that_never_shakes_hands_is_left_and_one_that_does_is_answered(serve):
+    authority = trustme.CA()
+    tls, trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    authority.configure_trust(trusting)
+    connect = serve(hello, max_handshake_seconds=1.0, tls=tls)
+    with trusting.wrap_socket(connect(), server_hostname="127.0.0.1") as connection:
+        assert is_closed(connect())
+        assert ask(connection) == 200
