@@ -26,6 +26,7 @@ from xlarank.runtime import (
 )
 from xlarank.runtime.device_health import DeviceState
 from xlarank.spec import FaultConfig
+from xlarank.spec.versions import VersionState, VersionStatus
 
 READY, UNAVAILABLE = "READY", "UNAVAILABLE"
 
@@ -162,6 +163,25 @@ def test_a_version_that_fails_its_golden_check_is_not_served_and_says_why_once(p
     publish(3)
     repository.poll()
     assert scores(repository) == 3
+
+
+def test_the_index_tells_of_versions_that_failed_in_other_processes(publish, opened):
+    publish(1)
+    repository = opened()
+    elsewhere = [
+        VersionStatus(model, version, VersionState.UNAVAILABLE, "golden replay")
+        for model, version in (("a", 7), ("linear", 1), ("linear", 2))
+    ]
+    repository.show_failed(elsewhere)
+    index = [(status.model, status.version, status.state, status.reason) for status in repository.index()]
+    assert index == [
+        ("a", 7, UNAVAILABLE, "golden replay"),
+        ("linear", 1, READY, ""),
+        ("linear", 2, UNAVAILABLE, "golden replay"),
+    ]
+    assert [status.version for status in repository.index(with_idle=False)] == [1]
+    repository.show_failed([])
+    assert [(status.model, status.version) for status in repository.index()] == [("linear", 1)]
 
 
 def test_a_damaged_version_is_tried_again_when_its_folder_changes_and_not_before(publish, opened, caplog):

@@ -366,6 +366,11 @@ def test_a_version_that_fails_its_check_leaves_the_old_processes_alone(served):
     values = served.metrics()
     assert values['xlarank_model_load_failures_total{model="plain"}'] == 1
     assert values['xlarank_model_version_state{model="plain",state="UNAVAILABLE",version="3"}'] == 1
+    served.metrics()  # by its answer the processes have heard of it, too
+    with triton.InferenceServerClient(served.ready["admin"]) as admin:
+        (failed,) = [one for one in admin.get_model_repository_index().models if one.version == "3"]
+        assert (failed.name, failed.state) == ("plain", "UNAVAILABLE")
+        assert failed.reason.startswith("model 'plain', task 'value'")
     with RankingClient(served.ready["grpc"]) as client:
         served.check(client)
     assert served.workers() == workers

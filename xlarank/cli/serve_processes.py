@@ -194,7 +194,13 @@ def _work(
             config, held, on_drained=lambda metrics: supervised.say_last(metrics.text())
         ) as running:
             running.metrics.register(WorkerRequests(index, lambda: running.metrics.num_successes))
-            supervised.start(running.ready, running.metrics.text, stop=running.stop, retire=retire)
+            supervised.start(
+                running.ready,
+                running.metrics.text,
+                running.repository.show_failed,
+                stop=running.stop,
+                retire=retire,
+            )
             say_ready()
             wait([running.stop.fileno(), retire.fileno()])
             if not running.stop.is_set():

@@ -34,6 +34,7 @@ class RunningServer:
     """A server that answers."""
 
     server: RankingServer
+    repository: ModelRepository
     metrics: Metrics
 
     ready: dict[str, Any]
@@ -99,7 +100,7 @@ def running_server(
                     repository, config.server.admin_port, manager=repository, is_one_of_many=is_one_of_many
                 )
                 ready["admin"] = stack.enter_context(admin).address
-            yield RunningServer(server, metrics, ready, stop)
+            yield RunningServer(server, repository, metrics, ready, stop)
 
 
 def bound_stop(config: ServeConfig) -> None:

@@ -33,7 +33,7 @@ from xlarank.runtime.version_loading import LoadOptions, VersionLoader
 from xlarank.runtime.version_metrics import VersionMetrics
 from xlarank.runtime.watching import Stop, Watcher
 from xlarank.spec.serving import FaultConfig, QueueConfig
-from xlarank.spec.versions import ModelPolicy, VersionOptions, VersionStatus
+from xlarank.spec.versions import ModelPolicy, VersionOptions, VersionState, VersionStatus
 
 __all__ = ["ModelRepository"]
 
@@ -165,6 +165,7 @@ class ModelRepository:
         self._stopping = stopping  # set once
         self._is_closed = False  # for `close` alone
         self._is_serving = False  # moves one way
+        self._failed_elsewhere: tuple[VersionStatus, ...] = ()  # replaced whole
         self._is_listed = True  # whether the folder could be listed at the last look
         self._version_metrics = VersionMetrics(
             lambda: self.index(with_idle=False), lambda: loader.num_serving_compiles
@@ -201,10 +202,27 @@ class ModelRepository:
         """Every version on disk or in memory, as of the last look: by model, then by version.
 
         Args:
-          with_idle: with those on disk that nobody asked for.
+          with_idle: with those on disk that nobody asked for, and those that failed in other processes, which
+            count them themselves.
         """
         models = sorted(self._models.items())
-        return [status for _, model in models for status in model.statuses(with_idle=with_idle)]
+        own = [status for _, model in models for status in model.statuses(with_idle=with_idle)]
+        if not with_idle or not self._failed_elsewhere:
+            return own
+        by_version = {(status.model, status.version): status for status in self._failed_elsewhere}
+        for status in own:
+            if status.state is not VersionState.UNAVAILABLE:
+                by_version[status.model, status.version] = status
+            by_version.setdefault((status.model, status.version), status)
+        return [status for _, status in sorted(by_version.items())]
+
+    def show_failed(self, statuses: Sequence[VersionStatus]) -> None:
+        """Has the index tell of versions that failed in other processes of the same server.
+
+        Args:
+          statuses: all of them, in the place of those told before.
+        """
+        self._failed_elsewhere = tuple(statuses)
 
     def engine(self, name: str, version: str = "", key: str | None = None) -> Engine:
         """The engine that answers for a model now. To submit to it use `lease`, which keeps it open.

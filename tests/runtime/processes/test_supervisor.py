@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from xlarank.errors import ModelError
-from xlarank.runtime.processes.messages import Failed, SuccessorEnded
+from xlarank.runtime.processes.messages import Failed, FailedVersions, SuccessorEnded
 from xlarank.runtime.processes.scrapes import Worker
 from xlarank.runtime.processes.supervisor import Supervisor
+from xlarank.spec.versions import VersionState, VersionStatus
 
 OLD, NEW = ("feed", 1), ("feed", 2)
 DEATH = Failed(reason="process 0 ended while it started: signal 9 (SIGKILL)", version=None)
@@ -20,7 +21,7 @@ class Plan:
     """Wants version 1, then version 2 as well."""
 
     def __init__(self):
-        self.versions, self.blocked = (OLD,), []
+        self.versions, self.blocked, self.failed = (OLD,), [], []
 
     def wanted(self, served):
         return tuple(v for v in self.versions if v not in self.blocked)
@@ -29,7 +30,7 @@ class Plan:
         self.blocked += versions
 
     def statuses(self):
-        return []
+        return self.failed
 
 
 @pytest.fixture
@@ -129,6 +130,24 @@ def test_a_successor_that_ends_before_it_says_a_word_is_noticed(told):
     )
     assert told.supervisor._starting is None
     assert begin(told).number > starting.number
+
+
+def test_workers_are_told_of_versions_that_failed_when_they_serve_and_when_it_changes(told):
+    first = serve(told)
+    sent = {index: [] for index in (0, 1)}
+    for index, messages in sent.items():
+        link = SimpleNamespace(send=messages.append)
+        first.workers[index] = Worker(index, 2**30 + index, link, is_ready=not index)
+    status = VersionStatus(*NEW, VersionState.UNAVAILABLE, "golden replay")
+    told.plan.failed = [status]
+    told.supervisor._tell_failed_versions()
+    told.supervisor._tell_failed_versions()
+    assert sent == {0: [FailedVersions((status,))], 1: []}
+    first.workers[1].is_ready = True
+    told.supervisor._tell_failed_versions()
+    told.plan.failed = []
+    told.supervisor._tell_failed_versions()
+    assert sent == {index: [FailedVersions((status,)), FailedVersions(())] for index in (0, 1)}
 
 
 def test_a_socket_that_was_cleaned_away_is_made_again(told, tmp_path):

@@ -9,10 +9,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from xlarank.spec.versions import VersionStatus
+
 __all__ = [
     "AskMetrics",
     "Complete",
     "Failed",
+    "FailedVersions",
     "Hello",
     "LastMetrics",
     "MetricsText",
@@ -129,6 +132,13 @@ class LastMetrics:
     """The same of a worker that has answered its last request."""
 
     text: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class FailedVersions:
+    """To a worker: all versions that aren't served because they failed, for its index."""
+
+    statuses: tuple[VersionStatus, ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,9 @@ class Worker:
     text: bytes = b""
     """What it last said of itself."""
 
+    told_failed: tuple[VersionStatus, ...] = ()
+    """Versions that it knows to have failed elsewhere."""
+
     asked_at: float | None = None
     """Since when it owes an answer; None for not."""
 

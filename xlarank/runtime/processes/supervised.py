@@ -12,7 +12,15 @@ from typing import Any, Protocol
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from xlarank.runtime.processes.messages import AskMetrics, LastMetrics, MetricsText, Ready, Retire
+from xlarank.runtime.processes.messages import (
+    AskMetrics,
+    FailedVersions,
+    LastMetrics,
+    MetricsText,
+    Ready,
+    Retire,
+)
+from xlarank.spec.versions import VersionStatus
 
 __all__ = ["Request", "Supervised", "WorkerRequests"]
 
@@ -49,6 +57,7 @@ class Supervised:
         self,
         ready: Mapping[str, Any],
         metrics_text: Callable[[], bytes],
+        on_failed_versions: Callable[[Sequence[VersionStatus]], None],
         *,
         stop: Request,
         retire: Request,
@@ -58,12 +67,16 @@ class Supervised:
         Args:
           ready: what its ready line says.
           metrics_text: what its /metrics says.
+          on_failed_versions: told all versions that failed in other processes, whenever they change.
           stop: asked for when it is to answer what it has accepted, and end.
           retire: asked for when it is to let its clients go first.
         """
         self.tell(Ready(ready))
         threading.Thread(
-            target=self._listen, args=(metrics_text, stop, retire), name="xlarank-supervised", daemon=True
+            target=self._listen,
+            args=(metrics_text, on_failed_versions, stop, retire),
+            name="xlarank-supervised",
+            daemon=True,
         ).start()
 
     def tell(self, message: object) -> None:
@@ -78,7 +91,13 @@ class Supervised:
         with self._lock:
             self._has_said_last = True
 
-    def _listen(self, metrics_text: Callable[[], bytes], stop: Request, retire: Request) -> None:
+    def _listen(
+        self,
+        metrics_text: Callable[[], bytes],
+        on_failed_versions: Callable[[Sequence[VersionStatus]], None],
+        stop: Request,
+        retire: Request,
+    ) -> None:
         while True:
             try:
                 message = self._link.recv()
@@ -89,6 +108,8 @@ class Supervised:
                 return
             if isinstance(message, AskMetrics):
                 self.tell(MetricsText(metrics_text()))
+            elif isinstance(message, FailedVersions):
+                on_failed_versions(message.statuses)
             elif isinstance(message, Retire):
                 retire.set()
             else:

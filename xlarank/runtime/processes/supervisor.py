@@ -21,6 +21,7 @@ from xlarank.runtime.processes.holder import Backoff
 from xlarank.runtime.processes.messages import (
     Complete,
     Failed,
+    FailedVersions,
     Hello,
     LastMetrics,
     MetricsText,
@@ -249,6 +250,7 @@ class Supervisor:
     # What happens
 
     def _step(self, until: float, stop: StopSignal | None = None) -> None:
+        self._tell_failed_versions()
         watched: list[Any] = [self._listening, self._scrapes.file, *self._links]
         if stop is not None:
             watched.append(stop)
@@ -262,6 +264,14 @@ class Supervisor:
         self._reap()
         if self._clock() >= self._beat_at:
             self._beat()
+
+    def _tell_failed_versions(self) -> None:
+        """A worker loads what its holder has, and would know of no version that failed in another process."""
+        failed = tuple(self._plan.statuses())
+        for worker in self._workers():
+            if worker.link is not None and worker.is_ready and worker.told_failed != failed:
+                worker.told_failed = failed
+                self._tell(worker.link, FailedVersions(failed))
 
     def _beat(self) -> None:
         """Looks after workers that hang, and after the socket: folders for temporary files are cleaned up."""
