@@ -159,7 +159,8 @@ def test_a_row_that_is_finished_for_a_killed_writer_is_written_under_an_odd_stam
     shared.repair()
     assert during == [7]
     assert shared.stamps[at] == 8
-    assert (memory[3] == 9).all() and memory.sum() == 64 * 9
+    assert (memory[3] == 9).all()
+    assert memory.sum() == 64 * 9
     assert not (shared.stamps & 1).any()
     shared.repair()
     assert during == [7]

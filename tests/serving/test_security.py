@@ -17,13 +17,14 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
-from xlarank_serving import access
+from xlarank_serving import access, http_server
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.access import Access, Authorizer, access_of, load_tokens
 from xlarank_serving.admin import AdminClient
 from xlarank_serving.channel import ClientTls
 from xlarank_serving.client import RankingClient
-from xlarank_serving.config import SecurityConfig
+from xlarank_serving.config import HttpConfig, SecurityConfig, ServerConfig
+from xlarank_serving.server import RankingServer
 from xlarank_serving.tls import Certificates
 
 from xlarank.errors import AccessError, ConfigError, UnavailableError
@@ -139,6 +140,21 @@ def test_new_certificates_are_taken_up_and_half_written_ones_are_not(
         context = ssl.create_default_context(cafile=new_ca)
         url = f"https://{running.server.http_address}/metrics"
         assert urllib.request.urlopen(url, context=context, timeout=10).status == 200
+
+
+def test_a_client_of_rest_that_never_shakes_hands_is_left(wire, authorities, tmp_path, monkeypatch):
+    monkeypatch.setattr(http_server, "_MAX_HANDSHAKE_SECONDS", 0.5)
+    certificate, key, _ = write_certificate(tmp_path, authorities[0])
+    repository = wire.repository()
+    server = RankingServer(
+        repository,
+        repository.metrics.text,
+        ServerConfig(port=0, http_port=0),
+        security=SecurityConfig(tls_certificate=certificate, tls_key=key),
+        http=HttpConfig(port=0),
+    )
+    with server, socket.create_connection(("127.0.0.1", server.rest.port), timeout=20) as silent:
+        assert silent.recv(1) == b""
 
 
 def test_a_plain_client_of_https_harms_nobody(wire, authorities, tmp_path):

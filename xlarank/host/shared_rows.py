@@ -60,9 +60,9 @@ class SharedRows:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Keeps other writers out, of this process and of the others. Not twice by one thread."""
-        # Opened anew, the file is this call's own: its lock keeps threads of this process out as well as other
-        # processes, and ends with the owner, however that ends. Record locks are a process's own: the kernel
-        # takes threads that wait for different tables for one that waits for itself (EDEADLK).
+        # Opened anew, the file is this call's own: its lock keeps threads of this process out as well as
+        # other processes, and ends with the owner, however that ends. Record locks are a process's own: the
+        # kernel takes threads that wait for different tables for one that waits for itself (EDEADLK).
         file = os.open(f"/proc/self/fd/{self._file}", os.O_RDWR)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -92,8 +92,8 @@ class SharedRows:
         if not number[0]:
             return
         row = int(number[0]) - 1
-        # The writer may have been killed before it made the row's stamp odd, within, or just after: odd is what
-        # readers wait for, and nobody else writes stamps now. All of them, for a moment, instead of the row's.
+        # The writer may have been killed just before the row's stamp was odd, meanwhile, or just after: odd
+        # is what readers wait for. All stamps instead of the row's, as nobody else writes any now.
         self.stamps |= 1
         self._rows[row] = self.journal[_NUMBER_BYTES:]
         self.stamps += 1
