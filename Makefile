@@ -21,7 +21,7 @@ NATIVE := CMakeLists.txt $(wildcard xlarank/host/native/*)
 # Another PYTHON than the one that .venv was made with makes it anew.
 ifneq ($(PYTHON),)
 ifneq ($(wildcard $(STAMP)),)
-$(shell test "$$(tools/find_python.sh 2>/dev/null)" = "$$(cat $(STAMP))" || rm -f $(STAMP))
+$(shell test "$$(PYTHON='$(PYTHON)' tools/find_python.sh 2>/dev/null)" = "$$(cat $(STAMP))" || rm -f $(STAMP))
 endif
 endif
 
