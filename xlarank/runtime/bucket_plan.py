@@ -103,7 +103,7 @@ class BucketPlan:
         """What a request adds to a busy device's time: alone where it is large, its share where it merges."""
         if 2 * num_rows > self.knee_rows:
             return self.seconds(num_rows)
-        return max(num_rows * self.seconds_a_row, self.seconds(num_rows) / self.ladder.max_requests)
+        return max(num_rows * self.seconds_a_row, self.seconds(num_rows) / self._request_counts[-1])
 
     def _table(self, num_requests: int) -> list[float]:
         """[max_rows + 1] seconds of the cheapest set of buckets (dynamic program over rows)."""

@@ -61,7 +61,8 @@ class HeldTables:
     """By model and version."""
 
     loading: tuple[str, int] | None = None
-    """The version that is being loaded, or was when it failed. Written by the thread that loads."""
+    """The version that is being loaded, or was when it failed; None once all are. Written by the thread that
+    loads."""
 
     def take(self, model: str, version: int) -> LoadedTables:
         """Those of a version that is loaded now."""

@@ -83,11 +83,6 @@ class BucketLadder:
         """Most rows that one batch can hold; larger requests are split."""
         return self.buckets[-1].rows
 
-    @functools.cached_property
-    def max_requests(self) -> int:
-        """Most requests of any bucket."""
-        return max(bucket.requests for bucket in self.buckets)
-
     def smallest(self, num_rows: int, num_requests: int) -> Bucket | None:
         """Smallest bucket that holds both; None when none does."""
         return next((bucket for bucket in self.buckets if bucket.holds(num_rows, num_requests)), None)
