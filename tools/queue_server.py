@@ -105,8 +105,9 @@ class _OneModel:
 
     is_ready = True
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, pool: DevicePool) -> None:
         self._engine = engine
+        self.overload = pool.overload
 
     def engine(self, name: str, version: str = "", key: str | None = None) -> Engine:
         if name != self._engine.spec.name or version not in ("", str(self._engine.version)):
@@ -140,7 +141,7 @@ def _serve(args: argparse.Namespace) -> None:
         queue=QueueConfig(**json.loads(args.queue)),
     )
     config = ServerConfig(port=0, http_port=0)
-    with stop_on_signals() as stop, RankingServer(_OneModel(engine), metrics.text, config) as server:
+    with stop_on_signals() as stop, RankingServer(_OneModel(engine, pool), metrics.text, config) as server:
         (profile,) = engine.profiles
         seconds = [[bucket.rows, bucket.requests, value] for bucket, value in profile.seconds.items()]
         ready = {"grpc": server.address, "http": server.http_address, "profile": seconds}

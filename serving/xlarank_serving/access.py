@@ -16,7 +16,7 @@ import dataclasses
 import enum
 import hashlib
 import hmac
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -24,9 +24,9 @@ import grpc
 from xlarank.errors import AccessError, ConfigError
 from xlarank_serving.config import SecurityConfig
 from xlarank_serving.layout import SERVICE_NAME
+from xlarank_serving.parsing import refusal_handler
 from xlarank_serving.reloading import Reloaded, read_file
-from xlarank_serving.status import answering
-from xlarank_serving.threads import ServerThreads, on_threads
+from xlarank_serving.threads import ServerThreads
 
 __all__ = ["ADMIN_SERVICE_NAME", "Access", "Authorizer", "Gatekeeper", "access_of", "load_tokens"]
 
@@ -178,15 +178,8 @@ class Gatekeeper(grpc.ServerInterceptor):
             text = value.decode(errors="replace") if isinstance(value, bytes) else value
             self._authorizer.check_method(handler_call_details.method, text)
         except AccessError as error:
-            return self._refusal(error)
+            return refusal_handler(error, self._threads.control)
         return continuation(handler_call_details)
-
-    def _refusal(self, error: AccessError) -> grpc.RpcMethodHandler:
-        def refuse(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterable[bytes]:
-            raise error
-
-        # Of streams: it is called before a message is there, and answers any kind of method.
-        return grpc.stream_stream_rpc_method_handler(on_threads(answering(refuse), self._threads.control))
 
 
 def _reloaded(what: str, path: Path | None) -> Reloaded[Tokens] | None:

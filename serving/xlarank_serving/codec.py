@@ -26,8 +26,10 @@ from xlarank_serving.layout import (
     packed_inputs,
 )
 from xlarank_serving.parameters import InferParameters
+from xlarank_serving.parsing import InferMessage
 from xlarank_serving.tensors import from_raw, from_typed
 from xlarank_serving.top_k import INDICES, SCORES
+from xlarank_serving.wire_columns import WireColumns
 
 __all__ = ["ModelCodec"]
 
@@ -59,6 +61,7 @@ class ModelCodec:
         self._ragged_names = [f.name for f in spec.features if f.is_ragged]
         self._floats = {scope: float_features(spec, scope) for scope in Scope}
         self._ids = {scope: id_features(spec, scope) for scope in Scope}
+        self._columns = WireColumns(spec)
         self._task_of_output = {task.output: task.name for task in spec.tasks}
 
     def metadata(self, versions: Sequence[int]) -> messages.ModelMetadataResponse:
@@ -101,6 +104,18 @@ class ModelCodec:
         if own and not any(name in own for name in names):
             names = [*own, *names]
         return list(dict.fromkeys(names)) or list(self._task_of_output)
+
+    def read(self, message: InferMessage, *, check: ContentCheck | None = None) -> RankRequest:
+        """Reads the inputs in place if they are in the usual form, else as `decode`, which parses them.
+
+        Raises:
+          FeatureError: as `decode`.
+          RequestError: if the message is malformed.
+        """
+        columns = None if message.raw is None else self._columns.read(message.raw)
+        if columns is None:
+            return self.decode(message.parsed(), check=check)
+        return RankRequest.of_columns(self.spec, columns, check=check)
 
     def decode(
         self, request: messages.ModelInferRequest, *, check: ContentCheck | None = None

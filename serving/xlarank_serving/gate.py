@@ -1,16 +1,14 @@
-"""Calls turned away before any thread is taken: `Gate`."""
+"""Calls turned away before any thread is taken for them: `Gate`."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import grpc
 
-from xlarank.errors import OverloadError, UnavailableError
+from xlarank.errors import OverloadError, UnavailableError, XlarankError
 from xlarank_serving.layout import SERVICE_NAME
+from xlarank_serving.parsing import refusal_handler
 from xlarank_serving.service import InferenceService
-from xlarank_serving.status import answering
-from xlarank_serving.threads import ServerThreads, on_threads
+from xlarank_serving.threads import ServerThreads
 
 __all__ = ["Gate"]
 
@@ -21,11 +19,14 @@ _RETRY_STREAM_SECONDS = 1.0
 
 
 class Gate(grpc.GenericRpcHandler):
-    """The service of some handlers; it turns ranking requests away from the moment of the stop.
+    """The service of some handlers; it turns ranking requests away unread.
 
-    gRPC itself would leave those that arrive during a stop without an answer, then cancel them, and clients
-    retry on UNAVAILABLE only. Streams past the server's number of them are turned away too: each holds
-    threads. It looks a method up when its call arrives.
+    - From the moment of the stop: gRPC itself would leave those that arrive then without an answer, then
+      cancel them, and clients retry on UNAVAILABLE only.
+    - While no queue has room. To read a request and refuse it then costs as much as to read one that is
+      answered, and under overload most are refused: they would take the cores from those that aren't, and
+      these would wait where nothing counts it, for a thread that reads them.
+    - Streams past the server's number of them: each holds threads.
     """
 
     def __init__(
@@ -34,33 +35,26 @@ class Gate(grpc.GenericRpcHandler):
         self._service = service
         self._threads = threads
         self._inner = grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
-        self._refuse_unary = grpc.unary_unary_rpc_method_handler(
-            on_threads(answering(_say_stopping), threads.control)
-        )
-        self._refuse_stream = grpc.stream_stream_rpc_method_handler(
-            on_threads(answering(self._say_why_no_stream), threads.control)
-        )
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        """For gRPC; called on its one thread that hands calls out, so that the count of streams is exact."""
-        method = handler_call_details.method
-        if method == _UNARY and self._service.is_stopping:
-            return self._refuse_unary
-        if method == _STREAM and (
-            self._service.is_stopping or self._threads.streams.num_open >= self._threads.max_streams
-        ):
-            return self._refuse_stream
+        """For gRPC, when a call's headers have come; called on its one thread that hands calls out, so that
+        the count of streams is exact."""
+        refusal = None
+        if handler_call_details.method == _UNARY:
+            refusal = self._service.refusal(self._threads.rank.num_open)
+        elif handler_call_details.method == _STREAM:
+            refusal = self._refusal_of_stream()
+        if refusal is not None:
+            return refusal_handler(refusal, self._threads.control)
         return self._inner.service(handler_call_details)
 
-    def _say_why_no_stream(self, requests: Any, context: grpc.ServicerContext) -> Any:
+    def _refusal_of_stream(self) -> XlarankError | None:
         if self._service.is_stopping:
-            _say_stopping(requests, context)
-        raise OverloadError(
+            return UnavailableError("the server is stopping")
+        if self._threads.streams.num_open < self._threads.max_streams:
+            return None
+        return OverloadError(
             f"the server has {self._threads.max_streams} open streams of ModelStreamInfer, its limit; send "
             f"more over one of them, or use ModelInfer",
             retry_after_seconds=_RETRY_STREAM_SECONDS,
         )
-
-
-def _say_stopping(request: Any, context: grpc.ServicerContext) -> Any:
-    raise UnavailableError("the server is stopping")

@@ -32,11 +32,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from xlarank.errors import OverloadError, RequestError, UnavailableError
+from xlarank.errors import OverloadError, RequestError
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.http_bodies import Bodies
 from xlarank_serving.http_messages import HEADER_LENGTH, encode_response, json_of, parse_object, parse_request
 from xlarank_serving.layout import SERVICE_NAME
+from xlarank_serving.parsing import InferMessage
 from xlarank_serving.repository_rpcs import IndexedRepository, RepositoryService
 from xlarank_serving.service import InferenceService, RankCall
 from xlarank_serving.status import http_status_of
@@ -142,6 +143,8 @@ class _App:
         """A route that ranks."""
 
         async def answer(request: Request) -> Response:
+            if (refusal := self._service.refusal(self._threads.rank.num_open)) is not None:
+                raise refusal
             async with self._bodies.received(request) as body:
                 ranking = _Ranking(self._service, request, body)
                 loop = asyncio.get_running_loop()
@@ -197,8 +200,6 @@ class _Ranking:
 
     def run(self) -> tuple[bytes, int | None]:
         """The body of the answer, and how much of it is JSON if tensors follow."""
-        if self._service.is_stopping:
-            raise UnavailableError("the server is stopping")
         request = parse_request(
             self._body,
             self._header_length,
@@ -206,14 +207,14 @@ class _Ranking:
             model=self._path["name"],
             version=self._path.get("version", ""),
         )
-        call = self._service.begin(request.message, trace_parent=self._trace_parent)
+        call = self._service.begin(InferMessage(request.message), trace_parent=self._trace_parent)
         with self._lock:
             self._call = call
             is_cancelled = self._is_cancelled
         if is_cancelled:
             call.cancel()
         try:
-            response = self._service.finish(call)
+            response = self._service.answer(call)
         except concurrent.futures.CancelledError:  # asyncio would take it for a cancellation of its own task
             raise ClientDisconnect from None
         return encode_response(response, request)

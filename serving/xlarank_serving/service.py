@@ -15,7 +15,13 @@ from typing import Any, Protocol
 import grpc
 import numpy as np
 
-from xlarank.errors import DeadlineError, ModelNotFoundError, UnavailableError
+from xlarank.errors import (
+    DeadlineError,
+    ModelNotFoundError,
+    OverloadError,
+    UnavailableError,
+    XlarankError,
+)
 from xlarank.host import FeatureStore
 from xlarank.runtime import Answer, ModelStatistics, Timings
 from xlarank.spec import BucketLadder, ContentCheck, ModelSpec, RankRequest, RequestOptions
@@ -25,7 +31,7 @@ from xlarank_serving.config import LimitConfig
 from xlarank_serving.limits import check_request
 from xlarank_serving.model_info import config_of, statistics_of
 from xlarank_serving.parameters import InferParameters, read_parameters, routing_key
-from xlarank_serving.parsing import unary_handler
+from xlarank_serving.parsing import InferMessage, read_infer_message, unary_handler
 from xlarank_serving.repository_rpcs import IndexedRepository, ManagedRepository, RepositoryService
 from xlarank_serving.request_record import Observer, RequestRecord
 from xlarank_serving.status import failure_reason, status_of
@@ -115,6 +121,10 @@ class Repository(IndexedRepository, Protocol):
         """
         ...
 
+    def overload(self, num_arriving: int) -> OverloadError | None:
+        """What a request that comes now is to be refused with unread, beside so many that are being read."""
+        ...
+
     def models(self) -> list[tuple[str, int, bool]]:
         """Name, version and whether it is ready, for every version."""
         ...
@@ -138,6 +148,8 @@ class RankCall:
     """A ranking request that an engine has taken."""
 
     request: messages.ModelInferRequest
+    """Perhaps without its tensors."""
+
     engine: Engine
     codec: ModelCodec
     parameters: InferParameters
@@ -185,6 +197,8 @@ class InferenceService:
         self._observers = tuple(observers)
         # One codec an engine, dropped with it. A lost race builds one twice, and they are equal.
         self._codecs: weakref.WeakKeyDictionary[Engine, ModelCodec] = weakref.WeakKeyDictionary()
+        # Calls on threads of the ranking pool that wait for their engine. Single operations need no lock.
+        self._waiting: set[RankCall] = set()
         self._is_stopping = False  # set once, read by any thread
 
     def stop_accepting(self) -> None:
@@ -198,6 +212,16 @@ class InferenceService:
     def is_stopping(self) -> bool:
         """Whether `stop_accepting` was called."""
         return self._is_stopping
+
+    def refusal(self, num_open: int) -> XlarankError | None:
+        """What a ranking request that comes now is answered unread; None if it is to be read.
+
+        Args:
+          num_open: calls of the ranking pool. Those that don't wait for an engine are on their way to one.
+        """
+        if self._is_stopping:
+            return UnavailableError("the server is stopping")
+        return self._repository.overload(max(0, num_open - len(self._waiting)))
 
     def handlers(
         self,
@@ -227,7 +251,7 @@ class InferenceService:
         methods |= {name: (method, threads.control) for name, method in administration.methods().items()}
         return {
             name: unary_handler(
-                messages, name, method, pool, limits=self.limits if name == "ModelInfer" else None
+                messages, name, method, pool, read=self.read if name == "ModelInfer" else None
             )
             for name, (method, pool) in methods.items()
         }
@@ -291,28 +315,32 @@ class InferenceService:
             ]
         )
 
+    def read(self, data: bytes) -> InferMessage:
+        """A ranking request of its bytes; RequestError for one that is malformed or too large."""
+        return read_infer_message(data, self.limits)
+
     def model_infer(
-        self, request: messages.ModelInferRequest, context: grpc.ServicerContext
+        self, message: InferMessage, context: grpc.ServicerContext
     ) -> messages.ModelInferResponse:
         """Scores one request; a caller who leaves or whose deadline passes cancels it."""
         trace_parent = trace_parent_of(context) if self._observers else None
-        call = self.begin(request, seconds_left(context), trace_parent)
+        call = self.begin(message, seconds_left(context), trace_parent)
         # If the caller leaves or its deadline passes, the engine needn't run it and this thread needn't
         # wait. If that has happened already, no callback will come.
         if not context.add_callback(call.cancel):
             call.cancel()
-        return self.finish(call)
+        return self.answer(call)
 
     def begin(
         self,
-        request: messages.ModelInferRequest,
+        message: InferMessage,
         seconds_left: float = math.inf,
         trace_parent: str | None = None,
     ) -> RankCall:
         """Reads a request and hands it to its engine; doesn't wait.
 
         Args:
-          request: of ModelInfer.
+          message: of ModelInfer.
           seconds_left: until the caller's own deadline.
           trace_parent: the caller's span, as the traceparent header has it.
 
@@ -321,13 +349,14 @@ class InferenceService:
           DeadlineError, OverloadError, UnavailableError: the engine doesn't take it.
         """
         arrived_at = time.monotonic()
+        request = message.request
         read = _Read(request.model_version)
         try:
             check_request(request, self.limits)
             key = routing_key(request.parameters) or request.id or None
             with self._repository.lease(request.model_name, request.model_version, key) as engine:
                 try:
-                    return self._submit(engine, request, read, arrived_at, seconds_left, trace_parent)
+                    return self._submit(engine, message, read, arrived_at, seconds_left, trace_parent)
                 except Exception as error:
                     engine.metrics.record_failure(failure_reason(error), time.monotonic() - arrived_at)
                     raise
@@ -339,7 +368,7 @@ class InferenceService:
     def _submit(
         self,
         engine: Engine,
-        request: messages.ModelInferRequest,
+        message: InferMessage,
         read: _Read,
         arrived_at: float,
         seconds_left: float,
@@ -347,10 +376,11 @@ class InferenceService:
     ) -> RankCall:
         """Reads a request, noting in `read` how far that went, and hands it to its engine."""
         read.version = str(engine.version)
+        request = message.request
         codec = self._codec(engine)
         parameters = read_parameters(request.parameters, engine.spec)
         outputs = codec.requested_outputs(request, parameters)
-        rank_request = codec.decode(request, check=engine.check)
+        rank_request = codec.read(message, check=engine.check)
         timeout_at = arrived_at + min(parameters.timeout_seconds, self._default_timeout_seconds)
         options = RequestOptions(
             priority=parameters.priority,
@@ -363,6 +393,14 @@ class InferenceService:
         return RankCall(
             request, engine, codec, parameters, outputs, future, arrived_at, timeout_at, read, trace_parent
         )
+
+    def answer(self, call: RankCall) -> messages.ModelInferResponse:
+        """`finish` on a thread of the ranking pool."""
+        self._waiting.add(call)
+        try:
+            return self.finish(call)
+        finally:
+            self._waiting.discard(call)
 
     def finish(self, call: RankCall) -> messages.ModelInferResponse:
         """Waits for the answer and writes it.

@@ -16,7 +16,6 @@ import grpc
 
 from xlarank.errors import UnavailableError
 from xlarank_serving._proto import grpc_service_pb2 as messages
-from xlarank_serving.parsing import parse
 from xlarank_serving.service import InferenceService, RankCall, seconds_left, trace_parent_of
 from xlarank_serving.status import answering_stream, status_of
 from xlarank_serving.threads import ServerThreads, on_threads
@@ -102,10 +101,11 @@ class InferStreams:
     ) -> RankCall | messages.ModelStreamInferResponse:
         request = messages.ModelInferRequest()
         try:
-            request = parse(messages.ModelInferRequest, data, self._service.limits)
+            message = self._service.read(data)
+            request = message.request
             if self._service.is_stopping:
                 raise UnavailableError("the server is stopping")
-            return self._service.begin(request, seconds_left(context), trace_parent_of(context))
+            return self._service.begin(message, seconds_left(context), trace_parent_of(context))
         except Exception as error:
             return _failure(request, error)
 

@@ -256,6 +256,77 @@ def test_a_longer_queue_than_allowed_is_refused_and_says_when_to_come_again():
     ask(scheduler, queue, "urgent", priority=1)  # nothing of its level is ahead
 
 
+def test_a_request_is_refused_unread_while_the_queue_has_no_room_for_it():
+    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=2500, max_queued_rows=128)
+    assert scheduler.overload(1000, 0.0) is None  # nobody knows yet what they will be
+    for i in range(2):
+        ask(scheduler, queue, i)
+    assert scheduler.overload(0, 0.0) is None  # 2 s to wait
+    refusal = scheduler.overload(1, 0.0)  # what is on its way counts as if it were queued
+    assert "a request would wait 3000.0 ms, max_queue_ms is 2500" in str(refusal)
+    assert refusal.retry_after_seconds == pytest.approx(3.0 - 1.25)
+    scheduler.next_turn(0, 0.0)
+    assert scheduler.overload(0, 0.9) is None
+    assert "32 rows are queued, 97 more would pass max_queued_rows, 128" in str(scheduler.overload(3, 0.9))
+
+
+def test_a_request_is_read_while_another_model_or_level_that_came_lately_has_room():
+    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=500)
+    other = scheduler.attach("other", [ALIKE], QueueConfig(max_queue_ms=1e6))
+    ask(scheduler, queue, 0)
+    assert scheduler.overload(0, 0.0) is not None  # the other is asked for nothing
+    ask(scheduler, other, 1)
+    assert scheduler.overload(0, 0.0) is None
+    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=500)
+    ask(scheduler, queue, 0, priority=1)
+    assert scheduler.overload(0, 0.0) is not None
+    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=500)
+    ask(scheduler, queue, 0, priority=1)
+    turn = scheduler.next_turn(0, 0.0)
+    ask(scheduler, queue, 1, now=0.9)
+    assert scheduler.overload(0, 0.9) is None  # nothing of the first level is ahead
+    scheduler.finished(turn, 1.0)
+    assert scheduler.overload(0, 60.5) is not None  # that one came more than a minute ago
+    scheduler.set_healthy(0, False)
+    assert scheduler.overload(0, 60.5) is None  # for that a request has an error of its own
+
+
+def test_what_is_refused_unread_would_be_refused_if_it_were_read():
+    count = sum((_count_refused_unread(seed) for seed in range(20)), collections.Counter())
+    assert count[True] > 1000
+    assert count[False] > 1000
+
+
+def _count_refused_unread(seed):
+    """Drives a random scheduler with random requests; how often one that comes would be refused unread."""
+    rng = random.Random(seed)
+    plans = rng.choice(([ALIKE], [ALIKE] * 3, [FAST, SLOW]))
+    scheduler = Scheduler(len(plans))
+    config = QueueConfig(max_queue_ms=rng.choice((500, 3000)), max_queued_rows=rng.choice((64, 256)))
+    queues = [scheduler.attach(name, plans, config) for name in "ab"[: rng.choice((1, 2))]]
+    levels = rng.choice(((2,), (1, 2), (2, 3, 4)))
+    running, now, count = {}, 0.0, collections.Counter()
+    for step in range(400):
+        now += rng.random() / 10 * (step % 100 < 70 or 10)
+        while running and min(end for _, end in running.values()) <= now:
+            device, (turn, end) = min(running.items(), key=lambda entry: entry[1][1])
+            del running[device]
+            scheduler.finished(turn, end)
+        is_full = scheduler.overload(0, now) is not None
+        count[is_full] += 1
+        for queue in queues if is_full else []:
+            for level in queue.priority_seen_at:
+                with pytest.raises(OverloadError):
+                    ask(scheduler, queue, "x", 1, now, priority=level)
+        with contextlib.suppress(OverloadError):
+            rows, level = rng.choice((1, 30, 90)), rng.choice(levels)
+            ask(scheduler, rng.choice(queues), step, rows, now, priority=level)
+        for device in range(len(plans)):
+            if device not in running and (turn := scheduler.next_turn(device, now)) is not None:
+                running[device] = (turn, now + turn.predicted_seconds * rng.choice((0.8, 1.0, 1.5)))
+    return count
+
+
 def test_rows_are_bounded_but_a_lone_request_is_taken():
     scheduler, queue = scheduler_of(ALIKE, max_queued_rows=40)
     ask(scheduler, queue, "a", 100)

@@ -121,7 +121,13 @@ class FakeRepository:
         self.failed = []  # VersionStatus of versions that couldn't be loaded
         self.calls = []  # of load and unload
         self.keys = []  # of leases
+        self.overloads = []  # how many were arriving, by look
+        self.refusal = None
         self.is_closed = False
+
+    def overload(self, num_arriving):
+        self.overloads.append(num_arriving)
+        return self.refusal
 
     def add(self, spec, version):
         engine = FakeEngine(spec, version, self.metrics.model(spec.name, version))

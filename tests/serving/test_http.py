@@ -495,6 +495,14 @@ def test_who_may_not_call_is_refused(own, wire, tmp_path):
     assert over.infer(as_json(wire), Authorization="Bearer a-token-of-enough-letters")[0] == 200
 
 
+def test_under_overload_a_request_is_refused_unread(own):
+    over = own()
+    over.repository.refusal = OverloadError("the queue is full: why", 1.25)
+    status, headers, answer = over.call("POST", "/v2/models/feed/infer", b"no message")
+    assert (status, headers["retry-after"]) == (429, "2")
+    assert json.loads(answer) == {"error": "the queue is full: why"}
+
+
 def test_a_stop_answers_what_was_accepted_and_turns_the_rest_away(wire):
     over = Over(wire)
     over.engine.hold()

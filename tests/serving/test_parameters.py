@@ -10,6 +10,7 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import np_to_triton_dtype
 from xlarank_serving.parameters import read_parameters
+from xlarank_serving.parsing import InferMessage
 from xlarank_serving.service import InferenceService
 from xlarank_serving.top_k import TopK
 
@@ -64,7 +65,9 @@ def test_priority_reaches_the_engine_and_is_the_default_out_of_range(serving, wi
 
 def test_the_deadline_is_the_earliest_of_the_callers_the_requests_and_the_servers(wire, serving):
     def seconds_left(service, seconds_left, **parameters):
-        call = service.begin(with_parameters(wire, wire.raw(**wire.valid(1)), **parameters), seconds_left)
+        call = service.begin(
+            InferMessage(with_parameters(wire, wire.raw(**wire.valid(1)), **parameters)), seconds_left
+        )
         return serving.engine.options[-1].deadline - call.arrived_at
 
     plain = InferenceService(serving.repository)

@@ -6,12 +6,14 @@ import fcntl
 import http.client
 import math
 import os
+import queue
 import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +27,7 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from prometheus_client.parser import text_string_to_metric_families
 from xlarank_serving import transport
 from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig, ServerConfig
+from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.server import RankingServer, StopRequest, stop_on_signals
 from xlarank_serving.status import error_of, failure_reason, status_of
 
@@ -33,6 +36,7 @@ from xlarank.errors import (
     ConfigError,
     FeatureError,
     ModelNotFoundError,
+    OverloadError,
     RequestError,
     UnavailableError,
     XlarankError,
@@ -324,6 +328,54 @@ def test_a_bad_config_is_refused(fields, text):
 def test_a_bad_limit_is_refused(config, fields, text):
     with pytest.raises(ConfigError, match=text):
         config(**fields)
+
+
+def test_under_overload_a_request_is_refused_unread(wire, candidates):
+    running = wire.start()
+    send = running.channel.unary_unary(f"/{SERVICE_NAME}/ModelInfer")
+    with pytest.raises(grpc.RpcError) as info:
+        send(b"no message", timeout=10)
+    assert info.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    running.repository.refusal = OverloadError("the queue is full: why", 0.25)
+    with pytest.raises(grpc.RpcError) as info:
+        send(b"no message", timeout=10)
+    assert (info.value.code(), info.value.details()) == (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "the queue is full: why",
+    )
+    assert dict(info.value.trailing_metadata())["grpc-retry-pushback-ms"] == "250"
+    assert running.client.metadata("feed").versions == ["3"]  # nothing else is refused
+    running.repository.refusal = None
+    assert len(running.client.score("feed", candidates)["finish"]) == 3
+
+
+def test_calls_that_wait_for_their_engine_are_not_on_their_way(wire):
+    running = wire.start()
+    running.engine.hold()
+    send = running.channel.unary_unary(f"/{SERVICE_NAME}/ModelInfer")
+    request = wire.raw(**wire.valid(3)).SerializeToString()
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(send, request, timeout=30) for _ in range(3)]
+        for _ in range(3):
+            assert running.engine.arrived.acquire(timeout=10)
+        # One that is sent by half: its headers have come, its message not.
+        looks = len(running.repository.overloads)
+        halves = queue.SimpleQueue()
+        slow = running.channel.stream_unary(f"/{SERVICE_NAME}/ModelInfer")
+        late = slow.future(iter(halves.get, None), timeout=30)
+        deadline = time.monotonic() + 10
+        while len(running.repository.overloads) == looks:
+            assert time.monotonic() < deadline
+        answers.append(pool.submit(send, request, timeout=30))
+        assert running.engine.arrived.acquire(timeout=10)
+        halves.put(request)
+        halves.put(None)
+        assert running.engine.arrived.acquire(timeout=10)
+        running.engine.release()
+        for answer in [*answers, late]:
+            answer.result(timeout=10)
+    # The last that came found one on its way, the one sent by half; those that were waiting don't count.
+    assert running.repository.overloads[-1] == 1
 
 
 def test_stop_answers_what_was_accepted_and_then_closes_the_repository(wire, candidates):

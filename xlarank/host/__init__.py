@@ -9,6 +9,7 @@ from xlarank.host.feature_source import FeatureRows, FeatureSource, FileSource
 from xlarank.host.feature_store import FeatureStore, FeatureStoreStats, MissPolicy
 from xlarank.host.gather import BoundRequest, Gatherer, Segment
 from xlarank.host.hashing import hash_int64, hash_strings
+from xlarank.host.infer_message import InferForms, RawMessage
 from xlarank.host.memory import HugePages, TableMemory, huge_empty
 from xlarank.host.preprocessing import model_inputs, to_dense, to_rows, truncate
 from xlarank.host.row_codec import check_tables, decode_rows, encode_rows
@@ -31,7 +32,9 @@ __all__ = [
     "Gatherer",
     "HostTable",
     "HugePages",
+    "InferForms",
     "MissPolicy",
+    "RawMessage",
     "Segment",
     "SharedRows",
     "TableMemory",

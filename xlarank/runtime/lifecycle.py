@@ -16,7 +16,13 @@ from typing import TypeVar
 
 from xlarank import device
 from xlarank.bundle import list_versions
-from xlarank.errors import BundleError, ConfigError, ModelNotFoundError, UnavailableError
+from xlarank.errors import (
+    BundleError,
+    ConfigError,
+    ModelNotFoundError,
+    OverloadError,
+    UnavailableError,
+)
 from xlarank.host import FeatureOptions, TableMemory, native_available
 from xlarank.runtime.captures import Captures
 from xlarank.runtime.device_health import DeviceState
@@ -223,6 +229,10 @@ class ModelRepository:
           statuses: all of them, in the place of those told before.
         """
         self._failed_elsewhere = tuple(statuses)
+
+    def overload(self, num_arriving: int) -> OverloadError | None:
+        """See `DevicePool.overload`."""
+        return self._pool.overload(num_arriving)
 
     def engine(self, name: str, version: str = "", key: str | None = None) -> Engine:
         """The engine that answers for a model now. To submit to it use `lease`, which keeps it open.

@@ -92,6 +92,7 @@ class DevicePool:
         self._errands: list[deque[Callable[[], None]]] = [deque() for _ in range(num_devices)]
         self._asides = [math.inf] * num_devices  # since when a device does something that is no turn
         self._timer_at = math.inf  # when the timer wakes by itself
+        self._num_turned_away = 0
         self._is_closed = False  # moves one way
         self._threads = [
             threading.Thread(target=self._serve, args=(index,), name=f"xlarank-device-{index}", daemon=True)
@@ -159,6 +160,14 @@ class DevicePool:
             self._on_change()
             self._set_timer()
 
+    def overload(self, num_arriving: int) -> OverloadError | None:
+        """What a request is to be refused with before it is read, for there is no room for it; None if there
+        may be. See `Scheduler.overload`."""
+        with self._lock:
+            refusal = self._scheduler.overload(num_arriving, self._clock())
+            self._num_turned_away += refusal is not None
+            return refusal
+
     def run_between(self, device_index: int, errand: Callable[[], None]) -> None:
         """Has a device's thread do something after the turn that it is at, before the next one.
 
@@ -206,7 +215,7 @@ class DevicePool:
                 DeviceSnapshot(status, *self._scheduler.use_of(index))
                 for index, status in enumerate(self._health.statuses())
             ]
-        return PoolSnapshot(queues, devices)
+        return PoolSnapshot(queues, devices, self._num_turned_away)
 
     def close(self) -> None:
         """Finishes what is queued, then stops the threads; one that hangs is left behind."""

@@ -6,6 +6,7 @@ xlarank_queue_seconds                 device time that they are predicted to tak
 xlarank_queue_refusals_total          requests that were refused or dropped unrun, by `reason`:
                                       queue_full, deadline (refused on arrival), late (dropped from the
                                       queue), canceled (by the caller), no_device
+xlarank_turned_away_total             requests that were refused before they were read: no queue had room
 xlarank_device_state                  1 for the state that a `device` is in, 0 for the others, by `state`
 xlarank_device_rows                   rows that a `device` runs, or that wait for it alone
 xlarank_device_busy_seconds_total     time that it ran batches, by `device`
@@ -68,6 +69,8 @@ class PoolSnapshot:
 
     queues: Sequence[QueueSnapshot]
     devices: Sequence[DeviceSnapshot]
+    num_turned_away: int = 0
+    """Requests refused before they were read, so that their model isn't known."""
 
 
 class PoolMetrics(Collector):
@@ -103,7 +106,12 @@ class PoolMetrics(Collector):
             seconds.add_metric(own, queue.seconds)
             for reason, count in queue.refusals.items():
                 refusals.add_metric([*own, reason], count)
-        yield from (rows, requests, seconds, refusals)
+        turned_away = CounterMetricFamily(
+            "xlarank_turned_away",
+            "Requests refused before they were read, as no queue had room",
+            value=snapshot.num_turned_away,
+        )
+        yield from (rows, requests, seconds, refusals, turned_away)
         states = GaugeMetricFamily(
             "xlarank_device_state", "1 for the state that a device is in", labels=["device", "state"]
         )

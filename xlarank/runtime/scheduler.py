@@ -50,6 +50,9 @@ it, while a device that has become slow is believed in some tens of runs, howeve
 
 _LEAST_RETRY_SECONDS = 0.001
 
+_RECENT_SECONDS = 60.0
+"""For so long a priority that came is expected again."""
+
 _MAX_LOOK = 256
 """Queued parts that are looked at for one device: bounds the time under the owner's lock."""
 
@@ -66,6 +69,12 @@ class ModelQueue(Generic[Item]):
     version: int = 0
     used_seconds: float = 0.0
     """Device time since it was attached; one that was idle is brought level with the least served."""
+
+    mean_rows: float = 0.0
+    """Of the requests that came lately, refused ones too."""
+
+    priority_seen_at: dict[int, float] = dataclasses.field(default_factory=dict)
+    """When a request of each level came last."""
 
     @property
     def has_kinds(self) -> bool:
@@ -197,6 +206,8 @@ class Scheduler(Generic[Item]):
         deadline = options.deadline
         if config.default_timeout_ms:
             deadline = min(deadline, now + config.default_timeout_ms / 1e3)
+        queue.mean_rows += (num_rows - queue.mean_rows) * (_ADAPT if queue.mean_rows else 1.0)
+        queue.priority_seen_at[options.priority] = now
         self._admit(queue, num_rows, options.priority, deadline, now)
         self._level(queue)
         home = None if options.affinity_key is None else self._home(options.affinity_key)
@@ -312,12 +323,44 @@ class Scheduler(Generic[Item]):
         """When to call `take_late`, or `next_turn` for every free device, though nothing happens; or inf."""
         return min((queue.batcher.wake_at for queue in self._queues), default=math.inf)
 
-    def predicted_start(self, queue: ModelQueue[Item], now: float, priority: int = DEFAULT_PRIORITY) -> float:
+    def overload(self, num_arriving: int, now: float) -> OverloadError | None:
+        """What a request that comes now would be refused with, before anything is known of it.
+
+        It may be of any model and priority that came within the last minute, and of a single row.
+
+        Args:
+          num_arriving: requests that are on their way and haven't been submitted; they count as queued, each
+            as large as those before it.
+          now: seconds.
+
+        Returns:
+          The refusal; None if it may be taken, or would be refused for another reason.
+        """
+        refusal = None
+        for queue in self._queues:
+            recent = [p for p, at in queue.priority_seen_at.items() if now - at <= _RECENT_SECONDS]
+            if not recent:
+                continue
+            arriving = num_arriving * queue.batcher.plan.work_seconds(max(1, round(queue.mean_rows)))
+            wait = self.predicted_start(queue, now, min(recent), arriving) - now
+            refusal = self._refusal(queue, round(num_arriving * queue.mean_rows) + 1, wait)
+            if refusal is None or wait == math.inf:
+                return None
+        return refusal
+
+    def predicted_start(
+        self,
+        queue: ModelQueue[Item],
+        now: float,
+        priority: int = DEFAULT_PRIORITY,
+        arriving_seconds: float = 0.0,
+    ) -> float:
         """When a request of this level would begin to run if it came now; inf without a healthy device.
 
-        The work ahead of it fills the devices up to a common level, each from when it is free on.
+        The work ahead of it, and that of what is arriving, fills the devices up to a common level, each from
+        when it is free on.
         """
-        ahead = queue.batcher.seconds_ahead(now, priority)
+        ahead = queue.batcher.seconds_ahead(now, priority) + arriving_seconds
         for other in self._queues:
             if other is not queue:  # it gets as many turns as this one, and may be the first
                 most = ahead + other.batcher.plan.knee_seconds
@@ -340,24 +383,12 @@ class Scheduler(Generic[Item]):
     def _admit(
         self, queue: ModelQueue[Item], num_rows: int, priority: int, deadline: float, now: float
     ) -> None:
-        config, batcher = queue.batcher.config, queue.batcher
         start = self.predicted_start(queue, now, priority)
         if start == math.inf:
             raise UnavailableError(f"model {queue.name!r}: no device is healthy")
-        wait, longest = start - now, config.max_queue_ms / 1e3
-        retry = max(_LEAST_RETRY_SECONDS, wait - longest / 2)
-        if batcher.num_queued_rows and batcher.num_queued_rows + num_rows > config.max_queued_rows:
-            raise OverloadError(
-                f"model {queue.name!r}: the queue is full: {batcher.num_queued_rows} rows are queued, "
-                f"{num_rows} more would pass max_queued_rows, {config.max_queued_rows}",
-                retry,
-            )
-        if wait > longest:
-            raise OverloadError(
-                f"model {queue.name!r}: the queue is full: a request would wait {wait * 1e3:.1f} ms, "
-                f"max_queue_ms is {config.max_queue_ms:g}",
-                retry,
-            )
+        refusal = self._refusal(queue, num_rows, start - now)
+        if refusal is not None:
+            raise refusal
         if deadline < math.inf:
             finish = self._finish(queue, num_rows, start, now)
             if finish > deadline:
@@ -365,6 +396,23 @@ class Scheduler(Generic[Item]):
                     f"model {queue.name!r}: the answer would come in {(finish - now) * 1e3:.1f} ms, the "
                     f"deadline is in {(deadline - now) * 1e3:.1f} ms"
                 )
+
+    @staticmethod
+    def _refusal(queue: ModelQueue[Item], num_rows: int, wait: float) -> OverloadError | None:
+        """Why so many rows more, which would wait so long, are too many; None if they aren't."""
+        config, num_queued = queue.batcher.config, queue.batcher.num_queued_rows
+        longest = config.max_queue_ms / 1e3
+        if num_queued and num_queued + num_rows > config.max_queued_rows:
+            why = (
+                f"{num_queued} rows are queued, {num_rows} more would pass max_queued_rows, "
+                f"{config.max_queued_rows}"
+            )
+        elif wait > longest:
+            why = f"a request would wait {wait * 1e3:.1f} ms, max_queue_ms is {config.max_queue_ms:g}"
+        else:
+            return None
+        retry = max(_LEAST_RETRY_SECONDS, wait - longest / 2)
+        return OverloadError(f"model {queue.name!r}: the queue is full: {why}", retry)
 
     def _finish(self, queue: ModelQueue[Item], num_rows: int, start: float, now: float) -> float:
         """When the soonest device would be through with a request that begins at `start` or after."""

@@ -67,6 +67,33 @@ class RankRequest:
             None if (value := features.get(feature.name)) is None else _as_column(feature, value)
             for feature in spec.features
         ]
+        self._hold(spec, columns, num_candidates, check)
+
+    @classmethod
+    def of_columns(
+        cls, spec: ModelSpec, columns: Sequence[Column | None], *, check: ContentCheck | None = None
+    ) -> RankRequest:
+        """A request of columns whose dtypes, ranks and strides are as stated above: what a server has read.
+
+        Args:
+          spec: the model.
+          columns: one a feature, in the order of ``spec.features``; None for one that is left out.
+          check: as above.
+
+        Raises:
+          FeatureError: as above, but for a column's form.
+        """
+        request = cls.__new__(cls)
+        request._hold(spec, columns, None, check)
+        return request
+
+    def _hold(
+        self,
+        spec: ModelSpec,
+        columns: Sequence[Column | None],
+        num_candidates: int | None,
+        check: ContentCheck | None,
+    ) -> None:
         self.spec = spec
         self.num_candidates = _num_candidates(spec, columns, num_candidates)
         self.columns: tuple[Column, ...] = tuple(

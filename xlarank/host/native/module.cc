@@ -16,6 +16,7 @@
 #include "features_door.h"
 #include "gather.h"
 #include "hashing.h"
+#include "infer_door.h"
 #include "lookup.h"
 #include "numpy_arrays.h"
 #include "parsing.h"
@@ -413,6 +414,7 @@ NB_MODULE(_native, module) {
   module.def("hash_strings", &hash_texts, "blob"_a, "offsets"_a, "seed"_a);
   module.def("split_bytes_tensor", &split_bytes_tensor, "raw"_a);
   define_lookup(module);
+  define_infer_messages(module);
 
   nb::class_<IntVocabulary>(module, "IntVocabulary")
       .def(
