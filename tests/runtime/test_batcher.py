@@ -112,7 +112,48 @@ def test_what_a_large_request_leaves_free_of_its_bucket_is_filled():
     assert run(batcher) == [("a", 0, 120), ("b", 0, 6)]
 
 
+UNEVEN = plan_of(LADDER, lambda bucket: {8: 1.0, 32: 2.0, 128: 7.7}[bucket.rows])
+"""A knee of 32 rows: four such runs take 8."""
+
+
+def twenties(count):
+    return [(f"r{number}", 20) for number in range(count)]
+
+
+@pytest.mark.parametrize("max_skip_ms", [0, 10])
+def test_requests_that_leave_runs_within_the_knee_half_empty_share_one_beyond_it(max_skip_ms):
+    batcher = batcher_of(UNEVEN, max_skip_ms=max_skip_ms)
+    fill(batcher, *twenties(7), now=0.0)
+    batch = batcher.next_batch(0, 1.0)  # six take 7.7, and 12 one by one
+    assert (batch.bucket, batch.num_rows) == (Bucket(128, 128), 120)
+    assert [part.item for part in batch.parts] == [f"r{number}" for number in range(6)]
+    assert run(batcher, now=1.0) == [("r6", 0, 20)]
+
+
+@pytest.mark.parametrize("requests", [twenties(4), [("a", 32), ("b", 32), ("c", 32), ("d", 32)]])
+def test_they_do_not_where_it_saves_little(requests):
+    batcher = batcher_of(UNEVEN)
+    fill(batcher, *requests)
+    for name, rows in requests:  # 8 in four runs
+        assert run(batcher) == [(name, 0, rows)]
+
+
+def test_nobody_is_late_for_a_run_beyond_the_knee():
+    batcher = batcher_of(UNEVEN)
+    fill(batcher, *twenties(5), now=0.0)
+    fill(batcher, ("hurried", 20), now=0.0, deadline=7.0)
+    assert run(batcher) == [("r0", 0, 20)]
+    batcher = batcher_of(UNEVEN)
+    fill(batcher, *twenties(5), now=0.0)
+    fill(batcher, ("hurried", 20), now=0.0, deadline=7.8)
+    assert len(run(batcher)) == 6
+
+
 def test_a_limit_of_the_operator_is_kept():
+    even = plan_of(LADDER, lambda b: {8: 1.0, 32: 2.0, 128: 7.7}[b.rows], max_batch_rows=32)
+    batcher = batcher_of(even)
+    fill(batcher, *twenties(6))
+    assert run(batcher) == [("r0", 0, 20)]
     merging = batcher_of(plan_of(LADDER, lambda b: 1 + b.rows / 1e6, max_batch_rows=32))
     fill(merging, ("a", 120), ("b", 6), ("c", 6))
     assert [run(merging) for _ in range(2)] == [[("a", 0, 120)], [("b", 0, 6), ("c", 0, 6)]]

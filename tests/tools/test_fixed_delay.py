@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 from fixed_delay import FixedDelayBatcher, fixed_delay
-from serving_lab import run_simulation
+from queue_server import OURS, batcher_of
+from serving_lab import arrivals_of, mixed_sizes, run_simulation
 
 from xlarank.errors import BucketError
 from xlarank.runtime.bucket_plan import BucketPlan
@@ -19,6 +20,12 @@ def plan_of(*rows, seconds=1e-3):
     buckets = tuple(sorted({Bucket(n, q) for n in rows for q in (1, n)}))
     profile = LatencyProfile({bucket: seconds * bucket.rows for bucket in buckets})
     return BucketPlan(BucketLadder(buckets), profile, seconds_a_run=0.0)
+
+
+def plan_by(seconds, rows=(8, 16, 64, 128, 256, 512)):
+    """With `seconds(rows)`."""
+    ladder = BucketLadder.of_rows(rows)
+    return BucketPlan(ladder, LatencyProfile({bucket: seconds(bucket.rows) for bucket in ladder.buckets}))
 
 
 def queue(plan=None, **options):
@@ -94,3 +101,17 @@ def test_the_simulator_runs_it():
     np.testing.assert_allclose(held.latencies, [0.013, 0.012, 0.008])
     ours = run_simulation(plan, arrivals)
     np.testing.assert_allclose(ours.latencies, [0.008, 0.015, 0.008])
+
+
+@pytest.mark.parametrize("load", [0.5, 0.8, 0.95])
+def test_ours_has_the_lower_p99_where_requests_fill_the_knee_s_buckets_badly(load):
+    """167 rows on average, a knee of 256, where one wastes a third: Triton's rule takes three in 512."""
+    plan = plan_by(lambda rows: 0.2e-3 + 8e-6 * rows)
+    assert plan.knee_rows == 256
+    traffic = mixed_sizes()
+    arrivals, _ = arrivals_of(traffic, load * 535, 2000, seed=1)
+    p99 = {
+        rule: run_simulation(plan, arrivals, make_batcher=batcher_of(rule)).latency(0.99)
+        for rule in (OURS, "500", "5000")
+    }
+    assert p99[OURS] < 0.95 * min(p99["500"], p99["5000"])

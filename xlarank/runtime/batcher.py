@@ -12,7 +12,9 @@ Contract
     `max_skip_ms`; from then on nothing overtakes it.
   - Rows are counted and requests are counted. Requests are merged up to the knee of the measured times, into
     the buckets that are cheapest for all that could run: 12 rows run as 8 and 4 where that takes less time
-    than 16, 500 as 256 and 256 where it takes less than 512; more runs must save `LEAST_GAIN`.
+    than 16, 500 as 256 and 256 where it takes less than 512; more runs must save `LEAST_GAIN`. Beyond the
+    knee only requests are merged that fill runs within it so badly that one run saves `_LEAST_SAVING`: of
+    170 rows each, three in 512 where each would have 256 to itself.
   - A request is bound to a device when the device frees, not at arrival. The parts of one that runs in
     several follow each other on the device that took the first, and the last takes company along. (Policy
     spread pins parts to devices at arrival.)
@@ -43,6 +45,9 @@ Item = TypeVar("Item", bound=Hashable)
 
 _MAX_LOOK = 256
 """Queued parts that are looked at for one batch: bounds the time under the owner's lock."""
+
+_LEAST_SAVING = 0.1
+"""Share of the time that a run beyond the knee must save over runs within it: it answers all at its end."""
 
 _HIGH_LOAD = 0.7
 """Share of the devices' time that is asked for; from there on a batch may be deferred."""
@@ -266,11 +271,13 @@ class Batcher(Generic[Item]):
         """
         plan = plan or self.plan
         self._deferred_until = math.inf
-        head, company = self._choose(device, now, plan, claims)
+        head, company, others = self._choose(device, now, plan, claims)
         if head is None or self._defers(device, [head, *company], now, plan):
             return None
         oldest = now - self.config.max_skip_ms / 1e3
         num_rows, chosen = self._cut(head, company, plan, oldest)
+        if plan.fills_buckets and len(others) > len(company):
+            num_rows, chosen = _widened(head, others, plan, oldest, now) or (num_rows, chosen)
         for part in (head, *chosen):
             self._remove(part)
         if num_rows < head.num_rows:
@@ -288,13 +295,15 @@ class Batcher(Generic[Item]):
         now: float,
         plan: BucketPlan,
         claims: Callable[[Part[Item]], bool] | None,
-    ) -> tuple[Part[Item] | None, list[Part[Item]]]:
-        """What runs next, and what could run with it up to the limit, in order."""
+    ) -> tuple[Part[Item] | None, list[Part[Item]], list[Part[Item]]]:
+        """What runs next, what could run with it up to the limit, in order, and with what didn't fit it."""
         head = self._bound.get(device)
         if head is not None and self._is_late(head, now):
             self._set_late(head.ticket)
             head = None
         company: list[Part[Item]] = []
+        others: list[Part[Item]] = []
+        num_others, is_closed = 0, False
         num_rows, limit = (0, 0) if head is None else (head.num_rows, _limit(head, plan))
         late: list[Ticket[Item]] = []
         eligible = (part for part in self._queue if part.may_run_on(device))
@@ -307,16 +316,21 @@ class Batcher(Generic[Item]):
                 continue  # a faster device can make it
             elif head is None:
                 head, num_rows, limit = part, part.num_rows, _limit(part, plan)
-            elif num_rows >= limit:
+            elif num_rows >= limit or (is_closed and num_others >= plan.ladder.max_rows):
                 break
-            elif num_rows + part.num_rows <= limit:
-                company.append(part)
-                num_rows += part.num_rows
-            elif now - part.ticket.queued_at >= self.config.max_skip_ms / 1e3:
-                break
+            else:
+                others.append(part)
+                num_others += part.num_rows
+                if is_closed:
+                    continue
+                if num_rows + part.num_rows <= limit:
+                    company.append(part)
+                    num_rows += part.num_rows
+                else:  # nothing overtakes one that has waited for long
+                    is_closed = now - part.ticket.queued_at >= self.config.max_skip_ms / 1e3
         for ticket in late:
             self._set_late(ticket)
-        return head, company
+        return head, company, others
 
     @staticmethod
     def _cut(
@@ -434,6 +448,37 @@ def _limit(head: Part, plan: BucketPlan) -> int:
         return plan.knee_rows
     bucket = plan.bucket(min(head.num_rows, plan.ladder.max_rows), 1)
     return max(plan.knee_rows, 0 if bucket is None else bucket.rows)
+
+
+def _widened(
+    head: Part, others: Sequence[Part], plan: BucketPlan, oldest: float, now: float
+) -> tuple[int, Sequence[Part]] | None:
+    """Rows of a run beyond the limit and who joins the head in it, where it saves enough and makes nobody
+    late; else None."""
+    limit = _limit(head, plan)
+    best, least = None, 1 - _LEAST_SAVING
+    for capacity in plan.row_counts[bisect.bisect_right(plan.row_counts, limit) :]:
+        chosen = _fill(head, others, capacity, plan, oldest)
+        num_rows = head.num_rows + sum(part.num_rows for part in chosen)
+        if limit < num_rows <= capacity:
+            seconds = plan.run_seconds(num_rows, 1 + len(chosen))
+            share = seconds / _seconds_within([head, *chosen], plan, oldest)
+            deadline = min(part.ticket.deadline for part in (head, *chosen))
+            if share <= least and now + seconds <= deadline:
+                best, least = (num_rows, chosen), share
+    return best
+
+
+def _seconds_within(parts: Sequence[Part], plan: BucketPlan, oldest: float) -> float:
+    """What parts take in runs within the limit, each whole where it fits."""
+    seconds = 0.0
+    while parts:
+        head, *rest = parts
+        chosen = _fill(head, rest, _limit(head, plan), plan, oldest)
+        seconds += plan.seconds(head.num_rows + sum(part.num_rows for part in chosen), 1 + len(chosen))
+        gone = {part.ticket for part in chosen}  # one part of a ticket at most is in a run
+        parts = [part for part in rest if part.ticket not in gone]
+    return seconds
 
 
 def _fill(
