@@ -67,6 +67,8 @@ class EngineMetrics(Protocol):
 
     def record_failure(self, reason: str, seconds: float = 0.0) -> None: ...
 
+    def record_outside(self, seconds: float) -> None: ...
+
     def statistics(self) -> ModelStatistics: ...
 
 
@@ -424,6 +426,8 @@ class InferenceService:
             call.engine.metrics.record_failure(failure_reason(error), time.monotonic() - call.arrived_at)
             self._observe_end(call, error=error)
             raise
+        inside = answer.timings.total
+        call.engine.metrics.record_outside(max(0.0, time.monotonic() - call.arrived_at - inside))
         self._observe_end(call, timings=answer.timings)
         return response
 

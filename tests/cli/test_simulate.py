@@ -116,6 +116,9 @@ def test_a_trace_that_can_not_be_read_is_refused(run, tmp_path, text, message):
         ),
         (("--rate", "1", "--costs", "1,2"), "--costs: expected one for each of 1 devices, got 2"),
         (("--rate", "1", "--slo-ms", "0"), "--slo-ms must be > 0; was 0.0"),
+        (("--rate", "1", "--slowdown", "0"), "--slowdown must be > 0; was 0.0"),
+        (("--rate", "1", "--overhead-ms", "-1"), "--overhead-ms must be >= 0; was -1.0"),
+        (("--rate", "1", "--timeout-ms", "-1"), "--timeout-ms must be >= 0; was -1.0"),
         (("--rate", "1", "--requests", "0"), "--requests must be >= 1; was 0"),
         (("--trace", "nowhere.csv"), "nowhere.csv: expected a CSV file: "),
     ],
@@ -123,3 +126,97 @@ def test_a_trace_that_can_not_be_read_is_refused(run, tmp_path, text, message):
 def test_options_that_make_no_sense_are_refused(run, options, message):
     _, _, err = run(*options)
     assert message in err
+
+
+COUNTERS = (
+    ("xlarank_bucket_batches_total", 'bucket="8x1",'),
+    ("xlarank_bucket_batches_total", 'bucket="128x128",'),
+    ("xlarank_gather_seconds_total", ""),
+    ("xlarank_execute_seconds_total", ""),
+    ("nv_inference_request_success", ""),
+    ("nv_inference_compute_output_duration_us", ""),
+    ("xlarank_outside_seconds_total", ""),
+)
+
+
+def page_of(*values, model="feed", version=7):
+    """A page of /metrics, as far as it is read."""
+    labels = f'model="{model}",version="{version}"'
+    lines = [f"{name}{{{own}{labels}}} {value}" for (name, own), value in zip(COUNTERS, values, strict=True)]
+    return "\n".join(["# TYPE nv_inference_request_success counter", *lines, ""])
+
+
+def test_slowdown_and_overhead_are_added_by_hand(run, tmp_path):
+    trace = write(tmp_path / "trace.csv", "seconds,candidates,timeout_ms\n0,128,\n0,128,32\n0,128,34\n")
+    facts, _, _ = run("--trace", trace, "--slowdown", "1.5", "--overhead-ms", "3", "--json")
+    # By the bundle's times of 10 ms all would be in time, of which 3 are over before they are queued. But
+    # runs take 15: when the second one ends, at 30, the third can't be through by 34 less 3.
+    assert facts["latency_ms"]["p50"] == pytest.approx((15 + 3 + 30 + 3) / 2)
+    assert (facts["late"], facts["slowdown"], facts["overhead_ms"]) == (1, 1.5, 3.0)
+    _, page, _ = run("--trace", trace, "--slowdown", "1.5")
+    assert "server     batches take 1.50 times what was measured, and a request 0.00 ms beside them" in page
+
+
+def test_load_is_a_share_of_what_a_slowed_server_can_do(run):
+    options = ("--load", "0.5", "--candidates", "128", "--requests", "2000", "--json")
+    idle, _, _ = run(*options)
+    slowed, _, _ = run(*options, "--slowdown", "2", "--overhead-ms", "1")
+    assert slowed["offered_requests_per_second"] == pytest.approx(idle["offered_requests_per_second"] / 2)
+    assert slowed["latency_ms"]["mean"] == pytest.approx(2 * idle["latency_ms"]["mean"] + 1, rel=1e-6)
+
+
+def test_a_page_of_metrics_says_how_fast_a_server_is(run, tmp_path):
+    # 100 batches of 2 ms and 80 of 10 ms are 1 s by the bundle's times, and took 1.2 + 0.3; 400 requests were
+    # elsewhere for 0.4 s, and waited 0.2 s for their answers.
+    page = page_of(100, 80, 0.3, 1.2, 400, 0.2e6, 0.4)
+    other = page_of(0, 9, 1, 2, 3, 4, 5, model="other")
+    path = write(tmp_path / "page.txt", page + other)
+    options = ("--rate", "20", "--candidates", "8", "--requests", "50", "--json")
+    facts, _, _ = run(*options, "--server-metrics", path)
+    assert facts["slowdown"] == pytest.approx(1.5)
+    assert facts["overhead_ms"] == pytest.approx(1.5)
+    assert facts["latency_ms"]["p50"] == pytest.approx(1.5 * 2 + 1.5)
+    numbers, _, _ = run(*options, "--server-metrics", path, "--overhead-ms", "7")
+    assert numbers["slowdown"] == pytest.approx(1.5)
+    assert numbers["overhead_ms"] == 7
+    # Two versions are one server; of two pages what happened between them counts.
+    later = write(tmp_path / "later.txt", page + page_of(50, 90, 1, 2, 100, 0, 0.2, version=8))
+    facts, _, _ = run(*options, "--server-metrics", path, later)
+    assert facts["slowdown"] == pytest.approx(3.0)
+    assert facts["overhead_ms"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("hello\n", "page.txt: expected the /metrics of an xlarank server, got no line of nv_inference_"),
+        (page_of(1, 1, 1, 1, 1, 1, 1, model="other"), r"requests of model 'feed', got those of \['other'\]"),
+        (page_of(0, 0, 0, 0, 0, 0, 0), "model 'feed' has answered no requests; expected a page after some"),
+        (page_of(1, 1, 0, 0, 1, 0, 0), "expected xlarank_gather_seconds_total and .* above 0, got 0"),
+        (page_of(1, 1, 1, "x", 1, 1, 1), r"page.txt:5: expected xlarank_execute_seconds_total\{model="),
+        (page_of(1, -1, 1, 1, 1, 1, 1), r'page.txt:3: expected xlarank_bucket_batches_total\{bucket="'),
+        (
+            page_of(1, 1, 1, 1, 1, 1, 1).replace("128x128", "64x8"),
+            r"expected batches of the bundle's buckets, \['8x1', .*, got 64x8; was it another version",
+        ),
+    ],
+)
+def test_a_page_that_says_nothing_of_the_bundle_is_refused(run, tmp_path, page, message):
+    path = write(tmp_path / "page.txt", page)
+    _, _, err = run("--rate", "1", "--server-metrics", path)
+    assert re.search(message, err), err
+
+
+def test_pages_that_are_no_two_of_one_server_are_refused(run, tmp_path):
+    early = write(tmp_path / "early.txt", page_of(1, 1, 1, 1, 1, 1, 1))
+    late = write(tmp_path / "late.txt", page_of(2, 2, 2, 2, 2, 2, 2))
+    _, _, err = run("--rate", "1", "--server-metrics", late, early)
+    assert re.search(
+        r"early.txt: expected a later page of the server of .*late.txt, got a \w+ that fell from 2 to 1", err
+    )
+    _, _, err = run("--rate", "1", "--server-metrics", early, early)
+    assert "early.txt: model 'feed' has answered no requests" in err
+    _, _, err = run("--rate", "1", "--server-metrics", early, late, late)
+    assert "--server-metrics: expected one page or two, got 3" in err
+    _, _, err = run("--rate", "1", "--server-metrics", str(tmp_path / "nowhere"))
+    assert "nowhere: can't be read: No such file or directory" in err

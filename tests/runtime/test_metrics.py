@@ -49,6 +49,12 @@ def test_a_success_counts_once_with_its_rows_and_durations(metrics, feed):
     assert value(metrics, "nv_inference_compute_output_duration_us") == 0.5e6  # what is left of the total
 
 
+def test_time_outside_of_the_engine_is_summed(metrics, feed):
+    feed.record_outside(0.5)
+    feed.record_outside(0.25)
+    assert value(metrics, "xlarank_outside_seconds_total") == 0.75
+
+
 def test_a_batch_counts_its_rows_padding_and_bucket(metrics, feed):
     feed.record_batch(Bucket(512, 1), 500, 1, 0.25, 0.5)
     feed.record_batch(Bucket(512, 16), 300, 9, 0.25, 0.5)
@@ -142,6 +148,7 @@ def test_names_and_types_are_triton_s(metrics, feed):
         "xlarank_bucket_batches_total": "counter",
         "xlarank_gather_seconds_total": "counter",
         "xlarank_execute_seconds_total": "counter",
+        "xlarank_outside_seconds_total": "counter",
         "xlarank_request_path_compiles_total": "counter",
         "xlarank_request_candidates": "histogram",
         "xlarank_table_bytes": "gauge",

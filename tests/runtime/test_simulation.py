@@ -103,6 +103,15 @@ def test_refused_and_late_requests_are_counted_and_have_no_latency():
     assert (result.num_refused, result.num_late) == (1, 1)
 
 
+def test_overhead_comes_before_the_queue_and_in_each_latency():
+    plan = plan_of([Bucket(1, 1)], lambda bucket: 1.0)
+    arrivals = [Arrival(0.0, 1), Arrival(0.5, 1, timeout=2.4), Arrival(0.6, 1, timeout=5.0)]
+    result = simulate(*scheduler_of(plan), arrivals, overhead_seconds=1.0)
+    np.testing.assert_allclose(result.latencies, [2.0, math.nan, 2.4])  # the second would have needed 2.5
+    slowed = simulate(*scheduler_of(plan), arrivals, service_seconds=lambda turn: 2 * turn.predicted_seconds)
+    np.testing.assert_allclose(slowed.latencies, [2.0, math.nan, 3.4])
+
+
 def test_nothing_arrives():
     result = simulate(*scheduler_of(EVERY_SIZE), [])
     assert math.isnan(result.mean_latency)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,14 @@ from rich.console import Console
 from xlarank.bundle import Verify, open_bundle, resolve_bundle
 from xlarank.cli.console import output_console
 from xlarank.cli.profiles import profile_of
+from xlarank.cli.server_pace import ServerPace, read_pace
 from xlarank.errors import ConfigError
 from xlarank.spec import DEFAULT_PRIORITY, NUM_PRIORITIES, DispatchPolicy, LatencyProfile, QueueConfig
 from xlarank.spec.ladder import SizeHistogram
 from xlarank.spec.wording import counted
 
 if TYPE_CHECKING:
+    from xlarank.runtime.bucket_plan import BucketPlan
     from xlarank.runtime.simulation import Arrival
 
 __all__ = ["add_parser", "run"]
@@ -29,10 +32,17 @@ _EPILOG = """\
 example:
   xlarank simulate artifacts/models/movielens --load 0.8 --candidates 500 --devices 2 --slo-ms 20
   xlarank simulate artifacts/models/movielens --trace arrivals.csv --dispatch-policy spread --devices 4
+  curl -s http://server:8002/metrics > page.txt
+  xlarank simulate artifacts/models/movielens --load 0.8 --server-metrics page.txt
 
 The batcher and the scheduler are the server's own; the devices take the times that the bundle was measured
-at. A trace is a CSV file with a header, of the columns seconds and candidates, and where wanted priority,
-timeout_ms and user. What decoding and the network take is not in it.
+at, on an idle machine. A trace is a CSV file with a header, of the columns seconds and candidates, and where
+wanted priority, timeout_ms and user.
+
+A server shares its CPUs with its own threads, and perhaps with others: its batches take longer, and decoding
+and encoding come on top. --server-metrics reads both from what a server under load has counted; save a page
+before and one after a busy minute for just that minute. No server sees what the network and clients take:
+where that matters, give --overhead-ms a client's mean latency less the server's queue, gather and execute.
 """
 
 _COLUMNS = ("seconds", "candidates", "priority", "timeout_ms", "user")
@@ -81,6 +91,27 @@ def add_parser(subparsers: Any) -> None:
         default=QueueConfig().policy.value,
         help="(%(default)s)",
     )
+    parser.add_argument(
+        "--server-metrics",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="slowdown and overhead of a server that serves BUNDLE: its /metrics saved to a file, or two "
+        "files, for what happened between them",
+    )
+    parser.add_argument(
+        "--slowdown",
+        type=float,
+        metavar="X",
+        help="what a batch takes while serving, over the bundle's measured time (1, or as --server-metrics "
+        "says)",
+    )
+    parser.add_argument(
+        "--overhead-ms",
+        type=float,
+        metavar="MS",
+        help="what a request takes beside waiting and its batches (0, or as --server-metrics says)",
+    )
     parser.add_argument("--slo-ms", type=float, default=100.0, help="goodput is what meets it (%(default)s)")
     parser.add_argument("--timeout-ms", type=float, default=0.0, help="deadline of each request (none)")
     parser.add_argument(
@@ -107,7 +138,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
       BundleError: if the bundle isn't whole.
-      ConfigError: for traffic that can't be read, or numbers that make no sense.
+      ConfigError: for traffic or metrics that can't be read, or numbers that make no sense.
     """
     from xlarank.runtime.bucket_plan import BucketPlan
     from xlarank.runtime.scheduler import Scheduler
@@ -119,7 +150,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     speeds, costs = _devices(args)
     config = QueueConfig(
         max_queue_ms=args.max_queue_ms,
-        default_timeout_ms=args.timeout_ms,
         max_defer_ms=args.max_defer_ms,
         policy=args.dispatch_policy,
         max_batch_rows=args.max_batch_rows,
@@ -130,19 +160,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.slo_ms <= 0:
         raise ConfigError(f"--slo-ms must be > 0; was {args.slo_ms}")
+    pace = _pace(args, manifest.spec.name, plans[1.0])
     scheduler: Scheduler[int] = Scheduler(len(speeds), costs=costs)
     queue = scheduler.attach(manifest.spec.name, [plans[speed] for speed in speeds], config)
     if args.trace is not None:
         arrivals = _read_trace(args.trace)
     else:
-        arrivals = _poisson(args, manifest.spec.name, capacity=sum(speeds), seconds_of=plans[1.0].seconds)
-    result = simulate(scheduler, [queue], arrivals)
+        capacity = sum(speeds) / pace.slowdown
+        arrivals = _poisson(args, manifest.spec.name, capacity=capacity, seconds_of=plans[1.0].seconds)
+    result = simulate(
+        scheduler,
+        [queue],
+        _limited(arrivals, args.timeout_ms),
+        # Not in the plans: there a server has the times of its start too, and learns from what runs take.
+        service_seconds=lambda turn: pace.slowdown * turn.predicted_seconds,
+        overhead_seconds=pace.overhead_seconds,
+    )
     facts = {
         "path": str(bundle.path),
         "model": manifest.spec.name,
         "version": manifest.version,
         "device_kind": kind,
         "devices": [{"speed": speed, "cost": cost} for speed, cost in zip(speeds, costs, strict=True)],
+        "slowdown": pace.slowdown,
+        "overhead_ms": pace.overhead_seconds * 1e3,
         "policy": args.dispatch_policy,
         "requests": len(arrivals),
         "candidates_per_request": float(result.sizes.mean()),
@@ -163,6 +204,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     _show(facts, output_console(is_json=args.json))
     return facts
+
+
+def _pace(args: argparse.Namespace, model: str, plan: BucketPlan) -> ServerPace:
+    """As a server says, where it was asked, but for what the options say."""
+    if args.slowdown is not None and not 0 < args.slowdown < math.inf:
+        raise ConfigError(f"--slowdown must be > 0; was {args.slowdown}")
+    if args.overhead_ms is not None and not 0 <= args.overhead_ms < math.inf:
+        raise ConfigError(f"--overhead-ms must be >= 0; was {args.overhead_ms}")
+    pace = ServerPace() if args.server_metrics is None else read_pace(args.server_metrics, model, plan)
+    return ServerPace(
+        slowdown=pace.slowdown if args.slowdown is None else args.slowdown,
+        overhead_seconds=pace.overhead_seconds if args.overhead_ms is None else args.overhead_ms / 1e3,
+    )
+
+
+def _limited(arrivals: list[Arrival], timeout_ms: float) -> list[Arrival]:
+    """With the deadline of every request, 0 for none."""
+    if not 0 <= timeout_ms < math.inf:
+        raise ConfigError(f"--timeout-ms must be >= 0; was {timeout_ms}")
+    if not timeout_ms:
+        return arrivals
+    return [dataclasses.replace(each, timeout=min(each.timeout, timeout_ms / 1e3)) for each in arrivals]
 
 
 def _devices(args: argparse.Namespace) -> tuple[list[float], list[float]]:
@@ -276,7 +339,17 @@ def _show(facts: dict[str, Any], console: Console) -> None:
         markup=False,
     )
     offered = facts["offered_requests_per_second"]
-    lines = [] if offered is None else [("offered", f"{offered:,.1f} requests/s")]
+    lines = []
+    if facts["slowdown"] != 1 or facts["overhead_ms"]:
+        lines.append(
+            (
+                "server",
+                f"batches take {facts['slowdown']:.2f} times what was measured, and a request "
+                f"{facts['overhead_ms']:.2f} ms beside them",
+            )
+        )
+    if offered is not None:
+        lines.append(("offered", f"{offered:,.1f} requests/s"))
     lines += [
         (
             "answered",

@@ -21,6 +21,8 @@
     xlarank_padding_rows_total              rows of them that held no candidate, by `bucket`
     xlarank_gather_seconds_total            time spent gathering, summed over batches
     xlarank_execute_seconds_total           time spent executing, summed over batches
+    xlarank_outside_seconds_total           time that answered requests spent in the server before submit and
+                                            after the answer: decode, encode, threads' hand-offs; summed
     xlarank_request_path_compiles_total     compiles that a request had to wait for: a defect
     xlarank_table_bytes                     bytes of the embedding tables
     xlarank_table_checked_bytes             bytes of them found as written; grows while mapped ones serve
@@ -95,6 +97,7 @@ _HELP = {
     "xlarank_padding_rows_total": "Rows of executed batches that held no candidate, by bucket",
     "xlarank_gather_seconds_total": "Seconds of gather, summed over batches",
     "xlarank_execute_seconds_total": "Seconds of execute, summed over batches",
+    "xlarank_outside_seconds_total": "Seconds of decode, encode and hand-offs, summed over answered requests",
     "xlarank_request_path_compiles_total": "Compiles that a request had to wait for",
     "xlarank_table_bytes": "Bytes of the embedding tables",
     "xlarank_table_checked_bytes": "Bytes of the embedding tables found to be as written",
@@ -281,6 +284,11 @@ class ModelMetrics:
                 duration_us = seconds * 1e6
                 self._sums_us[stage] += duration_us
                 self._histograms[stage][bisect.bisect_left(_BOUNDS_US, duration_us)] += 1
+
+    def record_outside(self, seconds: float) -> None:
+        """Counts what a server spent on an answered request beside the `Timings.total` of its answer."""
+        with self._lock:
+            self._values["xlarank_outside_seconds_total"] += seconds
 
     def record_failure(self, reason: str, seconds: float = 0.0) -> None:
         """Counts one refused or failed request.

@@ -141,6 +141,7 @@ def simulate(
     arrivals: Iterable[Arrival],
     *,
     service_seconds: Callable[[Turn[int]], float] | None = None,
+    overhead_seconds: float = 0.0,
 ) -> SimulationResult:
     """Runs arrivals through a scheduler.
 
@@ -149,11 +150,13 @@ def simulate(
       queues: of the models, by the number that an arrival has.
       arrivals: by time.
       service_seconds: what a turn takes; by default what its plan says.
+      overhead_seconds: that each request takes before it is queued, whatever else there is: decoding, the
+        network. Latencies and deadlines count from before it.
 
     Returns:
       What became of them.
     """
-    run = _Run(scheduler, queues, service_seconds or (lambda turn: turn.predicted_seconds))
+    run = _Run(scheduler, queues, service_seconds or (lambda turn: turn.predicted_seconds), overhead_seconds)
     for arrival in arrivals:
         run.advance(arrival.at)
         run.arrive(arrival)
@@ -169,10 +172,12 @@ class _Run:
         scheduler: Scheduler[int],
         queues: Sequence[ModelQueue[int]],
         service_seconds: Callable[[Turn[int]], float],
+        overhead_seconds: float,
     ) -> None:
         self._scheduler, self._queues = scheduler, queues
         self._service_seconds = service_seconds
-        self._now = 0.0
+        self._overhead_seconds = overhead_seconds
+        self._now = 0.0  # on a clock that is behind the arrivals' by the overhead
         self._ends: list[tuple[float, int, Turn[int]]] = []  # a heap
         self._count = itertools.count()
         self._free = set(range(len(queues[0].plans)))
@@ -207,7 +212,7 @@ class _Run:
         self._latencies.append(math.nan)
         options = RequestOptions(
             priority=arrival.priority,
-            deadline=arrival.at + arrival.timeout,
+            deadline=arrival.at + arrival.timeout - self._overhead_seconds,
             affinity_key=arrival.affinity_key,
         )
         try:
@@ -239,7 +244,8 @@ class _Run:
         for part in turn.batch.parts:
             self._rows_left[part.item] -= part.num_rows
             if self._rows_left[part.item] == 0:
-                self._latencies[part.item] = self._now - self._arrivals[part.item].at
+                waited = self._now - self._arrivals[part.item].at
+                self._latencies[part.item] = waited + self._overhead_seconds
 
     def _tell_late(self) -> None:
         self._num_late += len(self._scheduler.take_late(self._now))
