@@ -21,8 +21,8 @@ from pathlib import Path
 
 from figures import Figure, Goal, command, environment, ratio_figure, report, run_tool
 from rich.console import Console
-from serving_lab import Lab, Served, build
-from serving_latency import measure_points, p99_over_md1, simulator_error
+from serving_lab import Lab, Served, build, demo_model
+from serving_latency import MD1_LOADS, SIMULATED_LOADS, Point, measure_points, p99_over_md1, simulator_error
 from serving_overload import batching_gain, overload_figures, overload_of
 from serving_plot import draw
 from serving_rules import Curves, affinity, serve_rules, simulate_rules, vs_fixed_delay
@@ -205,13 +205,23 @@ class Bench:
         return [gain]
 
     def _latency(self) -> list[Figure]:
-        points = []
-        for name, seconds in (("heavy", self._sizes.heavy_seconds), ("light", self._sizes.light_seconds)):
-            served = self._model(name)
-            self._tell(f"latency of the {name} model")
-            points.append(measure_points(self._lab, served, runs=self._sizes.runs, seconds=seconds))
-        how = f"{self._how(self._model('heavy'))}; 500 candidates a request, Poisson arrivals, one device"
-        return [p99_over_md1(*points, how=how), simulator_error(*points, how=how)]
+        sizes = self._sizes
+        self._tell("the demo model")
+        demo = demo_model(self._lab.folder)
+        of_demo = self._points(demo, sizes.light_seconds, SIMULATED_LOADS)
+        others = {
+            name: self._points(self._model(name), seconds, MD1_LOADS)
+            for name, seconds in (("heavy", sizes.heavy_seconds), ("light", sizes.light_seconds))
+        }
+        text = "500 candidates a request, Poisson arrivals, one device"
+        return [
+            p99_over_md1(*others.values(), how=f"{self._how(self._model('heavy'))}; {text}"),
+            simulator_error(of_demo, others, how=f"{self._how(demo)}; {text}"),
+        ]
+
+    def _points(self, served: Served, seconds: float, loads: Sequence[float]) -> list[Point]:
+        self._tell(f"latency of the {served.name} model")
+        return measure_points(self._lab, served, runs=self._sizes.runs, seconds=seconds, loads=loads)
 
     def _rules(self) -> list[Figure]:
         sizes, light = self._sizes, self._model("light")

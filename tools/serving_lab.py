@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import statistics
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +20,9 @@ from open_loop import LoadGenerator, save_requests
 from queue_server import OURS, queue_server
 from server_process import server_samples
 
-from xlarank.bundle import Verify, open_bundle
+from xlarank.bundle import Verify, open_bundle, resolve_bundle
+from xlarank.cli.profiles import profile_of
+from xlarank.cli.server_pace import ServerPace
 from xlarank.compiler import random_requests
 from xlarank.runtime.batcher import Batcher
 from xlarank.runtime.bucket_plan import BucketPlan
@@ -34,6 +39,7 @@ __all__ = [
     "Traffic",
     "arrivals_of",
     "build",
+    "demo_model",
     "fixed_sizes",
     "md1_latencies",
     "mixed_sizes",
@@ -43,6 +49,9 @@ __all__ = [
 ]
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+
+DEMO = Path(__file__).parent.parent / "artifacts" / "demo"
+"""Where `make demo` leaves its model."""
 
 HUGE_QUEUE = {"max_queue_ms": 1e6, "max_queued_rows": 2**30}
 """Of `QueueConfig`, where nothing shall be refused."""
@@ -97,6 +106,8 @@ class Served:
     flops_per_row: float
     spec: ModelSpec
     ladder: BucketLadder
+    profile: LatencyProfile
+    """As it was measured when it was compiled."""
 
     @property
     def words(self) -> str:
@@ -125,13 +136,40 @@ def build(
     if options is not None:
         words += ["--options", options]
     built = run_tool("random_bundle.py", CONFIGS / config, *words)
-    bundle = open_bundle(Path(built["path"]), verify=Verify.SIZES)
+    return _served(name, Path(built["path"]))
+
+
+def demo_model(folder: Path) -> Served:
+    """The trained model of `make demo`: as it left it, or made now, which takes two minutes.
+
+    Args:
+      folder: where to make it.
+    """
+    artifacts = DEMO
+    if not (artifacts / "models" / "feed").is_dir():
+        artifacts = folder / "demo"
+        words = [
+            sys.executable,
+            Path(__file__).with_name("demo.py"),
+            "--artifacts",
+            artifacts,
+            "--devices",
+            "1",
+        ]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    return _served("demo", resolve_bundle(artifacts / "models" / "feed"))
+
+
+def _served(name: str, path: Path) -> Served:
+    bundle = open_bundle(path, verify=Verify.SIZES)
+    _, profile = profile_of(bundle.manifest, str(path), None)
     return Served(
         name=name,
-        bundle=Path(built["path"]),
-        flops_per_row=built["flops_per_row"],
+        bundle=path,
+        flops_per_row=json.loads((path / "analysis.json").read_text())["flops_per_row"],
         spec=bundle.spec,
         ladder=bundle.manifest.ladder,
+        profile=profile,
     )
 
 
@@ -209,6 +247,7 @@ def run_simulation(
     *,
     num_devices: int = 1,
     make_batcher: BatcherMaker = Batcher,
+    pace: ServerPace | None = None,
     **queue: Any,
 ) -> SimulationResult:
     """The server's scheduler on devices of these prices; nothing is refused.
@@ -218,11 +257,19 @@ def run_simulation(
       arrivals: by time.
       num_devices: alike.
       make_batcher: the rule.
+      pace: what serving adds to the prices; nothing by default.
       queue: fields of `QueueConfig`.
     """
     scheduler: Scheduler[int] = Scheduler(num_devices, make_batcher=make_batcher)
     attached = scheduler.attach("model", [plan] * num_devices, QueueConfig(**{**HUGE_QUEUE, **queue}))
-    return simulate(scheduler, [attached], arrivals)
+    pace = pace or ServerPace()
+    return simulate(
+        scheduler,
+        [attached],
+        arrivals,
+        service_seconds=lambda turn: pace.slowdown * turn.predicted_seconds,
+        overhead_seconds=pace.overhead_seconds,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

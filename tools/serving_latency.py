@@ -1,14 +1,17 @@
 """Latency figures of the serving benchmark: one device, 500 candidates a request, Poisson arrivals.
 
 `p99_over_md1` holds the server to the queue that it is at best, `simulator_error` holds `xlarank simulate` to
-the server. Both are of the same runs.
+the server, as a user would who has a bundle, a page of /metrics before and after a closed loop, and what its
+client saw then; the arrivals to predict come after it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Sequence
+import urllib.request
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from figures import Figure, Goal, ratio_figure
@@ -25,12 +28,17 @@ from serving_lab import (
     server_means,
 )
 
-__all__ = ["LOADS", "Point", "measure_points", "p99_over_md1", "simulator_error"]
+from xlarank.cli.server_pace import ServerPace, read_pace
+from xlarank.runtime.bucket_plan import BucketPlan
 
-LOADS = (0.3, 0.6, 0.7, 0.8)
+__all__ = ["MD1_LOADS", "SIMULATED_LOADS", "Point", "measure_points", "p99_over_md1", "simulator_error"]
 
-_MD1_LOAD = 0.7
-_SIMULATED_LOADS = (0.3, 0.6, 0.8)
+MD1_LOADS = (0.7,)
+SIMULATED_LOADS = (0.3, 0.6, 0.8)
+
+_CLOSED_SECONDS = 2.0
+"""At least; of the closed loop before each run."""
+
 _OUTSTANDING = 3
 _MIN_REQUESTS = 20
 _TRAFFIC = fixed_sizes(500)
@@ -53,8 +61,17 @@ class Point:
     md1: dict[float, float]
     """Seconds by quantile of an M/D/1 queue with these arrivals, served in 1 / capacity."""
 
+    pace: ServerPace
+    """Of the closed loop; the overhead is what its client saw."""
+
+    server_overhead: float
+    """Seconds of it that the server saw."""
+
     simulated_mean: float
-    """Seconds, by the simulator with the server's profile and these arrivals."""
+    """Seconds, by the simulator with the bundle's profile, the pace and these arrivals."""
+
+    idle_mean: float
+    """The same without the pace."""
 
     @property
     def mean(self) -> float:
@@ -63,7 +80,7 @@ class Point:
 
 
 def measure_points(
-    lab: Lab, served: Served, *, runs: int, seconds: float, loads: Sequence[float] = LOADS
+    lab: Lab, served: Served, *, runs: int, seconds: float, loads: Sequence[float]
 ) -> list[Point]:
     """Starts a server and loads it, `runs` times at each load, capacity measured before each run.
 
@@ -75,12 +92,24 @@ def measure_points(
         lab.server(served, **HUGE_QUEUE) as ready,
         lab.generator(served, _TRAFFIC, ready) as generator,
     ):
-        plan = lab.plan(served)
+        plan = BucketPlan(served.ladder, served.profile)
+        generator.closed_loop(range(len(_TRAFFIC.sizes)), outstanding=_OUTSTANDING, seconds=_CLOSED_SECONDS)
         for run in range(runs):
             for load in loads if run % 2 == 0 else reversed(loads):
+                pages = [lab.folder / f"metrics-{name}.txt" for name in ("before", "after")]
+                means = server_means(ready["http"])
+                _save_page(ready["http"], pages[0])
                 capacity = generator.closed_loop(
-                    range(len(_TRAFFIC.sizes)), outstanding=_OUTSTANDING, seconds=max(1.0, seconds / 8)
+                    range(len(_TRAFFIC.sizes)),
+                    outstanding=_OUTSTANDING,
+                    seconds=max(_CLOSED_SECONDS, seconds / 8),
                 ).rate
+                _save_page(ready["http"], pages[1])
+                told = read_pace(pages, served.spec.name, plan)
+                # By Little's law a closed loop's mean latency is what is under way over the rate.
+                inside = means()
+                seen = _OUTSTANDING / capacity - (inside.total - inside.respond)
+                pace = dataclasses.replace(told, overhead_seconds=max(0.0, seen))
                 rate = load * capacity
                 arrivals, choices = arrivals_of(
                     _TRAFFIC, rate, max(_MIN_REQUESTS, round(rate * seconds)), seed=run
@@ -98,7 +127,10 @@ def measure_points(
                         played=played,
                         means=means(),
                         md1={q: float(np.quantile(md1, q)) for q in (0.5, 0.99)},
-                        simulated_mean=run_simulation(plan, arrivals).mean_latency,
+                        pace=pace,
+                        server_overhead=told.overhead_seconds,
+                        simulated_mean=run_simulation(plan, arrivals, pace=pace).mean_latency,
+                        idle_mean=run_simulation(plan, arrivals).mean_latency,
                     )
                 )
     return points
@@ -108,51 +140,70 @@ def p99_over_md1(heavy: Sequence[Point], light: Sequence[Point], *, how: str) ->
     """Of the heavy model; beside it the light one, where generator and gRPC take a good part of the cores."""
 
     def ratio(points: Iterable[Point], quantile: float) -> Figure:
-        chosen = [point for point in points if point.load == _MD1_LOAD]
+        chosen = [point for point in points if point.load == MD1_LOADS[0]]
         return ratio_figure(
             "p99_over_md1",
             [point.played.latency(quantile) for point in chosen],
             [point.md1[quantile] for point in chosen],
             target=1.3,
             goal=Goal.AT_MOST,
-            how=f"{how}; {_MD1_LOAD:.0%} of the capacity in closed loop of {_OUTSTANDING}, measured before "
-            f"each of {len(chosen)} runs; over an M/D/1 queue with the same arrivals, served in 1 / capacity",
+            how=f"{how}; {MD1_LOADS[0]:.0%} of the capacity in closed loop of {_OUTSTANDING}, measured "
+            f"before each of {len(chosen)} runs; over an M/D/1 queue with the same arrivals, served in "
+            f"1 / capacity",
         )
 
     beside = {"p50": f"{ratio(heavy, 0.5).value:.3f}"}
     beside |= {f"light model, p{q * 100:.0f}": f"{ratio(light, q).value:.3f}" for q in (0.5, 0.99)}
     for name, points in (("heavy", heavy), ("light", light)):
-        beside[f"{name} model, medians"] = _stages([p for p in points if p.load == _MD1_LOAD])
+        beside[f"{name} model, medians"] = _stages(points)
     return dataclasses.replace(ratio(heavy, 0.99), beside=beside)
 
 
-def simulator_error(heavy: Sequence[Point], light: Sequence[Point], *, how: str) -> Figure:
-    """How far the simulated mean is off, at the worst load of the heavy model."""
-    off, beside = {}, {}
-    for name, points in (("heavy", heavy), ("light", light)):
-        for load in _SIMULATED_LOADS:
+def simulator_error(demo: Sequence[Point], others: Mapping[str, Sequence[Point]], *, how: str) -> Figure:
+    """How far the simulated mean of the demo model is off, at the worst load; beside it other models."""
+    off, beside = [], {}
+    for name, points in (("demo", demo), *others.items()):
+        for load in sorted({point.load for point in points}):
             chosen = [point for point in points if point.load == load]
-            ratio = statistics.median(point.simulated_mean / point.mean for point in chosen)
-            off[name, load] = abs(ratio - 1)
-            simulated, served = (
+            ratios = {
+                field: statistics.median(getattr(point, field) / point.mean for point in chosen)
+                for field in ("simulated_mean", "idle_mean")
+            }
+            if name == "demo":
+                off.append(abs(ratios["simulated_mean"] - 1))
+            simulated, served, server_ms, client_ms = (
                 1e3 * statistics.median(values)
-                for values in ([p.simulated_mean for p in chosen], [p.mean for p in chosen])
+                for values in (
+                    [point.simulated_mean for point in chosen],
+                    [point.mean for point in chosen],
+                    [point.server_overhead for point in chosen],
+                    [point.pace.overhead_seconds for point in chosen],
+                )
             )
             beside[f"{name} model at {load:.0%}"] = (
-                f"simulated {simulated:.2f} ms, served {served:.2f} ms: {ratio - 1:+.1%}; {_stages(chosen)}"
+                f"simulated {simulated:.2f} ms, served {served:.2f} ms: {ratios['simulated_mean'] - 1:+.1%} "
+                f"(with the bundle's times alone {ratios['idle_mean'] - 1:+.1%}); slowdown "
+                f"{statistics.median(point.pace.slowdown for point in chosen):.2f}, overhead "
+                f"{client_ms:.2f} ms, {server_ms:.2f} of it in the server; {_stages(chosen)}"
             )
-    errors = [error for (name, _), error in off.items() if name == "heavy"]
     return Figure(
         figure="simulator_error",
-        value=max(errors),
+        value=max(off),
         target=0.25,
         goal=Goal.AT_MOST,
-        spread=(min(errors), max(errors)),
-        how=f"{how}; mean latency of the simulator, with the profile that the server measured at its start "
-        f"and the arrivals of the run, over the served one: how far from 1, the worst of "
-        f"{', '.join(f'{load:.0%}' for load in _SIMULATED_LOADS)} load (spread: over loads), medians of runs",
+        spread=(min(off), max(off)),
+        how=f"{how}; mean latency of the simulator over the served one, with the bundle's own times, the "
+        f"slowdown that `xlarank simulate --server-metrics` reads from the server's pages before and after "
+        f"the closed loop that precedes each run, as --overhead-ms the latency of that loop less the "
+        f"server's queue, gather and execute, and the arrivals of the run: how far from 1, the worst of "
+        f"{', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} load (spread: over loads), medians of runs",
         beside=beside,
     )
+
+
+def _save_page(http: str, path: Path) -> None:
+    with urllib.request.urlopen(f"http://{http}/metrics") as response:
+        path.write_bytes(response.read())
 
 
 def _stages(points: Sequence[Point]) -> str:
