@@ -30,7 +30,7 @@ def draw(curves: Sequence[Curves], path: Path) -> None:
             name = "xlarank" if rule == OURS else f"fixed delay, {int(rule) / 1000:g} ms"
             loads = sorted(curve.seconds[rule])
             for quantile, style in _STYLES.items():
-                values = [1e3 * curve.seconds[rule][load][quantile] for load in loads]
+                values = [1e3 * curve.latency(rule, load, quantile) for load in loads]
                 axes.plot(
                     loads, values, style, color=f"C{place}", marker=".", label=f"{name}, p{quantile * 100:g}"
                 )

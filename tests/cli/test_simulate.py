@@ -166,9 +166,9 @@ def test_load_is_a_share_of_what_a_slowed_server_can_do(run):
 
 
 def test_a_page_of_metrics_says_how_fast_a_server_is(run, tmp_path):
-    # 100 batches of 2 ms and 80 of 10 ms are 1 s by the bundle's times, and took 1.2 + 0.3; 400 requests were
-    # elsewhere for 0.4 s, and waited 0.2 s for their answers.
-    page = page_of(100, 80, 0.3, 1.2, 400, 0.2e6, 0.4)
+    # 100 batches of 2 ms and 80 of 10 ms are 1 s by the bundle's times, and took 1.2 + 0.21, and 0.5 ms each
+    # to answer; 400 requests were elsewhere for 0.6 s.
+    page = page_of(100, 80, 0.21, 1.2, 400, 0.2e6, 0.6)
     other = page_of(0, 9, 1, 2, 3, 4, 5, model="other")
     path = write(tmp_path / "page.txt", page + other)
     options = ("--rate", "20", "--candidates", "8", "--requests", "50", "--json")
@@ -180,7 +180,7 @@ def test_a_page_of_metrics_says_how_fast_a_server_is(run, tmp_path):
     assert numbers["slowdown"] == pytest.approx(1.5)
     assert numbers["overhead_ms"] == 7
     # Two versions are one server; of two pages what happened between them counts.
-    later = write(tmp_path / "later.txt", page + page_of(50, 90, 1, 2, 100, 0, 0.2, version=8))
+    later = write(tmp_path / "later.txt", page + page_of(50, 90, 1, 1.9, 100, 0.1e6, 0.2, version=8))
     facts, _, _ = run(*options, "--server-metrics", path, later)
     assert facts["slowdown"] == pytest.approx(3.0)
     assert facts["overhead_ms"] == pytest.approx(2.0)

@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 from bench_serving import GROUPS, groups_of
 from open_loop import Played
+from queue_server import OURS
 from request_cpu import process_cpu_seconds
+from serving_lab import ServerMeans
+from serving_latency import Point, simulator_error
+from serving_rules import Curves
 from serving_swaps import COLD, REFRESH, WARM, Swap, SwapRun, swap_p99, wait_until_alone
+
+from xlarank.cli.server_pace import ServerPace
 
 
 def run_of(swaps, latency_at, codes=None, seconds=100):
@@ -87,6 +93,43 @@ def test_cpu_of_a_process_is_that_of_its_threads():
         thread.join()
     assert used == pytest.approx(expected, abs=0.1)
     assert process_cpu_seconds(os.getpid(), "no such thread") == 0
+
+
+def test_rules_are_compared_schedule_by_schedule():
+    ours = [{0.5: 1.0, 0.99: 2.0}, {0.5: 2.0, 0.99: 10.0}, {0.5: 3.0, 0.99: 3.0}]
+    theirs = [{0.5: 1.0, 0.99: 3.0}, {0.5: 2.0, 0.99: 12.0}, {0.5: 6.0, 0.99: 12.0}]
+    curves = Curves("light", {OURS: {0.5: ours}, "500": {0.5: theirs}})
+    assert curves.latency("500", 0.5, 0.99) == 12.0
+    assert curves.ratio("500", 0.5) == 1.5  # the medians' own ratio would be 4
+    assert curves.ratio("500", 0.5, 0.5) == 1.0
+
+
+def point(load, served, simulated, idle):
+    """A run of one request."""
+    latencies = np.array([served])
+    return Point(
+        load=load,
+        capacity=100.0,
+        played=Played(np.zeros(1), latencies, ["OK"], np.zeros(1), 0.0),
+        means=ServerMeans(gather=0, execute=0, queue=0, respond=0, total=0, rows_a_batch=500),
+        md1={0.5: 1.0, 0.99: 1.0},
+        pace=ServerPace(slowdown=1.5, overhead_seconds=0.002),
+        server_overhead=0.001,
+        simulated_mean=simulated,
+        idle_mean=idle,
+    )
+
+
+def test_the_simulator_is_as_far_off_as_at_its_worst_load():
+    demo = [point(load, 0.010, mean, 0.005) for load, mean in ((0.3, 0.009), (0.6, 0.012), (0.8, 0.011))]
+    figure = simulator_error(demo, {"light": [point(0.7, 0.010, 0.030, 0.005)]}, how="x")
+    assert figure.value == pytest.approx(0.2)
+    assert figure.spread == pytest.approx((0.1, 0.2))
+    assert figure.beside["demo model at 60%"].startswith(
+        "simulated 12.00 ms, served 10.00 ms: +20.0% (with the bundle's times alone -50.0%); slowdown 1.50, "
+        "overhead 2.00 ms, 1.00 of it in the server"
+    )
+    assert figure.beside["light model at 70%"].startswith("simulated 30.00 ms, served 10.00 ms: +200.0%")
 
 
 def test_groups_are_named_by_themselves_or_by_their_figures():

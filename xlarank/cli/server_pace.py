@@ -35,10 +35,10 @@ class ServerPace:
     """What serving adds to measured times."""
 
     slowdown: float = 1.0
-    """What a batch takes, gather and execute, over what its plan says; > 0."""
+    """What a batch takes, gather to its first answers, over what its plan says; > 0."""
 
     overhead_seconds: float = 0.0
-    """Of a request beside waiting for its batches and being in them; >= 0."""
+    """Of a request before it is queued and after it is answered; >= 0."""
 
 
 def read_pace(pages: Sequence[Path], model: str, plan: BucketPlan) -> ServerPace:
@@ -51,7 +51,7 @@ def read_pace(pages: Sequence[Path], model: str, plan: BucketPlan) -> ServerPace
       plan: the times to compare with, of the buckets that the server has.
 
     Returns:
-      The slowdown over all batches, and the mean overhead in the server: decode, encode, respond and threads'
+      The slowdown over all batches, and the mean overhead in the server: decode, encode and threads'
       hand-offs. What gRPC, the network and clients take is in no page.
 
     Raises:
@@ -71,13 +71,17 @@ def read_pace(pages: Sequence[Path], model: str, plan: BucketPlan) -> ServerPace
             )
     where = " to ".join(map(str, pages))
     num_requests = counts.get((_REQUESTS, ""), 0.0)
+    num_batches = sum(count for (name, _), count in counts.items() if name == _BATCHES)
     predicted = _predicted_seconds(where, counts, plan)
     if not num_requests or not predicted:
         raise ConfigError(f"{where}: model {model!r} has answered no requests; expected a page after some")
     service = sum(counts.get((name, ""), 0.0) for name in _SERVICE)
     if not service:
         raise ConfigError(f"{where}: expected {' and '.join(_SERVICE)} above 0, got {service:g}")
-    outside = counts.get((_OUTSIDE, ""), 0.0) + counts.get((_RESPOND, ""), 0.0) * 1e-6
+    # The device's thread answers before it takes the next batch; a request in several runs is answered once.
+    respond = 1e-6 * counts.get((_RESPOND, ""), 0.0) / num_requests
+    service += respond * min(num_batches, num_requests)
+    outside = counts.get((_OUTSIDE, ""), 0.0)
     return ServerPace(slowdown=service / predicted, overhead_seconds=outside / num_requests)
 
 

@@ -42,7 +42,8 @@ wanted priority, timeout_ms and user.
 A server shares its CPUs with its own threads, and perhaps with others: its batches take longer, and decoding
 and encoding come on top. --server-metrics reads both from what a server under load has counted; save a page
 before and one after a busy minute for just that minute. No server sees what the network and clients take:
-where that matters, give --overhead-ms a client's mean latency less the server's queue, gather and execute.
+where that matters, give --overhead-ms a client's mean latency less nv_inference_request_duration_us, the
+server's own.
 """
 
 _COLUMNS = ("seconds", "candidates", "priority", "timeout_ms", "user")
