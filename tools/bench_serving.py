@@ -226,7 +226,8 @@ class Bench:
     def _rules(self) -> list[Figure]:
         sizes, light = self._sizes, self._model("light")
         self._tell("Triton's rule, served")
-        served = serve_rules(self._lab, light, runs=sizes.runs, seconds=sizes.light_seconds)
+        turns, seconds = 3 * sizes.runs, sizes.light_seconds / 3
+        served = serve_rules(self._lab, light, turns=turns, seconds=seconds)
         for name in ("heavy", "light") if sizes.has_heavy else ("light",):
             served_model = self._model(name)
             self._tell(f"Triton's rule, simulated with the {name} model")

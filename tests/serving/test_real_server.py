@@ -22,8 +22,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from shop import SPEC, Shop, make_tables, numpy_scores
 from xlarank_serving.client import RankingClient
 
+from xlarank.bundle import Verify, open_bundle, resolve_bundle
+from xlarank.cli.server_pace import read_pace
 from xlarank.compiler import build_bundle
 from xlarank.errors import RequestError
+from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.spec import RankRequest
 
 LARGEST_BUCKET = 32
@@ -106,10 +109,14 @@ def scores_in(answer):
     return {task.name: answer.as_numpy(task.output) for task in SPEC.tasks}
 
 
-def metrics_of(ready):
+def page_of(ready):
     with urllib.request.urlopen(f"http://{ready['http']}/metrics", timeout=10) as response:
         assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-        lines = response.read().decode().splitlines()
+        return response.read().decode()
+
+
+def metrics_of(ready):
+    lines = page_of(ready).splitlines()
     return {
         name: float(value)
         for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
@@ -146,6 +153,12 @@ def test_both_clients_get_the_scores_computed_by_hand(server, model, num_candida
     assert_right(model, features, scores_in(answer))
 
 
+def plan_of(model_folder):
+    """As the bundle was measured."""
+    manifest = open_bundle(resolve_bundle(model_folder), verify=Verify.SIZES).manifest
+    return BucketPlan(manifest.ladder, *manifest.latency.values())
+
+
 def test_a_burst_with_bad_requests_in_it_is_answered_right_and_counted(folder, model):
     num_threads, num_rounds = 6, 12
     bad = {
@@ -177,6 +190,7 @@ def test_a_burst_with_bad_requests_in_it_is_answered_right_and_counted(folder, m
             with ThreadPoolExecutor(num_threads) as threads:
                 results = list(threads.map(call, range(num_threads)))
         after = metrics_of(ready)
+        (folder / "page.txt").write_text(page_of(ready))
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 0
@@ -213,6 +227,11 @@ def test_a_burst_with_bad_requests_in_it_is_answered_right_and_counted(folder, m
     assert [after[name] for name in infinite] == [after[f"{histogram}_count{LABELS}"]]
     assert after["nv_inference_pending_request_count" + LABELS] == 0
     assert after["xlarank_request_path_compiles_total" + LABELS] == 0
+    # `xlarank simulate` reads the same page.
+    pace = read_pace([folder / "page.txt"], "shop", plan_of(folder / "models/shop"))
+    assert pace.slowdown > 0
+    outside = after[f"xlarank_outside_seconds_total{LABELS}"]
+    assert 0 < pace.overhead_seconds == outside / after[f"nv_inference_request_success{LABELS}"]
 
 
 def test_the_rest_of_the_protocol_over_a_real_engine(server, model):
