@@ -53,10 +53,10 @@ class Point:
     """One run at one load."""
 
     load: float
-    """Of the capacity in closed loop, measured right before."""
+    """Of the capacity."""
 
     capacity: float
-    """Requests a second."""
+    """Requests a second; see `measure_points`."""
 
     played: Played
     means: ServerMeans
@@ -84,9 +84,18 @@ class Point:
 
 
 def measure_points(
-    lab: Lab, served: Served, *, runs: int, seconds: float, loads: Sequence[float]
+    lab: Lab, served: Served, *, runs: int, seconds: float, loads: Sequence[float], is_paced: bool
 ) -> list[Point]:
-    """Starts a server and loads it, `runs` times at each load, capacity measured before each run.
+    """Starts a server and loads it, `runs` times at each load.
+
+    Args:
+      lab: where to work.
+      served: the model.
+      runs: at each load.
+      seconds: of a run.
+      loads: shares of the capacity.
+      is_paced: whether that is what the device can do at its pace, as `xlarank simulate --load` has it; else
+        what the server does in closed loop right before.
 
     Raises:
       RuntimeError: if a request isn't answered.
@@ -99,9 +108,12 @@ def measure_points(
         plan = BucketPlan(served.ladder, served.profile)
         for run in range(runs):
             server = _Loaded(lab, ready["http"], generator)
-            told, pace = server.pace(served, plan, seconds=seconds / 2, seed=_PACE_SEED + run)
+            told, pace = server.pace(
+                served, plan, seconds=seconds if is_paced else seconds / 2, seed=_PACE_SEED + run
+            )
             for load in loads if run % 2 == 0 else reversed(loads):
-                capacity = server.capacity(seconds)
+                device_capacity = 1 / (pace.slowdown * plan.seconds(_TRAFFIC.sizes[0]))
+                capacity = device_capacity if is_paced else server.capacity(seconds)
                 rate = load * capacity
                 arrivals, choices = arrivals_of(
                     _TRAFFIC, rate, max(_MIN_REQUESTS, round(rate * seconds)), seed=run
@@ -218,7 +230,8 @@ def simulator_error(demo: Sequence[Point], others: Mapping[str, Sequence[Point]]
         f"slowdown that `xlarank simulate --server-metrics` reads from pages before and after an earlier run "
         f"at {_PACE_LOAD:.0%} load (other arrivals), as --overhead-ms that run's latency less the server's "
         f"own, and the arrivals of the run: how far from 1, the worst of "
-        f"{', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} load (spread: over loads), medians of runs",
+        f"{', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} load, of what the device can do at that "
+        f"pace (spread: over loads), medians of runs",
         beside=beside,
     )
 
