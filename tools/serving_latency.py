@@ -249,7 +249,8 @@ def _stages(points: Sequence[Point]) -> str:
     stages = ", ".join(f"{name} {median_ms(name):.2f}" for name in ("queue", "gather", "execute", "respond"))
     lag = 1e3 * statistics.median(float(np.quantile(point.played.lags, 0.99)) for point in points)
     capacity = statistics.median(point.capacity for point in points)
+    rows = statistics.median(point.means.rows_a_batch for point in points)
     return (
         f"{1e3 / capacity:.2f} ms at capacity; means in ms: {stages}, outside of the engine {outside:.2f}; "
-        f"generator p99 late {lag:.2f}"
+        f"{rows:.0f} rows a batch; generator p99 late {lag:.2f}"
     )
