@@ -7,7 +7,10 @@
 SHELL := /bin/bash
 export PYTHON
 VENV ?= .venv
-PIP_FLAGS ?= --quiet --disable-pip-version-check
+# `dev`, or `test`: what tests need, without linters and type checker.
+EXTRA ?= dev
+# Python compiles what is imported, a third of what is installed.
+PIP_FLAGS ?= --quiet --disable-pip-version-check --no-compile
 ARTIFACTS ?= artifacts
 MOVIELENS_DIR ?= data/ml-100k
 # Two processes, a file whole in one of them: modules share what is slow to make.
@@ -38,7 +41,7 @@ setup: $(STAMP)  ## .venv with xlarank, its kernel and the development tools
 $(STAMP): pyproject.toml $(NATIVE) tools/find_python.sh
 	@python=$$(tools/find_python.sh) && echo "setting up $(VENV) with $$python" && \
 	  "$$python" -m venv --clear $(VENV) && \
-	  $(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[dev]' && \
+	  $(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[$(EXTRA)]' && \
 	  echo "$$python" >$@
 
 demo: $(STAMP)  ## train, compile, serve and ask a model of a made-up video feed
@@ -69,7 +72,7 @@ format: $(STAMP)  ## format and mend what the linter can
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 movielens: $(STAMP)  ## bring MovieLens 100K to data/ml-100k (never committed)
-	@tools/movielens.sh $(MOVIELENS_DIR)
+	@PYTHON=$(BIN)/python tools/movielens.sh $(MOVIELENS_DIR)
 
 protos: $(STAMP)  ## generate the gRPC code anew
 	@$(BIN)/python tools/generate_protos.py

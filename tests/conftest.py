@@ -45,7 +45,6 @@ _OLDEST = {
     "serving/test_tritonclient.py",
     "test_end_to_end.py",
     "test_errors.py",
-    "test_layering.py",
     "test_public_api.py",
 }
 

@@ -1,6 +1,7 @@
 """From a folder of data to scores over gRPC, through the command alone, each step a process of its own."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -97,9 +98,17 @@ class Shell:
                 process.kill()
 
 
+def told_here(folder, *words):
+    """`Shell.result` in this process, which has all imports already."""
+    out = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out):
+        assert main.main(main.parse(["xlarank", *words, "--json"])) == 0
+    return json.loads(out.getvalue().splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """What every step of the way said, and where it lies."""
+    """What every step of the way said, and where it lies; what only reads is asked in this process."""
     shell = Shell(tmp_path_factory.mktemp("feed"))
     write_feed(shell.folder / "data", seed=4, size=SIZE)
     (shell.folder / "feed.toml").write_text(small_config())
@@ -112,10 +121,10 @@ def chain(tmp_path_factory):
             *("compile", "feed.toml", "--checkpoint", "checkpoint", "--out", "models", "--devices", "2"),
             *("--precision", "float32", "--table-precision", "float32", "--tune-seconds", "2", "--explain"),
         ),
-        inspect=shell.result("inspect", "models/feed"),
+        inspect=told_here(shell.folder, "inspect", "models/feed"),
         score=shell.result("score", "models/feed/1", *data, "--out", "scores.parquet", "--devices", "2"),
-        of_checkpoint=shell.result("evaluate", "feed.toml", "--checkpoint", "checkpoint", *data),
-        of_bundle=shell.result("evaluate", "models/feed", *data),
+        of_checkpoint=told_here(shell.folder, "evaluate", "feed.toml", "--checkpoint", "checkpoint", *data),
+        of_bundle=told_here(shell.folder, "evaluate", "models/feed", *data),
     )
 
 

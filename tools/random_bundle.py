@@ -17,6 +17,7 @@ from typing import Any
 from xlarank import device  # first: it sets the environment that JAX reads at import
 
 # isort: split
+import jax
 from flax import nnx
 
 from xlarank.compiler import BuildOptions, BuildResult, build, random_requests
@@ -56,7 +57,9 @@ def random_bundle(
     if updatable is not None:
         tables = [dataclasses.replace(t, updatable=t.updatable or t.name == updatable) for t in spec.tables]
         spec = dataclasses.replace(spec, tables=tuple(tables))
-    rngs = nnx.Rngs(0)
+    # Any weights will do: by the generator that takes least time to compile.
+    with jax.default_prng_impl("rbg"):
+        rngs = nnx.Rngs(0)
     # Copies, as JAX's own can't be written.
     arrays = {n: table.copy() for n, table in EmbeddingCollection(spec, rngs=rngs).to_numpy().items()}
     chosen = {**config.options, **(model_options or {})}

@@ -329,7 +329,8 @@ for own, target in zip(placed, devices, strict=True):
         assert array.devices() == {target}
         values = np.asarray(array)
         assert (values[[0, -2], 5] == i + 1).all() and (values[-1] == 0).all()
-print(status("VmHWM") - before, status("VmRSS") - before)
+final = status("VmRSS")  # first: the peak is no less than what there was before it is read
+print(status("VmHWM") - before, final - before)
 """
 
 

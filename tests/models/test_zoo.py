@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from pass_cases import quickly_compiled
 
 from xlarank.errors import ConfigError
 from xlarank.models import build_model
@@ -38,7 +39,8 @@ def model(request, spec, built):
     """A module in evaluation mode."""
     if request.param not in built:
         build, options = BUILDS[request.param]
-        module = build(spec, rngs=nnx.Rngs(0), **options)
+        with quickly_compiled():
+            module = build(spec, rngs=nnx.Rngs(0), **options)
         module.eval()
         graphdef, state = nnx.split(module)
         forward = jax.jit(lambda features: nnx.merge(graphdef, state)(features))

@@ -43,6 +43,7 @@ __all__ = [
     "hoisted_of",
     "operations",
     "plain_of",
+    "quickly_compiled",
     "run_all",
     "sampled",
     "shape_of",
@@ -193,10 +194,14 @@ def case_of(name: str) -> Case:
     return Case(name, spec, split_module(module))
 
 
+def _compile(run: Callable[..., Any], *inputs: Any) -> jax.stages.Compiled:
+    """As fast as XLA can: what it computes, and by its count how much, is the same."""
+    return jax.jit(run).lower(*inputs).compile(compiler_options={"xla_backend_optimization_level": 0})
+
+
 def compiled(run: Callable[..., Any], *inputs: Any) -> Any:
-    """Runs a function that XLA compiles as fast as it can: what it computes is the same."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(run).lower(*inputs).compile(compiler_options=options)(*inputs)
+    """Runs a function, compiled."""
+    return _compile(run, *inputs)(*inputs)
 
 
 def run_all(
@@ -259,8 +264,8 @@ def fed_by_weights(parted: Parted) -> list[Any]:
 def flops_of(case: Case, program: Program, batch: Batch) -> float:
     """As XLA counts them."""
     inputs = batch.inputs(case.model.params)
-    lowered = jax.jit(lambda *inputs: run_equations(program.closed, inputs)).lower(*inputs)
-    return lowered.compile().cost_analysis()["flops"]
+    run = _compile(lambda *inputs: run_equations(program.closed, inputs), *inputs)
+    return run.cost_analysis()["flops"]
 
 
 def operations(program: Program, name: str = "dot_general") -> list[Any]:

@@ -92,6 +92,7 @@ class Builder:
         self.labels, self.options, self.on_progress = labels, options, on_progress
         self.targets = device.devices(options.num_devices)
         self.kind = device.device_kind(self.targets[0])
+        self.process_cache = device.compile_cache_folder()
         self.traces = Traces(model, self.spec)
         self.unused = self.traces.unused_features()
         self.activations = self._activations_format()
@@ -405,13 +406,13 @@ class Builder:
         ]
         bucket = (whole or list(self.ladder.buckets))[0]
         replica = bench.candidate(bucket, PLAIN).replica
-        counts_rows = functools.partial(
-            check_row_counts,
-            self.traces,
-            self.float32_tables,
-            self.requests[0],
-            self.options.policy.tolerance,
-        )
+
+        def counts_rows() -> None:
+            # No program of the bundle: what is compiled for it is found again by the next build.
+            with device.compile_cache_at(self.process_cache):
+                tolerance = self.options.policy.tolerance
+                check_row_counts(self.traces, self.float32_tables, self.requests[0], tolerance)
+
         try:
             verify_bucket(
                 self.signature,
