@@ -208,9 +208,9 @@ class Bench:
         sizes = self._sizes
         self._tell("the demo model")
         demo = demo_model(self._lab.folder)
-        of_demo = self._points(demo, sizes.light_seconds, SIMULATED_LOADS, is_paced=True)
+        of_demo = self._points(demo, sizes.light_seconds, SIMULATED_LOADS)
         others = {
-            name: self._points(self._model(name), seconds, MD1_LOADS, is_paced=False)
+            name: self._points(self._model(name), seconds, MD1_LOADS)
             for name, seconds in (("heavy", sizes.heavy_seconds), ("light", sizes.light_seconds))
         }
         text = "500 candidates a request, Poisson arrivals, one device"
@@ -219,12 +219,10 @@ class Bench:
             simulator_error(of_demo, others, how=f"{self._how(demo)}; {text}"),
         ]
 
-    def _points(
-        self, served: Served, seconds: float, loads: Sequence[float], *, is_paced: bool
-    ) -> list[Point]:
+    def _points(self, served: Served, seconds: float, loads: Sequence[float]) -> list[Point]:
         self._tell(f"latency of the {served.name} model")
         runs = self._sizes.runs
-        return measure_points(self._lab, served, runs=runs, seconds=seconds, loads=loads, is_paced=is_paced)
+        return measure_points(self._lab, served, runs=runs, seconds=seconds, loads=loads)
 
     def _rules(self) -> list[Figure]:
         sizes, light = self._sizes, self._model("light")

@@ -1,17 +1,15 @@
 """Latency figures of the serving benchmark: one device, 500 candidates a request, Poisson arrivals.
 
 `p99_over_md1` holds the server to the queue that it is at best, `simulator_error` holds `xlarank simulate` to
-the server, as a user would who has a bundle, pages of /metrics from before and after some traffic, and what a
-client saw of that; what is predicted comes after it, at other loads.
+the server, as a user would who has a bundle and saw how much the server does in closed loop, and how fast a
+request is alone; what is predicted comes after it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from figures import Figure, Goal, ratio_figure
@@ -28,23 +26,21 @@ from serving_lab import (
     server_means,
 )
 
-from xlarank.cli.server_pace import ServerPace, read_pace
+from xlarank.cli.server_pace import ServerPace, observed_pace
 from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.spec import QueueConfig
 
 __all__ = ["MD1_LOADS", "SIMULATED_LOADS", "Point", "measure_points", "p99_over_md1", "simulator_error"]
 
 MD1_LOADS = (0.7,)
 SIMULATED_LOADS = (0.3, 0.6, 0.8)
 
-_PACE_LOAD = 0.5
-"""At which pages of metrics are taken. No closed loop: its batches are a quarter faster than among arrivals
-that come as they please, as few requests are decoded while one executes and the CPUs are never idle."""
-
-_PACE_SEED = 1000
-"""Plus the run's: other arrivals than those that are predicted."""
-
 _OUTSTANDING = 3
 _MIN_REQUESTS = 20
+
+_SATURATING = 16
+"""Times the traffic's requests, of a simulated server that is never idle."""
+
 _TRAFFIC = fixed_sizes(500)
 
 
@@ -56,7 +52,10 @@ class Point:
     """Of the capacity."""
 
     capacity: float
-    """Requests a second; see `measure_points`."""
+    """Requests a second in closed loop, measured right before."""
+
+    alone: float
+    """Seconds of a request in closed loop of one, likewise."""
 
     played: Played
     means: ServerMeans
@@ -66,10 +65,7 @@ class Point:
     """Seconds by quantile of an M/D/1 queue with these arrivals, served in 1 / capacity."""
 
     pace: ServerPace
-    """Of a run at another load before it; the overhead is what its client saw."""
-
-    server_overhead: float
-    """Seconds of it that the server saw."""
+    """What capacity and lone requests say."""
 
     simulated_mean: float
     """Seconds, by the simulator with the bundle's profile, the pace and these arrivals."""
@@ -84,7 +80,7 @@ class Point:
 
 
 def measure_points(
-    lab: Lab, served: Served, *, runs: int, seconds: float, loads: Sequence[float], is_paced: bool
+    lab: Lab, served: Served, *, runs: int, seconds: float, loads: Sequence[float]
 ) -> list[Point]:
     """Starts a server and loads it, `runs` times at each load.
 
@@ -93,9 +89,7 @@ def measure_points(
       served: the model.
       runs: at each load.
       seconds: of a run.
-      loads: shares of the capacity.
-      is_paced: whether that is what the device can do at its pace, as `xlarank simulate --load` has it; else
-        what the server does in closed loop right before.
+      loads: shares of what the server does in closed loop right before.
 
     Raises:
       RuntimeError: if a request isn't answered.
@@ -107,13 +101,15 @@ def measure_points(
     ):
         plan = BucketPlan(served.ladder, served.profile)
         for run in range(runs):
-            server = _Loaded(lab, ready["http"], generator)
-            told, pace = server.pace(
-                served, plan, seconds=seconds if is_paced else seconds / 2, seed=_PACE_SEED + run
-            )
             for load in loads if run % 2 == 0 else reversed(loads):
-                device_capacity = 1 / (pace.slowdown * plan.seconds(_TRAFFIC.sizes[0]))
-                capacity = device_capacity if is_paced else server.capacity(seconds)
+                alone, capacity = (_closed_loop(generator, number, seconds) for number in (1, _OUTSTANDING))
+                pace = observed_pace(
+                    [plan],
+                    QueueConfig(**HUGE_QUEUE),
+                    _TRAFFIC.sizes * _SATURATING,
+                    capacity=capacity,
+                    alone_seconds=1 / alone,
+                )
                 rate = load * capacity
                 arrivals, choices = arrivals_of(
                     _TRAFFIC, rate, max(_MIN_REQUESTS, round(rate * seconds)), seed=run
@@ -128,11 +124,11 @@ def measure_points(
                     Point(
                         load=load,
                         capacity=capacity,
+                        alone=1 / alone,
                         played=played,
                         means=means(),
                         md1={q: float(np.quantile(md1, q)) for q in (0.5, 0.99)},
                         pace=pace,
-                        server_overhead=told.overhead_seconds,
                         simulated_mean=run_simulation(plan, arrivals, pace=pace).mean_latency,
                         idle_mean=run_simulation(plan, arrivals).mean_latency,
                     )
@@ -140,34 +136,11 @@ def measure_points(
     return points
 
 
-@dataclasses.dataclass(frozen=True)
-class _Loaded:
-    """A server with its load."""
-
-    lab: Lab
-    http: str
-    generator: LoadGenerator
-
-    def capacity(self, seconds: float) -> float:
-        """Requests a second in closed loop."""
-        return self.generator.closed_loop(
-            range(len(_TRAFFIC.sizes)), outstanding=_OUTSTANDING, seconds=max(1.0, seconds / 8)
-        ).rate
-
-    def pace(
-        self, served: Served, plan: BucketPlan, *, seconds: float, seed: int
-    ) -> tuple[ServerPace, ServerPace]:
-        """What the server says of itself after some load, and that with the overhead that the client saw."""
-        rate = _PACE_LOAD * self.capacity(seconds)
-        arrivals, choices = arrivals_of(_TRAFFIC, rate, max(_MIN_REQUESTS, round(rate * seconds)), seed=seed)
-        pages = [self.lab.folder / f"metrics-{name}.txt" for name in ("before", "after")]
-        _save_page(self.http, pages[0])
-        means = server_means(self.http)
-        played = self.generator.play([arrival.at for arrival in arrivals], choices, timeout=60)
-        _save_page(self.http, pages[1])
-        told = read_pace(pages, served.spec.name, plan)
-        seen = max(0.0, float(played.answered.mean()) - means().total)
-        return told, dataclasses.replace(told, overhead_seconds=seen)
+def _closed_loop(generator: LoadGenerator, outstanding: int, seconds: float) -> float:
+    """Requests a second."""
+    return generator.closed_loop(
+        range(len(_TRAFFIC.sizes)), outstanding=outstanding, seconds=max(1.0, seconds / 8)
+    ).rate
 
 
 def p99_over_md1(heavy: Sequence[Point], light: Sequence[Point], *, how: str) -> Figure:
@@ -205,20 +178,20 @@ def simulator_error(demo: Sequence[Point], others: Mapping[str, Sequence[Point]]
             }
             if name == "demo":
                 off.append(abs(ratios["simulated_mean"] - 1))
-            simulated, served, server_ms, client_ms = (
+            simulated, served, alone, overhead = (
                 1e3 * statistics.median(values)
                 for values in (
                     [point.simulated_mean for point in chosen],
                     [point.mean for point in chosen],
-                    [point.server_overhead for point in chosen],
+                    [point.alone for point in chosen],
                     [point.pace.overhead_seconds for point in chosen],
                 )
             )
             beside[f"{name} model at {load:.0%}"] = (
                 f"simulated {simulated:.2f} ms, served {served:.2f} ms: {ratios['simulated_mean'] - 1:+.1%} "
                 f"(with the bundle's times alone {ratios['idle_mean'] - 1:+.1%}); slowdown "
-                f"{statistics.median(point.pace.slowdown for point in chosen):.2f}, overhead "
-                f"{client_ms:.2f} ms, {server_ms:.2f} of it in the server; {_stages(chosen)}"
+                f"{statistics.median(point.pace.slowdown for point in chosen):.2f}, alone {alone:.2f} ms, "
+                f"overhead {overhead:.2f}; {_stages(chosen)}"
             )
     return Figure(
         figure="simulator_error",
@@ -226,19 +199,13 @@ def simulator_error(demo: Sequence[Point], others: Mapping[str, Sequence[Point]]
         target=0.25,
         goal=Goal.AT_MOST,
         spread=(min(off), max(off)),
-        how=f"{how}; mean latency of the simulator over the served one, with the bundle's own times, the "
-        f"slowdown that `xlarank simulate --server-metrics` reads from pages before and after an earlier run "
-        f"at {_PACE_LOAD:.0%} load (other arrivals), as --overhead-ms that run's latency less the server's "
-        f"own, and the arrivals of the run: how far from 1, the worst of "
-        f"{', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} load, of what the device can do at that "
-        f"pace (spread: over loads), medians of runs",
+        how=f"{how}; mean latency of the simulator over the served one, with the bundle's own times, as "
+        f"--capacity what the server did in closed loop of {_OUTSTANDING} right before, as --alone-ms the "
+        f"latency in closed loop of one, and the arrivals of the run: how far from 1, the worst of "
+        f"{', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} of that capacity (spread: over loads), "
+        f"medians of runs",
         beside=beside,
     )
-
-
-def _save_page(http: str, path: Path) -> None:
-    with urllib.request.urlopen(f"http://{http}/metrics") as response:
-        path.write_bytes(response.read())
 
 
 def _stages(points: Sequence[Point]) -> str:

@@ -117,6 +117,12 @@ def test_a_trace_that_can_not_be_read_is_refused(run, tmp_path, text, message):
         (("--rate", "1", "--costs", "1,2"), "--costs: expected one for each of 1 devices, got 2"),
         (("--rate", "1", "--slo-ms", "0"), "--slo-ms must be > 0; was 0.0"),
         (("--rate", "1", "--slowdown", "0"), "--slowdown must be > 0; was 0.0"),
+        (("--rate", "1", "--capacity", "0"), "--capacity must be > 0; was 0.0"),
+        (("--rate", "1", "--capacity", "1", "--alone-ms", "0"), "--alone-ms must be > 0; was 0.0"),
+        (
+            ("--rate", "1", "--alone-ms", "1"),
+            "--alone-ms: expected --capacity beside it, which says what a batch takes",
+        ),
         (("--rate", "1", "--overhead-ms", "-1"), "--overhead-ms must be >= 0; was -1.0"),
         (("--rate", "1", "--timeout-ms", "-1"), "--timeout-ms must be >= 0; was -1.0"),
         (("--rate", "1", "--requests", "0"), "--requests must be >= 1; was 0"),
@@ -163,6 +169,24 @@ def test_load_is_a_share_of_what_a_slowed_server_can_do(run):
     slowed, _, _ = run(*options, "--slowdown", "2", "--overhead-ms", "1")
     assert slowed["offered_requests_per_second"] == pytest.approx(idle["offered_requests_per_second"] / 2)
     assert slowed["latency_ms"]["mean"] == pytest.approx(2 * idle["latency_ms"]["mean"] + 1, rel=1e-6)
+
+
+def test_a_server_is_simulated_by_what_a_client_saw_of_it(run):
+    # Runs of 128 rows take 10 ms and answer one request; 40 a second are 25 ms each, and 7 of 32 are beside.
+    options = ("--candidates", "128", "--requests", "2000", "--capacity", "40", "--json")
+    facts, _, _ = run("--load", "0.5", *options, "--alone-ms", "32")
+    assert facts["slowdown"] == pytest.approx(2.5)
+    assert facts["overhead_ms"] == pytest.approx(7.0)
+    assert facts["offered_requests_per_second"] == pytest.approx(20, rel=0.1)
+    # An M/D/1 queue at half its load waits half a service on average.
+    assert facts["latency_ms"]["mean"] == pytest.approx(25 + 12.5 + 7, rel=0.1)
+    saturated, _, _ = run("--rate", "1000", *options, "--max-queue-ms", "1e6")
+    assert saturated["requests_per_second"] == pytest.approx(40, rel=0.01)
+    assert saturated["overhead_ms"] == 0  # nobody saw a request alone
+    given, _, _ = run("--load", "0.5", *options, "--overhead-ms", "3")
+    assert (given["slowdown"], given["overhead_ms"]) == (pytest.approx(2.5), 3.0)
+    faster, _, _ = run("--rate", "1", *options, "--alone-ms", "20")  # than its batches: no overhead
+    assert faster["overhead_ms"] == 0
 
 
 def test_a_page_of_metrics_says_how_fast_a_server_is(run, tmp_path):

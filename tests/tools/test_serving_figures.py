@@ -110,11 +110,11 @@ def point(load, served, simulated, idle):
     return Point(
         load=load,
         capacity=100.0,
+        alone=0.006,
         played=Played(np.zeros(1), latencies, ["OK"], np.zeros(1), 0.0),
         means=ServerMeans(gather=0, execute=0, queue=0, respond=0, total=0, rows_a_batch=500),
         md1={0.5: 1.0, 0.99: 1.0},
         pace=ServerPace(slowdown=1.5, overhead_seconds=0.002),
-        server_overhead=0.001,
         simulated_mean=simulated,
         idle_mean=idle,
     )
@@ -127,7 +127,7 @@ def test_the_simulator_is_as_far_off_as_at_its_worst_load():
     assert figure.spread == pytest.approx((0.1, 0.2))
     assert figure.beside["demo model at 60%"].startswith(
         "simulated 12.00 ms, served 10.00 ms: +20.0% (with the bundle's times alone -50.0%); slowdown 1.50, "
-        "overhead 2.00 ms, 1.00 of it in the server"
+        "alone 6.00 ms, overhead 2.00; "
     )
     assert figure.beside["light model at 70%"].startswith("simulated 30.00 ms, served 10.00 ms: +200.0%")
 

@@ -1,4 +1,4 @@
-"""How a server that runs compares with the measured times of its bundle: `read_pace`."""
+"""How a server that runs compares with the measured times of its bundle: `read_pace`, `observed_pace`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from xlarank.errors import ConfigError
 
 if TYPE_CHECKING:
     from xlarank.runtime.bucket_plan import BucketPlan
+    from xlarank.spec import QueueConfig
 
-__all__ = ["ServerPace", "read_pace"]
+__all__ = ["ServerPace", "observed_pace", "read_pace"]
 
 _BATCHES = "xlarank_bucket_batches_total"
 _REQUESTS = "nv_inference_request_success"
@@ -23,6 +24,9 @@ _RESPOND = "nv_inference_compute_output_duration_us"
 _OUTSIDE = "xlarank_outside_seconds_total"
 _SERVICE = ("xlarank_gather_seconds_total", "xlarank_execute_seconds_total")
 _NAMES = (_BATCHES, _REQUESTS, _RESPOND, _OUTSIDE, *_SERVICE)
+
+_SATURATING = 2000
+"""Requests of a simulated server that is never idle."""
 
 _SHOWN = 80  # characters of a wrong line in a message
 
@@ -83,6 +87,37 @@ def read_pace(pages: Sequence[Path], model: str, plan: BucketPlan) -> ServerPace
     service += respond * min(num_batches, num_requests)
     outside = counts.get((_OUTSIDE, ""), 0.0)
     return ServerPace(slowdown=service / predicted, overhead_seconds=outside / num_requests)
+
+
+def observed_pace(
+    plans: Sequence[BucketPlan],
+    config: QueueConfig,
+    sizes: Sequence[int],
+    *,
+    capacity: float,
+    alone_seconds: float | None = None,
+) -> ServerPace:
+    """The pace at which a server would do what clients saw of it.
+
+    Where batches share the CPUs with decoding, encoding and others, no batch is as much slower as the whole
+    is: what bounds the server is all of them together, which a client sees and no counter of a stage does.
+
+    Args:
+      plans: times by device.
+      config: the server's.
+      sizes: candidates of requests as they come.
+      capacity: requests of those sizes that it answered a second, when there were always some waiting.
+      alone_seconds: latency of one that came alone; what its batch doesn't account for is overhead. None if
+        it wasn't seen: there is no overhead then.
+    """
+    from xlarank.runtime.simulation import saturated_rate
+
+    slowdown = saturated_rate(plans, config, sizes[:_SATURATING]) / capacity
+    if alone_seconds is None:
+        return ServerPace(slowdown=slowdown)
+    fastest = min(plans, key=lambda plan: plan.seconds_a_row)
+    batch = slowdown * sum(fastest.seconds(size) for size in sizes) / len(sizes)
+    return ServerPace(slowdown=slowdown, overhead_seconds=max(0.0, alone_seconds - batch))
 
 
 def _predicted_seconds(where: str, counts: _Counts, plan: BucketPlan) -> float:

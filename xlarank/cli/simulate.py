@@ -16,7 +16,7 @@ from rich.console import Console
 from xlarank.bundle import Verify, open_bundle, resolve_bundle
 from xlarank.cli.console import output_console
 from xlarank.cli.profiles import profile_of
-from xlarank.cli.server_pace import ServerPace, read_pace
+from xlarank.cli.server_pace import ServerPace, observed_pace, read_pace
 from xlarank.errors import ConfigError
 from xlarank.spec import DEFAULT_PRIORITY, NUM_PRIORITIES, DispatchPolicy, LatencyProfile, QueueConfig
 from xlarank.spec.ladder import SizeHistogram
@@ -32,18 +32,20 @@ _EPILOG = """\
 example:
   xlarank simulate artifacts/models/movielens --load 0.8 --candidates 500 --devices 2 --slo-ms 20
   xlarank simulate artifacts/models/movielens --trace arrivals.csv --dispatch-policy spread --devices 4
+  xlarank simulate artifacts/models/movielens --load 0.8 --capacity 280 --alone-ms 5.1
   curl -s http://server:8002/metrics > page.txt
-  xlarank simulate artifacts/models/movielens --load 0.8 --server-metrics page.txt
+  xlarank simulate artifacts/models/movielens --rate 90 --server-metrics page.txt
 
 The batcher and the scheduler are the server's own; the devices take the times that the bundle was measured
 at, on an idle machine. A trace is a CSV file with a header, of the columns seconds and candidates, and where
 wanted priority, timeout_ms and user.
 
 A server shares its CPUs with its own threads, and perhaps with others: its batches take longer, and decoding
-and encoding come on top. --server-metrics reads both from what a server under load has counted; save a page
-before and one after a busy minute for just that minute. No server sees what the network and clients take:
-where that matters, give --overhead-ms a client's mean latency less nv_inference_request_duration_us, the
-server's own.
+and encoding come on top. The best that can be said of one is what a client saw: how many requests of this
+traffic it answered a second when there were always some waiting (--capacity), and the latency of one that
+came alone (--alone-ms). Without a load test, --server-metrics reads from what a server has counted how slow
+its batches were, and its own time beside them; save a page before and one after a busy minute for just that
+minute. What the network and clients take is in no page; --overhead-ms says it.
 """
 
 _COLUMNS = ("seconds", "candidates", "priority", "timeout_ms", "user")
@@ -92,7 +94,15 @@ def add_parser(subparsers: Any) -> None:
         default=QueueConfig().policy.value,
         help="(%(default)s)",
     )
-    parser.add_argument(
+    pace = parser.add_mutually_exclusive_group()
+    pace.add_argument(
+        "--capacity",
+        type=float,
+        metavar="R",
+        help="requests of this traffic that the server answered a second with always some waiting; --load is "
+        "a share of it",
+    )
+    pace.add_argument(
         "--server-metrics",
         type=Path,
         nargs="+",
@@ -100,14 +110,20 @@ def add_parser(subparsers: Any) -> None:
         help="slowdown and overhead of a server that serves BUNDLE: its /metrics saved to a file, or two "
         "files, for what happened between them",
     )
-    parser.add_argument(
+    pace.add_argument(
         "--slowdown",
         type=float,
         metavar="X",
-        help="what a batch takes while serving, over the bundle's measured time (1, or as --server-metrics "
-        "says)",
+        help="what a batch takes while serving, over the bundle's measured time (1)",
     )
-    parser.add_argument(
+    beside = parser.add_mutually_exclusive_group()
+    beside.add_argument(
+        "--alone-ms",
+        type=float,
+        metavar="MS",
+        help="with --capacity: latency of a request that came alone, which says the overhead",
+    )
+    beside.add_argument(
         "--overhead-ms",
         type=float,
         metavar="MS",
@@ -161,14 +177,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.slo_ms <= 0:
         raise ConfigError(f"--slo-ms must be > 0; was {args.slo_ms}")
-    pace = _pace(args, manifest.spec.name, plans[1.0])
+    by_device = [plans[speed] for speed in speeds]
+    pace = _stated_pace(args, manifest.spec.name, plans[1.0])
     scheduler: Scheduler[int] = Scheduler(len(speeds), costs=costs)
-    queue = scheduler.attach(manifest.spec.name, [plans[speed] for speed in speeds], config)
+    queue = scheduler.attach(manifest.spec.name, by_device, config)
     if args.trace is not None:
         arrivals = _read_trace(args.trace)
     else:
         capacity = sum(speeds) / pace.slowdown
         arrivals = _poisson(args, manifest.spec.name, capacity=capacity, seconds_of=plans[1.0].seconds)
+    if args.capacity is not None:
+        observed = observed_pace(
+            by_device,
+            config,
+            [arrival.num_rows for arrival in arrivals],
+            capacity=args.capacity,
+            alone_seconds=None if args.alone_ms is None else args.alone_ms / 1e3,
+        )
+        overhead = max(observed.overhead_seconds, pace.overhead_seconds)  # one of them is 0
+        pace = dataclasses.replace(observed, overhead_seconds=overhead)
     result = simulate(
         scheduler,
         [queue],
@@ -207,12 +234,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
-def _pace(args: argparse.Namespace, model: str, plan: BucketPlan) -> ServerPace:
+def _stated_pace(args: argparse.Namespace, model: str, plan: BucketPlan) -> ServerPace:
     """As a server says, where it was asked, but for what the options say."""
-    if args.slowdown is not None and not 0 < args.slowdown < math.inf:
-        raise ConfigError(f"--slowdown must be > 0; was {args.slowdown}")
+    for name in ("capacity", "slowdown", "alone_ms"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} must be > 0; was {value}")
     if args.overhead_ms is not None and not 0 <= args.overhead_ms < math.inf:
         raise ConfigError(f"--overhead-ms must be >= 0; was {args.overhead_ms}")
+    if args.alone_ms is not None and args.capacity is None:
+        raise ConfigError("--alone-ms: expected --capacity beside it, which says what a batch takes")
     pace = ServerPace() if args.server_metrics is None else read_pace(args.server_metrics, model, plan)
     return ServerPace(
         slowdown=pace.slowdown if args.slowdown is None else args.slowdown,
@@ -264,7 +295,9 @@ def _poisson(
     sizes = np.array(list(histogram.counts), np.int64)
     shares = np.array(list(histogram.counts.values()), np.float64) / histogram.num_requests
     rate = args.rate
-    if rate is None:
+    if rate is None and args.capacity is not None:
+        rate = args.load * args.capacity
+    elif rate is None:
         seconds = float(np.array([seconds_of(int(size)) for size in sizes]) @ shares)
         rate = args.load * capacity / seconds
     return poisson_arrivals(

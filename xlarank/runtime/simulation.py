@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from xlarank.errors import ConfigError, DeadlineError, OverloadError
+from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.scheduler import ModelQueue, Scheduler, Turn
 from xlarank.spec import DEFAULT_PRIORITY, RequestOptions
+from xlarank.spec.serving import QueueConfig
 
-__all__ = ["Arrival", "SimulationResult", "poisson_arrivals", "simulate"]
+__all__ = ["Arrival", "SimulationResult", "poisson_arrivals", "saturated_rate", "simulate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +164,20 @@ def simulate(
         run.arrive(arrival)
     run.advance(math.inf)
     return run.result()
+
+
+def saturated_rate(plans: Sequence[BucketPlan], config: QueueConfig, sizes: Sequence[int]) -> float:
+    """Requests a second that devices answer when there are always more waiting.
+
+    Args:
+      plans: their prices, by device.
+      config: the rule that batches are made by; nothing is refused.
+      sizes: candidates of the requests.
+    """
+    scheduler: Scheduler[int] = Scheduler(len(plans))
+    config = dataclasses.replace(config, max_queue_ms=1e15, max_queued_rows=2**62)
+    queue = scheduler.attach("model", plans, config)
+    return simulate(scheduler, [queue], [Arrival(0.0, size) for size in sizes]).requests_a_second
 
 
 class _Run:
