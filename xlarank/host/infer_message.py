@@ -55,9 +55,11 @@ class InferForms:
             strings), items a row, and whether its shape is [rows, items]. Where that is so and it is of
             one item, [rows] will do too.
         """
-        self._forms = None if native is None else native.InferForms()
-        for each in inputs if self._forms is not None else ():
-            self._forms.add(*each)
+        self._forms = None
+        if native is not None:
+            self._forms = native.InferForms()
+            for each in inputs:
+                self._forms.add(*each)
 
     def locate(self, message: RawMessage) -> list[int] | None:
         """Where a message has the raw contents of these inputs.
