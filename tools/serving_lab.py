@@ -24,6 +24,7 @@ from xlarank.bundle import Verify, open_bundle, resolve_bundle
 from xlarank.cli.profiles import profile_of
 from xlarank.cli.server_pace import ServerPace
 from xlarank.compiler import random_requests
+from xlarank.errors import BundleError
 from xlarank.runtime.batcher import Batcher
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.scheduler import BatcherMaker, Scheduler
@@ -145,18 +146,13 @@ def demo_model(folder: Path) -> Served:
     Args:
       folder: where to make it.
     """
-    artifacts = DEMO
-    if not (artifacts / "models" / "feed").is_dir():
+    try:
+        return _served("demo", resolve_bundle(DEMO / "models" / "feed"))
+    except BundleError:  # there is none, or one that another version of ours made
         artifacts = folder / "demo"
-        words = [
-            sys.executable,
-            Path(__file__).with_name("demo.py"),
-            "--artifacts",
-            artifacts,
-            "--devices",
-            "1",
-        ]
-        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    script = Path(__file__).with_name("demo.py")
+    words = [sys.executable, script, "--artifacts", artifacts, "--devices", "1"]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
     return _served("demo", resolve_bundle(artifacts / "models" / "feed"))
 
 

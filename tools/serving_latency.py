@@ -38,6 +38,12 @@ SIMULATED_LOADS = (0.3, 0.6, 0.8)
 _OUTSTANDING = 3
 _MIN_REQUESTS = 20
 
+_ALONE_SERVICES = 3
+"""From one request to the next, where each is to be alone. Not back to back: pauses are what traffic has, and
+cores and timers that have slept take their time."""
+
+_MIN_ALONE = 10
+
 _SATURATING = 16
 """Times the traffic's requests, of a simulated server that is never idle."""
 
@@ -55,7 +61,7 @@ class Point:
     """Requests a second in closed loop, measured right before."""
 
     alone: float
-    """Seconds of a request in closed loop of one, likewise."""
+    """Seconds of a request that comes when nothing else is there, likewise."""
 
     played: Played
     means: ServerMeans
@@ -102,13 +108,16 @@ def measure_points(
         plan = BucketPlan(served.ladder, served.profile)
         for run in range(runs):
             for load in loads if run % 2 == 0 else reversed(loads):
-                alone, capacity = (_closed_loop(generator, number, seconds) for number in (1, _OUTSTANDING))
+                capacity = generator.closed_loop(
+                    range(len(_TRAFFIC.sizes)), outstanding=_OUTSTANDING, seconds=max(1.0, seconds / 8)
+                ).rate
+                alone = _seconds_alone(generator, _ALONE_SERVICES / capacity, seconds / 4)
                 pace = observed_pace(
                     [plan],
                     QueueConfig(**HUGE_QUEUE),
                     _TRAFFIC.sizes * _SATURATING,
                     capacity=capacity,
-                    alone_seconds=1 / alone,
+                    alone_seconds=alone,
                 )
                 rate = load * capacity
                 arrivals, choices = arrivals_of(
@@ -124,7 +133,7 @@ def measure_points(
                     Point(
                         load=load,
                         capacity=capacity,
-                        alone=1 / alone,
+                        alone=alone,
                         played=played,
                         means=means(),
                         md1={q: float(np.quantile(md1, q)) for q in (0.5, 0.99)},
@@ -136,11 +145,12 @@ def measure_points(
     return points
 
 
-def _closed_loop(generator: LoadGenerator, outstanding: int, seconds: float) -> float:
-    """Requests a second."""
-    return generator.closed_loop(
-        range(len(_TRAFFIC.sizes)), outstanding=outstanding, seconds=max(1.0, seconds / 8)
-    ).rate
+def _seconds_alone(generator: LoadGenerator, spacing: float, seconds: float) -> float:
+    """Mean latency of requests that come one at a time, so many seconds from one to the next."""
+    count = max(_MIN_ALONE, round(seconds / spacing))
+    choices = [number % len(_TRAFFIC.sizes) for number in range(count)]
+    played = generator.play([number * spacing for number in range(count)], choices, timeout=60)
+    return float(played.answered.mean())
 
 
 def p99_over_md1(heavy: Sequence[Point], light: Sequence[Point], *, how: str) -> Figure:
@@ -201,8 +211,8 @@ def simulator_error(demo: Sequence[Point], others: Mapping[str, Sequence[Point]]
         spread=(min(off), max(off)),
         how=f"{how}; mean latency of the simulator over the served one, with the bundle's own times, as "
         f"--capacity what the server did in closed loop of {_OUTSTANDING} right before, as --alone-ms the "
-        f"latency in closed loop of one, and the arrivals of the run: how far from 1, the worst of "
-        f"{', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} of that capacity (spread: over loads), "
+        f"latency of requests {_ALONE_SERVICES} services apart, and the arrivals of the run: how far from 1, "
+        f"the worst of {', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} of that capacity (spread: over loads), "
         f"medians of runs",
         beside=beside,
     )
