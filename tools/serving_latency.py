@@ -212,8 +212,8 @@ def simulator_error(demo: Sequence[Point], others: Mapping[str, Sequence[Point]]
         how=f"{how}; mean latency of the simulator over the served one, with the bundle's own times, as "
         f"--capacity what the server did in closed loop of {_OUTSTANDING} right before, as --alone-ms the "
         f"latency of requests {_ALONE_SERVICES} services apart, and the arrivals of the run: how far from 1, "
-        f"the worst of {', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} of that capacity (spread: over loads), "
-        f"medians of runs",
+        f"the worst of {', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} of that capacity "
+        f"(spread: over loads), medians of runs",
         beside=beside,
     )
 
