@@ -41,7 +41,7 @@ class Gate(grpc.GenericRpcHandler):
         the count of streams is exact."""
         refusal = None
         if handler_call_details.method == _UNARY:
-            refusal = self._service.refusal(self._threads.rank.num_open)
+            refusal = self._service.refusal()
         elif handler_call_details.method == _STREAM:
             refusal = self._refusal_of_stream()
         if refusal is not None:

@@ -143,7 +143,7 @@ class _App:
         """A route that ranks."""
 
         async def answer(request: Request) -> Response:
-            if (refusal := self._service.refusal(self._threads.rank.num_open)) is not None:
+            if (refusal := self._service.refusal()) is not None:
                 raise refusal
             async with self._bodies.received(request) as body:
                 ranking = _Ranking(self._service, request, body)

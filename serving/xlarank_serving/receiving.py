@@ -23,6 +23,10 @@ _HURRY_SECONDS = 0.25
 
 _LOOK_SECONDS = 0.05
 
+_STALLED_SECONDS = 0.05
+"""A request that takes longer to arrive isn't expected soon: it must not be counted as one that is, or some
+that are never sent would keep all others away."""
+
 
 class ReceiveWatch:
     """Ends calls whose request doesn't arrive.
@@ -67,6 +71,12 @@ class ReceiveWatch:
         return grpc.stream_unary_rpc_method_handler(
             receive_and_call, response_serializer=handler.response_serializer
         )
+
+    @property
+    def num_stalled(self) -> int:
+        """Calls whose request has been awaited for so long that it may not come."""
+        before = self._clock() - _STALLED_SECONDS
+        return sum(since < before for since in list(self._since.values()))
 
     def end_late_calls(self) -> int:
         """Cancels the calls that have waited too long; returns how many."""

@@ -117,6 +117,7 @@ class RankingServer:
             self._streams = InferStreams(self._service, self._threads)
             self._receive_watch = ReceiveWatch(limits.max_receive_seconds, self._threads.rank)
             undo.callback(self._receive_watch.close)
+            self._service.count_open(lambda: self._threads.rank.num_open - self._receive_watch.num_stalled)
             self._server = grpc.server(
                 self._threads.rank,
                 options=server_options(limits, connections or ConnectionConfig(), shares_port=is_one_of_many),

@@ -201,6 +201,7 @@ class InferenceService:
         self._codecs: weakref.WeakKeyDictionary[Engine, ModelCodec] = weakref.WeakKeyDictionary()
         # Calls on threads of the ranking pool that wait for their engine. Single operations need no lock.
         self._waiting: set[RankCall] = set()
+        self._num_open: Callable[[], int] = lambda: 0
         self._is_stopping = False  # set once, read by any thread
 
     def stop_accepting(self) -> None:
@@ -215,15 +216,16 @@ class InferenceService:
         """Whether `stop_accepting` was called."""
         return self._is_stopping
 
-    def refusal(self, num_open: int) -> XlarankError | None:
-        """What a ranking request that comes now is answered unread; None if it is to be read.
+    def count_open(self, num_open: Callable[[], int]) -> None:
+        """Says how to count the calls that ranking threads are at: those that don't wait for their engine are
+        on their way to it."""
+        self._num_open = num_open
 
-        Args:
-          num_open: calls of the ranking pool. Those that don't wait for an engine are on their way to one.
-        """
+    def refusal(self) -> XlarankError | None:
+        """What a ranking request that comes now is answered unread; None if it is to be read."""
         if self._is_stopping:
             return UnavailableError("the server is stopping")
-        return self._repository.overload(max(0, num_open - len(self._waiting)))
+        return self._repository.overload(max(0, self._num_open() - len(self._waiting)))
 
     def handlers(
         self,

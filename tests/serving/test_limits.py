@@ -248,11 +248,14 @@ def test_a_request_has_long_to_arrive_unless_threads_are_short_for_that():
     watch.close()  # its thread; looked at by hand here
     calls = [Call(watch)]
     wait_until_waiting(watch, 1)
+    assert watch.num_stalled == 0
     now[0] = 9.9
+    assert watch.num_stalled == 1
     threads.is_short = True  # but three of four threads rank
     assert watch.end_late_calls() == 0
     calls.append(Call(watch))
     wait_until_waiting(watch, 2)
+    assert watch.num_stalled == 1  # the other has just come
     threads.is_short = False
     assert watch.end_late_calls() == 0
     threads.is_short = True
