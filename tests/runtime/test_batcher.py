@@ -112,8 +112,8 @@ def test_what_a_large_request_leaves_free_of_its_bucket_is_filled():
     assert run(batcher) == [("a", 0, 120), ("b", 0, 6)]
 
 
-UNEVEN = plan_of(LADDER, lambda bucket: {8: 1.0, 32: 2.0, 128: 7.7}[bucket.rows])
-"""A knee of 32 rows: four such runs take 8."""
+UNEVEN = plan_of(BucketLadder.of_rows((8, 32, 64)), lambda bucket: {8: 1.0, 32: 2.0, 64: 3.9}[bucket.rows])
+"""A knee of 32 rows: two such runs take 4."""
 
 
 def twenties(count):
@@ -123,30 +123,48 @@ def twenties(count):
 @pytest.mark.parametrize("max_skip_ms", [0, 10])
 def test_requests_that_leave_runs_within_the_knee_half_empty_share_one_beyond_it(max_skip_ms):
     batcher = batcher_of(UNEVEN, max_skip_ms=max_skip_ms)
-    fill(batcher, *twenties(7), now=0.0)
-    batch = batcher.next_batch(0, 1.0)  # six take 7.7, and 12 one by one
-    assert (batch.bucket, batch.num_rows) == (Bucket(128, 128), 120)
-    assert [part.item for part in batch.parts] == [f"r{number}" for number in range(6)]
-    assert run(batcher, now=1.0) == [("r6", 0, 20)]
+    fill(batcher, *twenties(4), now=0.0)
+    batch = batcher.next_batch(0, 1.0)  # three take 3.9, and 6 one by one
+    assert (batch.bucket, batch.num_rows) == (Bucket(64, 64), 60)
+    assert [part.item for part in batch.parts] == ["r0", "r1", "r2"]
+    assert run(batcher, now=1.0) == [("r3", 0, 20)]
 
 
-@pytest.mark.parametrize("requests", [twenties(4), [("a", 32), ("b", 32), ("c", 32), ("d", 32)]])
+@pytest.mark.parametrize("requests", [twenties(2), [("a", 32), ("b", 32), ("c", 32), ("d", 32)]])
 def test_they_do_not_where_it_saves_little(requests):
     batcher = batcher_of(UNEVEN)
     fill(batcher, *requests)
-    for name, rows in requests:  # 8 in four runs
+    for name, rows in requests:  # as many runs of 2 as requests; 64 rows take 3.9
         assert run(batcher) == [(name, 0, rows)]
 
 
-def test_nobody_is_late_for_a_run_beyond_the_knee():
-    batcher = batcher_of(UNEVEN)
-    fill(batcher, *twenties(5), now=0.0)
-    fill(batcher, ("hurried", 20), now=0.0, deadline=7.0)
+def test_no_run_beyond_the_knee_is_longer_than_some_runs_of_it():
+    batcher = batcher_of(plan_of(LADDER, lambda bucket: {8: 1.0, 32: 2.0, 128: 7.7}[bucket.rows]))
+    fill(batcher, *twenties(6))  # 12 one by one; but whoever comes next would wait for 7.7
     assert run(batcher) == [("r0", 0, 20)]
+
+
+def test_a_higher_level_does_not_wait_for_lower_ones_to_save_time():
     batcher = batcher_of(UNEVEN)
-    fill(batcher, *twenties(5), now=0.0)
-    fill(batcher, ("hurried", 20), now=0.0, deadline=7.8)
-    assert len(run(batcher)) == 6
+    fill(batcher, *twenties(3))
+    fill(batcher, ("urgent", 20), priority=1)
+    assert run(batcher) == [("urgent", 0, 20)]
+    assert len(run(batcher)) == 3
+
+
+def test_nobody_is_late_for_a_run_beyond_the_knee():
+    for deadline, together in ((3.8, 1), (4.0, 3)):
+        batcher = batcher_of(UNEVEN)
+        fill(batcher, *twenties(2), now=0.0)
+        fill(batcher, ("hurried", 20), now=0.0, deadline=deadline)
+        assert len(run(batcher)) == together
+    for deadline, together in ((7.7, 1), (7.9, 3)):  # one that is overtaken: 3.9 from the end of the first
+        batcher = batcher_of(UNEVEN, max_skip_ms=1e4)
+        fill(batcher, ("r0", 20), now=0.0)
+        fill(batcher, ("overtaken", 50), now=0.0, deadline=deadline)
+        fill(batcher, ("r1", 20), ("r2", 20), now=0.0)
+        assert len(run(batcher)) == together
+        assert [name for name, _, _ in run(batcher, now=2.0 if together == 1 else 3.9)] == ["overtaken"]
 
 
 def test_a_limit_of_the_operator_is_kept():

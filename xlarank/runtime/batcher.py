@@ -13,8 +13,9 @@ Contract
   - Rows are counted and requests are counted. Requests are merged up to the knee of the measured times, into
     the buckets that are cheapest for all that could run: 12 rows run as 8 and 4 where that takes less time
     than 16, 500 as 256 and 256 where it takes less than 512; more runs must save `LEAST_GAIN`. Beyond the
-    knee only requests are merged that fill runs within it so badly that one run saves `_LEAST_SAVING`: of
-    170 rows each, three in 512 where each would have 256 to itself.
+    knee only requests of one level are merged that fill runs within it so badly that one run, of
+    `_MOST_KNEES` at most, saves `_LEAST_SAVING`: of 170 rows each, three in 512 where each would have 256
+    to itself.
   - A request is bound to a device when the device frees, not at arrival. The parts of one that runs in
     several follow each other on the device that took the first, and the last takes company along. (Policy
     spread pins parts to devices at arrival.)
@@ -49,6 +50,9 @@ _MAX_LOOK = 256
 _LEAST_SAVING = 0.1
 """Share of the time that a run beyond the knee must save over runs within it: it answers all at its end."""
 
+_MOST_KNEES = 2.5
+"""Longest run beyond the knee, in runs of the knee: whoever comes next waits for its end."""
+
 _HIGH_LOAD = 0.7
 """Share of the devices' time that is asked for; from there on a batch may be deferred."""
 
@@ -65,6 +69,11 @@ class Ticket(Generic[Item]):
 
     home: int | None = None
     """The device that it prefers; None for any."""
+
+    @property
+    def head_start(self) -> float:
+        """Seconds that the highest level has over this one's."""
+        return self.order[0] - self.queued_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,20 +462,31 @@ def _limit(head: Part, plan: BucketPlan) -> int:
 def _widened(
     head: Part, others: Sequence[Part], plan: BucketPlan, oldest: float, now: float
 ) -> tuple[int, Sequence[Part]] | None:
-    """Rows of a run beyond the limit and who joins the head in it, where it saves enough and makes nobody
-    late; else None."""
-    limit = _limit(head, plan)
-    best, least = None, 1 - _LEAST_SAVING
+    """Rows of the least run beyond the limit that saves enough, and who joins the head in it; None for none.
+
+    Not for requests of lower levels than the head's, and not where it makes one late that is in it or that it
+    overtakes.
+    """
+    limit, longest = _limit(head, plan), _MOST_KNEES * plan.knee_seconds
+    peers = [part for part in others if part.ticket.head_start <= head.ticket.head_start]
     for capacity in plan.row_counts[bisect.bisect_right(plan.row_counts, limit) :]:
-        chosen = _fill(head, others, capacity, plan, oldest)
-        num_rows = head.num_rows + sum(part.num_rows for part in chosen)
-        if limit < num_rows <= capacity:
-            seconds = plan.run_seconds(num_rows, 1 + len(chosen))
-            share = seconds / _seconds_within([head, *chosen], plan, oldest)
-            deadline = min(part.ticket.deadline for part in (head, *chosen))
-            if share <= least and now + seconds <= deadline:
-                best, least = (num_rows, chosen), share
-    return best
+        chosen = _fill(head, peers, capacity, plan, oldest)
+        run = [head, *chosen]
+        num_rows = sum(part.num_rows for part in run)
+        if not limit < num_rows <= capacity:
+            continue
+        seconds = plan.run_seconds(num_rows, len(run))
+        if seconds > longest:
+            return None
+        if seconds > (1 - _LEAST_SAVING) * _seconds_within(run, plan, oldest):
+            continue
+        is_late = any(now + seconds > part.ticket.deadline for part in run) or any(
+            now + seconds + plan.seconds(part.num_rows) > part.ticket.deadline
+            for part in others
+            if part.ticket.deadline < math.inf and part not in chosen
+        )
+        return None if is_late else (num_rows, chosen)
+    return None
 
 
 def _seconds_within(parts: Sequence[Part], plan: BucketPlan, oldest: float) -> float:
