@@ -270,6 +270,43 @@ def test_a_request_is_refused_unread_while_the_queue_has_no_room_for_it():
     assert "32 rows are queued, 97 more would pass max_queued_rows, 128" in str(scheduler.overload(3, 0.9))
 
 
+def test_what_is_on_its_way_counts_by_what_came_lately():
+    scheduler, queue = scheduler_of(*[ALIKE] * 4, max_queue_ms=500)
+    ask(scheduler, queue, 0)
+    assert scheduler.next_turn(0, 0.0) is not None
+    assert scheduler.overload(3, 0.0) is None  # there is a device for each
+    assert scheduler.overload(7, 0.0) is not None
+    # Many of a lower level are not before one of a higher.
+    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=500, ageing_ms=1e5)
+    for i in range(40):
+        with contextlib.suppress(OverloadError):
+            ask(scheduler, queue, i, priority=4)
+    ask(scheduler, queue, "urgent", priority=1)
+    scheduler.next_turn(0, 0.0)
+    assert scheduler.overload(3, 0.9) is None
+    # Nor are many for another model of one's own.
+    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=500)
+    slow = scheduler.attach("slow", [plan_of(1)], QueueConfig(max_queue_ms=2000))
+    ask(scheduler, slow, "s")
+    scheduler.next_turn(0, 0.0)
+    for i in range(40):
+        with contextlib.suppress(OverloadError):
+            ask(scheduler, queue, i, 1, now=31.9)
+    assert scheduler.overload(4, 31.9) is None
+
+
+def test_one_large_request_does_not_close_the_door_on_small_ones():
+    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=500)
+    now = 0.0
+    for i, rows in enumerate([1, 1, 1, 5000, 1]):
+        ask(scheduler, queue, i, rows, now)
+        while (turn := scheduler.next_turn(0, now)) is not None:
+            now += turn.predicted_seconds
+            scheduler.finished(turn, now)
+    assert queue.mean_rows < 2
+    assert scheduler.overload(3, now) is None
+
+
 def test_a_request_is_read_while_another_model_or_level_that_came_lately_has_room():
     scheduler, queue = scheduler_of(ALIKE, max_queue_ms=500)
     other = scheduler.attach("other", [ALIKE], QueueConfig(max_queue_ms=1e6))
@@ -315,7 +352,7 @@ def _count_refused_unread(seed):
         is_full = scheduler.overload(0, now) is not None
         count[is_full] += 1
         for queue in queues if is_full else []:
-            for level in queue.priority_seen_at:
+            for level in queue.seen_at:
                 with pytest.raises(OverloadError):
                     ask(scheduler, queue, "x", 1, now, priority=level)
         with contextlib.suppress(OverloadError):

@@ -50,6 +50,9 @@ it, while a device that has become slow is believed in some tens of runs, howeve
 
 _LEAST_RETRY_SECONDS = 0.001
 
+_MOST_ROWS_TIMES = 4
+"""A request counts as this many times the mean rows at most in it: an odd one must not close the door."""
+
 _RECENT_SECONDS = 60.0
 """For so long a priority that came is expected again."""
 
@@ -71,9 +74,12 @@ class ModelQueue(Generic[Item]):
     """Device time since it was attached; one that was idle is brought level with the least served."""
 
     mean_rows: float = 0.0
-    """Of the requests that came lately, refused ones too."""
+    """Of the requests that were taken lately."""
 
-    priority_seen_at: dict[int, float] = dataclasses.field(default_factory=dict)
+    shares: dict[int, float] = dataclasses.field(default_factory=dict)
+    """Of all requests of all models lately, those of this model, by level."""
+
+    seen_at: dict[int, float] = dataclasses.field(default_factory=dict)
     """When a request of each level came last."""
 
     @property
@@ -206,9 +212,10 @@ class Scheduler(Generic[Item]):
         deadline = options.deadline
         if config.default_timeout_ms:
             deadline = min(deadline, now + config.default_timeout_ms / 1e3)
-        queue.mean_rows += (num_rows - queue.mean_rows) * (_ADAPT if queue.mean_rows else 1.0)
-        queue.priority_seen_at[options.priority] = now
+        self._count_arrival(queue, options.priority, now)
         self._admit(queue, num_rows, options.priority, deadline, now)
+        before = queue.mean_rows or num_rows
+        queue.mean_rows = before + _ADAPT * (min(num_rows, _MOST_ROWS_TIMES * before) - before)
         self._level(queue)
         home = None if options.affinity_key is None else self._home(options.affinity_key)
         spread: list[int] = []
@@ -329,24 +336,40 @@ class Scheduler(Generic[Item]):
         It may be of any model and priority that came within the last minute, and of a single row.
 
         Args:
-          num_arriving: requests that are on their way and haven't been submitted; they count as queued, each
-            as large as those before it.
+          num_arriving: requests that are on their way and haven't been submitted. They count as queued, but
+            for as many as devices are free for: of the models, levels and sizes that came lately.
           now: seconds.
 
         Returns:
-          The refusal; None if it may be taken, or would be refused for another reason.
+          The refusal that asks to come again soonest; None if it may be taken, or would be refused for
+          another reason.
         """
-        refusal = None
+        if not self.num_queued_requests:
+            num_free = sum(device.is_available and device.turn is None for device in self._devices)
+            num_arriving = max(0, num_arriving - num_free)
+        all_shares = sum(share for queue in self._queues for share in queue.shares.values())
+        refusals = []
         for queue in self._queues:
-            recent = [p for p, at in queue.priority_seen_at.items() if now - at <= _RECENT_SECONDS]
+            recent = [level for level, at in queue.seen_at.items() if now - at <= _RECENT_SECONDS]
             if not recent:
                 continue
-            arriving = num_arriving * queue.batcher.plan.work_seconds(max(1, round(queue.mean_rows)))
-            wait = self.predicted_start(queue, now, min(recent), arriving) - now
-            refusal = self._refusal(queue, round(num_arriving * queue.mean_rows) + 1, wait)
+            level = min(recent)
+            share = sum(share for own, share in queue.shares.items() if own <= level) / all_shares
+            count = num_arriving * share
+            arriving = count * queue.batcher.plan.work_seconds(max(1, round(queue.mean_rows)))
+            wait = self.predicted_start(queue, now, level, arriving) - now
+            refusal = self._refusal(queue, math.floor(count * queue.mean_rows) + 1, wait)
             if refusal is None or wait == math.inf:
                 return None
-        return refusal
+            refusals.append(refusal)
+        return min(refusals, key=lambda refusal: refusal.retry_after_seconds, default=None)
+
+    def _count_arrival(self, queue: ModelQueue[Item], level: int, now: float) -> None:
+        queue.seen_at[level] = now
+        for each in self._queues:
+            for own in each.shares:
+                each.shares[own] *= 1 - _ADAPT
+        queue.shares[level] = queue.shares.get(level, 0.0) + _ADAPT
 
     def predicted_start(
         self,
