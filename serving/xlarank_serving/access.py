@@ -178,7 +178,7 @@ class Gatekeeper(grpc.ServerInterceptor):
             text = value.decode(errors="replace") if isinstance(value, bytes) else value
             self._authorizer.check_method(handler_call_details.method, text)
         except AccessError as error:
-            return refusal_handler(error, self._threads.control)
+            return refusal_handler(error, self._threads.refusals)
         return continuation(handler_call_details)
 
 

@@ -45,7 +45,7 @@ class Gate(grpc.GenericRpcHandler):
         elif handler_call_details.method == _STREAM:
             refusal = self._refusal_of_stream()
         if refusal is not None:
-            return refusal_handler(refusal, self._threads.control)
+            return refusal_handler(refusal, self._threads.refusals)
         return self._inner.service(handler_call_details)
 
     def _refusal_of_stream(self) -> XlarankError | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -67,9 +68,10 @@ def read_infer_message(data: bytes, limits: LimitConfig) -> InferMessage:
     """
     check_message(data, limits)
     raw = RawMessage.read(data)
-    if raw is None or raw.num_inputs > limits.max_inputs:
-        return InferMessage(parse(ModelInferRequest, data))
-    return InferMessage(parse(ModelInferRequest, raw.rest), raw)
+    if raw is not None and raw.num_inputs <= limits.max_inputs:
+        with contextlib.suppress(DecodeError):  # the parser of the whole has the words for it
+            return InferMessage(ModelInferRequest.FromString(raw.rest), raw)
+    return InferMessage(parse(ModelInferRequest, data))
 
 
 def unary_handler(

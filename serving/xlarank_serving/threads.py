@@ -11,6 +11,7 @@ from typing import Any
 __all__ = ["CountingThreadPool", "ServerThreads", "on_threads"]
 
 _NUM_CONTROL = 4
+_NUM_REFUSING = 2
 _NUM_REFLECTION = 2
 _MAX_STREAMS = 64
 
@@ -65,8 +66,9 @@ class ServerThreads:
     """The thread pools of a server.
 
     Probes and metadata have threads of their own, so that they are answered while every ranking thread
-    waits for a device. So has reflection: it holds a thread for as long as its stream is open. An open
-    ModelStreamInfer holds a thread that writes and one that reads.
+    waits for a device. So have calls that are refused unread, of which there are many when it matters, and
+    so has reflection: it holds a thread for as long as its stream is open. An open ModelStreamInfer holds a
+    thread that writes and one that reads.
 
     Attributes:
       max_streams: how many ModelStreamInfer may be open.
@@ -77,6 +79,7 @@ class ServerThreads:
     def __init__(self, num_rank_threads: int) -> None:
         self.rank = CountingThreadPool(num_rank_threads, "grpc-rank")
         self.control = concurrent.futures.ThreadPoolExecutor(_NUM_CONTROL, "grpc-control")
+        self.refusals = concurrent.futures.ThreadPoolExecutor(_NUM_REFUSING, "grpc-refusal")
         self.reflection = concurrent.futures.ThreadPoolExecutor(_NUM_REFLECTION, "grpc-reflection")
         self.streams = CountingThreadPool(self.max_streams, "grpc-stream")
         self.stream_readers = concurrent.futures.ThreadPoolExecutor(self.max_streams, "grpc-stream-reader")
@@ -90,7 +93,14 @@ class ServerThreads:
 
     def close(self) -> None:
         """Ends the threads once they have nothing left to do."""
-        for pool in (self.rank, self.control, self.reflection, self.streams, self.stream_readers):
+        for pool in (
+            self.rank,
+            self.control,
+            self.refusals,
+            self.reflection,
+            self.streams,
+            self.stream_readers,
+        ):
             pool.shutdown()
 
 

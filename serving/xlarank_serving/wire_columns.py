@@ -40,14 +40,15 @@ class WireColumns:
             for wire in inputs
         )
         places = {wire.name: _FIELDS * place for place, wire in enumerate(inputs)}
-        # By feature: where its values and its lengths are located (-1 for none), the dtype, and the width of
-        # a dense one (0 for others).
+        # By feature: where its values and its lengths are located (-1 for none), the dtype, the width of a
+        # dense one (0 for others), and whether it has one row.
         self._readers = [
             (
                 places[feature.name],
                 places.get(feature.name + LENGTHS_SUFFIX, -1) if feature.is_ragged else -1,
                 feature.array_dtype,
                 feature.width if is_dense[feature.name] else 0,
+                feature.is_context,
             )
             for feature in spec.features
         ]
@@ -63,13 +64,15 @@ class WireColumns:
             return None
         data = message.data
         columns: list[Column | None] = []
-        for values_at, lengths_at, dtype, width in self._readers:
+        for values_at, lengths_at, dtype, width, has_one_row in self._readers:
             offset, size, rows = located[values_at : values_at + _FIELDS]
             if lengths_at >= 0 and (offset < 0) != (located[lengths_at] < 0):
                 return None
             if offset < 0:
                 columns.append(None)
                 continue
+            if has_one_row and (rows if lengths_at < 0 else located[lengths_at + _FIELDS - 1]) != 1:
+                return None
             values: Any
             if dtype is None:
                 values = _strings(data, offset, size, rows)

@@ -80,6 +80,11 @@ def test_a_usual_request_is_read_in_place_and_not_copied(wire):
         lambda request: request.inputs.add(name="who"),
         lambda request: request.inputs[0].__setattr__("datatype", "FP64"),
         lambda request: request.raw_input_contents.__setitem__(0, b"123"),
+        lambda request: request.inputs[0].__setattr__("name", "\xe9"),
+        lambda request: (
+            request.inputs[0].shape.__setitem__(0, 2),
+            request.raw_input_contents.__setitem__(0, bytes(8)),
+        ),
     ],
 )
 def test_what_is_not_usual_is_parsed(wire, change):
@@ -88,6 +93,15 @@ def test_what_is_not_usual_is_parsed(wire, change):
     own, parsed, is_in_place = both_ways(wire, ModelCodec(wire.spec), request.SerializeToString())
     assert not is_in_place or request.inputs[0].shape == [1, 1]  # a dense feature of one float may be [1, 1]
     assert own == parsed
+
+
+@pytest.mark.parametrize("text", [b"feed", b"age"])
+def test_what_is_no_text_is_refused_with_the_parsers_words(wire, text):
+    data = wire.raw(**wire.valid(2)).SerializeToString().replace(text, b"\xff" * len(text), 1)
+    own, parsed, is_in_place = both_ways(wire, ModelCodec(wire.spec), data)
+    assert not is_in_place or text == b"feed"
+    assert own == parsed
+    assert f"got {len(data)} bytes that aren't one" in own[1]
 
 
 def test_packed_requests_and_typed_ones_are_parsed(wire):

@@ -26,7 +26,7 @@ _SERVICE = ("xlarank_gather_seconds_total", "xlarank_execute_seconds_total")
 _NAMES = (_BATCHES, _REQUESTS, _RESPOND, _OUTSIDE, *_SERVICE)
 
 _SATURATING = 2000
-"""Requests of a simulated server that is never idle."""
+"""Requests of a simulated server that is never idle, at most: evenly from all."""
 
 _SHOWN = 80  # characters of a wrong line in a message
 
@@ -107,12 +107,12 @@ def observed_pace(
       config: the server's.
       sizes: candidates of requests as they come.
       capacity: requests of those sizes that it answered a second, when there were always some waiting.
-      alone_seconds: latency of one that came alone; what its batch doesn't account for is overhead. None if
-        it wasn't seen: there is no overhead then.
+      alone_seconds: latency of one that came alone; what its batch doesn't account for is overhead, never
+        less than 0. None if it wasn't seen: there is no overhead then.
     """
     from xlarank.runtime.simulation import saturated_rate
 
-    slowdown = saturated_rate(plans, config, sizes[:_SATURATING]) / capacity
+    slowdown = saturated_rate(plans, config, sizes[:: -(-len(sizes) // _SATURATING)]) / capacity
     if alone_seconds is None:
         return ServerPace(slowdown=slowdown)
     fastest = min(plans, key=lambda plan: plan.seconds_a_row)

@@ -50,6 +50,13 @@ class FieldReader {
   size_t at_ = 0;
 };
 
+// Of what a model has a name for. Other texts are for the parser: it looks whether they are UTF-8.
+bool is_ascii(std::string_view text) {
+  uint8_t bits = 0;
+  for (const char c : text) bits |= static_cast<uint8_t>(c);
+  return bits < 0x80;
+}
+
 bool read_input(std::string_view data, WireTensor& tensor) {
   FieldReader reader(data);
   bool seen[kShape + 1] = {};
@@ -69,7 +76,7 @@ bool read_input(std::string_view data, WireTensor& tensor) {
       }
     }
   }
-  return true;
+  return is_ascii(tensor.name) && is_ascii(tensor.datatype);
 }
 
 }  // namespace
