@@ -32,7 +32,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from xlarank.errors import OverloadError, RequestError
+from xlarank.errors import OverloadError, RequestError, UnavailableError
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.http_bodies import Bodies
 from xlarank_serving.http_messages import HEADER_LENGTH, encode_response, json_of, parse_object, parse_request
@@ -200,6 +200,8 @@ class _Ranking:
 
     def run(self) -> tuple[bytes, int | None]:
         """The body of the answer, and how much of it is JSON if tensors follow."""
+        if self._service.is_stopping:  # since its headers came
+            raise UnavailableError("the server is stopping")
         request = parse_request(
             self._body,
             self._header_length,

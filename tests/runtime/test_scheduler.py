@@ -295,6 +295,20 @@ def test_what_is_on_its_way_counts_by_what_came_lately():
     assert scheduler.overload(4, 31.9) is None
 
 
+def test_a_model_that_left_with_nearly_all_requests_leaves_the_door_as_it_is():
+    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=500)
+    ask(scheduler, queue, 0)
+    other = scheduler.attach("other", [ALIKE], QueueConfig())
+    for i in range(8000):  # after these the first one's share is the least number above 0, and stays so
+        with contextlib.suppress(OverloadError):
+            ask(scheduler, other, i, 1)
+    scheduler.detach(other)
+    assert 0 < sum(queue.shares.values()) < 1e-300
+    assert scheduler.overload(5, 0.0) is not None
+    assert scheduler.next_turn(0, 0.0) is not None
+    assert scheduler.overload(0, 0.9) is None
+
+
 def test_one_large_request_does_not_close_the_door_on_small_ones():
     scheduler, queue = scheduler_of(ALIKE, max_queue_ms=500)
     now = 0.0

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from mutations import mutated, mutated_bytes
+from mutations import mutated, mutated_bytes, to_typed
 from xlarank_serving.codec import ModelCodec
 from xlarank_serving.config import LimitConfig
-from xlarank_serving.parsing import InferMessage, parse, read_infer_message
+from xlarank_serving.parsing import parse, read_infer_message
 from xlarank_serving.wire_columns import WireColumns
 
 from xlarank.errors import XlarankError
@@ -109,8 +109,11 @@ def test_packed_requests_and_typed_ones_are_parsed(wire):
     request = wire.raw(**wire.valid(2))
     request.inputs[0].name = "context.dense"
     assert not both_ways(wire, codec, request.SerializeToString())[2]
-    message = read_infer_message(wire.raw(**wire.valid(2)).SerializeToString(), LIMITS)
-    assert InferMessage(message.parsed()).raw is None
+    typed = to_typed(wire.raw(**wire.valid(2))).SerializeToString()
+    own, parsed, is_in_place = both_ways(wire, codec, typed)
+    assert not is_in_place
+    assert own == parsed
+    assert own[0] == 2  # candidates: it is a good request
 
 
 def test_more_inputs_than_allowed_are_left_to_those_who_count_them(wire):

@@ -42,7 +42,8 @@ BatcherMaker = Callable[..., Batcher[Any]]
 """Takes what `Batcher` takes: the plan, the config and `num_devices`."""
 
 _ADAPT = 0.1
-"""Share of the newest run in the ratio of measured to predicted time."""
+"""Share of the newest run in the ratio of measured to predicted time, and of the newest request in what came
+lately."""
 
 _STEPS = (0.5, 4.0)
 """One run counts as this many times what was predicted at most: an odd one must not close the door, nor open

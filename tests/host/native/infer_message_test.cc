@@ -49,15 +49,16 @@ bool locate(std::string_view bytes) {
   InferMessage message;
   std::vector<WireSpan> spans;
   if (!message.read(data) || !own.locate(data, message, spans)) return false;
-  int64_t sum = 0;
+  volatile char last = 0;  // so that every byte is read
   for (const WireSpan& span : spans) {
     if (span.offset < 0) continue;
     EXPECT(span.rows >= 0 && span.size >= 0 && span.offset + span.size <= static_cast<int64_t>(data.size()),
            "%lld bytes at %lld of %zu", static_cast<long long>(span.size), static_cast<long long>(span.offset),
            data.size());
-    for (int64_t i = 0; i < span.size; ++i) sum += data[static_cast<size_t>(span.offset + i)];
+    for (int64_t i = 0; i < span.size; ++i) last = data[static_cast<size_t>(span.offset + i)];
   }
-  return sum != 1;  // is read
+  static_cast<void>(last);
+  return true;
 }
 
 void test_the_usual_message_is_located() {

@@ -46,7 +46,6 @@ nb::object locate(const InferForms& forms, const HeldMessage& message) {
 void define_infer_messages(nb::module_& module) {
   nb::class_<HeldMessage>(module, "InferMessage")
       .def_static("read", &read, "data"_a)
-      .def_ro("data", &HeldMessage::data)
       .def_prop_ro("num_inputs", [](const HeldMessage& self) { return self.parts.inputs.size(); })
       .def_prop_ro("rest", [](const HeldMessage& self) {
         return nb::bytes(self.parts.rest.data(), self.parts.rest.size());
