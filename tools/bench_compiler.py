@@ -330,6 +330,7 @@ def main() -> None:
     parser.add_argument(
         "--movielens", type=Path, help="folder of MovieLens 100K, for what stands beside int8_512"
     )
+    parser.add_argument("--only", metavar="NAME,...", help="figures to measure, by name")
     args = parser.parse_args()
     sizes = SHORT if args.short else FULL
     load = os.getloadavg()[0]
@@ -348,11 +349,14 @@ def main() -> None:
     if sizes.refreshes:
         steps["int8_512"] = lambda: int8_512(sizes, movielens)
         steps["refresh"] = lambda: refresh(sizes)
+    names = list(steps) if args.only is None else args.only.split(",")
+    if unknown := set(names) - set(steps):
+        parser.error(f"--only: expected names among {', '.join(steps)}, got {', '.join(sorted(unknown))}")
     figures = []
     with console.status("") as status:
-        for name, step in steps.items():
+        for name in names:
             status.update(name)
-            figures.append(step())
+            figures.append(steps[name]())
     report(figures, args.out, console=console)
 
 

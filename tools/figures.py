@@ -1,7 +1,8 @@
 """What every benchmark ends in: figures, each a measured value beside its target.
 
 A benchmark makes `Figure`s, usually of two interleaved series with `ratio_figure`, and calls `report` with
-them: a table for people, and a JSON list of ``{"figure", "value", "target", "spread", "how"}`` for programs.
+them: a table for people, and a JSON list of ``{"figure", "value", "target", "spread", "how"}`` for programs,
+with ``"beside"`` where more was measured.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Figure:
     """Sizes, repeats and what was counted, in words, so that a stranger could measure it again."""
 
     beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What else is worth seeing, by name; shown below the table and not written."""
+    """What else is worth seeing, by name; shown below the table."""
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.figure):
@@ -94,6 +95,7 @@ class Figure:
             "target": self.target,
             "spread": [_rounded(end) for end in self.spread],
             "how": self.how,
+            **({"beside": dict(self.beside)} if self.beside else {}),
         }
 
 

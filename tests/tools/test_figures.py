@@ -101,7 +101,14 @@ def test_a_report_writes_the_five_keys_and_nothing_else(tmp_path):
         out=out,
     )
     assert json.loads(out.read_text()) == [
-        {"figure": "lookup", "value": 5.123, "target": 5.0, "spread": [4.988, 6.0], "how": "by hand"},
+        {
+            "figure": "lookup",
+            "value": 5.123,
+            "target": 5.0,
+            "spread": [4.988, 6.0],
+            "how": "by hand",
+            "beside": {"medians": "1.80 ms [bold]"},
+        },
         {"figure": "load", "value": 0.2, "target": 0.3, "spread": [0.1, 0.4], "how": "by hand"},
     ]
     assert [path.name for path in out.parent.iterdir()] == ["main.json"]
