@@ -114,6 +114,14 @@ class Counting(nnx.Module):
         return {"like": features["item"].sum(axis=1)}
 
 
+class Flipping(Counting):
+    """Writes a weight made of weights alone, and another one each time."""
+
+    def __call__(self, features):
+        self.calls[...] = 1 - self.calls[...]
+        return {"like": features["item"].sum(axis=1) * self.calls[...]}
+
+
 def picks_rows(params, features):
     kept = jnp.nonzero(features["item"][:, 0] > 0)
     return {"like": features["item"][kept].sum(axis=1)}
@@ -233,6 +241,7 @@ def place_message(operation, function):
             Counting(),
             r"writes to its variable 'calls' when it scores: add at .*test_inputs\.py:\d+ .*use_running",
         ),
+        (Flipping(), r"writes to its variable 'calls' when it scores: sub at .*test_inputs\.py:\d+"),
         (picks_rows, r"can't be traced: .* \(at .*test_inputs\.py:\d+ \(picks_rows\)\).*jnp.where"),
         (
             masks_rows,
@@ -337,7 +346,21 @@ class Block(nnx.Module):
         return self.dropout(jnp.tanh(self.linear(x)))
 
 
-@pytest.mark.parametrize("module", [Jitted, Scanned])
+class Normalised(nnx.Module):
+    """Flax's own normalisations of weights, which write the normalised weights back in every call."""
+
+    def __init__(self, *, rngs):
+        self.hidden = nnx.WeightNorm(nnx.Linear(7, 16, rngs=rngs), rngs=rngs)
+        self.out = nnx.SpectralNorm(nnx.Linear(16, 1, rngs=rngs), rngs=rngs)
+        scale = next(iter(self.hidden.scales.values()))
+        scale[...] = jnp.linspace(0.5, 2.0, 16)
+
+    def __call__(self, features):
+        x = jnp.concatenate([features["user"], features["item"]], axis=1)
+        return {"like": self.out(jnp.tanh(self.hidden(x)))[:, 0]}
+
+
+@pytest.mark.parametrize("module", [Jitted, Scanned, Normalised])
 def test_modules_that_flax_transforms_score_as_their_author_calls_them(tmp_path, module):
     model = module(rngs=nnx.Rngs(0, dropout=1))
     path = build_bundle(model, SPEC, {}, out=tmp_path, buckets=(4,), tune_seconds=0)

@@ -142,28 +142,31 @@ def _trace_model(model: DenseModel, spec: ModelSpec, num_rows: int) -> ModelTrac
     if failures:
         origin = _origin(closed) or model.source
         raise ModelError(f"{failures[0]}{f'; it comes from {origin}' if origin else ''}")
-    closed = _without_written_state(spec, closed, model.names, written)
+    closed = _without_written_state(spec, closed, model, written)
     closed = _without_random_state(spec.name, closed, len(weights), len(model.random_state), model.source)
     return ModelTrace(num_rows, closed, len(weights), tuple(avals), tuple(scopes))
 
 
 def _without_written_state(
-    spec: ModelSpec, closed: ClosedJaxpr, names: Sequence[str], written: Sequence[str]
+    spec: ModelSpec, closed: ClosedJaxpr, model: DenseModel, written: Sequence[str]
 ) -> ClosedJaxpr:
-    """Drops the outputs that are variables; raises ModelError when one is anything but what it was.
+    """Drops the outputs that are variables; raises ModelError when the next call would read another value.
 
-    Flax's transformations (`nnx.jit`, `nnx.remat`) write every variable back, as it was.
+    Flax's transformations (`nnx.jit`, `nnx.remat`) write every variable back, as it was; `nnx.WeightNorm` and
+    `nnx.SpectralNorm` write weights that normalise to themselves.
 
     Args:
       spec: of the model.
       closed: scores by task, then the variables that were written.
-      names: of the weights, the first inputs.
+      model: whose weights are the first inputs.
       written: names of those variables.
     """
     num_scores = len(spec.tasks)
-    before = dict(zip(names, closed.jaxpr.invars, strict=False))
-    for name, after in zip(written, closed.jaxpr.outvars[num_scores:], strict=True):
-        if before.get(name) is not after:
+    before = dict(zip(model.names, closed.jaxpr.invars, strict=False))
+    outputs = dict(zip(written, closed.jaxpr.outvars[num_scores:], strict=True))
+    changed = {name: after for name, after in outputs.items() if before.get(name) is not after}
+    if not _settles(closed, model, changed):
+        for name, after in changed.items():
             made_by = [e for e in closed.jaxpr.eqns if after in e.outvars]
             where = f"{made_by[0].primitive.name} at {source_of(made_by[0])}" if made_by else "its call"
             if name not in before:
@@ -179,6 +182,22 @@ def _without_written_state(
                 f"otherwise)"
             )
     return retrace(lambda *inputs: run_equations(closed, inputs)[:num_scores], closed.in_avals)
+
+
+def _settles(closed: ClosedJaxpr, model: DenseModel, changed: Mapping[str, Any]) -> bool:
+    """Whether what is written is made of weights alone, and the same when made of what was written."""
+    places = [closed.jaxpr.outvars.index(after) for after in changed.values()]
+    made = retrace(lambda *inputs: [run_equations(closed, inputs)[i] for i in places], closed.in_avals)
+    used = {atom for e in made.jaxpr.eqns for atom in e.invars if isinstance(atom, core.Var)}
+    weights = dict(zip(model.names, map(jnp.asarray, model.params), strict=True))
+    others = made.jaxpr.invars[len(weights) :]
+    if not used.isdisjoint(others) or not changed.keys() <= weights.keys():
+        return False
+    rest = [None] * len(others)
+    first = run_equations(made, [*weights.values(), *rest])
+    weights |= dict(zip(changed, first, strict=True))
+    second = run_equations(made, [*weights.values(), *rest])
+    return all(np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(first, second, strict=True))
 
 
 def _origin(closed: ClosedJaxpr) -> str:
