@@ -226,7 +226,8 @@ def place_message(operation, function):
         (means_contexts, r"context \d.* What crosses rows: reduce_sum .* at .*test_inputs\.py:\d+"),
         (
             misspells,
-            r"KeyError: 'usr \(the features are user, item, age\)' \(at .*test_inputs\.py:\d+ \(misspells",
+            r"KeyError: 'usr \(the features are user, item, age; the weights are layers, out\)' "
+            r"\(at .*test_inputs\.py:\d+ \(misspells",
         ),
         (
             forgets,

@@ -42,6 +42,10 @@ class _Runs:
         changed = _differs(np.asarray(self.clean), self.first)
         return bool(changed.reshape(len(own), -1).any(axis=1)[~own].any())
 
+    def left_its_row(self, own: np.ndarray) -> bool:
+        """Whether, of a value whose first axis is the rows', rows changed and none of them are of `own`."""
+        return self.moves_rows(own) and not self.moves_rows(~own)
+
     def is_crossed(self) -> bool:
         """Whether some element changed in both runs: it depends on two rows."""
         if jnp.issubdtype(jnp.result_type(self.clean), jax.dtypes.extended):
@@ -152,23 +156,28 @@ def find_crossing(
       poison: one that changed rows which it may not change.
 
     Returns:
-      The operation's name, the shapes it reads and writes and the line of the model's source.
+      The operation's name, the shapes it reads and writes and the line of the model's source; and where rows
+      were carried to other places before they met, what did that.
     """
 
     def arguments(batch: Mapping[str, np.ndarray]) -> list[Any]:
         names = [leaf.name for leaf in (*signature.context_leaves, *signature.candidate_leaves)]
         return [*weights, *(batch[name] for name in names), batch[REQUEST_OF_ROW]]
 
+    own = poison.may_change(leaves)
     clean, first = arguments(leaves), arguments(poison.applied(signature, leaves))
     for other in _elsewhere(poison, leaves):
         second = arguments(other.applied(signature, leaves))
         runs = [_Runs(*map(jnp.asarray, values)) for values in zip(clean, first, second, strict=True)]
+        moved = ""
         for equation, source, inputs, outputs in _walk(program.closed, runs):
             if any(output.is_crossed() for output in outputs):
                 read = ", ".join(str(list(np.shape(value.clean))) for value in inputs)
                 wrote = ", ".join(str(list(np.shape(value.clean))) for value in outputs)
-                return f"{equation.primitive.name} ({read} -> {wrote}) at {source}"
-    return _first_moved(program, clean, first, poison.may_change(leaves))
+                return f"{equation.primitive.name} ({read} -> {wrote}) at {source}{moved}"
+            if not moved and poison.scope is Scope.CANDIDATE and any(o.left_its_row(own) for o in outputs):
+                moved = f", after {equation.primitive.name} at {source} moved rows"
+    return _first_moved(program, clean, first, own)
 
 
 def _first_moved(program: Program, clean: list[Any], first: list[Any], own: np.ndarray) -> str:

@@ -124,7 +124,9 @@ def _trace_model(model: DenseModel, spec: ModelSpec, num_rows: int) -> ModelTrac
             logits, changed = model.apply(params, random_state, dict(zip(avals, activations, strict=True)))
         except KeyError as error:
             if error.args and isinstance(error.args[0], str) and error.args[0] not in avals:
-                error.args = (f"{error.args[0]} (the features are {', '.join(avals)})",)
+                own = ", ".join(dict.fromkeys(name.partition(".")[0] for name in model.names))
+                weights = f"; the weights are {own}" if own else ""
+                error.args = (f"{error.args[0]} (the features are {', '.join(avals)}{weights})",)
             raise
         failures.clear()
         written[:] = changed
