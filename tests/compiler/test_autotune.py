@@ -59,7 +59,7 @@ class FakeBench:
         self.decided[bucket] = form
 
 
-def run(bench, *, buckets=LADDER, precisions=(), named=False, seconds=1e9):
+def run(bench, *, buckets=LADDER, precisions=(), named=False, seconds=1e9, **options):
     return tune(
         buckets,
         bench,
@@ -67,6 +67,7 @@ def run(bench, *, buckets=LADDER, precisions=(), named=False, seconds=1e9):
         is_precision_named=named,
         seconds=seconds,
         clock=bench.clock,
+        **options,
     )
 
 
@@ -84,6 +85,17 @@ def test_the_fastest_form_of_every_bucket_is_found_and_told():
     assert forms_of(choices) == list(best.values())
     assert bench.decided == best
     assert all(choice.reason == "fastest" for choice in choices)
+
+
+def test_what_is_tried_and_how_many_buckets_are_done_is_told_as_it_goes():
+    told = []
+    run(FakeBench(lambda *_: 1.0), precisions=HALF, on_progress=lambda *said: told.append(said))
+    texts = [text for text, _, _ in told]
+    for stage in ("structure", "merging", "precision", "choice"):
+        steps = [(text, done, total) for text, done, total in told if text.startswith(f"{stage} of ")]
+        assert {text for text, _, _ in steps} == {f"{stage} of {bucket}" for bucket in LADDER}
+        assert [(done, total) for _, done, total in steps] == [(n, len(LADDER)) for n in range(len(LADDER))]
+    assert texts.index("structure of 8x1") < texts.index("merging of 8x1") < texts.index("choice of 8x1")
 
 
 def test_with_time_to_spare_every_combination_in_float32_is_tried():

@@ -420,6 +420,13 @@ def test_a_model_without_tables_labels_and_tuning_has_a_report(dense):
     assert all(row[2:5] == ["not timed", "–", "–"] for row in found.tables["buckets"][0][1:])
 
 
+def test_compile_prints_which_features_are_not_looked_up(dense):
+    result, _ = dense
+    console = Console(file=io.StringIO(), width=200)
+    show(result, console)
+    assert "no score depends on ignored: not looked up\n" in console.file.getvalue()
+
+
 def test_what_is_missing_is_a_dash(tuned, reused, dense):
     for result, requests in [(tuned, GOLDEN), (reused, GOLDEN), dense]:
         html = render_report(result, requests)

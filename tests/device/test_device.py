@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,24 @@ from xlarank import device
 from xlarank.compiler import random_requests
 from xlarank.errors import ConfigError, VerifyError
 from xlarank.host import Gatherer
-from xlarank.spec import Bucket, BucketLadder, Leaf, Scope, Signature
+from xlarank.spec import Bucket, BucketLadder, Leaf, Precision, Scope, Signature
 
 LADDER = BucketLadder.of_rows((4, 64))
 SIGNATURE = Signature.of_model(shop.SPEC)
+
+
+@pytest.mark.parametrize(
+    ("facts", "precision"),
+    [
+        ({"platform": "cpu"}, Precision.BFLOAT16),
+        ({"platform": "gpu", "compute_capability": "7.5"}, Precision.FLOAT16),  # T4
+        ({"platform": "gpu", "compute_capability": "8.0"}, Precision.BFLOAT16),  # A100
+        ({"platform": "gpu", "compute_capability": "10.0"}, Precision.BFLOAT16),
+        ({"platform": "gpu"}, Precision.BFLOAT16),
+    ],
+)
+def test_the_16_bit_format_is_one_that_the_device_multiplies_in(facts, precision):
+    assert device.half_precision(types.SimpleNamespace(**facts)) is precision
 
 
 def test_buffers_are_aligned_and_hold_every_bucket_in_one_memory():
