@@ -58,6 +58,18 @@ def test_why_matmuls_are_neither_merged_nor_lowered():
     assert "fuse_experts does not apply" in text
 
 
+def test_each_repeated_context_value_is_told_with_its_shape_bytes_reason_and_line():
+    text = explained(case_from(_recurrent, random_params(0, **{"in": (6, 4), "loop": (4, 4), "out": (4, 2)})))
+    assert (
+        "hoist_context does not apply: nothing is computed from context features alone before add at " in text
+    )
+    (row,) = [row for row in text.splitlines() if row.startswith("│ ")]
+    operation, shape, num_bytes, why, at = (cell.strip() for cell in row.strip("│").split("│"))
+    assert (operation, shape, num_bytes) == ("add", "[8, 2]", f"{8 * 2 * 4}")
+    assert why == "add reads the context and the candidate together"
+    assert line("# the last layer") in at
+
+
 def test_a_model_of_one_layer_has_nothing_to_lower():
     def one_layer(params, features):
         return two_tasks(features["item"] @ params["w"])
