@@ -354,6 +354,21 @@ def test_only_a_clip_above_minus_one_makes_log1p_safe(operations, needs):
     assert FeatureSpec(**DENSE, preprocessing=operations).log1p_needs_check is needs
 
 
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({"dtype": "int8"}, True),
+        ({"updatable": True}, True),
+        ({"rows": 77}, False),
+        ({"out_of_range": "clip"}, False),
+    ],
+)
+def test_a_request_is_taken_whatever_the_format_of_the_tables(changes, taken):
+    other = model(table=changes)
+    assert model().takes_requests_of(model())
+    assert model().takes_requests_of(other) is taken
+
+
 def test_an_unfitted_model_says_what_is_missing():
     spec = model(
         {**ID, "preprocessing": ["vocabulary"]},

@@ -246,10 +246,10 @@ class Gatherer:
         Raises:
           ConfigError: if the request was made for another model.
         """
-        if request.spec is not self.spec and request.spec != self.spec:
+        if not self.spec.takes_requests_of(request.spec):
             raise ConfigError(
                 f"expected a request of model {self.spec.name!r} as gathered here, got one made for "
-                f"another spec, of model {request.spec.name!r}"
+                f"another spec, of model {request.spec.name!r}: make it with the engine's spec"
             )
         if self._kernel is None:
             return BoundRequest(request, self._token, None)

@@ -103,6 +103,20 @@ class ModelSpec:
                 f"model {self.name!r} is not fitted: {', '.join(unfitted)}; `xlarank train` fits it"
             )
 
+    def takes_requests_of(self, other: ModelSpec) -> bool:
+        """Whether a request made for `other` is one of this model: all that requests are checked by is equal.
+
+        How tables are stored (dtype, updatable), which a compile may choose anew, is no matter.
+        """
+        if self is other:
+            return True
+
+        def checked_by(spec: ModelSpec) -> tuple[object, ...]:
+            tables = [(table.name, table.dim, table.rows, table.out_of_range) for table in spec.tables]
+            return spec.name, spec.features, tables, spec.tasks
+
+        return checked_by(self) == checked_by(other)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values that `from_dict` reads back to an equal spec."""
         return {
