@@ -61,7 +61,7 @@ class ModelCodec:
         self._ragged_names = [f.name for f in spec.features if f.is_ragged]
         self._floats = {scope: float_features(spec, scope) for scope in Scope}
         self._ids = {scope: id_features(spec, scope) for scope in Scope}
-        self._columns = WireColumns(spec)
+        self._columns = WireColumns(spec, takes_ids=features is not None)
         self._task_of_output = {task.output: task.name for task in spec.tasks}
 
     def metadata(self, versions: Sequence[int]) -> messages.ModelMetadataResponse:
@@ -112,10 +112,14 @@ class ModelCodec:
           FeatureError: as `decode`.
           RequestError: if the message is malformed.
         """
-        columns = None if message.raw is None else self._columns.read(message.raw)
-        if columns is None:
+        found = None if message.raw is None else self._columns.read(message.raw)
+        if found is None:
             return self.decode(message.parsed(), check=check)
-        return RankRequest.of_columns(self.spec, columns, check=check)
+        columns, ids = found
+        if ids is None:
+            return RankRequest.of_columns(self.spec, columns, check=check)
+        values = {f.name: c for f, c in zip(self.spec.features, columns, strict=True) if c is not None}
+        return self._joined(ids, values, check)
 
     def decode(
         self, request: messages.ModelInferRequest, *, check: ContentCheck | None = None
@@ -133,6 +137,10 @@ class ModelCodec:
         ids, values = arrays.get(CANDIDATE_IDS), self._values(arrays)
         if ids is None:
             return RankRequest(self.spec, values, check=check)
+        return self._joined(ids, values, check)
+
+    def _joined(self, ids: Any, values: Mapping[str, Any], check: ContentCheck | None) -> RankRequest:
+        """A request of candidate ids and of the features that came with them."""
         assert self._features is not None  # else the input would be unknown
         joined = self._features.join(ids, values)
         return RankRequest(self.spec, joined, num_candidates=len(ids), check=check)

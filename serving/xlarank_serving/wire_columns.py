@@ -8,7 +8,7 @@ import numpy as np
 
 from xlarank.host import InferForms, RawMessage, split_bytes_tensor
 from xlarank.spec import Column, ModelSpec, Ragged
-from xlarank_serving.layout import LENGTHS_SUFFIX, Role, feature_inputs
+from xlarank_serving.layout import CANDIDATE_IDS_INPUT, LENGTHS_SUFFIX, Role, feature_inputs
 from xlarank_serving.tensors import DTYPES
 
 __all__ = ["WireColumns"]
@@ -23,8 +23,14 @@ class WireColumns:
     Immutable; any thread.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
-        inputs = list(feature_inputs(spec))
+    def __init__(self, spec: ModelSpec, *, takes_ids: bool = False) -> None:
+        """
+        Args:
+          spec: the model.
+          takes_ids: whether requests may bring candidate ids.
+        """
+        inputs = [*feature_inputs(spec), *([CANDIDATE_IDS_INPUT] if takes_ids else [])]
+        self._ids_at = _FIELDS * (len(inputs) - 1) if takes_ids else -1
         width_of = {feature.name: feature.width for feature in spec.features}
         is_dense = {
             feature.name: not feature.is_lookup and not feature.is_ragged for feature in spec.features
@@ -53,11 +59,12 @@ class WireColumns:
             for feature in spec.features
         ]
 
-    def read(self, message: RawMessage) -> list[Column | None] | None:
-        """A column for each feature, None for one that wasn't sent; views of the message's bytes.
+    def read(self, message: RawMessage) -> tuple[list[Column | None], np.ndarray | None] | None:
+        """What a message brings, as views of its bytes.
 
         Returns:
-          None if the message isn't in the usual form, or something is wrong with it: parse it.
+          A column for each feature, None for one that wasn't sent, and [N] int64 candidate ids, None if there
+          are none. None if the message isn't in the usual form, or something is wrong with it: parse it.
         """
         located = self._forms.locate(message)
         if located is None:
@@ -86,7 +93,10 @@ class WireColumns:
                 offset, _, rows = located[lengths_at : lengths_at + _FIELDS]
                 values = Ragged(values, np.frombuffer(data, np.int32, rows, offset))
             columns.append(values)
-        return columns
+        ids = None
+        if self._ids_at >= 0 and (offset := located[self._ids_at]) >= 0:
+            ids = np.frombuffer(data, np.int64, located[self._ids_at + _FIELDS - 1], offset)
+        return columns, ids
 
 
 def _strings(data: bytes, offset: int, size: int, rows: int) -> Any:

@@ -11,10 +11,11 @@ from xlarank_serving.parsing import parse, read_infer_message
 from xlarank_serving.wire_columns import WireColumns
 
 from xlarank.errors import XlarankError
-from xlarank.host import RawMessage
+from xlarank.host import FeatureStore, RawMessage
 from xlarank.spec import Ragged, StringColumn
 
 LIMITS = LimitConfig()
+CONTEXT = ("age", "country", "watched", "watched__lengths")
 
 
 def arrays_of(column):
@@ -34,12 +35,12 @@ def outcome(read, data):
     return request.num_candidates, [(a.dtype, a.shape, a.tobytes()) for a in arrays]
 
 
-def both_ways(wire, codec, data):
+def both_ways(wire, codec, data, *, takes_ids=False):
     """The outcome of a message read in place as far as that goes, and parsed; and whether it was in place."""
     parsed = outcome(lambda data: codec.decode(parse(wire.messages.ModelInferRequest, data)), data)
     own = outcome(lambda data: codec.read(read_infer_message(data, LIMITS)), data)
     raw = RawMessage.read(data)
-    return own, parsed, raw is not None and WireColumns(wire.spec).read(raw) is not None
+    return own, parsed, raw is not None and WireColumns(wire.spec, takes_ids=takes_ids).read(raw) is not None
 
 
 def test_a_usual_request_is_read_in_place_and_not_copied(wire):
@@ -55,7 +56,8 @@ def test_a_usual_request_is_read_in_place_and_not_copied(wire):
     del own.inputs[:], own.raw_input_contents[:]
     assert message.request == own
     assert message.parsed() == request
-    columns = WireColumns(wire.spec).read(message.raw)
+    columns, ids = WireColumns(wire.spec).read(message.raw)
+    assert ids is None
     names = [feature.name for feature in wire.spec.features]
     given = [name for name, column in zip(names, columns, strict=True) if column is not None]
     assert [name for name in names if name not in given] == ["mood", "fresh"]  # they have defaults
@@ -121,6 +123,59 @@ def test_more_inputs_than_allowed_are_left_to_those_who_count_them(wire):
     message = read_infer_message(wire.raw(**wire.valid(2)).SerializeToString(), limits)
     assert message.raw is None
     assert len(message.request.inputs) > 3
+
+
+@pytest.fixture(scope="module")
+def codec_with_store(wire):
+    """Its store has candidates 0 to 39, each with rows of its own."""
+    store = FeatureStore(wire.spec)
+    rows = {name: value for name, value in wire.valid(40).items() if name not in CONTEXT}
+    rows["likes"] = np.arange(40, dtype=np.float32)
+    store.update(
+        *ModelCodec(wire.spec, store).decode_rows(
+            wire.raw(candidate_ids=np.arange(40, dtype=np.int64), **rows)
+        )
+    )
+    return ModelCodec(wire.spec, store)
+
+
+def by_ids(wire, ids, *own):
+    """A request of candidate ids, of the context, and of some candidate features."""
+    inputs = wire.valid(len(ids))
+    inputs = {name: inputs[name] for name in inputs if name in CONTEXT or name.split("__")[0] in own}
+    return wire.raw(**inputs, candidate_ids=np.asarray(ids, np.int64))
+
+
+def test_candidate_ids_are_read_in_place_and_joined(wire, codec_with_store):
+    data = by_ids(wire, [7, 0, 39], "topics").SerializeToString()
+    own, parsed, is_in_place = both_ways(wire, codec_with_store, data, takes_ids=True)
+    assert is_in_place
+    assert own == parsed
+    request = codec_with_store.read(read_infer_message(data, LIMITS))
+    np.testing.assert_array_equal(np.ravel(request.column("likes")), [7.0, 0.0, 39.0])  # the store's
+    np.testing.assert_array_equal(request.column("topics").values, np.arange(6))  # its own
+    assert not both_ways(wire, ModelCodec(wire.spec), data)[2]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_message_of_ids_means_the_same_read_in_place_and_parsed(wire, codec_with_store, seed):
+    rng = np.random.default_rng(seed)
+    num_in_place = num_refused = 0
+    names = ["video", "topics", "tags", "likes", "vector", "hour"]
+    for step in range(150):
+        ids = rng.integers(0, 41, rng.integers(0, 6))  # 40 isn't there
+        request = by_ids(wire, ids, *rng.choice(names, 2))
+        if step % 3 == 1:
+            mutated(request, rng)
+        data = request.SerializeToString()
+        if step % 3 == 2:
+            data, _ = mutated_bytes(data, rng)
+        own, parsed, is_in_place = both_ways(wire, codec_with_store, data, takes_ids=True)
+        num_in_place += is_in_place
+        num_refused += isinstance(own[1], str)
+        assert own == parsed
+    assert num_in_place > 20
+    assert num_refused > 20
 
 
 @pytest.mark.parametrize("seed", range(8))
