@@ -44,6 +44,9 @@ class Sizes:
     tune_seconds: float
     """To find the form of a bucket, at most; the search ends long before 600."""
 
+    num_golden: int
+    """Requests that prove each form."""
+
     regret_rows: tuple[int, ...]
     """Row counts of `moe_regret`."""
 
@@ -58,6 +61,7 @@ FULL = Sizes(
     note="",
     rounds=31,
     tune_seconds=600,
+    num_golden=64,
     regret_rows=(1, 8, 64, 512, 1024),
     dlrm_rows=(8, 32, 128, 512, 1024),
     refreshes=3,
@@ -67,8 +71,9 @@ SHORT = Sizes(
     note="short form, fewer sizes and rounds than the target is meant for; ",
     rounds=5,
     tune_seconds=5,
-    regret_rows=(8,),
-    dlrm_rows=(128,),
+    num_golden=8,
+    regret_rows=(512,),  # of a bucket that the others time too
+    dlrm_rows=(8,),
     refreshes=0,
 )
 
@@ -305,7 +310,8 @@ def _run(*words: object, cache: Path | None = None) -> str:
 
 
 def _forms(sizes: Sizes, *words: object) -> dict[str, Any]:
-    return run_tool("bench_forms.py", *words, "--tune-seconds", sizes.tune_seconds)
+    given = ["--tune-seconds", sizes.tune_seconds, "--golden", sizes.num_golden]
+    return run_tool("bench_forms.py", *words, *given)
 
 
 def _medians(seconds: dict[str, list[float]]) -> str:

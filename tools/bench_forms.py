@@ -25,6 +25,7 @@ from xlarank import device  # first: it sets the environment that JAX reads at i
 import jax
 import numpy as np
 from flax import nnx
+from quick_compiles import quickly_compiled
 
 from xlarank.compiler import random_requests, reference_scores
 from xlarank.compiler.autotune import Choice, tune
@@ -145,6 +146,7 @@ def measure(
     *,
     rounds: int,
     tune_seconds: float,
+    num_golden: int,
     max_score_error: float | None,
     every_form: bool,
 ) -> dict[str, Any]:
@@ -155,6 +157,7 @@ def measure(
       buckets: sizes.
       rounds: runs of each form.
       tune_seconds: to find the form of a bucket, at most.
+      num_golden: requests of 100 candidates that prove each form.
       max_score_error: None for float32 alone; else the budget of lower precisions, with labels drawn from the
         reference scores.
       every_form: whether to time all float32 forms beside the chosen one, or the plain one alone.
@@ -163,14 +166,15 @@ def measure(
       By bucket: ``chosen`` and ``labels`` of forms, ``seconds`` by label (equally many, in turns), ``errors``
       and ``auc_loss`` of the chosen form.
     """
-    module, spec = MODELS[name]()
+    with quickly_compiled():  # any weights will do
+        module, spec = MODELS[name]()
     rng = np.random.default_rng(0)
     tables = {
         table.name: rng.standard_normal((table.num_rows, table.dim)).astype(np.float32) * np.float32(0.1)
         for table in spec.tables
     }
     model = split_module(module)
-    requests = random_requests(spec, num_candidates=100)
+    requests = random_requests(spec, num_golden, num_candidates=100)
     scores = reference_scores(model.reference, spec, tables, requests)
     labels = {
         task: (rng.random(sum(map(len, parts))) < np.concatenate(parts)).astype(np.float32)
@@ -253,6 +257,7 @@ def main() -> None:
     parser.add_argument(
         "--tune-seconds", type=float, default=600, help="to find the form of a bucket, at most (%(default)s)"
     )
+    parser.add_argument("--golden", type=int, default=64, help="requests that prove a form (%(default)s)")
     parser.add_argument("--max-score-error", type=float, help="try lower precisions within this budget")
     parser.add_argument(
         "--plain-only", action="store_true", help="time the plain form alone beside the chosen"
@@ -267,6 +272,7 @@ def main() -> None:
         buckets,
         rounds=args.rounds,
         tune_seconds=args.tune_seconds,
+        num_golden=args.golden,
         max_score_error=args.max_score_error,
         every_form=not args.plain_only,
     )

@@ -24,10 +24,6 @@ CONFIG = Path(__file__).parent.parent / "configs" / "dcn_v2.toml"
 NUM_DEVICES = 2
 OUTSTANDING = 3
 
-SERVER_BUCKETS = (128, 512)
-"""Row counts of the bundle that is served: two requests of 500 candidates never share a batch, so that server
-and executable run the same program."""
-
 MAX_LOAD = 0.5
 """Load average above which a run says that others' work is in its figures. It favours the server over the
 bare executable, which has fewer threads to claim a share of the CPUs with: even values above 1 come out."""
@@ -48,6 +44,13 @@ class Sizes:
     lookup_seconds: float
     """Measuring, both sides together."""
 
+    server_buckets: tuple[int, ...]
+    """Row counts of the bundle that is served: two requests of 500 candidates never share a batch, so that
+    server and executable run the same program."""
+
+    num_golden: int
+    """Requests that prove each bucket, when it is built and at every load."""
+
     server_turns: int
     """Of server and executable each."""
 
@@ -65,6 +68,8 @@ FULL = Sizes(
     note="",
     lookup_rows=2_000_000,
     lookup_seconds=15,
+    server_buckets=(128, 512),
+    num_golden=64,
     server_turns=8,
     server_seconds=4,
     load_buckets=None,
@@ -75,9 +80,11 @@ SHORT = Sizes(
     note="short form, smaller sizes and fewer repeats than the target is meant for; ",
     lookup_rows=250_000,
     lookup_seconds=1.5,
+    server_buckets=(512,),
+    num_golden=4,
     server_turns=2,
     server_seconds=1,
-    load_buckets=SERVER_BUCKETS,
+    load_buckets=(512,),
     load_rounds=1,
 )
 
@@ -163,9 +170,10 @@ def warm_load(sizes: Sizes, built: dict[str, Any]) -> Figure:
     )
 
 
-def _build(folder: Path, bucket_rows: tuple[int, ...] | None) -> dict[str, Any]:
-    words = ["--buckets", ",".join(map(str, bucket_rows))] if bucket_rows else []
-    return run_tool("random_bundle.py", CONFIG, "--out", folder, "--devices", NUM_DEVICES, *words)
+def _build(folder: Path, sizes: Sizes, bucket_rows: tuple[int, ...] | None) -> dict[str, Any]:
+    words = ["--devices", NUM_DEVICES, "--golden", sizes.num_golden]
+    words += ["--buckets", ",".join(map(str, bucket_rows))] if bucket_rows else []
+    return run_tool("random_bundle.py", CONFIG, "--out", folder, *words)
 
 
 def _model(built: dict[str, Any]) -> str:
@@ -192,13 +200,13 @@ def main() -> None:
         status.update("lookup_vs_xla")
         figures = [lookup_vs_xla(sizes)]
         status.update("building a bundle to serve")
-        served = _build(Path(folder) / "served", SERVER_BUCKETS)
+        served = _build(Path(folder) / "served", sizes, sizes.server_buckets)
         status.update("server_vs_executable")
         figures.append(server_vs_executable(sizes, served))
         loaded = served
-        if sizes.load_buckets != SERVER_BUCKETS:
+        if sizes.load_buckets != sizes.server_buckets:
             status.update("building a bundle to load")
-            loaded = _build(Path(folder) / "loaded", sizes.load_buckets)
+            loaded = _build(Path(folder) / "loaded", sizes, sizes.load_buckets)
         status.update("warm_load")
         figures.append(warm_load(sizes, loaded))
     report(figures, args.out, console=console)

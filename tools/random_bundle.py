@@ -17,11 +17,13 @@ from typing import Any
 from xlarank import device  # first: it sets the environment that JAX reads at import
 
 # isort: split
-import jax
+import numpy as np
 from flax import nnx
+from quick_compiles import quickly_compiled
 
 from xlarank.compiler import BuildOptions, BuildResult, build, random_requests
-from xlarank.models import EmbeddingCollection, build_model
+from xlarank.models import build_model
+from xlarank.models.embedding import INIT_STD
 from xlarank.spec.config import load_config
 
 __all__ = ["random_bundle"]
@@ -57,13 +59,15 @@ def random_bundle(
     if updatable is not None:
         tables = [dataclasses.replace(t, updatable=t.updatable or t.name == updatable) for t in spec.tables]
         spec = dataclasses.replace(spec, tables=tuple(tables))
-    # Any weights will do: by the generator that takes least time to compile.
-    with jax.default_prng_impl("rbg"):
-        rngs = nnx.Rngs(0)
-    # Copies, as JAX's own can't be written.
-    arrays = {n: table.copy() for n, table in EmbeddingCollection(spec, rngs=rngs).to_numpy().items()}
+    # Any weights will do. JAX would compile its random numbers anew for each table's shape, which takes as
+    # long as all else here: tables are NumPy's.
+    draw = np.random.default_rng(0)
+    arrays = {
+        t.name: INIT_STD * draw.standard_normal((t.num_rows, t.dim), dtype=np.float32) for t in spec.tables
+    }
     chosen = {**config.options, **(model_options or {})}
-    model = build_model(config.model, spec, chosen, rngs, folders=[config.folder])
+    with quickly_compiled():
+        model = build_model(config.model, spec, chosen, nnx.Rngs(0), folders=[config.folder])
     options = BuildOptions(
         bucket_rows=bucket_rows or config.bucket_rows,
         num_devices=num_devices,

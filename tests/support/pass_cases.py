@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 import shop
 from flax import nnx
 from jax.extend import core
+from quick_compiles import quickly_compiled
 
 from xlarank.compiler.passes import Hoisted, hoist_context
 from xlarank.compiler.prepare import Parted
@@ -43,7 +43,6 @@ __all__ = [
     "hoisted_of",
     "operations",
     "plain_of",
-    "quickly_compiled",
     "run_all",
     "sampled",
     "shape_of",
@@ -59,9 +58,9 @@ MODELS = (*FOREIGN, "shop", *ZOO)
 _SAMPLE = {"feed", "history_transformer", "indices", "linen_wide", "loops", "ple", "programs_in_programs"}
 
 
-def sampled(names: Sequence[str], rest: Any) -> list[Any]:
+def sampled(names: Iterable[str], rest: Any, sample: Collection[str] = _SAMPLE) -> list[Any]:
     """Parameters of which all but a sample have the mark `rest`."""
-    return [name if name in _SAMPLE else pytest.param(name, marks=rest) for name in names]
+    return [name if name in sample else pytest.param(name, marks=rest) for name in names]
 
 
 def swept(names: Sequence[str]) -> list[Any]:
@@ -74,16 +73,6 @@ def swept(names: Sequence[str]) -> list[Any]:
 
 HALF_PRECISION = frozenset({"experts_of_their_own"})
 """Models that compute in bfloat16: compiled, XLA keeps more digits than op by op."""
-
-
-@contextlib.contextmanager
-def quickly_compiled() -> Iterator[None]:
-    """What runs op by op, weights' random numbers and reference scores, is compiled as fast as XLA can."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @dataclasses.dataclass(frozen=True)
