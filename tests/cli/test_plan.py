@@ -310,7 +310,7 @@ def test_help_has_an_example_that_parses(capsys):
 def test_from_traffic_to_a_plan_for_the_bundle_that_served_it(run, tmp_path):
     tables = shop.make_tables()
     path = xlarank.build_bundle(
-        shop.Shop(rngs=nnx.Rngs(0)), shop.SPEC, tables, out=tmp_path, buckets=[64], tune_seconds=0
+        shop.Shop(rngs=nnx.Rngs(0)), shop.SPEC, tables, out=tmp_path, buckets=[8], tune_seconds=0
     )
     metrics = Metrics()
     with Engine.load(path, metrics=metrics) as engine:

@@ -76,8 +76,12 @@ def serving(folder, *options):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with serving(folder, "--devices", "2") as (_, ready):
+    with serving(folder, "--devices", "2") as (process, ready):
         yield ready
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert [line for line in err.splitlines() if not line.startswith("loading ")] == []
 
 
 def features_of(seed, num_candidates):
@@ -159,7 +163,7 @@ def plan_of(model_folder):
     return BucketPlan(manifest.ladder, *manifest.latency.values())
 
 
-def test_a_burst_with_bad_requests_in_it_is_answered_right_and_counted(folder, model):
+def test_a_burst_with_bad_requests_in_it_is_answered_right_and_counted(server, folder, model, tmp_path):
     num_threads, num_rounds = 6, 12
     bad = {
         "feature 'item': expected ids in": {"item": np.array([3, 50, 1])},
@@ -171,30 +175,26 @@ def test_a_burst_with_bad_requests_in_it_is_answered_right_and_counted(folder, m
         for number in range(num_rounds)
     }
     start = threading.Barrier(num_threads)
-    with serving(folder, "--devices", "2") as (process, ready):
-        before = metrics_of(ready)
-        with RankingClient(ready["grpc"]) as client:
+    before = metrics_of(server)
+    with RankingClient(server["grpc"]) as client:
 
-            def call(thread):
-                start.wait()
-                answers, refusals = {}, []
-                for number in range(num_rounds):
-                    answers[thread, number] = client.score("shop", requests[thread, number])
-                    if number % 3 == 0:
-                        told, values = list(bad.items())[(thread + number) % 2]
-                        with pytest.raises(RequestError) as refused:
-                            client.score("shop", features_of(number, 3) | values)
-                        refusals.append((told, str(refused.value)))
-                return answers, refusals
+        def call(thread):
+            start.wait()
+            answers, refusals = {}, []
+            for number in range(num_rounds):
+                answers[thread, number] = client.score("shop", requests[thread, number])
+                if number % 3 == 0:
+                    told, values = list(bad.items())[(thread + number) % 2]
+                    with pytest.raises(RequestError) as refused:
+                        client.score("shop", features_of(number, 3) | values)
+                    refusals.append((told, str(refused.value)))
+            return answers, refusals
 
-            with ThreadPoolExecutor(num_threads) as threads:
-                results = list(threads.map(call, range(num_threads)))
-        after = metrics_of(ready)
-        (folder / "page.txt").write_text(page_of(ready))
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert [line for line in err.splitlines() if not line.startswith("loading ")] == []
+        with ThreadPoolExecutor(num_threads) as threads:
+            results = list(threads.map(call, range(num_threads)))
+    after = metrics_of(server)
+    page = tmp_path / "page.txt"
+    page.write_text(page_of(server))
     for answers, refusals in results:
         for key, scores in answers.items():
             assert_right(model, requests[key], scores)
@@ -228,7 +228,7 @@ def test_a_burst_with_bad_requests_in_it_is_answered_right_and_counted(folder, m
     assert after["nv_inference_pending_request_count" + LABELS] == 0
     assert after["xlarank_request_path_compiles_total" + LABELS] == 0
     # `xlarank simulate` reads the same page.
-    pace = read_pace([folder / "page.txt"], "shop", plan_of(folder / "models/shop"))
+    pace = read_pace([page], "shop", plan_of(folder / "models/shop"))
     assert pace.slowdown > 0
     outside = after[f"xlarank_outside_seconds_total{LABELS}"]
     assert 0 < pace.overhead_seconds == outside / after[f"nv_inference_request_success{LABELS}"]

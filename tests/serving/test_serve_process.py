@@ -78,20 +78,6 @@ def test_bad_requests_between_good_ones_harm_nobody(running):
             np.testing.assert_allclose(scores, expected(9), rtol=1e-5, atol=1e-4)
 
 
-def test_mapped_tables_are_served_from_their_files_and_checked(folder):
-    with started(folder, "--table-memory", "mmap") as process:
-        running = json.loads(process.stdout.readline())
-        with RankingClient(running["grpc"]) as client:
-            scores = client.score("linear", features(9))["value"]
-        np.testing.assert_allclose(scores, expected(9), rtol=1e-5, atol=1e-4)
-        values = metrics_of(running)
-        labels = '{model="linear",version="1"}'
-        num_bytes = float(values[f"xlarank_table_bytes{labels}"])
-        assert 0 < num_bytes <= 120  # in float32
-        assert float(values[f"xlarank_table_checked_bytes{labels}"]) == num_bytes
-        assert float(values[f"xlarank_table_huge_page_bytes{labels}"]) == 0
-
-
 def test_metrics_count_what_was_served(running):
     with RankingClient(running["grpc"]) as client:
         client.score("linear", features(3))
@@ -100,14 +86,6 @@ def test_metrics_count_what_was_served(running):
     assert float(values[f"nv_inference_request_success{labels}"]) >= 1
     assert float(values[f"nv_inference_count{labels}"]) >= 3
     assert float(values[f"xlarank_request_path_compiles_total{labels}"]) == 0
-
-
-def test_a_second_server_on_the_same_port_ends_with_an_error(running, folder):
-    port = running["grpc"].rpartition(":")[2]
-    with started(folder, "--port", port) as process:
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert f"xlarank serve: grpc port {port} on 127.0.0.1: expected a free port" in err
 
 
 CONFIG = """
@@ -122,10 +100,15 @@ plain_http = true
 [models]
 repository = "models"
 compile_cache = "cache"
+
+[tables]
+memory = "mmap"
 """
 
 
-def test_a_config_file_turns_on_tls_and_tokens(folder):
+@pytest.fixture(scope="module")
+def by_config(folder):
+    """Ready line of a server that all options of `CONFIG` are asked of, and how a client trusts it."""
     authority = trustme.CA()
     issued = authority.issue_cert("127.0.0.1")
     issued.private_key_pem.write_to_path(folder / "server.key")
@@ -134,24 +117,42 @@ def test_a_config_file_turns_on_tls_and_tokens(folder):
     (folder / "tokens").write_text("a-token-of-rankers\n")
     (folder / "admin-tokens").write_text("a-token-of-admins\n")
     (folder / "server.toml").write_text(CONFIG)
-    tls = ClientTls(server_ca=folder / "ca.pem")
     with served_by("--config", str(folder / "server.toml"), "--grace", "5") as process:
-        ready = json.loads(process.stdout.readline())
-        with RankingClient(ready["grpc"], tls=tls, token="a-token-of-rankers") as client:
-            scores = client.score("linear", features(9))["value"]
-        np.testing.assert_allclose(scores, expected(9), rtol=1e-5, atol=1e-4)
-        with RankingClient(ready["grpc"], tls=tls) as client, pytest.raises(AccessError, match="got none"):
-            client.score("linear", features(9))
-        rows, values = np.array([1]), np.ones((1, 3))
-        for token, error, told in (
-            ("a-token-of-rankers", AccessError, "expected an admin token"),
-            ("a-token-of-admins", RequestError, "'topics' .*updatable"),
-        ):
-            with AdminClient(ready["grpc"], tls=tls, token=token) as admin, pytest.raises(error, match=told):
-                admin.update_rows("linear", "topics", rows, values)
-        assert float(metrics_of(ready)['nv_inference_request_success{model="linear",version="1"}']) == 1
+        yield json.loads(process.stdout.readline()), ClientTls(server_ca=folder / "ca.pem")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
+
+
+def test_a_config_file_turns_on_tls_and_tokens(by_config):
+    ready, tls = by_config
+    name = 'nv_inference_request_success{model="linear",version="1"}'
+    before = float(metrics_of(ready).get(name, 0))
+    with RankingClient(ready["grpc"], tls=tls, token="a-token-of-rankers") as client:
+        scores = client.score("linear", features(9))["value"]
+    np.testing.assert_allclose(scores, expected(9), rtol=1e-5, atol=1e-4)
+    with RankingClient(ready["grpc"], tls=tls) as client, pytest.raises(AccessError, match="got none"):
+        client.score("linear", features(9))
+    rows, values = np.array([1]), np.ones((1, 3))
+    for token, error, told in (
+        ("a-token-of-rankers", AccessError, "expected an admin token"),
+        ("a-token-of-admins", RequestError, "'topics' .*updatable"),
+    ):
+        with AdminClient(ready["grpc"], tls=tls, token=token) as admin, pytest.raises(error, match=told):
+            admin.update_rows("linear", "topics", rows, values)
+    assert float(metrics_of(ready)[name]) == before + 1
+
+
+def test_mapped_tables_are_served_from_their_files_and_checked(by_config):
+    ready, tls = by_config
+    with RankingClient(ready["grpc"], tls=tls, token="a-token-of-rankers") as client:
+        scores = client.score("linear", features(9))["value"]
+    np.testing.assert_allclose(scores, expected(9), rtol=1e-5, atol=1e-4)
+    values = metrics_of(ready)
+    labels = '{model="linear",version="1"}'
+    num_bytes = float(values[f"xlarank_table_bytes{labels}"])
+    assert 0 < num_bytes <= 120  # in float32
+    assert float(values[f"xlarank_table_checked_bytes{labels}"]) == num_bytes
+    assert float(values[f"xlarank_table_huge_page_bytes{labels}"]) == 0
 
 
 def test_sigterm_lets_accepted_requests_finish(folder):
