@@ -63,6 +63,7 @@ def test_every_bucket_has_a_proven_and_timed_program(built):
         assert min(entry.seconds.values()) > 0
 
 
+@pytest.mark.once
 def test_versions_ascend_and_an_explicit_one_is_kept(built, tmp_path):
     _, model, tables = built
     paths = [
@@ -268,7 +269,7 @@ class AnyPositive(shop.Shop):
 
 
 @pytest.mark.parametrize("module", [FirstUser, FirstRow, NanMaximum, LongestHistory, AnyDear, AnyPositive])
-@pytest.mark.parametrize("num_golden", [1, 64])
+@pytest.mark.parametrize("num_golden", [pytest.param(1, marks=pytest.mark.once), 64])
 def test_rows_that_meet_in_one_row_or_behind_a_guard_are_found_whatever_the_goldens(
     tmp_path, module, num_golden
 ):
@@ -360,12 +361,18 @@ class Overflowing(shop.Shop):
         ),
         (Tuple, ModelError, r"expected a dict of logits by task, got tuple"),
         (Concrete, ModelError, r"can't be traced: TracerBool.* \(at .*test_build\.py:\d+ \(__call__\)\)"),
-        (
+        pytest.param(
             Drifting,
             VerifyError,
             r"task 'click', bucket 8x8 .* form 'plain', over all golden rows: .* differ from the reference",
+            marks=pytest.mark.once,
         ),
-        (Overflowing, ModelError, r"task 'spend': the reference score of golden request 0 is"),
+        pytest.param(
+            Overflowing,
+            ModelError,
+            r"task 'spend': the reference score of golden request 0 is",
+            marks=pytest.mark.once,
+        ),
     ],
 )
 def test_a_model_that_breaks_the_contract_is_refused_by_name(tmp_path, module, error, message):

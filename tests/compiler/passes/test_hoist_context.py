@@ -57,7 +57,11 @@ def line_of(function, text):
     return f"{inspect.getsourcefile(function)}:{number} "
 
 
-@pytest.mark.parametrize("name", sampled(MODELS, pytest.mark.once))
+# On the oldest interpreter test_end_to_end has `feed`.
+ON_THE_OLDEST = {"history_transformer", "indices", "linen_wide", "loops", "ple", "programs_in_programs"}
+
+
+@pytest.mark.parametrize("name", sampled(MODELS, pytest.mark.once, ON_THE_OLDEST))
 def test_hoisted_scores_are_those_of_the_authors_model(name):
     case, number = case_of(name), MODELS.index(name)
     more = MORE_BUCKETS if name in ODD else (MORE_BUCKETS[number % len(MORE_BUCKETS)],)
