@@ -25,8 +25,12 @@ _OUTSIDE = "xlarank_outside_seconds_total"
 _SERVICE = ("xlarank_gather_seconds_total", "xlarank_execute_seconds_total")
 _NAMES = (_BATCHES, _REQUESTS, _RESPOND, _OUTSIDE, *_SERVICE)
 
-_SATURATING = 2000
-"""Requests of a simulated server that is never idle, at most: evenly from all."""
+_MOST_SEEN = 2000
+"""Requests that what a client saw is simulated with, at most: evenly from all."""
+
+_SHARED_CORES = 2.0
+"""A batch of a busy server takes at most this many times what it takes alone, as its cores are shared: 1.6 by
+the CPU time that a light model's server was measured to take beside its batches, and some noise."""
 
 _SHOWN = 80  # characters of a wrong line in a message
 
@@ -43,6 +47,9 @@ class ServerPace:
 
     overhead_seconds: float = 0.0
     """Of a request before it is queued and after it is answered; >= 0."""
+
+    note: str = ""
+    """What doesn't fit in what was seen, for people; "" if all does."""
 
 
 def read_pace(pages: Sequence[Path], model: str, plan: BucketPlan) -> ServerPace:
@@ -109,15 +116,33 @@ def observed_pace(
       capacity: requests of those sizes that it answered a second, when there were always some waiting.
       alone_seconds: latency of one that came alone; what its batch doesn't account for is overhead, never
         less than 0. None if it wasn't seen: there is no overhead then.
-    """
-    from xlarank.runtime.simulation import saturated_rate
 
-    slowdown = saturated_rate(plans, config, sizes[:: -(-len(sizes) // _SATURATING)]) / capacity
+    Raises:
+      ConfigError: if a lone request was answered in less than half of the time that its batch takes by
+        `capacity`. Less than all of it, which noise and busy cores explain, gives a note and no overhead.
+    """
+    from xlarank.runtime.simulation import lone_seconds, saturated_rate
+
+    sizes = sizes[:: -(-len(sizes) // _MOST_SEEN)]
+    slowdown = saturated_rate(plans, config, sizes) / capacity
     if alone_seconds is None:
         return ServerPace(slowdown=slowdown)
-    fastest = min(plans, key=lambda plan: plan.seconds_a_row)
-    batch = slowdown * sum(fastest.seconds(size) for size in sizes) / len(sizes)
-    return ServerPace(slowdown=slowdown, overhead_seconds=max(0.0, alone_seconds - batch))
+    batch = slowdown * lone_seconds(plans, config, sizes)
+    if alone_seconds >= batch:
+        return ServerPace(slowdown=slowdown, overhead_seconds=alone_seconds - batch)
+    seen = (
+        f"at {capacity:g} requests/s (--capacity) the batch of a lone request takes {batch * 1e3:.2f} ms, "
+        f"and one that came alone was answered in {alone_seconds * 1e3:.2f} ms (--alone-ms)"
+    )
+    if batch > _SHARED_CORES * alone_seconds:
+        raise ConfigError(
+            f"{seen}; expected at least {batch * 1e3 / _SHARED_CORES:.2f} ms, as busy cores make batches "
+            f"{_SHARED_CORES:g} times as slow at most: see both with this traffic on these devices, or leave "
+            f"--alone-ms out"
+        )
+    return ServerPace(
+        slowdown=slowdown, note=f"{seen}: busy cores or noise; no time beside batches is simulated"
+    )
 
 
 def _predicted_seconds(where: str, counts: _Counts, plan: BucketPlan) -> float:

@@ -6,7 +6,7 @@ import argparse
 import csv
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +107,8 @@ def add_parser(subparsers: Any) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="slowdown and overhead of a server that serves BUNDLE: its /metrics saved to a file, or two "
-        "files, for what happened between them",
+        help="slowdown and overhead of a server that serves BUNDLE on devices of one speed, that of "
+        "--speeds: its /metrics saved to a file, or two files, for what happened between them",
     )
     pace.add_argument(
         "--slowdown",
@@ -121,7 +121,8 @@ def add_parser(subparsers: Any) -> None:
         "--alone-ms",
         type=float,
         metavar="MS",
-        help="with --capacity: latency of a request that came alone, which says the overhead",
+        help="with --capacity: latency of a request that came alone, which says the overhead; less than half "
+        "of what its batch takes by --capacity is refused",
     )
     beside.add_argument(
         "--overhead-ms",
@@ -178,7 +179,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.slo_ms <= 0:
         raise ConfigError(f"--slo-ms must be > 0; was {args.slo_ms}")
     by_device = [plans[speed] for speed in speeds]
-    pace = _stated_pace(args, manifest.spec.name, plans[1.0])
+    pace = _stated_pace(args, manifest.spec.name, by_device)
     scheduler: Scheduler[int] = Scheduler(len(speeds), costs=costs)
     queue = scheduler.attach(manifest.spec.name, by_device, config)
     if args.trace is not None:
@@ -212,6 +213,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "devices": [{"speed": speed, "cost": cost} for speed, cost in zip(speeds, costs, strict=True)],
         "slowdown": pace.slowdown,
         "overhead_ms": pace.overhead_seconds * 1e3,
+        "note": pace.note,
         "policy": args.dispatch_policy,
         "requests": len(arrivals),
         "candidates_per_request": float(result.sizes.mean()),
@@ -234,8 +236,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
-def _stated_pace(args: argparse.Namespace, model: str, plan: BucketPlan) -> ServerPace:
-    """As a server says, where it was asked, but for what the options say."""
+def _stated_pace(args: argparse.Namespace, model: str, plans: Sequence[BucketPlan]) -> ServerPace:
+    """As a server with devices of these plans says, where it was asked, but for what the options say."""
     for name in ("capacity", "slowdown", "alone_ms"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -244,7 +246,14 @@ def _stated_pace(args: argparse.Namespace, model: str, plan: BucketPlan) -> Serv
         raise ConfigError(f"--overhead-ms must be >= 0; was {args.overhead_ms}")
     if args.alone_ms is not None and args.capacity is None:
         raise ConfigError("--alone-ms: expected --capacity beside it, which says what a batch takes")
-    pace = ServerPace() if args.server_metrics is None else read_pace(args.server_metrics, model, plan)
+    pace = ServerPace()
+    if args.server_metrics is not None:
+        if len(set(plans)) > 1:
+            raise ConfigError(
+                f"--server-metrics: expected devices of one speed, got --speeds {args.speeds}: a page "
+                f"doesn't say which of them ran which batches; say what a client saw (--capacity, --alone-ms)"
+            )
+        pace = read_pace(args.server_metrics, model, plans[0])
     return ServerPace(
         slowdown=pace.slowdown if args.slowdown is None else args.slowdown,
         overhead_seconds=pace.overhead_seconds if args.overhead_ms is None else args.overhead_ms / 1e3,
@@ -382,6 +391,8 @@ def _show(facts: dict[str, Any], console: Console) -> None:
                 f"{facts['overhead_ms']:.2f} ms beside them",
             )
         )
+    if facts["note"]:
+        lines.append(("note", facts["note"]))
     if offered is not None:
         lines.append(("offered", f"{offered:,.1f} requests/s"))
     lines += [

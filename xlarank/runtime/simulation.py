@@ -19,7 +19,7 @@ from xlarank.runtime.scheduler import ModelQueue, Scheduler, Turn
 from xlarank.spec import DEFAULT_PRIORITY, RequestOptions
 from xlarank.spec.serving import QueueConfig
 
-__all__ = ["Arrival", "SimulationResult", "poisson_arrivals", "saturated_rate", "simulate"]
+__all__ = ["Arrival", "SimulationResult", "lone_seconds", "poisson_arrivals", "saturated_rate", "simulate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +174,23 @@ def saturated_rate(plans: Sequence[BucketPlan], config: QueueConfig, sizes: Sequ
       config: the rule that batches are made by; nothing is refused.
       sizes: candidates of the requests.
     """
+    return _simulate_all(plans, config, [Arrival(0.0, size) for size in sizes]).requests_a_second
+
+
+def lone_seconds(plans: Sequence[BucketPlan], config: QueueConfig, sizes: Sequence[int]) -> float:
+    """Mean latency of requests each of which comes when nothing else is there; see `saturated_rate`."""
+    gap = 1 + max(plan.seconds(max(sizes)) for plan in plans)
+    arrivals = [Arrival(number * gap, size) for number, size in enumerate(sizes)]
+    return _simulate_all(plans, config, arrivals).mean_latency
+
+
+def _simulate_all(
+    plans: Sequence[BucketPlan], config: QueueConfig, arrivals: Sequence[Arrival]
+) -> SimulationResult:
+    """Of one model, with nothing refused."""
     scheduler: Scheduler[int] = Scheduler(len(plans))
     config = dataclasses.replace(config, max_queue_ms=1e15, max_queued_rows=2**62)
-    queue = scheduler.attach("model", plans, config)
-    return simulate(scheduler, [queue], [Arrival(0.0, size) for size in sizes]).requests_a_second
+    return simulate(scheduler, [scheduler.attach("model", plans, config)], arrivals)
 
 
 class _Run:
