@@ -263,11 +263,34 @@ def test_a_request_is_refused_unread_while_the_queue_has_no_room_for_it():
         ask(scheduler, queue, i)
     assert scheduler.overload(0, 0.0) is None  # 2 s to wait
     refusal = scheduler.overload(1, 0.0)  # what is on its way counts as if it were queued
-    assert "a request would wait 3000.0 ms, max_queue_ms is 2500" in str(refusal)
+    assert str(refusal) == (
+        "the server's queues are full: where there is room again soonest, a request would wait 3000.0 ms, "
+        "max_queue_ms is 2500"
+    )
     assert refusal.retry_after_seconds == pytest.approx(3.0 - 1.25)
     scheduler.next_turn(0, 0.0)
     assert scheduler.overload(0, 0.9) is None
     assert "32 rows are queued, 97 more would pass max_queued_rows, 128" in str(scheduler.overload(3, 0.9))
+
+
+@pytest.mark.parametrize("first", ["quick", "slow"])
+def test_a_refusal_of_what_is_unread_names_no_model_and_waits_for_the_soonest(first):
+    # Nobody knows yet whom it is for, so what it says must hold for callers of either, or of no model at all.
+    scheduler = Scheduler(1)
+    longest = {"quick": 1500, "slow": 1200}
+    names = sorted(longest, reverse=first == "slow")
+    queues = {
+        name: scheduler.attach(name, [ALIKE], QueueConfig(max_queue_ms=longest[name])) for name in names
+    }
+    for name in names:
+        ask(scheduler, queues[name], name)
+    refusal = scheduler.overload(0, 0.0)
+    # A second of the one queue and one of the other are ahead of either.
+    assert str(refusal) == (
+        "the server's queues are full: where there is room again soonest, a request would wait 2000.0 ms, "
+        "max_queue_ms is 1500"
+    )
+    assert refusal.retry_after_seconds == pytest.approx(2.0 - 0.75)
 
 
 def test_what_is_on_its_way_counts_by_what_came_lately():

@@ -342,8 +342,9 @@ class Scheduler(Generic[Item]):
           now: seconds.
 
         Returns:
-          The refusal that asks to come again soonest; None if it may be taken, or would be refused for
-          another reason.
+          A refusal that is true whichever model it is for: it names none, and asks to come again when one
+          of the queues has room, as predicted. None if it may be taken, or would be refused for another
+          reason.
         """
         if not self.num_queued_requests:
             num_free = sum(device.is_available and device.turn is None for device in self._devices)
@@ -363,7 +364,10 @@ class Scheduler(Generic[Item]):
             if refusal is None or wait == math.inf:
                 return None
             refusals.append(refusal)
-        return min(refusals, key=lambda refusal: refusal.retry_after_seconds, default=None)
+        if not refusals:
+            return None
+        why, retry = min(refusals, key=lambda refusal: refusal[1])
+        return OverloadError(f"the server's queues are full: where there is room again soonest, {why}", retry)
 
     def _count_arrival(self, queue: ModelQueue[Item], level: int, now: float) -> None:
         queue.seen_at[level] = now
@@ -412,7 +416,8 @@ class Scheduler(Generic[Item]):
             raise UnavailableError(f"model {queue.name!r}: no device is healthy")
         refusal = self._refusal(queue, num_rows, start - now)
         if refusal is not None:
-            raise refusal
+            why, retry = refusal
+            raise OverloadError(f"model {queue.name!r}: the queue is full: {why}", retry)
         if deadline < math.inf:
             finish = self._finish(queue, num_rows, start, now)
             if finish > deadline:
@@ -422,8 +427,9 @@ class Scheduler(Generic[Item]):
                 )
 
     @staticmethod
-    def _refusal(queue: ModelQueue[Item], num_rows: int, wait: float) -> OverloadError | None:
-        """Why so many rows more, which would wait so long, are too many; None if they aren't."""
+    def _refusal(queue: ModelQueue[Item], num_rows: int, wait: float) -> tuple[str, float] | None:
+        """Why so many rows more, which would wait so long, are too many, and in how many seconds they may not
+        be; None if they aren't."""
         config, num_queued = queue.batcher.config, queue.batcher.num_queued_rows
         longest = config.max_queue_ms / 1e3
         if num_queued and num_queued + num_rows > config.max_queued_rows:
@@ -435,8 +441,7 @@ class Scheduler(Generic[Item]):
             why = f"a request would wait {wait * 1e3:.1f} ms, max_queue_ms is {config.max_queue_ms:g}"
         else:
             return None
-        retry = max(_LEAST_RETRY_SECONDS, wait - longest / 2)
-        return OverloadError(f"model {queue.name!r}: the queue is full: {why}", retry)
+        return why, max(_LEAST_RETRY_SECONDS, wait - longest / 2)
 
     def _finish(self, queue: ModelQueue[Item], num_rows: int, start: float, now: float) -> float:
         """When the soonest device would be through with a request that begins at `start` or after."""
