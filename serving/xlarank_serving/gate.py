@@ -25,7 +25,9 @@ class Gate(grpc.GenericRpcHandler):
       cancel them, and clients retry on UNAVAILABLE only.
     - While no queue has room. To read a request and refuse it then costs as much as to read one that is
       answered, and under overload most are refused: they would take the cores from those that aren't, and
-      these would wait where nothing counts it, for a thread that reads them.
+      these would wait where nothing counts it, for a thread that reads them. So one that no queue would
+      refuse is turned away too, without candidates or wrong: unread nobody knows, RESOURCE_EXHAUSTED says
+      nothing of the request itself, and it is answered as what it is when it comes again.
     - Streams past the server's number of them: each holds threads.
     """
 
