@@ -20,6 +20,7 @@ from xlarank.cli import main, serve_config
 from xlarank.cli.sections import config_text, options_of, read_sections
 from xlarank.cli.serve_check import UNCHECKED
 from xlarank.cli.serve_config import ServeConfig, port_problems
+from xlarank.spec import PlatformOptions
 
 EXAMPLE = Path(__file__).parents[2] / "configs" / "server.toml"
 
@@ -274,6 +275,36 @@ def test_processes_that_cannot_serve_together_are_a_problem(check, repository, w
     status, _, (told,) = check(str(repository), *FREE, *words)
     assert status == 1
     assert told.startswith(problem)
+
+
+def test_platforms_are_taken_in_the_order_that_they_are_named_in():
+    config, _ = read_sections(ServeConfig, parse("--platform", "cuda", "--platform", "cpu,cost=0.1"), None)
+    assert config.models.platform_options == (
+        PlatformOptions(name="cuda"),
+        PlatformOptions(name="cpu", cost=0.1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (
+            ("--platform", "cpu,size=2"),
+            "platform cpu,size=2: expected NAME,FIELD=VALUE,... of ['cost', 'devices'], got ['size']",
+        ),
+        (
+            ("--platform", "cpu", "--platform", "cpu,devices=2"),
+            "models: platforms: expected each once, got ['cpu', 'cpu']",
+        ),
+        (
+            ("--platform", "cuda", "--devices", "2"),
+            "models: devices are those of JAX's default platform; with platforms say it of each, as in "
+            "cuda,devices=2",
+        ),
+    ],
+)
+def test_platforms_that_can_not_be_meant_are_a_problem(check, repository, words, problem):
+    assert check(str(repository), *FREE, *words)[2] == [problem]
 
 
 def test_rows_on_devices_are_not_updated_by_several_processes(check, tmp_path):

@@ -14,9 +14,9 @@ from jax import export
 
 from xlarank import device
 from xlarank.compiler import random_requests
-from xlarank.errors import ConfigError, VerifyError
+from xlarank.errors import ConfigError, ModelError, VerifyError
 from xlarank.host import Gatherer
-from xlarank.spec import Bucket, BucketLadder, Leaf, Precision, Scope, Signature
+from xlarank.spec import Bucket, BucketLadder, Leaf, PlatformOptions, Precision, Scope, Signature
 
 LADDER = BucketLadder.of_rows((4, 64))
 SIGNATURE = Signature.of_model(shop.SPEC)
@@ -272,6 +272,43 @@ def test_devices_that_are_not_there_are_refused():
         device.configure(num_devices=there + 1)
     with pytest.raises(ConfigError, match="num_devices must be >= 1; was 0"):
         device.configure(num_devices=0)
+
+
+def test_devices_are_those_of_the_platforms_that_are_named():
+    there = jax.local_devices(backend="cpu")
+    assert device.devices(platforms=[PlatformOptions(name="cpu")]) == there
+    assert device.devices(platforms=[PlatformOptions(name="cpu", devices=1)]) == there[:1]
+    assert device.platforms_of(there[:1]) == [PlatformOptions(name="cpu", devices=len(there))]
+    before = jax.config.jax_compilation_cache_dir
+    device.configure(platforms=[PlatformOptions(name="cpu", devices=1)])
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+@pytest.mark.parametrize(
+    ("platforms", "message"),
+    [
+        ("nowhere", r"platform 'nowhere': expected one that JAX has here: .*nowhere"),
+        ("cpu,devices=99", r"99 devices were asked for after JAX started with \d+; ask before"),
+        ("cpu cpu,devices=1", r"expected each device once, got some twice of cpu, cpu,devices=1"),
+    ],
+)
+def test_platforms_that_have_no_such_devices_are_refused(platforms, message):
+    with pytest.raises(ConfigError, match=message):
+        device.configure(platforms=[PlatformOptions.parse(text) for text in platforms.split()])
+
+
+def test_accelerators_that_are_not_there_are_refused(monkeypatch):
+    there = jax.local_devices()
+    monkeypatch.setattr(jax, "local_devices", lambda *, backend: there[:1])
+    with pytest.raises(ConfigError, match=r"platform 'cuda': expected 2 devices, JAX has 1"):
+        device.devices(platforms=[PlatformOptions(name="cuda", devices=2)])
+
+
+def test_a_program_of_another_platform_is_refused():
+    exported = export.export(jax.jit(lambda x: x), platforms=["cuda"])(jax.ShapeDtypeStruct((), np.float32))
+    text = "expected a program for cpu, got one for cuda; serve it there, or compile the model on cpu"
+    with pytest.raises(ModelError, match=f"{device.PROGRAM_NAME}: {text}"):
+        device.compile_program(exported, jax.devices()[0], device.PROGRAM_NAME)
 
 
 def test_the_fingerprint_says_what_compiled_code_depends_on():

@@ -247,7 +247,7 @@ def test_a_repository_that_closes_ends_the_helper_process(linear_version, cold_c
             started.put(self)
 
     monkeypatch.setattr(subprocess, "Popen", Started)
-    helper = CompileHelper(num_devices=1, use_bundle_code=False)
+    helper = CompileHelper(platforms=device.platforms_of(device.devices()), use_bundle_code=False)
     failed = []
 
     def compile_version():
@@ -270,7 +270,7 @@ def test_code_is_compiled_for_nothing_if_the_cache_does_not_keep_it(linear_versi
 
     monkeypatch.setattr(device, "seed_compile_cache", lambda files: None)
     with pytest.raises(ModelError, match=r"expected it to keep what is compiled, \d+ programs weren't there"):
-        warming.compile_into_cache(open_bundle(linear_version), num_devices=1)
+        warming.compile_into_cache(open_bundle(linear_version), devices=device.devices(1))
 
 
 def test_runs_that_prove_a_version_come_between_turns_and_take_a_small_share_of_the_time():

@@ -76,7 +76,7 @@ def serving(folder, *options):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with serving(folder, "--devices", "2") as (process, ready):
+    with serving(folder, "--platform", "cpu,devices=2") as (process, ready):
         yield ready
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
@@ -227,6 +227,7 @@ def test_a_burst_with_bad_requests_in_it_is_answered_right_and_counted(server, f
     assert [after[name] for name in infinite] == [after[f"{histogram}_count{LABELS}"]]
     assert after["nv_inference_pending_request_count" + LABELS] == 0
     assert after["xlarank_request_path_compiles_total" + LABELS] == 0
+    assert 'xlarank_device_batches_total{device="1"}' in after  # both that were made
     # `xlarank simulate` reads the same page.
     pace = read_pace([page], "shop", plan_of(folder / "models/shop"))
     assert pace.slowdown > 0

@@ -22,7 +22,7 @@ from xlarank_serving.config import (
 
 from xlarank.errors import ConfigError
 from xlarank.host import FeatureOptions, MissPolicy, TableMemory
-from xlarank.spec import CaptureConfig, FaultConfig, QueueConfig
+from xlarank.spec import CaptureConfig, FaultConfig, PlatformOptions, QueueConfig
 from xlarank.spec.versions import VersionOptions
 
 __all__ = [
@@ -48,7 +48,12 @@ class ModelsConfig:
     """Folder of <model>/<version> bundles."""
 
     devices: int | None = dataclasses.field(default=None, metadata={"none": "all"})
-    """Devices to serve on."""
+    """Devices to serve on, of JAX's default platform: its accelerators where there are some."""
+
+    platforms: tuple[str, ...] = dataclasses.field(default=(), metadata={"flag": "platform"})
+    """Instead of that, JAX's platforms to serve on, such as cuda and cpu together; behind a name may stand
+    how many of its devices (of cpu so many are made) and what a second of each costs: the cheapest device
+    that meets a request's deadline takes it. As in cpu,devices=2,cost=0.1."""
 
     host_threads: int | None = dataclasses.field(default=None, metadata={"none": "auto"})
     """Threads of the gather; auto for the CPUs, 4 at most."""
@@ -67,6 +72,20 @@ class ModelsConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"models: {name} must be >= 1; was {value}")
+        object.__setattr__(self, "platforms", tuple(self.platforms))
+        names = [options.name for options in self.platform_options]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"models: platforms: expected each once, got {names}")
+        if self.platforms and self.devices is not None:
+            raise ConfigError(
+                f"models: devices are those of JAX's default platform; with platforms say it of each, as in "
+                f"{names[0]},devices={self.devices}"
+            )
+
+    @property
+    def platform_options(self) -> tuple[PlatformOptions, ...]:
+        """One a platform."""
+        return tuple(PlatformOptions.parse(text) for text in self.platforms)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -137,6 +137,7 @@ def _open_repository(
         return ModelRepository.open(
             models.repository,
             num_devices=models.devices,
+            platforms=models.platform_options,
             host_threads=models.host_threads,
             compile_cache=models.compile_cache,
             use_bundle_code=models.bundle_code,

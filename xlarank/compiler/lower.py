@@ -10,6 +10,7 @@ from jax import export
 from xlarank.compiler.prepare import Parted
 from xlarank.compiler.program import run_equations
 from xlarank.compiler.tracing import ClosedJaxpr
+from xlarank.device import export_platform
 from xlarank.spec import ModelSpec, Signature
 
 __all__ = ["lower_prepare", "lower_row_program"]
@@ -58,6 +59,6 @@ def _export(function: Any, arguments: tuple[Any, ...]) -> bytes:
     try:
         exported = export.export(jitted, platforms=_PLATFORMS)(*arguments)
     except NotImplementedError:  # an operation without a rule for the other platform
-        here = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
+        here = export_platform(jax.devices()[0])
         exported = export.export(jitted, platforms=[here])(*arguments)
     return bytes(exported.serialize())

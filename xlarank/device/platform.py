@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from xlarank.errors import ConfigError
-from xlarank.spec import Precision
+from xlarank.spec import PlatformOptions, Precision
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
     from jaxlib._jax import Device
@@ -34,8 +34,10 @@ __all__ = [
     "device_kind",
     "device_memory",
     "devices",
+    "export_platform",
     "fingerprint",
     "half_precision",
+    "platforms_of",
     "seed_compile_cache",
 ]
 
@@ -46,22 +48,32 @@ def default_compile_cache() -> Path:
     return Path(root) / "xlarank" / "compiled"
 
 
-def configure(*, num_devices: int | None = None, compile_cache: Path | None = None) -> None:
+def configure(
+    *,
+    num_devices: int | None = None,
+    platforms: Sequence[PlatformOptions] = (),
+    compile_cache: Path | None = None,
+) -> None:
     """Prepares JAX for serving; call it before anything else of the process touches a device.
 
     Args:
       num_devices: on a CPU host, the number of XLA host devices to make; elsewhere the number of
         accelerators that must be there. None leaves what there is.
+      platforms: instead of that, the devices that must be there; see `devices`.
       compile_cache: the process's one compilation cache; None keeps the one that JAX is configured with,
         else takes `default_compile_cache`.
 
     Raises:
-      ConfigError: if JAX already runs with fewer devices, or the cache folder can't be made.
+      ConfigError: if JAX already runs with fewer devices or hasn't such ones, or the cache folder can't be
+        made.
     """
     # Dispatch from one thread a device, inline: a pool thread in between costs up to 500 us at p99.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if num_devices is not None:
         _make_cpu_devices(num_devices)
+    for platform_options in platforms:
+        if platform_options.name == "cpu" and platform_options.devices is not None:
+            _make_cpu_devices(platform_options.devices, platform_options.name)
     if compile_cache is None and jax.config.jax_compilation_cache_dir is None:
         compile_cache = default_compile_cache()
     if compile_cache is not None:
@@ -71,19 +83,48 @@ def configure(*, num_devices: int | None = None, compile_cache: Path | None = No
             f"{num_devices} devices were asked for, JAX has {len(jax.devices())} of kind "
             f"{device_kind(jax.devices()[0])!r}"
         )
+    if platforms:
+        devices(platforms=platforms)
 
 
-def devices(num_devices: int | None = None) -> list[Device]:
-    """The first `num_devices` local devices, all by default."""
+def devices(num_devices: int | None = None, platforms: Sequence[PlatformOptions] = ()) -> list[Device]:
+    """The first `num_devices` local devices, all by default.
+
+    Args:
+      num_devices: of JAX's default platform: its accelerators where there are some.
+      platforms: instead of that, where devices are taken from, in this order.
+
+    Raises:
+      ConfigError: if there aren't such devices.
+    """
+    if platforms:
+        found = [own for options in platforms for own in _devices_of(options)]
+        if len(set(found)) < len(found):
+            raise ConfigError(
+                f"platforms: expected each device once, got some twice of {', '.join(map(str, platforms))}"
+            )
+        return found
     found = jax.local_devices()
     if num_devices is not None and not 1 <= num_devices <= len(found):
         raise ConfigError(f"expected 1 to {len(found)} devices, got {num_devices}")
     return found[:num_devices]
 
 
+def platforms_of(found: Iterable[Device]) -> list[PlatformOptions]:
+    """The platforms of devices, with all devices that each has here: so many as another process must make for
+    the compiled code of these to be the code of its own."""
+    names = dict.fromkeys(device.platform for device in found)
+    return [PlatformOptions(name=name, devices=len(jax.local_devices(backend=name))) for name in names]
+
+
 def device_kind(device: Device) -> str:
     """JAX's name of the device's make, such as ``cpu`` or ``NVIDIA H100 80GB HBM3``."""
     return device.device_kind
+
+
+def export_platform(device: Device) -> str:
+    """The platform that jax.export makes a program for, such as ``cuda``, if it is to run on a device."""
+    return "cuda" if device.platform == "gpu" else device.platform
 
 
 def device_memory(device: Device) -> int | None:
@@ -167,10 +208,13 @@ def compiler_options(platform_name: str) -> dict[str, str | bool]:
     return options
 
 
+def fingerprint(device: Device | None = None) -> dict[str, str]:
+    """What compiled code depends on: toolchain, flags, device (by default JAX's first) and CPU features."""
+    return _fingerprint(jax.local_devices()[0] if device is None else device)
+
+
 @functools.cache
-def fingerprint() -> dict[str, str]:
-    """What compiled code depends on: toolchain, flags, device and CPU features."""
-    device = jax.local_devices()[0]
+def _fingerprint(device: Device) -> dict[str, str]:
     return {
         "jax": jax.__version__,
         "jaxlib": _jaxlib_version(),
@@ -187,15 +231,28 @@ def _jaxlib_version() -> str:
     return importlib.metadata.version("jaxlib")
 
 
-def _make_cpu_devices(num_devices: int) -> None:
+def _devices_of(options: PlatformOptions) -> list[Device]:
+    try:
+        found = jax.local_devices(backend=options.name)
+    except RuntimeError as error:
+        raise ConfigError(f"platform {options.name!r}: expected one that JAX has here: {error}") from error
+    if options.devices is not None and len(found) < options.devices:
+        raise ConfigError(
+            f"platform {options.name!r}: expected {options.devices} devices, JAX has {len(found)}"
+        )
+    return found[: options.devices]
+
+
+def _make_cpu_devices(num_devices: int, backend: str | None = None) -> None:
+    """Makes so many, or is content with those of the default platform, or `backend`, if it runs already."""
     if num_devices < 1:
         raise ConfigError(f"num_devices must be >= 1; was {num_devices}")
     try:
         jax.config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError as error:  # the backend runs already
-        if len(jax.devices()) < num_devices:
+        if (there := len(jax.devices(backend))) < num_devices:
             raise ConfigError(
-                f"{num_devices} devices were asked for after JAX started with {len(jax.devices())}; "
+                f"{num_devices} devices were asked for after JAX started with {there}; "
                 f"ask before anything uses JAX"
             ) from error
 

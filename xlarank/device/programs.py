@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import jax
 from jax import export
 
-from xlarank.device.platform import compiler_options
+from xlarank.device.platform import compiler_options, export_platform
+from xlarank.errors import ModelError
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
     from jaxlib._jax import Device
@@ -34,7 +35,15 @@ def compile_program(program: export.Exported, device: Device, name: str) -> jax.
       program: what to compile.
       device: where it will run.
       name: shows in profiles and in the names of cache files.
+
+    Raises:
+      ModelError: if it was exported for other platforms than the device's.
     """
+    if (here := export_platform(device)) not in program.platforms:
+        raise ModelError(
+            f"{name}: expected a program for {here}, got one for {' and '.join(program.platforms)}; serve it "
+            f"there, or compile the model on {here}"
+        )
 
     def call(*args):
         return program.call(*args)

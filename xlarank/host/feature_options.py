@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from xlarank.errors import ConfigError
 from xlarank.host.feature_file import FeatureFile
 from xlarank.host.feature_source import FileSource
 from xlarank.host.feature_store import FeatureStore, MissPolicy, check_cache_bounds
 from xlarank.spec import ModelSpec
+from xlarank.spec.fields import from_words
 
 __all__ = ["FeatureOptions"]
 
@@ -63,19 +63,8 @@ class FeatureOptions:
         Raises:
           ConfigError: for a field that there isn't, or that is no such value.
         """
-        path, *pairs = text.split(",")
-        given = {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
         readers = {"misses": MissPolicy, "memory_bytes": int, "max_age_seconds": float}
-        if unknown := [name for name in given if name not in readers]:
-            raise ConfigError(
-                f"features {text}: expected PATH,FIELD=VALUE,... of {sorted(readers)}, got {unknown}"
-            )
-        fields: dict[str, Any] = {}
-        for name, value in given.items():
-            try:
-                fields[name] = readers[name](value)
-            except ValueError as error:
-                raise ConfigError(f"features {text}: {name}: {error}") from None
+        path, fields = from_words("features", text, "PATH", readers)
         misses = fields.setdefault("misses", misses)
         if misses is MissPolicy.FETCH:
             fields = {"memory_bytes": memory_bytes, "max_age_seconds": max_age_seconds, **fields}

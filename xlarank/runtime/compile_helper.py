@@ -8,10 +8,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from xlarank import device
 from xlarank.errors import ModelError, UnavailableError
+from xlarank.spec import PlatformOptions
 
 __all__ = ["CompileHelper"]
 
@@ -22,13 +24,14 @@ _MAX_REASON = 2000
 class CompileHelper:
     """Runs the helper process, one at a time, at the lowest priority."""
 
-    def __init__(self, *, num_devices: int, use_bundle_code: bool) -> None:
+    def __init__(self, *, platforms: Sequence[PlatformOptions], use_bundle_code: bool) -> None:
         """
         Args:
-          num_devices: that the server uses.
+          platforms: of the devices that the server uses, see `xlarank.device.platforms_of`.
           use_bundle_code: whether compiled code in bundles may be used.
         """
-        self._options = ["--devices", str(num_devices)] + ([] if use_bundle_code else ["--no-bundle-code"])
+        self._options = [word for options in platforms for word in ("--platform", str(options))]
+        self._options += [] if use_bundle_code else ["--no-bundle-code"]
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None  # guarded by _lock
         self._is_closed = False  # guarded by _lock; moves one way

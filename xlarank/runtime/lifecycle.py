@@ -38,6 +38,7 @@ from xlarank.runtime.tables import HeldTables, TableBytes
 from xlarank.runtime.version_loading import LoadOptions, VersionLoader
 from xlarank.runtime.version_metrics import VersionMetrics
 from xlarank.runtime.watching import Stop, Watcher
+from xlarank.spec import PlatformOptions
 from xlarank.spec.serving import FaultConfig, QueueConfig
 from xlarank.spec.versions import ModelPolicy, VersionOptions, VersionState, VersionStatus
 
@@ -64,6 +65,7 @@ class ModelRepository:
         path: str | os.PathLike[str],
         *,
         num_devices: int | None = None,
+        platforms: Sequence[PlatformOptions] = (),
         host_threads: int | None = None,
         compile_cache: Path | None = None,
         use_bundle_code: bool = True,
@@ -89,6 +91,8 @@ class ModelRepository:
           path: ``<path>/<model>/<version>`` are the bundles.
           num_devices, host_threads, compile_cache, use_bundle_code, table_memory, metrics, queue, captures,
             on_progress, on_table_bytes: see `Engine.load`.
+          platforms: instead of `num_devices`, where devices are taken from and what they cost; a request goes
+            to the cheapest one that meets its deadline, by the times measured on each kind of device.
           allow_reference_gather: serve without the native kernel, slowly.
           features: feature files to open, each for the model that it was built for.
           versions: which versions, and whether to look for new ones; the latest, and no, by default.
@@ -131,12 +135,20 @@ class ModelRepository:
                 f"repository {root}: versions: policies of models {sorted(unknown)}, found {sorted(found)}"
             )
         stores = stores_by_model(features, None if is_watched else found)
-        device.configure(num_devices=num_devices, compile_cache=compile_cache)
+        device.configure(num_devices=num_devices, platforms=platforms, compile_cache=compile_cache)
         metrics = metrics or Metrics()
-        pool = DevicePool(len(device.devices(num_devices)), faults=faults)
+        devices = device.devices(num_devices, platforms)
+        costs = [own.cost for own in platforms for _ in device.devices(platforms=[own])] or None
+        pool = DevicePool(len(devices), costs=costs, faults=faults)
         stopping = threading.Event()
         loader = VersionLoader(
-            pool, metrics, options, stores, warm_share=versions.warm_share, wait=stopping.wait
+            pool,
+            metrics,
+            options,
+            stores,
+            devices=devices,
+            warm_share=versions.warm_share,
+            wait=stopping.wait,
         )
         repository = cls(root, pool, metrics, versions, loader, stopping)
         try:

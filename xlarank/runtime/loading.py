@@ -36,6 +36,7 @@ __all__ = [
     "LoadReport",
     "LoadedModel",
     "Loader",
+    "fingerprint_differences",
     "host_threads_of",
     "program_key",
     "read_programs",
@@ -212,7 +213,7 @@ class Loader:
         manifest = self._bundle.manifest
         if manifest.refusal:
             raise VerifyError(f"{self._bundle.path}: was refused when it was compiled: {manifest.refusal}")
-        differences = self._fingerprint_differences()
+        differences = self._compare_fingerprints()
         tables = self._timed("tables", self._tables)
         gatherer = self._gatherer(tables)
         replicas = self._timed("compile", self._replicas, gatherer, not differences)
@@ -242,13 +243,8 @@ class Loader:
         self._seconds[step] = time.perf_counter() - start
         return result
 
-    def _fingerprint_differences(self) -> dict[str, tuple[str, str]]:
-        there, here = self._bundle.manifest.fingerprint, device.fingerprint()
-        differences = {
-            key: (there.get(key, ""), here.get(key, ""))
-            for key in sorted(there.keys() | here.keys())
-            if there.get(key) != here.get(key)
-        }
+    def _compare_fingerprints(self) -> dict[str, tuple[str, str]]:
+        differences = fingerprint_differences(self._bundle, self._devices)
         if differences:
             text = "; ".join(f"{key}: {a!r} there, {b!r} here" for key, (a, b) in differences.items())
             _log.warning(
@@ -370,13 +366,13 @@ class Loader:
         by_kind: dict[str, list[LatencyProfile]] = {}
         for index, replica in self._trusted(replicas):
             measured = device.measure_profile(replica, golden, buffers, pace=self._pace(index))
-            by_kind.setdefault(replica.device.device_kind, []).append(measured)
+            by_kind.setdefault(device.device_kind(replica.device), []).append(measured)
         slowest = {
             kind: LatencyProfile({b: max(p.seconds_of(b) for p in measured) for b in measured[0].seconds})
             for kind, measured in by_kind.items()
         }
         unknown = max(slowest.values(), key=lambda profile: max(profile.seconds.values()))
-        return [slowest.get(replica.device.device_kind, unknown) for replica in replicas]
+        return [slowest.get(device.device_kind(replica.device), unknown) for replica in replicas]
 
     def _trusted(self, replicas: Sequence[device.Replica]) -> list[tuple[int, device.Replica]]:
         """Those that can prove a version, by index; all where none can, which says why."""
@@ -415,6 +411,24 @@ def read_programs(bundle: Bundle) -> tuple[dict[Bucket, ExportedProgram], Export
     if data is None:
         return programs, None
     return programs, ExportedProgram(files[bundle.manifest.prepare or ""].sha256, data)
+
+
+def fingerprint_differences(bundle: Bundle, devices: Sequence[Device]) -> dict[str, tuple[str, str]]:
+    """How the place that a bundle was compiled at and this one differ: both values by key, {} if they don't.
+
+    Of devices of several kinds the one counts that is most like it: the bundle's compiled code is for it.
+    """
+    there = bundle.manifest.fingerprint
+
+    def differences(here: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+        return {
+            key: (there.get(key, ""), here.get(key, ""))
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key)
+        }
+
+    kinds = {device.device_kind(target): target for target in devices}
+    return min((differences(device.fingerprint(target)) for target in kinds.values()), key=len)
 
 
 def updatable_tables(bundle: Bundle) -> dict[str, tuple[DeviceTable, int]]:

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xlarank import device
 from xlarank.bundle import Bundle, Verify, open_bundle
@@ -24,6 +25,9 @@ from xlarank.runtime.pool import DevicePool
 from xlarank.runtime.tables import HeldTables, TableBytes
 from xlarank.spec import ModelSpec
 from xlarank.spec.serving import QueueConfig
+
+if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
+    from jaxlib._jax import Device
 
 __all__ = ["LoadOptions", "VersionLoader"]
 
@@ -77,6 +81,7 @@ class VersionLoader:
         options: LoadOptions,
         stores: Mapping[str, StoreMaker],
         *,
+        devices: Sequence[Device],
         warm_share: float,
         wait: Callable[[float], object] = time.sleep,
     ) -> None:
@@ -86,6 +91,7 @@ class VersionLoader:
           metrics: registry that engines count in.
           options: for each of them.
           stores: by model, what makes its feature store.
+          devices: that the pool's threads drive, by index.
           warm_share: of a device's time, see `VersionOptions`.
           wait: pauses for some seconds.
         """
@@ -96,8 +102,9 @@ class VersionLoader:
         self._stores: dict[str, FeatureStore] = {}  # by model: of the version loaded last
         self._library = device.ProgramLibrary()
         self._paced = PacedRuns(pool, share=warm_share, wait=wait)
+        self._devices = devices
         self._helper = CompileHelper(
-            num_devices=len(device.devices()), use_bundle_code=options.use_bundle_code
+            platforms=device.platforms_of(devices), use_bundle_code=options.use_bundle_code
         )
         self._keys: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
         self._in_cache: set[str] = (
@@ -133,7 +140,7 @@ class VersionLoader:
         options = self._options
         loader = Loader(
             bundle,
-            devices=device.devices(self._pool.num_devices),
+            devices=self._devices,
             host_threads=options.host_threads,
             use_bundle_code=options.use_bundle_code,
             table_memory=self._table_memory(peers),

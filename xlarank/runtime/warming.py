@@ -1,6 +1,6 @@
 """The process that compiles for one that serves (`CompileHelper` starts it), at the lowest priority:
 
-    python -m xlarank.runtime.warming --compile-cache FOLDER --devices 2 BUNDLE ...
+    python -m xlarank.runtime.warming --compile-cache FOLDER --platform cpu,devices=2 BUNDLE ...
 
 compiles every program of the bundles for every device into the compilation cache and reads no table. The
 server that started it then finds all of them there.
@@ -17,13 +17,18 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from xlarank import device
 from xlarank.bundle import Bundle, Verify, open_bundle
 from xlarank.errors import ModelError, XlarankError
-from xlarank.runtime.loading import read_programs, updatable_tables
+from xlarank.runtime.loading import fingerprint_differences, read_programs, updatable_tables
+from xlarank.spec import PlatformOptions
+
+if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
+    from jaxlib._jax import Device
 
 __all__ = ["compile_into_cache", "main"]
 
@@ -32,7 +37,7 @@ _PRIVATE = ".warming-"
 _ABANDONED_SECONDS = 24 * 3600
 
 
-def compile_into_cache(bundle: Bundle, *, num_devices: int, use_bundle_code: bool = True) -> None:
+def compile_into_cache(bundle: Bundle, *, devices: Sequence[Device], use_bundle_code: bool = True) -> None:
     """Compiles what loading a bundle compiles into the process's compilation cache.
 
     Code becomes visible in the cache whole or not at all, also if the process is killed: JAX would keep a
@@ -40,14 +45,14 @@ def compile_into_cache(bundle: Bundle, *, num_devices: int, use_bundle_code: boo
 
     Args:
       bundle: its tables aren't read.
-      num_devices: the first ones; code is compiled for each.
+      devices: code is compiled for each.
       use_bundle_code: whether compiled code in the bundle may be used where the fingerprint is the same.
 
     Raises:
       ModelError: if the cache doesn't keep what is compiled.
     """
     folder = device.compile_cache_folder()
-    if use_bundle_code and bundle.manifest.fingerprint == device.fingerprint():
+    if use_bundle_code and not fingerprint_differences(bundle, devices):
         device.seed_compile_cache(bundle.cache_files())
     _remove_abandoned(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=_PRIVATE) as private:
@@ -57,10 +62,10 @@ def compile_into_cache(bundle: Bundle, *, num_devices: int, use_bundle_code: boo
             with contextlib.suppress(FileNotFoundError):
                 os.link(folder / name, Path(private) / name)
         with device.compile_cache_at(Path(private)):
-            _compile(bundle, num_devices)
+            _compile(bundle, devices)
         device.seed_compile_cache(file for file in Path(private).iterdir() if file.name not in known)
     before = device.num_compiled()
-    _compile(bundle, num_devices)
+    _compile(bundle, devices)
     if missed := device.num_compiled() - before:
         raise ModelError(
             f"{bundle.path}: compile cache {folder}: expected it to keep what is compiled, {missed} programs "
@@ -68,10 +73,10 @@ def compile_into_cache(bundle: Bundle, *, num_devices: int, use_bundle_code: boo
         )
 
 
-def _compile(bundle: Bundle, num_devices: int) -> None:
+def _compile(bundle: Bundle, devices: Sequence[Device]) -> None:
     programs, prepare = read_programs(bundle)
     updatable = updatable_tables(bundle)
-    for target in device.devices(num_devices):
+    for target in devices:
         library = device.ProgramLibrary()
         if prepare is not None:
             prepare.compiled(library, target, device.PREPARE_NAME)
@@ -94,16 +99,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m xlarank.runtime.warming", description=__doc__)
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="folder of a version")
     parser.add_argument("--compile-cache", type=Path, required=True, help="where compiled code goes")
-    parser.add_argument("--devices", type=int, required=True, help="compile for so many")
+    parser.add_argument(
+        "--platform",
+        type=PlatformOptions.parse,
+        action="append",
+        required=True,
+        help="compile for its devices, as in cpu,devices=2",
+    )
     parser.add_argument("--no-bundle-code", action="store_true", help="compile programs/ whatever there is")
     args = parser.parse_args(arguments)
     # Not fewer cores: XLA:CPU compiles for as many as it may run on, and the server runs on all of its own.
     os.nice(_NICENESS)
     try:
-        device.configure(num_devices=args.devices, compile_cache=args.compile_cache)
+        device.configure(platforms=args.platform, compile_cache=args.compile_cache)
+        devices = device.devices(platforms=args.platform)
         for path in args.bundles:
             bundle = open_bundle(path, verify=Verify.ALL_BUT_TABLES)
-            compile_into_cache(bundle, num_devices=args.devices, use_bundle_code=not args.no_bundle_code)
+            compile_into_cache(bundle, devices=devices, use_bundle_code=not args.no_bundle_code)
     except XlarankError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -20,6 +20,7 @@ from xlarank.spec.features import (
 from xlarank.spec.model import ModelSpec, rows_needed
 from xlarank.spec.options import DEFAULT_PRIORITY, NUM_PRIORITIES, RequestOptions
 from xlarank.spec.placement import Placement, TablePlacement
+from xlarank.spec.platforms import PlatformOptions
 from xlarank.spec.precision import ErrorBudget, Precision, PrecisionPolicy, Tolerance
 from xlarank.spec.preprocessing import (
     Bucketise,
@@ -82,6 +83,7 @@ __all__ = [
     "Operation",
     "OutOfRange",
     "Placement",
+    "PlatformOptions",
     "Precision",
     "PrecisionPolicy",
     "QueueConfig",

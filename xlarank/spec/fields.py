@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ __all__ = [
     "check_name",
     "check_strings",
     "from_mapping",
+    "from_words",
     "set_enum",
     "to_integer",
     "to_number",
@@ -58,6 +59,35 @@ def set_enum(instance: Any, field: str, enumeration: type[_Enum], where: str) ->
     except ValueError:
         allowed = [member.value for member in enumeration]
         raise ConfigError(f"{where}: {field} must be one of {allowed}; was {value!r}") from None
+
+
+def from_words(
+    kind: str, text: str, head: str, readers: Mapping[str, Callable[[str], Any]]
+) -> tuple[str, dict[str, Any]]:
+    """What a text such as ``feed.features,misses=fetch`` says: what comes first, and fields behind it.
+
+    Args:
+      kind: what the text is of, for messages.
+      text: of the command line or of a file.
+      head: stands for what comes first, in messages.
+      readers: by name, what makes a field's value; ValueError for none.
+
+    Raises:
+      ConfigError: for a field that there isn't, or that is no such value.
+    """
+    first, *pairs = text.split(",")
+    given = {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
+    if unknown := [name for name in given if name not in readers]:
+        raise ConfigError(
+            f"{kind} {text}: expected {head},FIELD=VALUE,... of {sorted(readers)}, got {unknown}"
+        )
+    fields: dict[str, Any] = {}
+    for name, value in given.items():
+        try:
+            fields[name] = readers[name](value)
+        except ValueError as error:
+            raise ConfigError(f"{kind} {text}: {name}: {error}") from None
+    return first, fields
 
 
 def to_integer(where: str, field: str, value: Any, *, least: int, below: int | None = None) -> int:
