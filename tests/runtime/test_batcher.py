@@ -230,6 +230,23 @@ def test_a_large_request_is_split_on_one_device_and_its_tail_takes_company():
     assert run(batcher, 0) == []
 
 
+def test_a_higher_level_runs_between_the_parts_of_a_huge_request_which_stays_on_its_device():
+    batcher = batcher_of(ageing_ms=100, max_skip_ms=2)
+    fill(batcher, ("huge", 1000), now=0.0)
+    assert run(batcher, 0, now=0.0) == [("huge", 0, 128)]
+    fill(batcher, ("urgent", 20), ("large", 200), now=0.05, priority=1)
+    fill(batcher, ("later", 20), now=0.05)
+    assert batcher.seconds_ahead(0.05, 1) < batcher.seconds_ahead(0.05, 2)
+    assert run(batcher, 0, now=0.05) == [("urgent", 0, 20)]  # nothing more overtakes what has waited so long
+    assert run(batcher, 0, now=0.05) == [("large", 0, 128)]
+    fill(batcher, ("too late", 20), now=0.11, priority=1)  # its level counts as 0.1 s
+    assert [run(batcher, 0, now=0.11) for _ in range(2)] == [[("large", 128, 200)], [("huge", 128, 256)]]
+    assert run(batcher, 1, now=0.11) == [("too late", 0, 20), ("later", 0, 20)]
+    assert run(batcher, 1, now=0.11) == []
+    assert [part for part in batcher.held_by(0) if part.item == "huge"]
+    assert [begin for _ in range(6) for _, begin, _ in run(batcher, 0, now=0.2)] == [*range(256, 1000, 128)]
+
+
 def test_a_higher_level_goes_first_and_a_lower_one_catches_up_by_waiting():
     batcher = batcher_of(ageing_ms=100, max_batch_rows=0)
     batcher.add("low", 128, now=0.0, priority=3)
@@ -403,20 +420,25 @@ def test_every_row_runs_once_in_order_on_one_device_and_no_device_idles(seed):
     rows = sorted(rng.sample((1, 4, 8, 16, 32, 64, 128), rng.randint(1, 4)))
     batcher = batcher_of(plan_of(BucketLadder.of_rows(rows), price), max_skip_ms=rng.choice((0, 3, 1000)))
     sizes, runs, dropped, now = {}, collections.defaultdict(list), set(), 0.0
+    places: dict[str, tuple[float, int]] = {}  # of what still has rows queued
     for step in range(300):
         now += rng.random() / 100
         event = rng.random()
         if event < 0.5:
             sizes[f"r{step}"] = rng.choice((1, 1, 3, 10, 50, 200))
-            batcher.add(f"r{step}", sizes[f"r{step}"], now=now, priority=rng.randint(1, 4))
+            level = rng.randint(1, 4)
+            places[f"r{step}"] = (now + (level - 1) * batcher.config.ageing_ms / 1e3, step)
+            batcher.add(f"r{step}", sizes[f"r{step}"], now=now, priority=level)
         elif event < 0.55 and sizes:
             name = rng.choice(list(sizes))
             if batcher.drop(name):
                 dropped.add(name)
+                del places[name]
         else:
-            note(batcher, rng.randrange(3), now, runs)
+            note(batcher, rng.randrange(3), now, runs, sizes, places)
     while batcher.num_queued_requests:
-        assert max(note(batcher, device, now, runs) for device in range(3))
+        assert max(note(batcher, device, now, runs, sizes, places) for device in range(3))
+    assert not places
     assert batcher.num_queued_rows == 0
     assert batcher.queued_seconds == pytest.approx(0.0)
     for name, size in sizes.items():
@@ -427,16 +449,21 @@ def test_every_row_runs_once_in_order_on_one_device_and_no_device_idles(seed):
         assert name in dropped or ends[-1] == size
 
 
-def note(batcher, device, now, runs):
-    """Runs a batch on a device; checks it, and that there was none only where nothing was free to run."""
+def note(batcher, device, now, runs, sizes, places):
+    """Runs a batch on a device; checks it: what has the first place of all that may run there is in it, and
+    there is none only where nothing may."""
     batch = batcher.next_batch(device, now)
+    mine = [name for name in places if not runs[name] or runs[name][0][0] == device]
     if batch is None:
-        assert not list(batcher.waiting())
+        assert not mine
         return False
+    assert batch.parts[0].item == min(mine, key=places.__getitem__)
     assert batch.bucket.holds(batch.num_rows, len(batch.parts))
     assert len({part.item for part in batch.parts}) == len(batch.parts)
     for part in batch.parts:
         runs[part.item].append((device, part.begin, part.end))
+        if part.end == sizes[part.item]:
+            del places[part.item]
     return True
 
 

@@ -527,8 +527,9 @@ def test_no_device_idles_while_rows_are_queued_and_all_are_answered(seed):
             for device in range(3):
                 if device not in running and (turn := scheduler.next_turn(device, now)) is not None:
                     running[device] = (turn, now + turn.predicted_seconds)
+        waiting = [part.pin for queue in queues for part in queue.batcher.waiting()]
         # A device that has begun a request keeps the rest of it.
-        assert len(running) == 3 or not any(list(queue.batcher.waiting()) for queue in queues)
+        assert len(running) == 3 or all(pin in running for pin in waiting)
     while running or scheduler.num_queued_requests:
         device, (turn, end) = min(running.items(), key=lambda entry: entry[1][1])
         now = end

@@ -16,9 +16,10 @@ Contract
     knee only requests of one level are merged that fill runs within it so badly that one run, of
     `_MOST_KNEES` at most, saves `_LEAST_SAVING`: of 170 rows each, three in 512 where each would have 256
     to itself.
-  - A request is bound to a device when the device frees, not at arrival. The parts of one that runs in
-    several follow each other on the device that took the first, and the last takes company along. (Policy
-    spread pins parts to devices at arrival.)
+  - A request is bound to a device when the device frees, not at arrival. All parts of one that runs in several
+    run on the device that took the first. Each keeps the request's place in the order, so that a higher level
+    waits for one run of a huge request at most; the last part takes company along. (Policy spread pins parts
+    to devices at arrival.)
   - A request whose deadline can't be met any more, by the measured times, is never handed out: it goes to
     `take_late`.
   - Every queued row comes out exactly once, in order within its request, unless the request is dropped or
@@ -131,8 +132,7 @@ class Batcher(Generic[Item]):
         self.config = config or QueueConfig()
         self._num_devices = num_devices
         self._queue: list[Part[Item]] = []  # ascending by order
-        self._bound: dict[int, Part[Item]] = {}  # by device: what is left of a request it has begun
-        self._open: dict[Item, list[Part[Item]]] = {}  # what is in _queue and _bound; never an empty list
+        self._open: dict[Item, list[Part[Item]]] = {}  # what is in _queue; never an empty list
         # A heap of deadlines and places of arrival; may name requests long gone, but holds none of them.
         self._deadlines: list[tuple[float, int]] = []
         self._hurried: dict[int, Ticket[Item]] = {}  # by place of arrival: those of _open with a deadline
@@ -176,7 +176,7 @@ class Batcher(Generic[Item]):
         return -math.inf if self._late else min(self.next_deadline, self._deferred_until)
 
     def waiting(self) -> Iterator[Part[Item]]:
-        """What is queued and not bound to a device, in order."""
+        """What is queued, in order; what is left of a request that a device has begun is pinned to it."""
         return iter(self._queue)
 
     def add(
@@ -221,8 +221,7 @@ class Batcher(Generic[Item]):
 
     def held_by(self, device: int) -> list[Part[Item]]:
         """What no other device may run: the rest of a request that it has begun, and its shares of others."""
-        parts = [part for part in self._queue if part.pin == device]
-        return [*parts, self._bound[device]] if device in self._bound else parts
+        return [part for part in self._queue if part.pin == device]
 
     def release(self, device: int) -> None:
         """Lets other devices run what is held by one that is out of service."""
@@ -276,12 +275,12 @@ class Batcher(Generic[Item]):
           device: its number.
           now: seconds.
           plan: prices of this device; the queue's own by default.
-          claims: whether the device may take a part that isn't bound to it; any by default.
+          claims: whether the device may take a part that isn't pinned to it; any by default.
         """
         plan = plan or self.plan
         self._deferred_until = math.inf
         head, company, others = self._choose(device, now, plan, claims)
-        if head is None or self._defers(device, [head, *company], now, plan):
+        if head is None or self._defers([head, *company], now, plan):
             return None
         oldest = now - self.config.max_skip_ms / 1e3
         num_rows, chosen = self._cut(head, company, plan, oldest)
@@ -291,9 +290,8 @@ class Batcher(Generic[Item]):
             self._remove(part)
         if num_rows < head.num_rows:
             middle = head.begin + num_rows
-            rest = dataclasses.replace(head, begin=middle)
+            self._insert(dataclasses.replace(head, begin=middle, pin=device))
             head = dataclasses.replace(head, end=middle)
-            self._bind(rest, device)
         bucket = plan.bucket(num_rows, 1 + len(chosen))
         assert bucket is not None  # _cut chose a run that has a price
         return Batch(bucket, (head, *chosen))
@@ -306,20 +304,17 @@ class Batcher(Generic[Item]):
         claims: Callable[[Part[Item]], bool] | None,
     ) -> tuple[Part[Item] | None, list[Part[Item]], list[Part[Item]]]:
         """What runs next, what could run with it up to the limit, in order, and with what didn't fit it."""
-        head = self._bound.get(device)
-        if head is not None and self._is_late(head, now):
-            self._set_late(head.ticket)
-            head = None
+        head: Part[Item] | None = None
         company: list[Part[Item]] = []
         others: list[Part[Item]] = []
-        num_others, is_closed = 0, False
-        num_rows, limit = (0, 0) if head is None else (head.num_rows, _limit(head, plan))
+        num_rows = limit = num_others = 0
+        is_closed = False
         late: list[Ticket[Item]] = []
         eligible = (part for part in self._queue if part.may_run_on(device))
         for part in itertools.islice(eligible, _MAX_LOOK):
-            if claims is not None and not claims(part):
+            if claims is not None and part.pin is None and not claims(part):
                 continue
-            if self._is_late(part, now):
+            if self._is_late(part, now, self.plan if part.pin is None else plan):
                 late.append(part.ticket)
             elif now + plan.seconds(part.num_rows) > part.ticket.deadline:
                 continue  # a faster device can make it
@@ -366,12 +361,11 @@ class Batcher(Generic[Item]):
                 best, best_seconds = run, seconds
         return best
 
-    def _defers(self, device: int, parts: Sequence[Part[Item]], now: float, plan: BucketPlan) -> bool:
+    def _defers(self, parts: Sequence[Part[Item]], now: float, plan: BucketPlan) -> bool:
         """Whether the device waits for company: only if it may, under high load, short of the knee."""
         num_rows = sum(part.num_rows for part in parts)
         if (
             not self.config.max_defer_ms
-            or device in self._bound
             or num_rows >= plan.knee_rows
             or self._load.at(now) < _HIGH_LOAD * self._num_devices
         ):
@@ -387,9 +381,9 @@ class Batcher(Generic[Item]):
         self._deferred_until = math.inf
         return False
 
-    def _is_late(self, part: Part[Item], now: float) -> bool:
+    def _is_late(self, part: Part[Item], now: float, plan: BucketPlan) -> bool:
         deadline = part.ticket.deadline
-        return deadline < math.inf and now + self.plan.seconds(part.num_rows) > deadline
+        return deadline < math.inf and now + plan.seconds(part.num_rows) > deadline
 
     def _set_late(self, ticket: Ticket[Item]) -> None:
         if self.drop(ticket.item):
@@ -403,13 +397,6 @@ class Batcher(Generic[Item]):
 
     def _insert(self, part: Part[Item]) -> None:
         bisect.insort(self._queue, part, key=_order)
-        self._count_in(part)
-
-    def _bind(self, part: Part[Item], device: int) -> None:
-        self._bound[device] = part
-        self._count_in(part)
-
-    def _count_in(self, part: Part[Item]) -> None:
         self._open.setdefault(part.item, []).append(part)
         if part.ticket.deadline < math.inf:
             self._hurried[part.ticket.order[1]] = part.ticket
@@ -424,10 +411,6 @@ class Batcher(Generic[Item]):
             self._hurried.pop(part.ticket.order[1], None)
         self._num_queued_rows -= part.num_rows
         self._queued_seconds = max(0.0, self._queued_seconds - self._work(part)) if self._open else 0.0
-        for device, bound in self._bound.items():
-            if bound is part:
-                del self._bound[device]
-                return
         place = bisect.bisect_left(self._queue, _order(part), key=_order)
         while self._queue[place] is not part:  # parts of one request share a place
             place += 1
