@@ -45,13 +45,17 @@ class ModelCodec:
       spec: the model.
     """
 
-    def __init__(self, spec: ModelSpec, features: FeatureStore | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, features: FeatureStore | None = None, *, max_candidates: int | None = None
+    ) -> None:
         """
         Args:
           spec: the model.
           features: gives the candidate features of requests that bring ids; None for none.
+          max_candidates: that a request may have; None for any number.
         """
         self.spec = spec
+        self._max_candidates = max_candidates
         self._features = features
         self._listed_inputs = list(feature_inputs(spec))
         if features is not None:
@@ -61,7 +65,7 @@ class ModelCodec:
         self._ragged_names = [f.name for f in spec.features if f.is_ragged]
         self._floats = {scope: float_features(spec, scope) for scope in Scope}
         self._ids = {scope: id_features(spec, scope) for scope in Scope}
-        self._columns = WireColumns(spec, takes_ids=features is not None)
+        self._columns = WireColumns(spec, takes_ids=features is not None, max_candidates=max_candidates)
         self._task_of_output = {task.output: task.name for task in spec.tasks}
 
     def metadata(self, versions: Sequence[int]) -> messages.ModelMetadataResponse:
@@ -109,7 +113,7 @@ class ModelCodec:
         """Reads the inputs in place if they are in the usual form, else as `decode`, which parses them.
 
         Raises:
-          FeatureError: as `decode`.
+          FeatureError: as `decode`; for too many candidates before anything is parsed.
           RequestError: if the message is malformed.
         """
         found = None if message.raw is None else self._columns.read(message.raw)
@@ -216,6 +220,8 @@ class ModelCodec:
                 _check_parameters(wire.where, tensor.parameters)
             if datatype not in wire.accepted or not wire.allows(shape):
                 raise _unexpected(wire, datatype, shape)
+            if self._max_candidates is not None:
+                wire.check_rows(shape, self._max_candidates)
             if num_raws:
                 if tensor.HasField("contents"):
                     raise FeatureError(

@@ -110,6 +110,9 @@ class LimitConfig:
     """Of it, most that isn't raw contents: names, shapes, parameters, tensors sent typed, JSON. Parsed, that
     takes many times as much memory; raw contents stay as they are."""
 
+    max_candidates: int = 65536
+    """Candidates of a ranking request, all of which run on one device."""
+
     max_inputs: int = 4096
     """Input tensors of a request."""
 

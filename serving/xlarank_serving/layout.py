@@ -30,6 +30,7 @@ import enum
 import functools
 from collections.abc import Iterator
 
+from xlarank.errors import FeatureError
 from xlarank.spec import CANDIDATE_IDS, FeatureSpec, ModelSpec, Scope, ValueType
 
 __all__ = [
@@ -127,6 +128,20 @@ class WireInput:
         """The first form without its rows, if their number is open."""
         rows, *tail = self.forms[0]
         return tuple(tail) if isinstance(rows, str) and not any(isinstance(s, str) for s in tail) else None
+
+    @functools.cached_property
+    def _rows_at(self) -> int | None:
+        """Which size of a shape is N, if any."""
+        form = self.forms[0]
+        return form.index("N") if "N" in form else None
+
+    def check_rows(self, shape: tuple[int, ...], max_candidates: int) -> None:
+        """Refuses a shape that `allows` lets pass if it is of too many candidates; FeatureError."""
+        if self._rows_at is not None and shape[self._rows_at] > max_candidates:
+            raise FeatureError(
+                f"{self.where}: expected at most {max_candidates} candidates, got {shape[self._rows_at]}; "
+                f"send them in several requests"
+            )
 
     def allows(self, shape: tuple[int, ...]) -> bool:
         """Whether a shape is one of the forms."""

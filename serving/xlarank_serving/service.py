@@ -496,7 +496,9 @@ class InferenceService:
     def _codec(self, engine: Engine) -> ModelCodec:
         codec = self._codecs.get(engine)
         if codec is None:
-            codec = self._codecs[engine] = ModelCodec(engine.spec, engine.features)
+            codec = self._codecs[engine] = ModelCodec(
+                engine.spec, engine.features, max_candidates=self.limits.max_candidates
+            )
         return codec
 
 

@@ -15,6 +15,7 @@ from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.codec import ModelCodec
 from xlarank_serving.config import LimitConfig
 from xlarank_serving.limits import check_message, check_request
+from xlarank_serving.parsing import read_infer_message
 from xlarank_serving.receiving import ReceiveWatch
 
 from xlarank.errors import FeatureError, RequestError
@@ -78,6 +79,47 @@ def fields(number, payload, count):
     size = len(payload)
     assert size < 128
     return (bytes([number << 3 | 2, size]) + payload) * count
+
+
+@pytest.mark.parametrize("form", ["as usual", "lists", "packed", "converted", "by id"])
+def test_a_request_of_too_many_candidates_is_refused_before_its_tensors_are_read(wire, form):
+    most, count = 10, 10**6
+    inputs = {
+        "as usual": {"video": np.zeros(count, np.int64)},
+        "lists": {"topics": np.zeros(0, np.int64), "topics__lengths": np.zeros(count, np.int32)},
+        "packed": {"candidate__lengths": np.zeros((3, count), np.int32)},
+        "converted": {"likes": ("FP64", [count], bytes(8 * count))},
+        "by id": {"candidate_ids": np.zeros(count, np.int64)},
+    }[form]
+    data = wire.raw(**inputs).SerializeToString()
+    codec = ModelCodec(wire.spec, SimpleNamespace() if form == "by id" else None, max_candidates=most)
+    name = list(inputs)[-1].replace("__", ".")
+    told = rf"{name}': expected at most 10 candidates, got 1000000; send them in several requests"
+    message = read_infer_message(data, LIMITS)
+    message.parsed()
+
+    def refused():
+        with pytest.raises(FeatureError, match=told):
+            codec.read(message)
+
+    refused()  # caches of the codec
+    assert peak_bytes(refused) < 2**16
+    few = ModelCodec(wire.spec, max_candidates=most)
+    for request in (wire.raw(**wire.valid(most)), wire.raw(**wire.valid(most + 1))):
+        message = read_infer_message(request.SerializeToString(), LIMITS)
+        for read in (few.read, lambda message: few.decode(message.parsed())):
+            if request.inputs[4].shape[0] == most:
+                assert read(message).num_candidates == most
+            else:
+                with pytest.raises(FeatureError, match="expected at most 10 candidates, got 11"):
+                    read(message)
+
+
+def test_a_server_refuses_too_many_candidates_with_their_number(shared, wire):
+    request = wire.raw(**wire.valid(3) | {"video": np.zeros(65537, np.int64)})
+    assert shared.refusal(request) == (
+        "feature 'video': expected at most 65536 candidates, got 65537; send them in several requests"
+    )
 
 
 FIELDS, BYTES = "expected at most 16384 fields, got more", "expected at most 4 MiB beside raw_input_contents"
