@@ -3,6 +3,7 @@
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from xlarank.errors import (
     RequestError,
     UnavailableError,
 )
-from xlarank.runtime import Engine, Metrics, ModelRepository
+from xlarank.runtime import Engine, Metrics, ModelRepository, workload
 from xlarank.runtime.table_check import TableCheck
 from xlarank.spec import (
     FeatureSpec,
@@ -210,6 +211,28 @@ def test_a_late_request_is_refused_at_once_or_told_at_its_deadline_and_never_run
         running.result()
     samples = {name: value for name, _, value in engine.metrics.samples()}
     assert samples["nv_inference_exec_count"] == samples["nv_inference_request_success"] == 1
+
+
+def test_a_request_found_late_before_its_gather_is_told_and_its_neighbour_runs_without_it(
+    repository, monkeypatch
+):
+    """Between the forming of a batch and its gather, as where it waited for another device's retry."""
+    with Engine.load(repository / "shop", num_devices=1) as engine:
+        (gated,) = wrap(engine, Gated)
+        first, late, last = random_requests(shop.SPEC, 3, num_candidates=8)
+        running = engine.submit(first)
+        assert gated.has_come.acquire(timeout=60)
+        # Only what runs the batch finds the time later than it was when the batch was formed.
+        monkeypatch.setattr(workload, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 1000))
+        told = engine.submit(late, RequestOptions(deadline=time.monotonic() + 500))
+        neighbour = engine.submit(last)
+        gated.gate.set()
+        with pytest.raises(DeadlineError, match="model 'shop': the request was queued past its deadline"):
+            told.result(timeout=60)
+        running.result()
+        neighbour.result()
+    samples = {name: value for name, _, value in engine.metrics.samples()}
+    assert samples["nv_inference_exec_count"] == samples["nv_inference_request_success"] == 2
 
 
 def test_too_much_is_refused_and_what_was_accepted_is_answered(repository):

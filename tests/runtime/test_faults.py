@@ -1,6 +1,8 @@
 """Devices that fail, lie or hang, and requests that make any device fail, through real engines."""
 
 import threading
+import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,11 +12,11 @@ from executors import Faulty, wrap
 
 from xlarank.bundle import read_requests
 from xlarank.compiler import random_requests
-from xlarank.errors import ConfigError, ExecutionError, UnavailableError
-from xlarank.runtime import Captures, DevicePool, Engine
+from xlarank.errors import ConfigError, DeadlineError, ExecutionError, UnavailableError
+from xlarank.runtime import Captures, DevicePool, Engine, workload
 from xlarank.runtime.device_health import DeviceState
 from xlarank.runtime.table_versions import TableVersion
-from xlarank.spec import CaptureConfig, FaultConfig, RankRequest
+from xlarank.spec import CaptureConfig, FaultConfig, RankRequest, RequestOptions
 
 QUICK = FaultConfig(watchdog_seconds=0.5, probe_seconds=0.01)
 
@@ -147,6 +149,66 @@ def test_requests_that_fail_everywhere_fail_alone_and_no_device_is_quarantined(
     files = sorted((tmp_path / "kept").glob("shop-1-fault-*.safetensors"))
     again = [read_requests(file, shop.SPEC)[0][0].columns[PRICE] for file in files]
     assert sorted(int(np.argwhere(price == POISON)[0, 0]) for price in again) == [0, 3]
+
+
+class Once:
+    """A fault of the first run alone."""
+
+    def __init__(self, fault):
+        self.fault, self.num_runs = fault, 0
+
+    def __call__(self, bucket, leaves, scores):
+        self.num_runs += 1
+        return self.fault(bucket, leaves, scores) if self.num_runs == 1 else scores
+
+
+@pytest.mark.parametrize("fault", [broken, all_nan])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_lone_device_runs_a_batch_again_that_failed_but_once(serve, rows, fault):
+    captures = Captures()
+    engine, (only,) = serve(1, captures=captures)
+    request = requests_of(1, rows)[0]
+    expected = engine.score(request)
+    only.fault = Once(fault)
+    np.testing.assert_array_equal(engine.score(request)["click"], expected["click"])
+    assert only.fault.num_runs > 2  # golden requests between
+    assert engine._pool.statuses()[0].num_quarantines == 0
+    assert captures.kept() == []
+
+
+def test_requests_whose_deadline_passes_while_the_fault_is_looked_for_are_not_run_again(serve, monkeypatch):
+    """Of a batch of three one is at fault; another's time is over once all have run twice."""
+    engine, (only,) = serve(1)
+    good, late, bad = requests_of(3)
+    expected = engine.score(good)
+    runs, now = [], [time.monotonic()]
+    monkeypatch.setattr(workload, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    has_come, gate = threading.Event(), threading.Event()
+
+    def fault(bucket, leaves, scores):
+        has_come.set()
+        assert gate.wait(60)
+        runs.append(bucket.rows)
+        now[0] += 1000 * (len(runs) == 3)
+        return raise_where_poisoned(bucket, leaves, scores)
+
+    only.fault, engine._workload.probe = fault, lambda device_index: None
+    blocker = engine.submit(good)
+    assert has_come.wait(60)
+    futures = [
+        engine.submit(good),
+        engine.submit(late, RequestOptions(deadline=now[0] + 500)),
+        engine.submit(poisoned(bad, 0)),
+    ]
+    gate.set()
+    blocker.result(60)
+    np.testing.assert_allclose(futures[0].result(60).scores["click"], expected["click"], atol=1e-6)
+    with pytest.raises(DeadlineError, match="model 'shop': the request was queued past its deadline"):
+        futures[1].result(60)
+    with pytest.raises(ExecutionError, match="by row 0: overflow"):
+        futures[2].result(60)
+    assert runs[:3] == [8, 128, 128]  # alone, then all three twice
+    assert set(runs[3:]) == {8}
 
 
 def test_a_lone_device_that_fails_its_golden_replay_is_quarantined_and_the_server_says_why(serve):

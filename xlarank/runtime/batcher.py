@@ -16,10 +16,10 @@ Contract
     knee only requests of one level are merged that fill runs within it so badly that one run, of
     `_MOST_KNEES` at most, saves `_LEAST_SAVING`: of 170 rows each, three in 512 where each would have 256
     to itself.
-  - A request is bound to a device when the device frees, not at arrival. All parts of one that runs in several
-    run on the device that took the first. Each keeps the request's place in the order, so that a higher level
-    waits for one run of a huge request at most; the last part takes company along. (Policy spread pins parts
-    to devices at arrival.)
+  - A request is bound to a device when the device frees, not at arrival. All parts of one that runs in
+    several run on the device that took the first. Each keeps the request's place in the order, so that a
+    higher level waits for one run of a huge request at most; the last part takes company along. (Policy
+    spread pins parts to devices at arrival.)
   - A request whose deadline can't be met any more, by the measured times, is never handed out: it goes to
     `take_late`.
   - Every queued row comes out exactly once, in order within its request, unless the request is dropped or

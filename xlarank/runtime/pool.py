@@ -350,7 +350,11 @@ class DevicePool:
             workload.answer(result)
 
     def _judge_alone(self, suspicion: Suspicion, turn: Turn) -> None:
-        """The same without another device: a golden replay tells whether this one works."""
+        """The same without another device: a golden replay tells whether this one works.
+
+        If it does, the batch gets the second run that another device would have given it: what fails but once
+        is nobody's fault.
+        """
         workload = suspicion.workload
         try:
             workload.probe(turn.device)
@@ -361,8 +365,15 @@ class DevicePool:
                 self._give_up([part.item for part in turn.batch.parts], workload)
             return
         self._acquit(turn.device)
-        workload.isolate(turn.batch, turn.device, suspicion.error)
-        self._end(turn)
+        try:
+            result = workload.run(turn.batch, turn.device)
+        except Exception as error:
+            workload.isolate(turn.batch, turn.device, error)
+            self._end(turn)
+            return
+        if self._end(turn):
+            _log.warning("device %d: a batch failed once, and not again: %s", turn.device, suspicion.reason)
+            workload.answer(result)
 
     def _probing(self, index: int, now: float) -> Callable[[], None] | None:
         if self._is_closed or not self._health.should_probe(index, now):

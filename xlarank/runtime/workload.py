@@ -124,8 +124,8 @@ class ModelWorkload:
     def isolate(self, batch: Batch[Pending], device_index: int, error: Exception) -> None:
         """Answers a batch that fails on devices that work; see `xlarank.runtime.isolation`."""
 
-        def run(parts: Sequence[Part[Pending]]) -> tuple[Batch[Pending], Executed]:
-            return self._run(self._batch_of(parts), device_index)
+        def run(parts: Sequence[Part[Pending]]) -> tuple[Batch[Pending], Executed] | None:
+            return self.run(self._batch_of(parts), device_index)
 
         done, culprits = isolate(batch.parts, run, error)
         for _, result in done:
