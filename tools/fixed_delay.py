@@ -69,6 +69,11 @@ class FixedDelayBatcher(Generic[Item]):
         return len(self._queue)
 
     @property
+    def num_tied_requests(self) -> int:
+        """None, as no device is preferred."""
+        return 0
+
+    @property
     def queued_seconds(self) -> float:
         """Device time that they will take, by the plan."""
         return sum(self.plan.work_seconds(part.num_rows) for part in self._queue)

@@ -1,5 +1,8 @@
 """Device threads: every request runs once, late ones are told in time, closing loses nothing."""
 
+import functools
+import os
+import random
 import threading
 
 import pytest
@@ -82,6 +85,61 @@ def test_two_devices_run_at_the_same_time():
     pool.close()
     assert not both.broken
     assert sorted(device for _, device in work.runs) == [0, 1]
+
+
+class Gates(Work):
+    """Holds every batch until it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = {}  # by device: the gate
+
+    def run(self, batch, device_index):
+        gate = self.held[device_index] = threading.Event()
+        gate.wait(60)
+        super().run(batch, device_index)
+
+
+def rest(pool, *works):
+    """Waits until every device's thread is held in a batch, or waits and was told of nothing."""
+    while True:
+        with pool._lock:
+            num_held = sum(len(work.held) for work in works)
+            if num_held + len(pool._work._waiters) == pool.num_devices:
+                return
+        os.sched_yield()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_wake_up_is_lost_while_requests_with_keys_come_and_go(seed):
+    """Whenever all threads have come to rest, none does nothing while there is something that it may run."""
+    rng, pool = random.Random(seed), DevicePool(3)
+    feed, spread = Gates(), Gates()
+    queue, other = attach(pool, feed), attach(pool, spread, policy="spread")
+    was_uniform = set()
+    for number in range(150):
+        event = rng.random()
+        if event < 0.4:
+            submit(pool, queue, number, affinity_key=rng.choice((None, None, "a", "b", "c")))
+        elif event < 0.45:
+            pool.submit(other, number, 3, RequestOptions())
+        elif event < 0.5:
+            pool.drop(queue, rng.randrange(max(1, number)))
+        elif held := [(work, device) for work in (feed, spread) for device in sorted(work.held)]:
+            work, device = rng.choice(held)
+            work.held.pop(device).set()
+        rest(pool, feed, spread)
+        with pool._lock:
+            was_uniform.add(pool._scheduler.is_uniform)
+            busy = {turn.device for turn in pool._scheduler.turns()}
+            waiting = [part for own in (queue, other) for part in own.batcher.waiting()]
+            assert len(busy) == 3 or all(part.pin in busy for part in waiting)
+    assert was_uniform == {True, False}
+    for work in (feed, spread):
+        work.run = functools.partial(Work.run, work)
+        for gate in work.held.values():
+            gate.set()
+    pool.close()
 
 
 class Clock:

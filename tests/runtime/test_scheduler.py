@@ -134,6 +134,33 @@ def test_a_key_goes_to_its_home_and_overflows_when_that_is_busy():
     assert items(scheduler.next_turn(1, 0.05)) == ["b"]  # then what others have no time for
 
 
+def test_once_nothing_that_prefers_a_device_is_queued_any_device_does_again():
+    scheduler, queue = scheduler_of(ALIKE, ALIKE)
+    spread = scheduler.attach("spread", [ALIKE] * 2, QueueConfig(policy="spread", max_queue_ms=1e6))
+    ask(scheduler, queue, "taken", 64, affinity_key="u", deadline=1e3)
+    assert not scheduler.is_uniform
+    turns = [turn for i in (0, 1) if (turn := scheduler.next_turn(i, 0.0)) is not None]
+    assert [items(turn) for turn in turns] == [["taken"]]
+    assert not scheduler.is_uniform  # half of it is left
+    ask(scheduler, queue, "dropped", affinity_key="u")
+    assert queue.batcher.num_tied_requests == 2
+    queue.batcher.drop("dropped")
+    scheduler.take_late(1e3)
+    assert scheduler.is_uniform
+    ask(scheduler, spread, "shared", 2)
+    assert not scheduler.is_uniform
+    (free,) = {0, 1} - {turn.device for turn in turns}
+    assert items(scheduler.next_turn(free, 1e3)) == ["shared"]
+    assert not scheduler.is_uniform  # the other's share
+    scheduler.finished(turns[0], 1e3)
+    assert items(scheduler.next_turn(1 - free, 1e3)) == ["shared"]
+    assert scheduler.is_uniform
+    other = scheduler.attach("differs", [FAST, SLOW], QueueConfig())
+    assert not scheduler.is_uniform
+    scheduler.detach(other)
+    assert scheduler.is_uniform
+
+
 def test_another_devices_request_is_taken_first_once_it_has_waited():
     scheduler, queue = scheduler_of(ALIKE, ALIKE, max_skip_ms=100)
     home = homes(scheduler, queue, [f"u{i}" for i in range(40)])

@@ -71,6 +71,14 @@ class Ticket(Generic[Item]):
     home: int | None = None
     """The device that it prefers; None for any."""
 
+    is_spread: bool = False
+    """Whether devices have a share of it each."""
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether it matters which device comes for it first."""
+        return self.home is not None or self.is_spread
+
     @property
     def head_start(self) -> float:
         """Seconds that the highest level has over this one's."""
@@ -139,7 +147,7 @@ class Batcher(Generic[Item]):
         self._late: list[Item] = []
         self._count = itertools.count()
         self._load = _Load()
-        self._num_queued_rows = 0
+        self._num_queued_rows = self._num_tied = 0
         self._queued_seconds = 0.0
         self._deferred_until = math.inf
 
@@ -152,6 +160,11 @@ class Batcher(Generic[Item]):
     def num_queued_requests(self) -> int:
         """Requests with rows not yet in a batch."""
         return len(self._open)
+
+    @property
+    def num_tied_requests(self) -> int:
+        """Of them, those that have a home, or a share for each device."""
+        return self._num_tied
 
     @property
     def queued_seconds(self) -> float:
@@ -205,7 +218,7 @@ class Batcher(Generic[Item]):
             raise BucketError(f"expected a request of at least one row, got {num_rows}")
         assert item not in self._open
         order = (self._order_at(now, priority), next(self._count))
-        ticket = Ticket(item, now, deadline, order, home)
+        ticket = Ticket(item, now, deadline, order, home, is_spread=bool(spread_over))
         self._load.add(self.plan.work_seconds(num_rows), now)
         devices = spread_over[:num_rows]
         if not devices:
@@ -397,7 +410,9 @@ class Batcher(Generic[Item]):
 
     def _insert(self, part: Part[Item]) -> None:
         bisect.insort(self._queue, part, key=_order)
-        self._open.setdefault(part.item, []).append(part)
+        parts = self._open.setdefault(part.item, [])
+        self._num_tied += part.ticket.is_tied and not parts
+        parts.append(part)
         if part.ticket.deadline < math.inf:
             self._hurried[part.ticket.order[1]] = part.ticket
         self._num_queued_rows += part.num_rows
@@ -408,6 +423,7 @@ class Batcher(Generic[Item]):
         parts.remove(part)
         if not parts:
             del self._open[part.item]
+            self._num_tied -= part.ticket.is_tied
             self._hurried.pop(part.ticket.order[1], None)
         self._num_queued_rows -= part.num_rows
         self._queued_seconds = max(0.0, self._queued_seconds - self._work(part)) if self._open else 0.0

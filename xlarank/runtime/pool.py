@@ -93,6 +93,7 @@ class DevicePool:
         self._asides = [math.inf] * num_devices  # since when a device does something that is no turn
         self._timer_at = math.inf  # when the timer wakes by itself
         self._num_turned_away = 0
+        self._was_uniform = True  # at the last change
         self._is_closed = False  # moves one way
         self._threads = [
             threading.Thread(target=self._serve, args=(index,), name=f"xlarank-device-{index}", daemon=True)
@@ -423,9 +424,14 @@ class DevicePool:
         workload.fail(items, UnavailableError(self.fault or "the device failed; try again"))
 
     def _on_change(self) -> None:
-        """Which device may take what may depend on what the others do."""
-        if self._is_closed or not self._scheduler.is_uniform:
+        """Which device may take what may depend on what the others do.
+
+        Once more when it no longer does: a device that waits may have looked while it did.
+        """
+        is_uniform = self._scheduler.is_uniform
+        if self._is_closed or not (is_uniform and self._was_uniform):
             self._work.notify_all()
+        self._was_uniform = is_uniform
 
     # The timer's thread
 

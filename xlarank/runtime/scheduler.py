@@ -22,6 +22,7 @@ Contract
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -83,7 +84,7 @@ class ModelQueue(Generic[Item]):
     seen_at: dict[int, float] = dataclasses.field(default_factory=dict)
     """When a request of each level came last."""
 
-    @property
+    @functools.cached_property
     def has_kinds(self) -> bool:
         """Whether devices differ in speed."""
         return len({id(plan) for plan in self.plans}) > 1
@@ -150,12 +151,17 @@ class Scheduler(Generic[Item]):
         self._devices = [_Device(index, cost) for index, cost in enumerate(costs)]
         self._queues: list[ModelQueue[Item]] = []
         self._has_costs = len(set(costs)) > 1
-        self._is_uniform = not self._has_costs
 
     @property
     def is_uniform(self) -> bool:
         """Whether any device that waits does for whatever is queued, so that waking one is enough."""
-        return self._is_uniform and all(device.is_available for device in self._devices)
+        return not any(map(self._has_preferences, self._queues)) and all(
+            device.is_available for device in self._devices
+        )
+
+    def _has_preferences(self, queue: ModelQueue[Item]) -> bool:
+        """Whether it matters which device comes for what a model has queued."""
+        return self._has_costs or queue.has_kinds or queue.batcher.num_tied_requests > 0
 
     @property
     def num_queued_requests(self) -> int:
@@ -184,7 +190,6 @@ class Scheduler(Generic[Item]):
         queue = ModelQueue(name, batcher, plans, version)
         queue.used_seconds = min((other.used_seconds for other in self._queues), default=0.0)
         self._queues.append(queue)
-        self._is_uniform = self._is_uniform and not queue.has_kinds
         return queue
 
     def detach(self, queue: ModelQueue[Item]) -> None:
@@ -222,7 +227,6 @@ class Scheduler(Generic[Item]):
         spread: list[int] = []
         if config.policy is DispatchPolicy.SPREAD:
             spread = [device.index for device in self._devices if device.is_healthy]
-        self._is_uniform = self._is_uniform and home is None and not spread
         queue.batcher.add(
             item,
             num_rows,
@@ -479,7 +483,7 @@ class Scheduler(Generic[Item]):
         batcher, plan = queue.batcher, queue.plans[device.index]
         if not batcher.num_queued_requests:
             return None
-        if self._is_uniform:
+        if not self._has_preferences(queue):
             return batcher.next_batch(device.index, now, plan=plan)
         if queue.has_kinds or self._has_costs:
             chosen = self._soonest_here(queue, device, now)
