@@ -19,7 +19,7 @@ from xlarank_serving.channel import ClientTls, open_channel, token_metadata
 from xlarank_serving.config import ConnectionConfig, LimitConfig
 from xlarank_serving.layout import SERVICE_NAME as INFERENCE_SERVICE_NAME
 from xlarank_serving.parsing import unary_handler
-from xlarank_serving.repository_rpcs import ManagedRepository, RepositoryService
+from xlarank_serving.repository_rpcs import ManagedRepository, RepositoryService, not_here
 from xlarank_serving.service import Engine, Repository
 from xlarank_serving.status import error_of
 from xlarank_serving.transport import address_of, bind, server_options
@@ -29,25 +29,38 @@ __all__ = ["SERVICE_NAME", "AdminClient", "AdminServer", "handlers"]
 _HOST = "127.0.0.1"
 """Whoever may log in to the machine may change the model; nobody else can."""
 
-_RPCS = {"UpdateRows": (messages.UpdateRowsRequest, messages.UpdateRowsResponse), **FEATURE_RPCS}
+_RPCS = {
+    "UpdateRows": (messages.UpdateRowsRequest, messages.UpdateRowsResponse),
+    "Rollback": (messages.RollbackRequest, messages.RollbackResponse),
+    **FEATURE_RPCS,
+}
 
 _NUM_THREADS = 2
 
 
 def handlers(
-    repository: Repository, pool: concurrent.futures.ThreadPoolExecutor, *, is_one_of_many: bool = False
+    repository: Repository,
+    pool: concurrent.futures.ThreadPoolExecutor,
+    *,
+    manager: ManagedRepository | None = None,
+    is_one_of_many: bool = False,
 ) -> dict[str, grpc.RpcMethodHandler]:
     """A handler a method of the service, by name, run on the pool; who may call is another's affair.
 
-    In one of many processes on a port rows of tables are updated for all of them, and feature stores aren't.
+    In one of many processes on a port rows of tables are updated for all of them; feature stores and the
+    choice of versions aren't, and are refused.
     """
 
     def update_rows(request: messages.UpdateRowsRequest, _: grpc.ServicerContext) -> Any:
         return _update_rows(repository, request)
 
-    methods = {"UpdateRows": update_rows, **feature_methods(repository)}
+    def rollback(request: messages.RollbackRequest, _: grpc.ServicerContext) -> Any:
+        return _rollback(manager, request)
+
+    methods = {"UpdateRows": update_rows, "Rollback": rollback, **feature_methods(repository)}
     if is_one_of_many:
         methods |= dict.fromkeys(("UpdateFeatures", "RemoveFeatures"), _refuse_features)
+        methods["Rollback"] = _refuse_rollback
     return {
         name: unary_handler(messages, name, method, pool, types=_RPCS[name])
         for name, method in methods.items()
@@ -76,7 +89,7 @@ class AdminServer:
         Args:
           repository: whose models may be changed.
           port: 0 for a free one.
-          manager: the same one if models may be loaded and unloaded; None for updates alone.
+          manager: the same one if models may be loaded, unloaded and rolled back; None for updates alone.
           is_one_of_many: whether other processes listen on this port too.
 
         Raises:
@@ -87,7 +100,9 @@ class AdminServer:
             self._threads,
             options=server_options(LimitConfig(), ConnectionConfig(), shares_port=is_one_of_many),
         )
-        services = {SERVICE_NAME: handlers(repository, self._threads, is_one_of_many=is_one_of_many)}
+        services = {
+            SERVICE_NAME: handlers(repository, self._threads, manager=manager, is_one_of_many=is_one_of_many)
+        }
         if manager is not None:
             services[INFERENCE_SERVICE_NAME] = {
                 name: unary_handler(inference_messages, name, method)
@@ -238,6 +253,27 @@ class AdminClient:
         """
         return self._features.remove(model_name, candidate_ids, str(version))
 
+    def rollback(self, model_name: str, version: int | None = None) -> int:
+        """Goes back to an older version of a model; returns which one serves now.
+
+        Newer ones that are there are left alone until their folder changes, the model is loaded by
+        RepositoryModelLoad, or the server starts anew.
+
+        Args:
+          model_name: of the repository.
+          version: to go back to; by default the next older one than the newest that answers.
+
+        Raises:
+          ModelNotFoundError: if there is no such model, or no such older version.
+          RequestError: under policy specific, whose config names the versions.
+          UnsupportedError: if the server has several processes; says what to do instead.
+          AccessError: for a missing token, or one that may not do this.
+          UnavailableError: if there is no server, or it is stopping.
+          XlarankError: if the version can't be served; says why. Nothing has changed then.
+        """
+        request = messages.RollbackRequest(model_name=model_name, version=version or 0)
+        return self._call("Rollback", request).version
+
     def _call(self, name: str, request: Message) -> Any:
         try:
             return self._rpcs[name](request, timeout=self._timeout, metadata=self._metadata)
@@ -262,6 +298,24 @@ def _refuse_features(request: Any, _: grpc.ServicerContext) -> Any:
         "and a call reaches one of them: build the feature file anew and start the server again, or serve "
         "with --processes 1"
     )
+
+
+def _refuse_rollback(request: Any, _: grpc.ServicerContext) -> Any:
+    raise UnsupportedError(
+        "models can't be rolled back in a server of several processes, as a call reaches one of them: "
+        "publish the older version again under a number above the others (--watch-seconds finds it), start "
+        "the server again with a policy that names the version, or serve with --processes 1"
+    )
+
+
+def _rollback(manager: ManagedRepository | None, request: messages.RollbackRequest) -> Any:
+    if manager is None:
+        raise not_here("rolled back")
+    try:
+        version = manager.rollback(request.model_name, request.version or None)
+    except ConfigError as error:  # of the server, which the caller asks to do what its config rules out
+        raise RequestError(str(error)) from None
+    return messages.RollbackResponse(version=version)
 
 
 def _update_rows(repository: Repository, request: messages.UpdateRowsRequest) -> Any:

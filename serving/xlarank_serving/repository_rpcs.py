@@ -16,7 +16,7 @@ import grpc
 from xlarank.errors import AccessError, RequestError, UnsupportedError
 from xlarank_serving._proto import grpc_service_pb2 as messages
 
-__all__ = ["IndexedRepository", "ManagedRepository", "RepositoryService", "VersionState"]
+__all__ = ["IndexedRepository", "ManagedRepository", "RepositoryService", "VersionState", "not_here"]
 
 _READY = "READY"
 
@@ -58,6 +58,11 @@ class ManagedRepository(IndexedRepository, Protocol):
 
     def unload(self, name: str) -> None:
         """Answers what was accepted, then frees every version of a model. ModelNotFoundError."""
+        ...
+
+    def rollback(self, name: str, version: int | None = None) -> int:
+        """Goes back to an older version, the next one by default, and returns it. ModelNotFoundError;
+        ConfigError where the policy names versions; ModelError, which says why it can't be served."""
         ...
 
 
@@ -129,12 +134,17 @@ class RepositoryService:
                 f"(--watch-seconds), or serve with --processes 1"
             )
         if self._manager is None:
-            raise AccessError(
-                f"models can't be {verb}ed on this port; the administrative port of the server answers this "
-                f"call (`xlarank serve --admin-port`)",
-                is_known_caller=True,
-            )
+            raise not_here(f"{verb}ed")
         return self._manager
+
+
+def not_here(done: str) -> AccessError:
+    """What a caller is told who may not change models on this port: what models can't be, in words."""
+    return AccessError(
+        f"models can't be {done} on this port; the administrative port of the server answers this call "
+        f"(`xlarank serve --admin-port`)",
+        is_known_caller=True,
+    )
 
 
 def _check_repository(name: str) -> None:

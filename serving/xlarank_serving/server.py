@@ -218,7 +218,10 @@ class RankingServer:
         }
         if authorizer.answers_administration:
             services[admin.SERVICE_NAME] = admin.handlers(
-                self._repository, self._threads.control, is_one_of_many=self._is_one_of_many
+                self._repository,
+                self._threads.control,
+                manager=manager,
+                is_one_of_many=self._is_one_of_many,
             )
         services[reflection.SERVICE_NAME] = reflection.reflection_handlers(services, self._threads)
         for name, handlers in services.items():

@@ -18,7 +18,7 @@ from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.server import RankingServer
 
-from xlarank.errors import DeadlineError, ModelNotFoundError, OverloadError, UnavailableError
+from xlarank.errors import ConfigError, DeadlineError, ModelNotFoundError, OverloadError, UnavailableError
 from xlarank.runtime import Answer, Metrics, Timings
 from xlarank.spec import (
     Bucket,
@@ -154,6 +154,12 @@ class FakeRepository:
 
     def unload(self, name):
         self.calls.append(("unload", name))
+
+    def rollback(self, name, version=None):
+        if version == 9:
+            raise ConfigError(f"model {name!r}: rollback is for policies latest and all")
+        self.calls.append(("rollback", name, version))
+        return version or 2
 
     @contextlib.contextmanager
     def lease(self, name, version, key=None):

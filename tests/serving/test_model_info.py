@@ -3,10 +3,10 @@
 import grpc
 import pytest
 import tritonclient.grpc as triton
-from xlarank_serving.admin import AdminServer
+from xlarank_serving.admin import AdminClient, AdminServer
 from xlarank_serving.service import InferenceService
 
-from xlarank.errors import UnavailableError
+from xlarank.errors import AccessError, RequestError, UnavailableError, UnsupportedError
 from xlarank.runtime import Timings
 from xlarank.spec import Bucket
 
@@ -162,6 +162,28 @@ def test_models_are_loaded_and_unloaded_over_the_administrative_port(serving):
         with pytest.raises(triton.InferenceServerException, match="'food' is not found") as info:
             admin.load_model("food")
         assert info.value.status() == "StatusCode.NOT_FOUND"
+
+
+def test_models_are_rolled_back_over_the_administrative_port_where_they_may_be(serving):
+    repository = serving.repository
+    with AdminServer(repository, 0, manager=repository) as server, AdminClient(server.address) as admin:
+        assert [admin.rollback("feed"), admin.rollback("feed", 1)] == [2, 1]
+        with pytest.raises(RequestError, match=r"^model 'feed': rollback is for policies latest and all$"):
+            admin.rollback("feed", 9)
+    assert repository.calls == [("rollback", "feed", None), ("rollback", "feed", 1)]
+    with (
+        AdminServer(repository, 0) as server,
+        AdminClient(server.address) as admin,
+        pytest.raises(AccessError, match="models can't be rolled back on this port"),
+    ):
+        admin.rollback("feed")
+    with (
+        AdminServer(repository, 0, manager=repository, is_one_of_many=True) as server,
+        AdminClient(server.address) as admin,
+        pytest.raises(UnsupportedError, match="publish the older version again under a number above"),
+    ):
+        admin.rollback("feed")
+    assert len(repository.calls) == 2
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,13 @@ def test_models_are_not_loaded_and_features_not_changed_in_one_process_of_many(s
         pytest.raises(UnsupportedError, match="feature stores can't be updated"),
     ):
         admin.remove_features("plain", np.array([1]))
+    with (
+        AdminClient(served.ready["admin"]) as admin,
+        pytest.raises(
+            UnsupportedError, match=r"rolled back .* publish the older version again under a number"
+        ),
+    ):
+        admin.rollback("plain")
 
 
 def counters(values):

@@ -139,6 +139,11 @@ def test_a_config_file_turns_on_tls_and_tokens(by_config):
     ):
         with AdminClient(ready["grpc"], tls=tls, token=token) as admin, pytest.raises(error, match=told):
             admin.update_rows("linear", "topics", rows, values)
+    with (
+        AdminClient(ready["grpc"], tls=tls, token="a-token-of-admins") as admin,
+        pytest.raises(ModelNotFoundError, match=r"rollback: expected an older version, there are \[1\]"),
+    ):
+        admin.rollback("linear")
     assert float(metrics_of(ready)[name]) == before + 1
 
 
@@ -263,6 +268,13 @@ def test_a_server_swaps_to_a_version_that_is_published_while_it_serves(folder):
             answer("3")
         assert [index()[version][0] for version in "123"] == ["READY", "READY", "UNAVAILABLE"]
         assert "golden replay on" in index()["3"][1]
+        own = stack.enter_context(AdminClient(ready["admin"]))
+        with pytest.raises(ModelNotFoundError, match=r"expected version 3 below 2, there are \[1, 2, 3\]"):
+            own.rollback("linear", 3)
+        with pytest.raises(ModelNotFoundError, match="unknown model: 'linea' is not found"):
+            own.rollback("linea")
+        assert own.rollback("linear") == answer() == 1
+        assert index()["2"] == ("UNAVAILABLE", "rolled back from, to version 1")
         admin = stack.enter_context(triton.InferenceServerClient(ready["admin"]))
         admin.unload_model("linear")
         with pytest.raises(triton.InferenceServerException, match="'linear' has no available versions"):

@@ -29,6 +29,20 @@ class UpdateRowsResponse(_message.Message):
     table_version: int
     def __init__(self, model_version: _Optional[str] = ..., table_version: _Optional[int] = ...) -> None: ...
 
+class RollbackRequest(_message.Message):
+    __slots__ = ("model_name", "version")
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    model_name: str
+    version: int
+    def __init__(self, model_name: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class RollbackResponse(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
 class UpdateFeaturesResponse(_message.Message):
     __slots__ = ("model_version", "store_version")
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
