@@ -111,8 +111,10 @@ def line_of(record: RequestRecord) -> str:
         "version": record.version,
         "id": record.id,
         "candidates": record.candidates,
+        "transport": record.transport,
         "status": record.status,
         "ms": _ms(record.total_seconds),
+        "wait_ms": _ms(record.wait_seconds),
         "decode_ms": _ms(record.decode_seconds),
     }
     if record.timings is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
 import numpy as np
 from google.protobuf.message import Message
 
-from xlarank.errors import ConfigError, RequestError, UnsupportedError
+from xlarank.errors import ConfigError, RequestError, UnavailableError, UnsupportedError
 from xlarank_serving._proto import admin_pb2 as messages
 from xlarank_serving._proto import grpc_service_pb2 as inference_messages
 from xlarank_serving.access import ADMIN_SERVICE_NAME as SERVICE_NAME
@@ -21,8 +21,9 @@ from xlarank_serving.layout import SERVICE_NAME as INFERENCE_SERVICE_NAME
 from xlarank_serving.parsing import unary_handler
 from xlarank_serving.repository_rpcs import ManagedRepository, RepositoryService, not_here
 from xlarank_serving.service import Engine, Repository
-from xlarank_serving.status import error_of
-from xlarank_serving.transport import address_of, bind, server_options
+from xlarank_serving.status import error_of_call
+from xlarank_serving.threads import CountingThreadPool
+from xlarank_serving.transport import address_of, bind, hang_up, server_options, stop_listening
 
 __all__ = ["SERVICE_NAME", "AdminClient", "AdminServer", "handlers"]
 
@@ -37,6 +38,8 @@ _RPCS = {
 
 _NUM_THREADS = 2
 
+_GRACE_SECONDS = 1.0
+
 
 def handlers(
     repository: Repository,
@@ -44,11 +47,20 @@ def handlers(
     *,
     manager: ManagedRepository | None = None,
     is_one_of_many: bool = False,
+    is_ending: Callable[[], bool] = lambda: False,
 ) -> dict[str, grpc.RpcMethodHandler]:
     """A handler a method of the service, by name, run on the pool; who may call is another's affair.
 
     In one of many processes on a port rows of tables are updated for all of them; feature stores and the
-    choice of versions aren't, and are refused.
+    choice of versions aren't, and are refused. One that others replace must not take updates any more: its
+    versions may be those that nobody asks for.
+
+    Args:
+      repository: whose models may be changed.
+      pool: threads.
+      manager: chooses versions; None where nobody does.
+      is_one_of_many: whether other processes answer on the same port.
+      is_ending: whether calls that come now are UNAVAILABLE.
     """
 
     def update_rows(request: messages.UpdateRowsRequest, _: grpc.ServicerContext) -> Any:
@@ -61,8 +73,20 @@ def handlers(
     if is_one_of_many:
         methods |= dict.fromkeys(("UpdateFeatures", "RemoveFeatures"), _refuse_features)
         methods["Rollback"] = _refuse_rollback
+
+    def unless_ending(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def checked(request: Any, context: grpc.ServicerContext) -> Any:
+            if is_ending():
+                raise UnavailableError(
+                    "this process of the server takes no more changes, as it is about to end: connect again, "
+                    "to reach one that stays"
+                )
+            return method(request, context)
+
+        return checked
+
     return {
-        name: unary_handler(messages, name, method, pool, types=_RPCS[name])
+        name: unary_handler(messages, name, unless_ending(method), pool, types=_RPCS[name])
         for name, method in methods.items()
     }
 
@@ -95,13 +119,20 @@ class AdminServer:
         Raises:
           ConfigError: if the port is in use.
         """
-        self._threads = concurrent.futures.ThreadPoolExecutor(_NUM_THREADS, "grpc-admin")
+        self._is_ending = False  # moves one way
+        self._threads = CountingThreadPool(_NUM_THREADS, "grpc-admin")
         self._server = grpc.server(
             self._threads,
             options=server_options(LimitConfig(), ConnectionConfig(), shares_port=is_one_of_many),
         )
         services = {
-            SERVICE_NAME: handlers(repository, self._threads, manager=manager, is_one_of_many=is_one_of_many)
+            SERVICE_NAME: handlers(
+                repository,
+                self._threads,
+                manager=manager,
+                is_one_of_many=is_one_of_many,
+                is_ending=lambda: self._is_ending,
+            )
         }
         if manager is not None:
             services[INFERENCE_SERVICE_NAME] = {
@@ -126,8 +157,15 @@ class AdminServer:
         return address_of(_HOST, self.port)
 
     def stop(self) -> None:
-        """Answers what has arrived, then closes the port."""
-        self._server.stop(1.0).wait()
+        """Answers what has arrived, then closes the port: a client that calls again reaches another process
+        there, if there is one. Idempotent."""
+        if self._is_ending:
+            return
+        stop_listening(self.port)
+        self._is_ending = True
+        self._threads.wait_until_idle(_GRACE_SECONDS)
+        hang_up(self.port)
+        self._server.stop(_GRACE_SECONDS).wait()
         self._threads.shutdown()
 
     def __enter__(self) -> AdminServer:
@@ -278,8 +316,7 @@ class AdminClient:
         try:
             return self._rpcs[name](request, timeout=self._timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            call: Any = error
-            raise error_of(call.code(), call.details() or "") from error
+            raise error_of_call(error) from error
 
     def close(self) -> None:
         """Closes the connection."""

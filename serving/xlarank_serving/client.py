@@ -31,7 +31,7 @@ from xlarank_serving.channel import ClientTls, open_channel, token_metadata
 from xlarank_serving.encoding import add_inputs
 from xlarank_serving.layout import LENGTHS_SUFFIX, SERVICE_NAME
 from xlarank_serving.parameters import AFFINITY_KEY
-from xlarank_serving.status import error_of
+from xlarank_serving.status import error_of_call
 
 __all__ = ["ModelInputs", "RankingClient"]
 
@@ -126,6 +126,7 @@ class RankingClient:
           RequestError: the request is refused (FeatureError: before it was sent).
           ModelNotFoundError: no such model or version.
           UnavailableError: the server can't be reached, is loading or stopping.
+          OverloadError: the server is full; `retry_after_seconds` is when it asks to be asked again.
           XlarankError: anything else, the deadline included.
         """
         key = (model_name, str(version))
@@ -206,8 +207,7 @@ class RankingClient:
             seconds = self._timeout if timeout is None else timeout
             return self._calls[name](request, timeout=seconds, metadata=self._metadata)
         except grpc.RpcError as error:
-            call: Any = error  # a failed call is its own status
-            raise error_of(call.code(), call.details() or "") from None
+            raise error_of_call(error) from None  # a failed call is its own status
 
 
 class ModelInputs:

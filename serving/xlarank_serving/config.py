@@ -101,7 +101,7 @@ class LimitConfig:
     """How much a caller may send. What is beyond is refused before it is parsed or allocated."""
 
     max_concurrent_rpcs: int = 1024
-    """Calls in progress or waiting for a thread; past this gRPC answers RESOURCE_EXHAUSTED."""
+    """Ranking calls in progress or waiting for a thread; past this they are RESOURCE_EXHAUSTED."""
 
     max_message_mib: int = 64
     """Largest request."""
@@ -141,7 +141,7 @@ class ConnectionConfig:
 
     max_streams: int = 2048
     """Calls at a time on one connection; more of them wait in the client. Above max_concurrent_rpcs, so that
-    overload is answered rather than hidden. It also bounds answers that a client doesn't read."""
+    overload is answered rather than hidden."""
 
     max_metadata_kib: int = 16
     """Headers of a call."""
@@ -229,11 +229,11 @@ class HttpConfig:
 
     max_connections: int = dataclasses.field(default=1024, metadata={"flag": "rest-max-connections"})
     """One more closes the one that has been without a request longest; if all others have one, its own is
-    answered 503."""
+    answered 429."""
 
     max_body_mib: int = dataclasses.field(default=64, metadata={"flag": "rest-max-body-mib"})
     """Largest request; 413 beyond. All that are being received or answered may have 16 times as much
-    together; 503 beyond."""
+    together; 429 beyond."""
 
     max_receive_seconds: float = dataclasses.field(
         default=30.0, metadata={"flag": "rest-max-receive-seconds"}
@@ -255,7 +255,8 @@ class HttpConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AccessLogConfig:
-    """One line of JSON for requests that are answered or refused."""
+    """One line of JSON for each ranking request that was read or couldn't be: answered, failed or refused.
+    What is refused unread (overload, a stop, no token, too many bytes) has none."""
 
     path: Path | None = dataclasses.field(default=None, metadata={"flag": "access-log"})
     """File to append to, - for the standard output; none by default. It may be moved away while in use."""

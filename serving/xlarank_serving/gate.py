@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from xlarank.errors import OverloadError, UnavailableError, XlarankError
+from xlarank_serving.arrival import stamp_arrival
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.parsing import refusal_handler
 from xlarank_serving.service import InferenceService
@@ -28,6 +29,7 @@ class Gate(grpc.GenericRpcHandler):
       these would wait where nothing counts it, for a thread that reads them. So one that no queue would
       refuse is turned away too, without candidates or wrong: unread nobody knows, RESOURCE_EXHAUSTED says
       nothing of the request itself, and it is answered as what it is when it comes again.
+    - While max_concurrent_rpcs of them are in progress or wait for a thread.
     - Streams past the server's number of them: each holds threads.
     """
 
@@ -41,6 +43,7 @@ class Gate(grpc.GenericRpcHandler):
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         """For gRPC, when a call's headers have come; called on its one thread that hands calls out, so that
         the count of streams is exact."""
+        stamp_arrival()
         refusal = None
         if handler_call_details.method == _UNARY:
             refusal = self._service.refusal()
@@ -52,11 +55,14 @@ class Gate(grpc.GenericRpcHandler):
 
     def _refusal_of_stream(self) -> XlarankError | None:
         if self._service.is_stopping:
-            return UnavailableError("the server is stopping")
-        if self._threads.streams.num_open < self._threads.max_streams:
+            refusal: XlarankError = UnavailableError("the server is stopping")
+        elif self._threads.streams.num_open < self._threads.max_streams:
             return None
-        return OverloadError(
-            f"the server has {self._threads.max_streams} open streams of ModelStreamInfer, its limit; send "
-            f"more over one of them, or use ModelInfer",
-            retry_after_seconds=_RETRY_STREAM_SECONDS,
-        )
+        else:
+            refusal = OverloadError(
+                f"the server has {self._threads.max_streams} open streams of ModelStreamInfer, its limit; "
+                f"send more over one of them, or use ModelInfer",
+                retry_after_seconds=_RETRY_STREAM_SECONDS,
+            )
+        self._service.refusals.count(refusal)
+        return refusal

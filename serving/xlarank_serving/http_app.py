@@ -9,7 +9,7 @@
     GET   v2/models/MODEL[/versions/VERSION]/stats          statistics
     POST  v2/models/MODEL[/versions/VERSION]/infer          scores
     POST  v2/repository/index                               versions and their states
-    POST  v2/repository/models/MODEL/load, .../unload       refused; the administrative port does that
+    POST  v2/repository/models/MODEL/load, .../unload       200, for callers with an admin token
 
 Every request becomes the message that gRPC would have brought and is answered by the same methods; an error
 is `{"error": text}` with the text that gRPC's caller would get, under the code that `status` has for it.
@@ -23,6 +23,7 @@ import functools
 import logging
 import math
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -32,18 +33,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from xlarank.errors import OverloadError, RequestError, UnavailableError
+from xlarank.errors import RequestError, UnavailableError
 from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.arrival import Arrival
 from xlarank_serving.http_bodies import Bodies
 from xlarank_serving.http_messages import HEADER_LENGTH, encode_response, json_of, parse_object, parse_request
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.parsing import InferMessage
-from xlarank_serving.repository_rpcs import IndexedRepository, RepositoryService
+from xlarank_serving.repository_rpcs import IndexedRepository, ManagedRepository, RepositoryService
 from xlarank_serving.service import InferenceService, RankCall
-from xlarank_serving.status import http_status_of
+from xlarank_serving.status import http_status_of, retry_after_ms
 from xlarank_serving.threads import ServerThreads
 
-__all__ = ["Authorize", "http_app"]
+__all__ = ["Authorize", "http_app", "refusing"]
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ def http_app(
     max_bodies_bytes: int,
     max_receive_seconds: float,
     authorize: Authorize | None = None,
+    manager: ManagedRepository | None = None,
+    is_one_of_many: bool = False,
 ) -> Starlette:
     """The app.
 
@@ -71,12 +75,15 @@ def http_app(
       repository: has the index.
       threads: that the answers are made on.
       max_body_bytes: largest request; 413 beyond.
-      max_bodies_bytes: of all requests together that are being received or answered; 503 beyond.
+      max_bodies_bytes: of all requests together that are being received or answered; 429 beyond.
       max_receive_seconds: longest that a body may take to come; 408 beyond.
       authorize: who may call what; everybody everything by default.
+      manager: loads and unloads models for those who may; None where nobody may.
+      is_one_of_many: see `RepositoryService`.
     """
     bodies = Bodies(max_body_bytes, max_bodies_bytes, max_receive_seconds)
-    app = _App(service, RepositoryService(repository), threads, bodies, authorize)
+    administration = RepositoryService(repository, manager=manager, is_one_of_many=is_one_of_many)
+    app = _App(service, administration, threads, bodies, authorize)
     routes = [
         app.get("/v2", "ServerMetadata", app.server_metadata),
         app.get("/v2/health/live", "ServerLive", service.server_live),
@@ -143,10 +150,13 @@ class _App:
         """A route that ranks."""
 
         async def answer(request: Request) -> Response:
+            arrival = Arrival(
+                at=time.monotonic(), trace_parent=request.headers.get("traceparent"), transport="http"
+            )
             if (refusal := self._service.refusal()) is not None:
                 raise refusal
             async with self._bodies.received(request) as body:
-                ranking = _Ranking(self._service, request, body)
+                ranking = _Ranking(self._service, request, body, arrival)
                 loop = asyncio.get_running_loop()
                 watch = asyncio.create_task(_wait_for_disconnect(request, ranking.cancel))
                 try:
@@ -188,10 +198,10 @@ class _App:
 class _Ranking:
     """One infer request, run on a thread and cancelled from the event loop."""
 
-    def __init__(self, service: InferenceService, request: Request, body: bytes) -> None:
+    def __init__(self, service: InferenceService, request: Request, body: bytes, arrival: Arrival) -> None:
         self._service = service
+        self._arrival = arrival
         self._header_length = request.headers.get(HEADER_LENGTH)
-        self._trace_parent = request.headers.get("traceparent")
         self._path = request.path_params
         self._body = body
         self._lock = threading.Lock()
@@ -202,14 +212,16 @@ class _Ranking:
         """The body of the answer, and how much of it is JSON if tensors follow."""
         if self._service.is_stopping:  # since its headers came
             raise UnavailableError("the server is stopping")
-        request = parse_request(
-            self._body,
-            self._header_length,
-            self._service.limits,
-            model=self._path["name"],
-            version=self._path.get("version", ""),
-        )
-        call = self._service.begin(InferMessage(request.message), trace_parent=self._trace_parent)
+        model, version = self._path["name"], self._path.get("version", "")
+        try:
+            request = parse_request(
+                self._body, self._header_length, self._service.limits, model=model, version=version
+            )
+        except RequestError as error:
+            named = messages.ModelInferRequest(model_name=model, model_version=version)
+            self._service.tell_unreadable(named, self._arrival, error)
+            raise
+        call = self._service.begin(InferMessage(request.message), self._arrival)
         with self._lock:
             self._call = call
             is_cancelled = self._is_cancelled
@@ -239,6 +251,12 @@ async def _wait_for_disconnect(request: Request, on_disconnect: Callable[[], Non
 def _set_from_json(message: Any, body: bytes) -> None:
     """Settings of a repository request; an unknown one is let pass, as parameters are."""
     settings = parse_object(body)
+    if isinstance(message, messages.RepositoryModelLoadRequest):
+        parameters = settings.get("parameters", {})
+        if not isinstance(parameters, dict):
+            raise RequestError(f"expected 'parameters' to be a JSON object, got {parameters!r:.100}")
+        for name in parameters:  # their values don't matter: see `RepositoryService`
+            message.parameters[name.encode(errors="replace").decode()].SetInParent()
     if "ready" in settings and isinstance(message, messages.RepositoryIndexRequest):
         if type(settings["ready"]) is not bool:
             raise RequestError(f"expected 'ready' to be a bool, got {settings['ready']!r:.100}")
@@ -248,6 +266,8 @@ def _set_from_json(message: Any, body: bytes) -> None:
 def _response(method: str, message: Any) -> Response:
     if method == "ServerLive":
         return Response(status_code=200 if message.live else _NOT_READY)
+    if method in ("RepositoryModelLoad", "RepositoryModelUnload"):
+        return Response(status_code=200)
     if method in ("ServerReady", "ModelReady"):
         return Response(status_code=200 if message.ready else _NOT_READY)
     content = json_of(message)
@@ -258,13 +278,20 @@ def _response(method: str, message: Any) -> Response:
     return JSONResponse(content)
 
 
+def refusing(error: Exception) -> Response:
+    """An ASGI app that answers everything with an error, and closes the connection."""
+    response = _error_response(error)
+    response.headers["Connection"] = "close"
+    return response
+
+
 def _error_response(error: Exception) -> Response:
     code, details = http_status_of(error)
     if code == 500:
         _log.error("request failed: %s", details, exc_info=error)
     headers = {}
-    if isinstance(error, OverloadError):
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
+    if (milliseconds := retry_after_ms(error)) is not None:
+        headers = {"Retry-After": str(math.ceil(milliseconds / 1e3)), "Retry-After-Ms": str(milliseconds)}
     elif code == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse({"error": details}, code, headers)

@@ -9,9 +9,11 @@ from collections.abc import AsyncIterator
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from xlarank.errors import OverloadError
+
 __all__ = ["Bodies"]
 
-_RETRY_SECONDS = 1
+_RETRY_SECONDS = 1.0
 
 
 class Bodies:
@@ -21,7 +23,8 @@ class Bodies:
         """
         Args:
           max_body_bytes: largest of a request; 413 beyond.
-          max_bodies_bytes: of all that are being received or answered; 503 beyond, for the one that grows.
+          max_bodies_bytes: of all that are being received or answered; the one that grows is refused
+            beyond.
           max_receive_seconds: longest that one may take to come; 408 beyond.
         """
         self._max_body_bytes = max_body_bytes
@@ -34,7 +37,8 @@ class Bodies:
         """A request's body; it counts until the block's end.
 
         Raises:
-          HTTPException: for what is beyond a bound, or compressed.
+          HTTPException: for what is beyond its own bounds, or compressed.
+          OverloadError: for what is beyond the common one.
           ClientDisconnect: if the client left before its end.
         """
         self._check_headers(request)
@@ -69,8 +73,7 @@ class Bodies:
         if size > self._max_body_bytes:
             raise HTTPException(413, f"expected a body of at most {self._max_body_bytes} bytes, got more")
         if self._num_bytes > self._max_bodies_bytes:
-            raise HTTPException(
-                503,
+            raise OverloadError(
                 f"the server holds {self._max_bodies_bytes} bytes of requests, its limit; try again",
-                headers={"Retry-After": str(_RETRY_SECONDS)},
+                retry_after_seconds=_RETRY_SECONDS,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import uvicorn
@@ -14,7 +15,11 @@ __all__ = ["BoundedServer", "bounded_connections"]
 
 
 def bounded_connections(
-    *, max_connections: int, idle_seconds: float, max_header_seconds: float
+    *,
+    max_connections: int,
+    idle_seconds: float,
+    max_header_seconds: float,
+    when_full: Callable[..., Awaitable[None]],
 ) -> type[H11Protocol]:
     """A uvicorn protocol that closes connections without a request under way.
 
@@ -24,10 +29,11 @@ def bounded_connections(
 
     Args:
       max_connections: one more closes the one that has been without a request longest. If all others have
-        one it stays, and uvicorn's `limit_concurrency` answers it.
+        one it stays, and its request is refused.
       idle_seconds: from the connection's begin, or its last answer, to a request's first byte. A client that
         doesn't read its answer for so long is left, too.
       max_header_seconds: from there to the end of the header; for the rest of a body that was refused, too.
+      when_full: the ASGI app that refuses it.
 
     Returns:
       The class, for one server: its connections share a list of those that are idle.
@@ -48,6 +54,7 @@ def bounded_connections(
                 self.connections.discard(longest)  # now, or this one's request might be refused yet
 
         def data_received(self, data: bytes) -> None:
+            self.app = when_full if self._is_full else self.config.loaded_app
             super().data_received(data)
             if self._has_request:
                 self._settle()
@@ -76,6 +83,11 @@ def bounded_connections(
             self._settle()
             idle.pop(self, None)
             super().connection_lost(exc)
+
+        @property
+        def _is_full(self) -> bool:
+            # A task may outlive its connection.
+            return max(len(self.connections), len(self.tasks)) > max_connections
 
         @property
         def _has_request(self) -> bool:

@@ -8,10 +8,11 @@ import threading
 
 import uvicorn
 
-from xlarank.errors import ConfigError
+from xlarank.errors import ConfigError, OverloadError
 from xlarank_serving.config import HttpConfig
-from xlarank_serving.http_app import Authorize, http_app
+from xlarank_serving.http_app import Authorize, http_app, refusing
 from xlarank_serving.http_connections import BoundedServer, bounded_connections
+from xlarank_serving.repository_rpcs import ManagedRepository
 from xlarank_serving.service import InferenceService, Repository
 from xlarank_serving.threads import ServerThreads
 from xlarank_serving.transport import address_of
@@ -21,6 +22,7 @@ __all__ = ["HttpServer"]
 _BACKLOG = 2048
 _GRACE_SECONDS = 1
 _MAX_HANDSHAKE_SECONDS = 10.0
+_RETRY_SECONDS = 1.0
 
 _MAX_BODIES = 16
 """How many of the largest bodies are held at a time: far more of the usual ones, and 1 GiB by default."""
@@ -43,6 +45,7 @@ class HttpServer:
         host: str = "127.0.0.1",
         authorize: Authorize | None = None,
         tls: ssl.SSLContext | None = None,
+        manager: ManagedRepository | None = None,
         shares_port: bool = False,
     ) -> None:
         """
@@ -54,6 +57,7 @@ class HttpServer:
           host: address to listen on.
           authorize: who may call what, see `http_app`.
           tls: certificates; None for plain HTTP.
+          manager: the repository once more if those whom `authorize` lets may load and unload models.
           shares_port: whether other processes listen on the port too.
 
         Raises:
@@ -67,6 +71,8 @@ class HttpServer:
             max_bodies_bytes=_MAX_BODIES * config.max_body_mib << 20,
             max_receive_seconds=config.max_receive_seconds,
             authorize=authorize,
+            manager=manager,
+            is_one_of_many=shares_port,
         )
         if config.port is None:
             raise ConfigError("http: expected a port, got none")
@@ -79,6 +85,13 @@ class HttpServer:
                 max_connections=config.max_connections,
                 idle_seconds=config.idle_seconds,
                 max_header_seconds=config.max_receive_seconds,
+                when_full=refusing(
+                    OverloadError(
+                        f"the server has {config.max_connections} connections with a request, its limit; try "
+                        f"again",
+                        retry_after_seconds=_RETRY_SECONDS,
+                    )
+                ),
             ),
             ws="none",
             loop="asyncio",
@@ -87,7 +100,6 @@ class HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=config.max_connections + 1,  # what is refused is the one beyond
             timeout_keep_alive=config.idle_seconds,
             backlog=_BACKLOG,
         )

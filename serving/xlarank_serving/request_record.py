@@ -34,13 +34,19 @@ class RequestRecord:
     """What the caller was told; empty for an answer."""
 
     total_seconds: float
-    """From its arrival."""
+    """From its headers' arrival."""
+
+    wait_seconds: float = 0.0
+    """Of them, until a thread had it to read."""
 
     decode_seconds: float | None
     """None if it wasn't read to its end."""
 
     timings: Timings | None
     """None without an answer."""
+
+    transport: str = "grpc"
+    """Or http."""
 
     trace_parent: str | None = None
     """The caller's span, as W3C's traceparent header has it."""

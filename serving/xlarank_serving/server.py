@@ -22,6 +22,7 @@ from xlarank_serving.health import HealthService
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.metrics_http import MetricsServer
 from xlarank_serving.receiving import ReceiveWatch
+from xlarank_serving.refusals import Refusals
 from xlarank_serving.request_record import Observer
 from xlarank_serving.service import InferenceService, Repository
 from xlarank_serving.streams import InferStreams
@@ -35,6 +36,7 @@ from xlarank_serving.transport import (
     server_options,
     stop_listening,
 )
+from xlarank_serving.unread import UnreadAnswers
 
 if TYPE_CHECKING:
     from xlarank_serving.http_server import HttpServer
@@ -46,6 +48,10 @@ __all__ = ["RankingServer", "StopRequest", "metrics_server", "stop_on_signals"]
 # open streams (a health Watch, reflection) may stay.
 _TURN_AWAY_SECONDS = 0.3
 _LAST_GRACE_SECONDS = 0.2
+
+_MAX_OTHER_RPCS = 1024
+"""Calls that don't rank, or are being refused: past that gRPC itself refuses, whatever they are, and doesn't
+say when to come again."""
 
 _LOOK_SECONDS = 0.1
 """How often a server that lets its clients go looks whether one is left."""
@@ -101,6 +107,7 @@ class RankingServer:
         security = security or SecurityConfig()
         self._config = config
         self._on_drained = on_drained
+        self._is_retiring = False  # moves one way
         self._repository = repository
         authorizer = Authorizer(security)
         tls = ServerTls(security) if security.has_tls else None
@@ -114,14 +121,17 @@ class RankingServer:
         with contextlib.ExitStack() as undo:
             self._threads = ServerThreads(config.num_threads)
             undo.callback(self._threads.close)
+            self._unread = UnreadAnswers()
             self._streams = InferStreams(self._service, self._threads)
             self._receive_watch = ReceiveWatch(limits.max_receive_seconds, self._threads.rank)
             undo.callback(self._receive_watch.close)
-            self._service.count_open(lambda: self._threads.rank.num_open - self._receive_watch.num_stalled)
+            self._service.count_open(
+                lambda: self._threads.rank.num_open, lambda: self._receive_watch.num_stalled
+            )
             self._server = grpc.server(
                 self._threads.rank,
                 options=server_options(limits, connections or ConnectionConfig(), shares_port=is_one_of_many),
-                maximum_concurrent_rpcs=limits.max_concurrent_rpcs,
+                maximum_concurrent_rpcs=limits.max_concurrent_rpcs + _MAX_OTHER_RPCS,
                 interceptors=[Gatekeeper(authorizer, self._threads)],
             )
             undo.callback(lambda: self._server.stop(None).wait())
@@ -142,11 +152,17 @@ class RankingServer:
                     host=config.host,
                     authorize=authorizer.check_method,
                     tls=None if tls is None or security.plain_http else tls.http_context(),
+                    manager=manager if authorizer.answers_administration else None,
                     shares_port=is_one_of_many,
                 )
             undo.pop_all()
         self.http_port = None if self._http is None else self._http.port
         self._server.start()
+
+    @property
+    def refusals(self) -> Refusals:
+        """For /metrics: requests that failed before an engine had them."""
+        return self._service.refusals
 
     @property
     def address(self) -> str:
@@ -159,12 +175,14 @@ class RankingServer:
         return None if self.http_port is None else address_of(self._config.host, self.http_port)
 
     def retire(self, wait: Callable[[float], bool]) -> None:
-        """Lets clients go to the other processes of the port: listens no more, answers all the same, and
-        returns when each connection has come to its age (`ConnectionConfig.max_age_seconds`) and is gone.
+        """Lets clients go to the other processes of the port: listens no more, answers all the same but for
+        administration, which must reach the processes that stay, and returns when each connection has come to
+        its age (`ConnectionConfig.max_age_seconds`) and is gone.
 
         Args:
           wait: for some seconds; True if there is no more time to wait.
         """
+        self._is_retiring = True
         stop_listening(self.port)
         if self.rest is not None:
             self.rest.stop(math.ceil(self._config.grace_seconds))
@@ -222,9 +240,11 @@ class RankingServer:
                 self._threads.control,
                 manager=manager,
                 is_one_of_many=self._is_one_of_many,
+                is_ending=lambda: self._is_retiring,
             )
         services[reflection.SERVICE_NAME] = reflection.reflection_handlers(services, self._threads)
         for name, handlers in services.items():
+            handlers = {method: self._unread.watched(each) for method, each in handlers.items()}
             generic = grpc.method_handlers_generic_handler(name, handlers)
             if name == SERVICE_NAME:
                 generic = Gate(self._service, handlers, self._threads)

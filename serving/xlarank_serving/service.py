@@ -19,6 +19,7 @@ from xlarank.errors import (
     DeadlineError,
     ModelNotFoundError,
     OverloadError,
+    RequestError,
     UnavailableError,
     XlarankError,
 )
@@ -26,12 +27,14 @@ from xlarank.host import FeatureStore
 from xlarank.runtime import Answer, ModelStatistics, Timings
 from xlarank.spec import BucketLadder, ContentCheck, ModelSpec, RankRequest, RequestOptions
 from xlarank_serving._proto import grpc_service_pb2 as messages
+from xlarank_serving.arrival import Arrival, arrival_of
 from xlarank_serving.codec import ModelCodec
 from xlarank_serving.config import LimitConfig
 from xlarank_serving.limits import check_request
 from xlarank_serving.model_info import config_of, statistics_of
 from xlarank_serving.parameters import InferParameters, read_parameters, routing_key
 from xlarank_serving.parsing import InferMessage, read_infer_message, unary_handler
+from xlarank_serving.refusals import Refusals
 from xlarank_serving.repository_rpcs import IndexedRepository, ManagedRepository, RepositoryService
 from xlarank_serving.request_record import Observer, RequestRecord
 from xlarank_serving.status import failure_reason, status_of
@@ -43,11 +46,10 @@ __all__ = [
     "InferenceService",
     "RankCall",
     "Repository",
-    "seconds_left",
-    "trace_parent_of",
 ]
 
-_NO_DEADLINE_SECONDS = 1e9
+_RETRY_SECONDS = 0.25
+"""Of a call past max_concurrent_rpcs: nothing predicts when others end, which come by the hundred."""
 
 _MAX_SHOWN_NAME = 128
 """Characters of a name or an id that logs and traces get."""
@@ -141,6 +143,9 @@ class _Read:
     version: str
     """Of the model that took it; the one asked for until then."""
 
+    began_at: float
+    """When a thread came to it, on the clock of `time.monotonic`."""
+
     candidates: int | None = None
     decode_seconds: float | None = None
 
@@ -157,14 +162,11 @@ class RankCall:
     parameters: InferParameters
     outputs: list[str]
     future: concurrent.futures.Future[Answer]
-    arrived_at: float
-    """On the clock of `time.monotonic`, as the next."""
-
+    arrival: Arrival
     timeout_at: float
-    """When the request's own timeout, or the server's, ends the wait."""
+    """When the request's own timeout, or the server's, ends the wait; on the clock of `time.monotonic`."""
 
     read: _Read
-    trace_parent: str | None
 
     def cancel(self) -> None:
         """The caller has left: the engine needn't run it, who waits for it needn't wait. Any thread."""
@@ -176,6 +178,7 @@ class InferenceService:
 
     Attributes:
       limits: of ranking requests.
+      refusals: counts of requests that failed before an engine had them.
     """
 
     def __init__(
@@ -190,18 +193,20 @@ class InferenceService:
         Args:
           repository: answers.
           limits: how much a ranking request may hold; `LimitConfig()` by default.
-          observers: told of every ranking request that was read, answered or refused.
+          observers: told of every ranking request that was read, or should have been: answered or refused.
           default_timeout_seconds: longest that a request may take which names no `timeout`, or a longer one.
         """
         self._repository = repository
         self._default_timeout_seconds = default_timeout_seconds
         self.limits = limits or LimitConfig()
+        self.refusals = Refusals()
         self._observers = tuple(observers)
         # One codec an engine, dropped with it. A lost race builds one twice, and they are equal.
         self._codecs: weakref.WeakKeyDictionary[Engine, ModelCodec] = weakref.WeakKeyDictionary()
         # Calls on threads of the ranking pool that wait for their engine. Single operations need no lock.
         self._waiting: set[RankCall] = set()
         self._num_open: Callable[[], int] = lambda: 0
+        self._num_stalled: Callable[[], int] = lambda: 0
         self._is_stopping = False  # set once, read by any thread
 
     def stop_accepting(self) -> None:
@@ -216,16 +221,30 @@ class InferenceService:
         """Whether `stop_accepting` was called."""
         return self._is_stopping
 
-    def count_open(self, num_open: Callable[[], int]) -> None:
-        """Says how to count the calls that ranking threads are at: those that don't wait for their engine are
-        on their way to it."""
-        self._num_open = num_open
+    def count_open(self, num_open: Callable[[], int], num_stalled: Callable[[], int]) -> None:
+        """Says how to count the calls that ranking threads are at or that wait for one: those that don't wait
+        for their engine, and aren't stalled before they have come, are on their way to it."""
+        self._num_open, self._num_stalled = num_open, num_stalled
 
     def refusal(self) -> XlarankError | None:
         """What a ranking request that comes now is answered unread; None if it is to be read."""
+        refusal = self._refusal()
+        if refusal is not None:
+            self.refusals.count(refusal)
+        return refusal
+
+    def _refusal(self) -> XlarankError | None:
         if self._is_stopping:
             return UnavailableError("the server is stopping")
-        return self._repository.overload(max(0, self._num_open() - len(self._waiting)))
+        num_open = self._num_open()
+        overload = self._repository.overload(max(0, num_open - self._num_stalled() - len(self._waiting)))
+        if overload is None and num_open >= self.limits.max_concurrent_rpcs:
+            return OverloadError(
+                f"the server has {num_open} ranking calls in progress or waiting for a thread; "
+                f"max_concurrent_rpcs is {self.limits.max_concurrent_rpcs}",
+                retry_after_seconds=_RETRY_SECONDS,
+            )
+        return overload
 
     def handlers(
         self,
@@ -254,9 +273,7 @@ class InferenceService:
         administration = RepositoryService(self._repository, manager=manager, is_one_of_many=is_one_of_many)
         methods |= {name: (method, threads.control) for name, method in administration.methods().items()}
         return {
-            name: unary_handler(
-                messages, name, method, pool, read=self.read if name == "ModelInfer" else None
-            )
+            name: unary_handler(messages, name, method, pool, read=bytes if name == "ModelInfer" else None)
             for name, (method, pool) in methods.items()
         }
 
@@ -319,84 +336,92 @@ class InferenceService:
             ]
         )
 
-    def read(self, data: bytes) -> InferMessage:
+    def read(self, data: bytes, arrival: Arrival) -> InferMessage:
         """A ranking request of its bytes; RequestError for one that is malformed or too large."""
-        return read_infer_message(data, self.limits)
+        try:
+            return read_infer_message(data, self.limits)
+        except RequestError as error:
+            self.tell_unreadable(messages.ModelInferRequest(), arrival, error)
+            raise
 
-    def model_infer(
-        self, message: InferMessage, context: grpc.ServicerContext
-    ) -> messages.ModelInferResponse:
+    def tell_unreadable(
+        self, request: messages.ModelInferRequest, arrival: Arrival, error: RequestError
+    ) -> None:
+        """Counts a request that `begin` can't be given.
+
+        Args:
+          request: what is known of it.
+          arrival: how it came.
+          error: what its caller is told.
+        """
+        self.refusals.count(error)
+        self._observe(request, _Read(request.model_version, time.monotonic()), arrival, error=error)
+
+    def model_infer(self, data: bytes, context: grpc.ServicerContext) -> messages.ModelInferResponse:
         """Scores one request; a caller who leaves or whose deadline passes cancels it."""
-        trace_parent = trace_parent_of(context) if self._observers else None
-        call = self.begin(message, seconds_left(context), trace_parent)
+        arrival = arrival_of(context)
+        call = self.begin(self.read(data, arrival), arrival)
         # If the caller leaves or its deadline passes, the engine needn't run it and this thread needn't
         # wait. If that has happened already, no callback will come.
         if not context.add_callback(call.cancel):
             call.cancel()
         return self.answer(call)
 
-    def begin(
-        self,
-        message: InferMessage,
-        seconds_left: float = math.inf,
-        trace_parent: str | None = None,
-    ) -> RankCall:
+    def begin(self, message: InferMessage, arrival: Arrival) -> RankCall:
         """Reads a request and hands it to its engine; doesn't wait.
 
         Args:
           message: of ModelInfer.
-          seconds_left: until the caller's own deadline.
-          trace_parent: the caller's span, as the traceparent header has it.
+          arrival: how it came.
 
         Raises:
           RequestError: for what is wrong with it; ModelNotFoundError.
           DeadlineError, OverloadError, UnavailableError: the engine doesn't take it.
         """
-        arrived_at = time.monotonic()
         request = message.request
-        read = _Read(request.model_version)
+        read = _Read(request.model_version, time.monotonic())
+        has_engine = False
         try:
             check_request(request, self.limits)
             key = routing_key(request.parameters) or request.id or None
             with self._repository.lease(request.model_name, request.model_version, key) as engine:
+                has_engine = True
                 try:
-                    return self._submit(engine, message, read, arrived_at, seconds_left, trace_parent)
+                    return self._submit(engine, message, read, arrival)
                 except Exception as error:
-                    engine.metrics.record_failure(failure_reason(error), time.monotonic() - arrived_at)
+                    engine.metrics.record_failure(failure_reason(error), time.monotonic() - arrival.at)
                     raise
         except Exception as error:
-            if self._observers:
-                self._observe(request, read, arrived_at, error=error, trace_parent=trace_parent)
+            if not has_engine:
+                self.refusals.count(error)
+            self._observe(request, read, arrival, error=error)
             raise
 
-    def _submit(
-        self,
-        engine: Engine,
-        message: InferMessage,
-        read: _Read,
-        arrived_at: float,
-        seconds_left: float,
-        trace_parent: str | None,
-    ) -> RankCall:
+    def _submit(self, engine: Engine, message: InferMessage, read: _Read, arrival: Arrival) -> RankCall:
         """Reads a request, noting in `read` how far that went, and hands it to its engine."""
         read.version = str(engine.version)
         request = message.request
         codec = self._codec(engine)
         parameters = read_parameters(request.parameters, engine.spec)
+        timeout_seconds = min(parameters.timeout_seconds, self._default_timeout_seconds)
+        timeout_at = arrival.at + timeout_seconds
+        if read.began_at > timeout_at:
+            raise DeadlineError(
+                f"model {engine.spec.name!r}: expected an answer within the timeout of "
+                f"{timeout_seconds * 1e3:.1f} ms, the request had waited "
+                f"{(read.began_at - arrival.at) * 1e3:.1f} ms to be read"
+            )
         outputs = codec.requested_outputs(request, parameters)
         rank_request = codec.read(message, check=engine.check)
-        timeout_at = arrived_at + min(parameters.timeout_seconds, self._default_timeout_seconds)
         options = RequestOptions(
             priority=parameters.priority,
-            deadline=min(timeout_at, arrived_at + seconds_left),
+            deadline=min(timeout_at, arrival.ends_at),
             affinity_key=parameters.affinity_key,
         )
         read.candidates = rank_request.num_candidates
-        read.decode_seconds = time.monotonic() - arrived_at
+        read.decode_seconds = time.monotonic() - read.began_at
         future = engine.submit(rank_request, options)
-        return RankCall(
-            request, engine, codec, parameters, outputs, future, arrived_at, timeout_at, read, trace_parent
-        )
+        return RankCall(request, engine, codec, parameters, outputs, future, arrival, timeout_at, read)
 
     def answer(self, call: RankCall) -> messages.ModelInferResponse:
         """`finish` on a thread of the ranking pool."""
@@ -425,38 +450,26 @@ class InferenceService:
                 decode_seconds=call.read.decode_seconds or 0.0,
             )
         except Exception as error:
-            call.engine.metrics.record_failure(failure_reason(error), time.monotonic() - call.arrived_at)
-            self._observe_end(call, error=error)
+            call.engine.metrics.record_failure(failure_reason(error), time.monotonic() - call.arrival.at)
+            self._observe(call.request, call.read, call.arrival, error=error)
             raise
         inside = answer.timings.total
-        call.engine.metrics.record_outside(max(0.0, time.monotonic() - call.arrived_at - inside))
-        self._observe_end(call, timings=answer.timings)
+        call.engine.metrics.record_outside(max(0.0, time.monotonic() - call.read.began_at - inside))
+        self._observe(call.request, call.read, call.arrival, timings=answer.timings)
         return response
-
-    def _observe_end(
-        self, call: RankCall, *, timings: Timings | None = None, error: Exception | None = None
-    ) -> None:
-        if self._observers:
-            self._observe(
-                call.request,
-                call.read,
-                call.arrived_at,
-                timings=timings,
-                error=error,
-                trace_parent=call.trace_parent,
-            )
 
     def _observe(
         self,
         request: messages.ModelInferRequest,
         read: _Read,
-        arrived_at: float,
+        arrival: Arrival,
         *,
         timings: Timings | None = None,
         error: Exception | None = None,
-        trace_parent: str | None = None,
     ) -> None:
-        """Tells the observers of a request."""
+        """Tells the observers of a request, if there are any."""
+        if not self._observers:
+            return
         status, message = ("OK", "") if error is None else _status(error)
         record = RequestRecord(
             ended_at=time.time(),
@@ -466,10 +479,12 @@ class InferenceService:
             candidates=read.candidates,
             status=status,
             message=message,
-            total_seconds=time.monotonic() - arrived_at,
+            total_seconds=time.monotonic() - arrival.at,
+            wait_seconds=max(0.0, read.began_at - arrival.at),
             decode_seconds=read.decode_seconds,
             timings=timings,
-            trace_parent=trace_parent,
+            transport=arrival.transport,
+            trace_parent=arrival.trace_parent,
         )
         for observe in self._observers:
             observe(record)
@@ -502,20 +517,6 @@ class InferenceService:
         return codec
 
 
-def seconds_left(context: grpc.ServicerContext) -> float:
-    """Until the caller's deadline; inf without one, which gRPC tells as some hundred billion years."""
-    seconds = context.time_remaining()
-    return math.inf if seconds is None or seconds > _NO_DEADLINE_SECONDS else seconds
-
-
-def trace_parent_of(context: grpc.ServicerContext) -> str | None:
-    """The caller's span, if its metadata names one."""
-    for key, value in context.invocation_metadata() or ():
-        if key == "traceparent" and isinstance(value, str):
-            return value
-    return None
-
-
 def _status(error: Exception) -> tuple[str, str]:
     code, message = status_of(error)
     return code.name, message
@@ -530,10 +531,10 @@ def _answer(call: RankCall) -> Answer:
         if call.future.done() and not call.future.cancelled():
             return call.future.result()  # it came just now, or it is the engine's own error
         call.cancel()
-        waited = time.monotonic() - call.arrived_at
+        waited = time.monotonic() - call.arrival.at
         raise DeadlineError(
             f"model {call.engine.spec.name!r}: expected an answer within the timeout of "
-            f"{(call.timeout_at - call.arrived_at) * 1e3:.1f} ms, got none in {waited * 1e3:.1f} ms"
+            f"{(call.timeout_at - call.arrival.at) * 1e3:.1f} ms, got none in {waited * 1e3:.1f} ms"
         ) from None
 
 

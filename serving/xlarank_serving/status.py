@@ -21,7 +21,16 @@ from xlarank.errors import (
     XlarankError,
 )
 
-__all__ = ["answering", "answering_stream", "error_of", "failure_reason", "http_status_of", "status_of"]
+__all__ = [
+    "answering",
+    "answering_stream",
+    "error_of",
+    "error_of_call",
+    "failure_reason",
+    "http_status_of",
+    "retry_after_ms",
+    "status_of",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +118,23 @@ def error_of(code: grpc.StatusCode, details: str) -> XlarankError:
     return error_type(details) if error_type else XlarankError(f"{code.name}: {details}")
 
 
+def error_of_call(call: Any) -> XlarankError:
+    """The same for a call that failed, with the time that the server asks a client to wait."""
+    error = error_of(call.code(), call.details() or "")
+    if isinstance(error, OverloadError):
+        pushback = str(dict(call.trailing_metadata() or ()).get(_PUSHBACK, ""))
+        if pushback.isdecimal():
+            error.retry_after_seconds = int(pushback) / 1e3
+    return error
+
+
+def retry_after_ms(error: BaseException) -> int | None:
+    """How long a client should wait before it asks again; None where an error doesn't say."""
+    if isinstance(error, OverloadError):
+        return max(1, round(error.retry_after_seconds * 1e3))
+    return None
+
+
 def answering(method: Callable[[Any, Any], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
     """Wraps an RPC method so that its exceptions reach the client as statuses and the server goes on.
 
@@ -144,8 +170,8 @@ def _abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
     code, details = status_of(error)
     if code is grpc.StatusCode.INTERNAL:
         _log.error("request failed: %s", details, exc_info=error)
-    if isinstance(error, OverloadError):
-        context.set_trailing_metadata(((_PUSHBACK, str(max(1, round(error.retry_after_seconds * 1e3)))),))
+    if (milliseconds := retry_after_ms(error)) is not None:
+        context.set_trailing_metadata(((_PUSHBACK, str(milliseconds)),))
     context.abort(code, details)
 
 

@@ -16,8 +16,9 @@ import grpc
 
 from xlarank.errors import UnavailableError
 from xlarank_serving._proto import grpc_service_pb2 as messages
-from xlarank_serving.service import InferenceService, RankCall, seconds_left, trace_parent_of
-from xlarank_serving.status import answering_stream, status_of
+from xlarank_serving.arrival import arrival_of
+from xlarank_serving.service import InferenceService, RankCall
+from xlarank_serving.status import answering_stream, retry_after_ms, status_of
 from xlarank_serving.threads import ServerThreads, on_threads
 
 __all__ = ["InferStreams"]
@@ -99,13 +100,13 @@ class InferStreams:
     def _begin(
         self, data: bytes, context: grpc.ServicerContext
     ) -> RankCall | messages.ModelStreamInferResponse:
-        request = messages.ModelInferRequest()
+        arrival, request = arrival_of(context, is_now=True), messages.ModelInferRequest()
         try:
-            message = self._service.read(data)
+            message = self._service.read(data, arrival)
             request = message.request
             if self._service.is_stopping:
                 raise UnavailableError("the server is stopping")
-            return self._service.begin(message, seconds_left(context), trace_parent_of(context))
+            return self._service.begin(message, arrival)
         except Exception as error:
             return _failure(request, error)
 
@@ -197,4 +198,6 @@ def _failure(request: messages.ModelInferRequest, error: Exception) -> messages.
     response = messages.ModelStreamInferResponse(error_message=details)
     response.infer_response.id = request.id
     response.infer_response.parameters["xlarank_status"].string_param = code.name
+    if (milliseconds := retry_after_ms(error)) is not None:
+        response.infer_response.parameters["xlarank_retry_after_ms"].int64_param = milliseconds
     return response

@@ -1,8 +1,8 @@
 """OpenTelemetry spans of ranking requests: `Tracer`. It needs the extra `otel`.
 
-A request is a span `ModelInfer` with five below it, decode, queue, gather, execute and respond, made when it
-is answered, from the times that were taken anyway; it continues the caller's trace where metadata has a
-`traceparent`. Requests that aren't sampled cost one decision.
+A request is a span `ModelInfer` with six below it, wait, decode, queue, gather, execute and respond, made
+when it is answered, from the times that were taken anyway; it continues the caller's trace where metadata has
+a `traceparent`. Requests that aren't sampled cost one decision.
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ class Tracer:
         begin = end - record.total_seconds
         span = self._tracer.start_span("ModelInfer", parent, SpanKind.SERVER, start_time=_nanoseconds(begin))
         if span.is_recording():
+            if record.transport == "grpc":
+                span.set_attributes({"rpc.system": "grpc", "rpc.grpc.status": record.status})
             span.set_attributes(
                 {
-                    "rpc.system": "grpc",
-                    "rpc.grpc.status": record.status,
+                    "xlarank.transport": record.transport,
+                    "xlarank.status": record.status,
                     "xlarank.model": record.model,
                     "xlarank.version": record.version,
                     "xlarank.request_id": record.id,
@@ -73,7 +75,7 @@ class Tracer:
     def _add_stages(self, span: trace.Span, record: RequestRecord, begin: float, end: float) -> None:
         if record.decode_seconds is None:
             return
-        stages = [("decode", record.decode_seconds)]
+        stages = [("wait", record.wait_seconds), ("decode", record.decode_seconds)]
         if record.timings is not None:
             stages += [(name, getattr(record.timings, name)) for name in ("queue", "gather", "execute")]
         context = trace.set_span_in_context(span)

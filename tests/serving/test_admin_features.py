@@ -2,16 +2,20 @@
 
 import contextlib
 import gc
+import socket
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import stored
+from xlarank_serving import admin as admin_server
 from xlarank_serving import admin_features
 from xlarank_serving._proto import grpc_service_pb2 as inference
 from xlarank_serving.admin import AdminClient, AdminServer
 
-from xlarank.errors import FeatureError, ModelNotFoundError, RequestError
+from xlarank.errors import FeatureError, ModelNotFoundError, RequestError, UnavailableError
 from xlarank.host import FeatureStore
 
 
@@ -50,6 +54,44 @@ def store():
 def admin(store):
     with AdminServer(StoreAlone(store), 0) as server, AdminClient(server.address) as client:
         yield client
+
+
+def test_a_port_that_closes_answers_what_has_come_and_hangs_up(store, monkeypatch):
+    has_come, go_on = threading.Event(), threading.Event()
+
+    class Slow(StoreAlone):
+        def remove_features(self, ids):
+            has_come.set()
+            assert go_on.wait(timeout=20)
+            return 1
+
+    monkeypatch.setattr(admin_server, "_GRACE_SECONDS", 20.0)
+    with (
+        AdminServer(Slow(store), 0) as server,
+        ThreadPoolExecutor(2) as pool,
+        AdminClient(server.address) as busy,
+        AdminClient(server.address) as idle,
+    ):
+        removed = pool.submit(busy.remove_features, "stored", [1])
+        assert has_come.wait(timeout=20)
+        with pytest.raises(ModelNotFoundError):
+            idle.remove_features("nobody", [1])
+        stopped = pool.submit(server.stop)
+        until_refused = iter(lambda: error_of(idle), "UnavailableError")
+        assert set(until_refused) <= {"ModelNotFoundError"}
+        go_on.set()
+        assert removed.result(timeout=20) == 1
+        stopped.result(timeout=20)
+        assert error_of(idle) == error_of(busy) == "UnavailableError"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", server.port), timeout=10)
+
+
+def error_of(client):
+    """Of a change to a model that isn't there."""
+    with pytest.raises((ModelNotFoundError, UnavailableError)) as caught:
+        client.remove_features("nobody", [1])
+    return caught.type.__name__
 
 
 def rows_of(seed, count):

@@ -7,6 +7,7 @@ import json
 import select
 import socket
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from xlarank.errors import (
 class Over:
     """A server over HTTP and what is behind it."""
 
-    def __init__(self, wire, security=None, **options):
+    def __init__(self, wire, security=None, is_managed=False, observers=(), **options):
         self.repository = wire.repository()
         self.engine = self.repository.add(wire.spec, 3)
         self.server = RankingServer(
@@ -39,6 +40,8 @@ class Over:
             ServerConfig(port=0, http_port=0),
             http=HttpConfig(port=0, **options),
             security=security,
+            manager=self.repository if is_managed else None,
+            observers=observers,
         )
         self.address = self.server.rest.address
 
@@ -422,13 +425,14 @@ def test_bodies_have_a_common_bound_and_give_their_share_back(own, wire):
         answer = b""
         while not answer.endswith(b"}"):
             answer += refused.recv(4096)
-        assert answer.startswith(b"HTTP/1.1 503")
+        assert answer.startswith(b"HTTP/1.1 429")
         assert b"retry-after: 1\r\n" in answer
+        assert b"retry-after-ms: 1000\r\n" in answer
         assert b"the server holds 16777216 bytes of requests, its limit; try again" in answer
         connections.remove(refused)
         connections[0].close()
         statuses = (over.infer(as_json(wire))[0] for _ in range(1000))  # until the server has noticed
-        assert next(status for status in statuses if status != 503) == 200
+        assert next(status for status in statuses if status != 429) == 200
 
 
 def test_a_body_that_does_not_come_is_given_up(own):
@@ -495,11 +499,57 @@ def test_who_may_not_call_is_refused(own, wire, tmp_path):
     assert over.infer(as_json(wire), Authorization="Bearer a-token-of-enough-letters")[0] == 200
 
 
+def test_models_are_loaded_and_unloaded_for_those_with_an_admin_token(own, tmp_path):
+    (tmp_path / "tokens").write_text("a-token-of-enough-letters\n")
+    over = own(security=SecurityConfig(admin_tokens=tmp_path / "tokens"), is_managed=True)
+    token = {"Authorization": "Bearer a-token-of-enough-letters"}
+    client = triton.InferenceServerClient(over.address)
+    client.load_model("feed", headers=token)
+    client.unload_model("feed", headers=token)
+    assert over.repository.calls == [("load", "feed"), ("unload", "feed")]
+    with pytest.raises(triton.InferenceServerException, match="no configuration and no file comes from"):
+        client.load_model("feed", headers=token, config="{}")
+    with pytest.raises(triton.InferenceServerException, match="expected a token"):
+        client.load_model("feed")
+    client.close()
+    assert len(over.repository.calls) == 2
+    body = {"parameters": ["config"]}
+    assert over.call("POST", "/v2/repository/models/feed/load", body, token.items())[0] == 400
+
+
+def test_what_waits_for_its_body_is_late_all_the_same(own, wire):
+    over = own()
+    body = json.dumps(as_json(wire) | {"parameters": {"timeout": 1_000}}).encode()
+    host, port = over.address.split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as slow:
+        head = f"POST /v2/models/feed/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        slow.sendall(head.encode())
+        while not over.repository.overloads:  # its headers have come
+            pass
+        end = time.monotonic() + 2e-3
+        while time.monotonic() < end:
+            pass
+        slow.sendall(body)
+        assert slow.recv(4096).startswith(b"HTTP/1.1 504")
+    assert over.engine.requests == []
+
+
+def test_observers_hear_of_requests_over_http_and_of_those_that_are_malformed(own, wire):
+    records = []
+    over = own(observers=[records.append])
+    assert over.infer(as_json(wire))[0] == 200
+    assert over.infer(b"{")[0] == 400
+    facts = [(one.transport, one.status, one.model) for one in records]
+    assert facts == [("http", "OK", "feed"), ("http", "INVALID_ARGUMENT", "feed")]
+    (family,) = over.server.refusals.collect()
+    assert [(sample.labels["status"], sample.value) for sample in family.samples] == [("INVALID_ARGUMENT", 1)]
+
+
 def test_under_overload_a_request_is_refused_unread(own):
     over = own()
     over.repository.refusal = OverloadError("the queue is full: why", 1.25)
     status, headers, answer = over.call("POST", "/v2/models/feed/infer", b"no message")
-    assert (status, headers["retry-after"]) == (429, "2")
+    assert (status, headers["retry-after"], headers["retry-after-ms"]) == (429, "2", "1250")
     assert json.loads(answer) == {"error": "the queue is full: why"}
 
 

@@ -4,6 +4,7 @@ import contextlib
 import resource
 import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +19,10 @@ from xlarank_serving.limits import check_message, check_request
 from xlarank_serving.parsing import read_infer_message
 from xlarank_serving.receiving import ReceiveWatch
 
-from xlarank.errors import FeatureError, RequestError
+from xlarank.errors import FeatureError, OverloadError, RequestError
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
+RST_STREAM = 3
 LIMITS = LimitConfig()
 
 
@@ -245,6 +247,46 @@ def test_answers_that_nobody_reads_hold_no_thread(wire):
         for _ in range(3):
             assert len(running.infer(wire.raw(**wire.valid(3))).outputs) == 2
         assert len(running.engine.requests) >= 3
+
+
+def test_of_answers_that_nobody_reads_the_oldest_are_given_up(wire):
+    data = wire.raw(**wire.valid(3)).SerializeToString()
+    with (
+        running_server(wire) as running,
+        contextlib.closing(RawClient(running.server.address, window=0)) as client,
+    ):
+        unread = running.server._unread
+        unread._max_bytes = 4 * 17 * 2**10  # four calls and their small answers
+        for i in range(12):
+            client.call(INFER, data, stream=2 * i + 1)
+        num_ended = 0
+        while num_ended < 8:
+            num_ended += client.next_frame()[0] == RST_STREAM
+        assert 0 < unread.num_bytes <= unread._max_bytes
+        assert len(running.infer(wire.raw(**wire.valid(3))).outputs) == 2
+        client.close()
+        while unread.num_bytes:  # who has left holds nothing
+            pass
+
+
+def test_calls_past_the_limit_are_told_when_to_come_again(wire, candidates):
+    with (
+        running_server(wire, num_threads=1, max_concurrent_rpcs=2) as running,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        running.client.metadata("feed")
+        running.engine.hold()
+        answers = [pool.submit(running.infer, wire.raw(**wire.valid(3))) for _ in range(2)]
+        while len(running.repository.overloads) < 2:
+            pass
+        text = "the server has 2 ranking calls in progress or waiting for a thread; max_concurrent_rpcs is 2"
+        with pytest.raises(OverloadError, match=text) as refused:
+            running.client.score("feed", candidates)
+        assert refused.value.retry_after_seconds == 0.25
+        assert running.client.is_ready()  # those who ask this aren't counted
+        running.engine.release()
+        assert [len(answer.result(timeout=10).outputs) for answer in answers] == [2, 2]
+        assert len(running.client.score("feed", candidates)["finish"]) == 3
 
 
 def test_a_call_without_a_message_is_refused(shared):

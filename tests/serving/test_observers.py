@@ -50,7 +50,7 @@ def ask(wire):
         running.append((server, channel))
         infer = channel.unary_unary(
             "/inference.GRPCInferenceService/ModelInfer",
-            messages.ModelInferRequest.SerializeToString,
+            lambda request: request if isinstance(request, bytes) else request.SerializeToString(),
             messages.ModelInferResponse.FromString,
         )
 
@@ -87,8 +87,12 @@ def test_requests_are_logged_with_their_times_and_what_failed_with_its_reason(as
     request = valid(wire)
     request.model_name = "nobody"
     assert send(request) is grpc.StatusCode.NOT_FOUND
+    assert send(b"no message") is grpc.StatusCode.INVALID_ARGUMENT
     log.close()
-    answered, refused, full, unknown = map(json.loads, path.read_text().splitlines())
+    answered, refused, full, unknown, malformed = map(json.loads, path.read_text().splitlines())
+    assert (answered["transport"], answered["wait_ms"] >= 0) == ("grpc", True)
+    assert (malformed["status"], malformed["model"]) == ("INVALID_ARGUMENT", "")
+    assert malformed["message"].startswith("expected a ModelInferRequest, got 10 bytes that aren't one")
     assert (answered["id"], answered["status"], answered["version"]) == ("first", "OK", "3")
     assert answered["candidates"] == 3
     assert (answered["queue_ms"], answered["gather_ms"], answered["execute_ms"]) == (1.0, 2.0, 3.0)
@@ -153,8 +157,10 @@ def test_a_line_is_json_with_times_in_milliseconds():
         "version": "3",
         "id": "a",
         "candidates": 5,
+        "transport": "grpc",
         "status": "OK",
         "ms": 10.0,
+        "wait_ms": 0.0,
         "decode_ms": 1.0,
         "queue_ms": 2.0,
         "gather_ms": 3.0,
@@ -188,11 +194,21 @@ def test_a_request_is_a_span_of_the_callers_trace_with_its_stages_below(ask, wir
     assert roots[0].attributes["xlarank.candidates"] == 3
     assert not roots[1].status.is_ok
     stages = [span for span in spans if span.name != "ModelInfer"]
-    assert [span.name for span in stages] == ["decode", "queue", "gather", "execute", "respond"]
+    assert [span.name for span in stages] == ["wait", "decode", "queue", "gather", "execute", "respond"]
     assert all(span.parent.span_id == roots[0].context.span_id for span in stages)
     assert stages[0].start_time == roots[0].start_time
     assert all(a.end_time == b.start_time for a, b in itertools.pairwise(stages))
     assert stages[-1].end_time == roots[0].end_time
+
+
+def test_spans_of_http_requests_say_so():
+    exporter = InMemorySpanExporter()
+    tracer = Tracer(TracingConfig(share=1.0), exporter=exporter)
+    tracer(record(transport="http", decode_seconds=None, timings=None))
+    tracer.close()
+    (span,) = exporter.get_finished_spans()
+    assert (span.attributes["xlarank.transport"], span.attributes["xlarank.status"]) == ("http", "OK")
+    assert "rpc.system" not in span.attributes
 
 
 def test_stages_last_as_long_as_they_did():
@@ -201,5 +217,13 @@ def test_stages_last_as_long_as_they_did():
     tracer(record())
     tracer.close()
     milliseconds = {s.name: (s.end_time - s.start_time) / 1e6 for s in exporter.get_finished_spans()}
-    expected = {"ModelInfer": 10, "decode": 1, "queue": 2, "gather": 3, "execute": 3.5, "respond": 0.5}
+    expected = {
+        "ModelInfer": 10,
+        "wait": 0,
+        "decode": 1,
+        "queue": 2,
+        "gather": 3,
+        "execute": 3.5,
+        "respond": 0.5,
+    }
     assert milliseconds == pytest.approx(expected, abs=1e-2)

@@ -3,12 +3,14 @@
 import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import np_to_triton_dtype
+from xlarank_serving.arrival import Arrival
 from xlarank_serving.parameters import read_parameters
 from xlarank_serving.parsing import InferMessage
 from xlarank_serving.service import InferenceService
@@ -65,10 +67,10 @@ def test_priority_reaches_the_engine_and_is_the_default_out_of_range(serving, wi
 
 def test_the_deadline_is_the_earliest_of_the_callers_the_requests_and_the_servers(wire, serving):
     def seconds_left(service, seconds_left, **parameters):
-        call = service.begin(
-            InferMessage(with_parameters(wire, wire.raw(**wire.valid(1)), **parameters)), seconds_left
-        )
-        return serving.engine.options[-1].deadline - call.arrived_at
+        message = InferMessage(with_parameters(wire, wire.raw(**wire.valid(1)), **parameters))
+        now = time.monotonic()
+        service.begin(message, Arrival(at=now, ends_at=now + seconds_left))
+        return serving.engine.options[-1].deadline - now
 
     plain = InferenceService(serving.repository)
     limited = InferenceService(serving.repository, default_timeout_seconds=2.0)
@@ -82,6 +84,29 @@ def test_the_deadline_is_the_earliest_of_the_callers_the_requests_and_the_server
     assert seconds_left(limited, 5.0, timeout=3_000_000) == pytest.approx(2)
     assert seconds_left(limited, 5.0, timeout=1_000) == pytest.approx(1e-3)
     assert seconds_left(limited, 1.0) == pytest.approx(1)
+
+
+def test_a_request_that_waits_for_a_thread_is_late_all_the_same(wire):
+    running = wire.start(num_threads=1)
+    running.engine.hold()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(running.infer, wire.raw(**wire.valid(1)))
+        assert running.engine.arrived.acquire(timeout=10)
+        late = with_parameters(wire, wire.raw(**wire.valid(1)), timeout=1_000)
+        refused = pool.submit(running.refusal, late, grpc.StatusCode.DEADLINE_EXCEEDED)
+        while len(running.repository.overloads) < 2:  # it has come
+            pass
+        end = time.monotonic() + 2e-3
+        while time.monotonic() < end:
+            pass
+        running.engine.release()
+        assert len(first.result(timeout=10).outputs) == 2
+        text = "expected an answer within the timeout of 1.0 ms, the request had waited "
+        assert text in refused.result(timeout=10)
+    assert len(running.engine.requests) == 1
+    running.channel.close()
+    running.client.close()
+    running.server.stop(0)
 
 
 def test_a_timeout_that_passes_is_told_and_cancels_the_request(serving, wire):

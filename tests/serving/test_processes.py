@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import json
 import os
+import queue
 import re
 import signal
 import threading
 import time
 from pathlib import Path
 
+import grpc
 import linear
 import numpy as np
 import pytest
@@ -340,14 +342,41 @@ class Load:
             thread.join()
 
 
+@contextlib.contextmanager
+def open_streams(address, count=6):
+    """Calls that have a connection each and don't end."""
+    requests = queue.SimpleQueue()
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            channel = stack.enter_context(grpc.insecure_channel(address, options))
+            stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+            answers = stream(iter(requests.get, None))
+            requests.put(b"")
+            next(answers)  # that no such model is there
+            stack.callback(answers.cancel)
+            stack.callback(requests.put, None)
+        yield
+
+
 def test_a_new_version_is_served_by_new_processes_and_no_request_fails(served):
     workers = served.workers()
     served.update()
     num_tables = max(tables_in_memory(pid) for pid in workers)
-    with Load(served.ready["grpc"]) as load:
+    with Load(served.ready["grpc"]) as load, triton.InferenceServerClient(served.ready["admin"]) as admin:
+
+        def serves(version):
+            with contextlib.suppress(triton.InferenceServerException):  # hung up on
+                index = admin.get_model_repository_index().models
+                return [model.version for model in index if model.name == "plain"] == [version]
+
         until(lambda: load.scales, "answers")
-        served.publish(2, PLAIN)
-        until(lambda: load.scales[-1] == 2, "answers of version 2")
+        assert serves("1")
+        with open_streams(served.ready["grpc"]):  # which the old processes stay for
+            served.publish(2, PLAIN)
+            until(lambda: load.scales[-1] == 2, "answers of version 2")
+            until(lambda: serves("2"), "one that changes the server, at a new process")
+            assert any(Path(f"/proc/{pid}").exists() for pid in workers)
         until(
             lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), "the end of the old processes"
         )

@@ -27,7 +27,7 @@ from xlarank_serving.config import HttpConfig, SecurityConfig, ServerConfig
 from xlarank_serving.server import RankingServer
 from xlarank_serving.tls import Certificates
 
-from xlarank.errors import AccessError, ConfigError, UnavailableError
+from xlarank.errors import AccessError, ConfigError, ModelNotFoundError, UnavailableError
 
 RANK, RANK_2, ADMIN = "rank-token-0123456789", "rank-token-9876543210", "admin-token-0123456789"
 
@@ -313,6 +313,20 @@ def test_a_stranger_s_message_is_not_read(wire, tokens):
         with pytest.raises(grpc.RpcError) as caught:
             running.infer(request, metadata=[("authorization", f"Bearer {RANK}")])
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_process_that_others_replace_ranks_and_takes_no_changes(guarded, candidates):
+    with (
+        AdminClient(guarded.server.address, token=ADMIN) as admin,
+        RankingClient(guarded.server.address, timeout=10, token=RANK) as client,
+    ):
+        before = client.score("feed", candidates)["finish"]
+        with pytest.raises(ModelNotFoundError):
+            admin.update_rows("nobody", "videos", [1], np.zeros((1, 4)))
+        guarded.server.retire(lambda _: True)
+        with pytest.raises(UnavailableError, match="takes no more changes, as it is about to end: connect"):
+            admin.update_rows("nobody", "videos", [1], np.zeros((1, 4)))
+        np.testing.assert_array_equal(client.score("feed", candidates)["finish"], before)
 
 
 def test_tokens_are_exchanged_while_serving(guarded, candidates, tokens, caplog):

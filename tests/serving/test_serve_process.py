@@ -76,6 +76,7 @@ def test_bad_requests_between_good_ones_harm_nobody(running):
                 client.score("linear", features(2), version=2)
             scores = client.score("linear", features(9))["value"]
             np.testing.assert_allclose(scores, expected(9), rtol=1e-5, atol=1e-4)
+    assert float(metrics_of(running)['xlarank_requests_refused_total{status="NOT_FOUND"}']) >= 3
 
 
 def test_metrics_count_what_was_served(running):

@@ -349,6 +349,27 @@ def test_under_overload_a_request_is_refused_unread(wire, candidates):
     assert len(running.client.score("feed", candidates)["finish"]) == 3
 
 
+def test_requests_that_no_version_counts_are_counted_by_status(serving, wire):
+    def refused():
+        (family,) = serving.server.refusals.collect()
+        return {sample.labels["status"]: sample.value for sample in family.samples}
+
+    send = serving.channel.unary_unary(f"/{SERVICE_NAME}/ModelInfer")
+    many = wire.raw(**wire.valid(1))
+    many.id = "i" * 2000
+    unknown = wire.messages.ModelInferRequest(model_name="food").SerializeToString()
+    bad = wire.raw(age=("FP32", [1], b"")).SerializeToString()  # which version 3 counts
+    for data in (b"no message", many.SerializeToString(), unknown, bad):
+        with pytest.raises(grpc.RpcError):
+            send(data, timeout=10)
+    assert refused() == {"INVALID_ARGUMENT": 2, "NOT_FOUND": 1}
+    assert serving.engine.metrics.statistics().num_failures == 1
+    serving.repository.refusal = OverloadError("the queue is full: why", 0.25)
+    with pytest.raises(grpc.RpcError):
+        send(bad, timeout=10)
+    assert refused()["RESOURCE_EXHAUSTED"] == 1
+
+
 def test_calls_that_wait_for_their_engine_or_never_come_are_not_on_their_way(wire):
     running = wire.start()
     looks = running.repository.overloads

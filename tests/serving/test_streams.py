@@ -96,6 +96,7 @@ def test_an_engines_error_is_told_on_the_stream(serving, wire, caller):
     answer = next(caller.answers)
     assert answer.error_message == "model 'feed': the queue is full"
     assert answer.infer_response.parameters["xlarank_status"].string_param == "RESOURCE_EXHAUSTED"
+    assert answer.infer_response.parameters["xlarank_retry_after_ms"].int64_param == 20
     serving.engine.error = None
     caller.send(request_of(wire, "2"))
     assert next(caller.answers).infer_response.id == "2"

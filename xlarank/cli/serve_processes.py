@@ -204,7 +204,7 @@ def _work(
             say_ready()
             wait([running.stop.fileno(), retire.fileno()])
             if not running.stop.is_set():
-                running.server.retire(running.stop.wait)
+                running.retire(running.stop.wait)
             bound_stop(config)
     except XlarankError as error:
         supervised.tell(Failed(reason=str(error), version=held.loading))

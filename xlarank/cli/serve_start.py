@@ -43,6 +43,16 @@ class RunningServer:
     stop: StopRequest
     """Set by a signal."""
 
+    admin: AdminServer | None = None
+    """On its own port, if it was asked for."""
+
+    def retire(self, wait: Callable[[float], bool]) -> None:
+        """Lets clients go to the processes that replace this one: see `RankingServer.retire`. Those that
+        change the server go first, or what they change would be gone with this process."""
+        if self.admin is not None:
+            self.admin.stop()
+        self.server.retire(wait)
+
 
 @contextlib.contextmanager
 def running_server(
@@ -90,7 +100,9 @@ def running_server(
         except ConfigError:
             repository.close()
             raise
+        metrics.register(server.refusals)
         with server, contextlib.ExitStack() as stack:
+            admin = None
             models = [f"{name}/{version}" for name, version, _ in repository.models()]
             ready = {"grpc": server.address, "http": server.http_address, "models": models}
             if server.rest is not None:
@@ -100,7 +112,7 @@ def running_server(
                     repository, config.server.admin_port, manager=repository, is_one_of_many=is_one_of_many
                 )
                 ready["admin"] = stack.enter_context(admin).address
-            yield RunningServer(server, repository, metrics, ready, stop)
+            yield RunningServer(server, repository, metrics, ready, stop, admin)
 
 
 def bound_stop(config: ServeConfig) -> None:
