@@ -16,8 +16,8 @@ _log = logging.getLogger(__name__)
 
 _MAX_BYTES = 256 * 2**20
 
-_CALL_BYTES = 16 * 2**10
-"""What gRPC holds for a call beside its answer, about."""
+_CALL_BYTES = 32 * 2**10
+"""What a call takes beside its answer, as measured."""
 
 
 class UnreadAnswers:
@@ -31,7 +31,7 @@ class UnreadAnswers:
     def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
         """
         Args:
-          max_bytes: of all answers together, with 16 KiB a call; one alone may be larger.
+          max_bytes: of all answers together, with 32 KiB a call; one alone may be larger.
         """
         self._max_bytes = max_bytes
         self._lock = threading.Lock()

@@ -256,7 +256,7 @@ def test_of_answers_that_nobody_reads_the_oldest_are_given_up(wire):
         contextlib.closing(RawClient(running.server.address, window=0)) as client,
     ):
         unread = running.server._unread
-        unread._max_bytes = 4 * 17 * 2**10  # four calls and their small answers
+        unread._max_bytes = 4 * 33 * 2**10  # four calls and their small answers
         for i in range(12):
             client.call(INFER, data, stream=2 * i + 1)
         num_ended = 0

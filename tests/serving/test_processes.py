@@ -345,9 +345,9 @@ class Load:
 @contextlib.contextmanager
 def open_streams(address, count=6):
     """Calls that have a connection each and don't end."""
-    requests = queue.SimpleQueue()
     with contextlib.ExitStack() as stack:
         for _ in range(count):
+            requests = queue.SimpleQueue()
             options = [("grpc.use_local_subchannel_pool", 1)]
             channel = stack.enter_context(grpc.insecure_channel(address, options))
             stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")

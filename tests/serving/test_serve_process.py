@@ -76,7 +76,12 @@ def test_bad_requests_between_good_ones_harm_nobody(running):
                 client.score("linear", features(2), version=2)
             scores = client.score("linear", features(9))["value"]
             np.testing.assert_allclose(scores, expected(9), rtol=1e-5, atol=1e-4)
-    assert float(metrics_of(running)['xlarank_requests_refused_total{status="NOT_FOUND"}']) >= 3
+    with (
+        triton.InferenceServerClient(running["grpc"]) as client,
+        pytest.raises(triton.InferenceServerException, match="'linear' version 2 is not found"),
+    ):
+        client.infer("linear", tensors_of(5), model_version="2")
+    assert metrics_of(running)['xlarank_requests_refused_total{status="NOT_FOUND"}'] == "1.0"
 
 
 def test_metrics_count_what_was_served(running):
