@@ -7,6 +7,8 @@ import threading
 import linear
 import numpy as np
 import pytest
+from executors import Faulty, wrap
+from xlarank_serving.service import InferenceService
 
 from xlarank import device
 from xlarank.errors import (
@@ -458,6 +460,51 @@ def test_one_sick_device_of_two_does_not_keep_a_new_version_away(publish, opened
     repository.poll()
     assert scores(repository) == 2
     assert repository._pool.statuses()[0].state is DeviceState.QUARANTINED
+
+
+def test_readiness_and_metrics_tell_of_devices_that_are_lost_and_of_those_that_come_back(publish, opened):
+    publish(1)
+    metrics = Metrics()
+    repository = opened(metrics=metrics, faults=FaultConfig(probe_seconds=0.01))
+    service = InferenceService(repository)
+    devices = wrap(repository.engine("linear"), Faulty)
+
+    def wait_for(state, *indices):
+        with repository._pool._work:
+            states = repository._pool._health.statuses
+            assert repository._pool._work.wait_for(
+                lambda: all(states()[index].state is state for index in indices), 60
+            )
+
+    def told():
+        """Whether the server is ready, and by device whether it is told to be healthy, and its losses."""
+        series = values_of(metrics, "xlarank_device_")
+        devices = [
+            [series[f'state{{device="{index}",state="{state}"}}'] for state in ("healthy", "quarantined")]
+            + [series[f'quarantines_total{{device="{index}"}}']]
+            for index in (0, 1)
+        ]
+        return service.server_ready(None, None).ready, devices
+
+    def broken(bucket, leaves, scores):
+        raise RuntimeError("the device is broken")
+
+    assert told() == (True, [[1, 0, 0], [1, 0, 0]])
+    devices[0].fault = broken
+    while repository._pool.statuses()[0].state is not DeviceState.QUARANTINED:
+        assert scores(repository) == 1
+    assert told() == (True, [[0, 1, 1], [1, 0, 0]])
+    devices[1].fault = broken
+    with pytest.raises(UnavailableError, match=r"no device is healthy .*the device is broken"):
+        scores(repository)
+    wait_for(DeviceState.QUARANTINED, 0, 1)
+    assert told() == (False, [[0, 1, 1], [0, 1, 1]])
+    assert not repository.is_ready
+    assert repository.models() == [("linear", 1, False)]
+    devices[0].fault = None
+    wait_for(DeviceState.HEALTHY, 0)
+    assert told() == (True, [[1, 0, 1], [0, 1, 1]])
+    assert scores(repository) == 1
 
 
 def test_a_version_that_hangs_a_device_is_not_served_and_the_device_comes_back(publish, opened, monkeypatch):
