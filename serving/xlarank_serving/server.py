@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from xlarank.errors import ConfigError
 from xlarank_serving import admin, health, reflection
 from xlarank_serving.access import Authorizer, Gatekeeper
 from xlarank_serving.config import ConnectionConfig, HttpConfig, LimitConfig, SecurityConfig, ServerConfig
+from xlarank_serving.extras import http_server_type
 from xlarank_serving.gate import Gate
 from xlarank_serving.health import HealthService
 from xlarank_serving.layout import SERVICE_NAME
@@ -144,7 +144,7 @@ class RankingServer:
                 undo.callback(self._http.close)
             self.rest: HttpServer | None = None
             if http is not None and http.port is not None:
-                self.rest = _http_server()(
+                self.rest = http_server_type()(
                     self._service,
                     repository,
                     self._threads,
@@ -273,18 +273,6 @@ def metrics_server(
         tls=None if security.plain_http else tls,
         check=authorizer.check_metrics,
     )
-
-
-def _http_server() -> type[HttpServer]:
-    """Loaded by those who ask for it."""
-    try:
-        from xlarank_serving.http_server import HttpServer
-    except ImportError as error:
-        raise ConfigError(
-            f"http: expected {error.name} to be installed, for the protocol over HTTP: pip install "
-            f"'xlarank[http]'"
-        ) from error
-    return HttpServer
 
 
 class StopRequest:

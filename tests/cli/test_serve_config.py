@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,8 @@ from xlarank.cli import main, serve_config
 from xlarank.cli.sections import config_text, options_of, read_sections
 from xlarank.cli.serve_check import UNCHECKED
 from xlarank.cli.serve_config import ServeConfig, port_problems
+from xlarank.errors import ConfigError
+from xlarank.runtime import ModelPolicy, ModelRepository, VersionOptions
 from xlarank.spec import PlatformOptions
 
 EXAMPLE = Path(__file__).parents[2] / "configs" / "server.toml"
@@ -248,6 +251,37 @@ def test_a_repository_that_can_t_be_served_is_a_problem(check, tmp_path, monkeyp
     assert status == 1
     assert "expected" in problem
     assert "repository" in problem
+
+
+def test_a_policy_of_a_model_that_isn_t_there_is_a_problem_unless_it_may_come(check, repository, tmp_path):
+    file = tmp_path / "server.toml"
+    file.write_text('[[versions.models]]\nname = "bear"\n')
+    words = (str(repository), *FREE, "--config", str(file))
+    told = f"repository {repository}: versions: policies of models ['bear'], found ['bare']"
+    assert check(*words) == (1, "", [told])
+    assert check(*words, "--watch-seconds", "1") == (0, OK, [])
+    with pytest.raises(ConfigError, match=re.escape(told)):  # as the server says it
+        ModelRepository.open(repository, versions=VersionOptions(models=(ModelPolicy(name="bear"),)))
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "package", "extra"),
+    [
+        (("--rest-port", "0"), "http_server", "uvicorn", "http"),
+        (("--otlp-endpoint", "http://localhost:1"), "tracing", "opentelemetry", "otel"),
+    ],
+)
+def test_an_extra_that_isn_t_installed_is_a_problem(
+    check, repository, monkeypatch, words, module, package, extra
+):
+    assert check(str(repository), *FREE, *words) == (0, OK, [])
+    monkeypatch.delitem(sys.modules, f"xlarank_serving.{module}")
+    monkeypatch.setitem(sys.modules, package, None)
+    status, _, (problem,) = check(str(repository), *FREE, *words)
+    assert status == 1
+    assert f"expected {package} to be installed" in problem
+    assert f"pip install 'xlarank[{extra}]'" in problem
+    assert check(str(repository), *FREE) == (0, OK, [])
 
 
 def test_a_bundle_in_a_folder_of_another_name_is_a_problem(check, repository):

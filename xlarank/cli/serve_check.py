@@ -8,6 +8,7 @@ from pathlib import Path
 
 from xlarank_serving.access import Authorizer
 from xlarank_serving.config import SecurityConfig
+from xlarank_serving.extras import http_server_type, tracer_type
 from xlarank_serving.tls import ServerTls
 
 from xlarank.bundle import Bundle, Verify, list_versions, open_bundle
@@ -26,8 +27,10 @@ UNCHECKED = (
 
 
 def problems_of(config: ServeConfig) -> list[str]:
-    """Everything that is wrong, a line each: files, certificates, tokens, ports, bundles, feature files."""
+    """Everything that is wrong, a line each: ports, packages, certificates, tokens, files, policies, bundles,
+    feature files."""
     problems = port_problems(config.ports)
+    problems += _extras_problems(config)
     problems += _security_problems(config.security)
     problems += _path_problems(config)
     versions, wrong = _versions(config)
@@ -41,6 +44,19 @@ def problems_of(config: ServeConfig) -> list[str]:
             "slowly, with --allow-reference-gather"
         )
     return problems
+
+
+def _extras_problems(config: ServeConfig) -> Iterator[str]:
+    """Packages that what is asked for needs: the server and this look for them through the same code."""
+    for load, is_asked_for in (
+        (http_server_type, config.http.port is not None),
+        (tracer_type, config.tracing.endpoint is not None),
+    ):
+        if is_asked_for:
+            try:
+                load()
+            except ConfigError as error:
+                yield str(error)
 
 
 def _security_problems(security: SecurityConfig) -> Iterator[str]:
@@ -86,8 +102,13 @@ def _versions(config: ServeConfig) -> tuple[dict[str, list[int]], list[str]]:
         return {}, [str(error)]
     if not found and config.versions.watch_seconds is None:  # one that is watched may be empty yet
         return {}, [f"repository {repository}: expected bundles as <model>/<version>, found none"]
+    missing: list[str] = []
+    try:
+        config.versions.check_models(repository, found)
+    except ConfigError as error:
+        missing.append(str(error))
     wanted = {m: config.versions.policy_of(m).wanted(numbers, ()) for m, numbers in found.items()}
-    missing = [
+    missing += [
         f"versions: model {model!r}: its policy wants none of the versions {found[model]} in {repository}"
         for model, numbers in sorted(wanted.items())
         if not numbers and config.versions.watch_seconds is None

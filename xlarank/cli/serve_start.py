@@ -129,13 +129,9 @@ def _observers(config: ServeConfig) -> list[AccessLog | Tracer]:
 
         observers.append(AccessLog(config.access_log))
     if config.tracing.endpoint is not None:
-        try:
-            from xlarank_serving.tracing import Tracer
-        except ImportError as error:
-            raise ConfigError(
-                f"tracing: expected {error.name} to be installed: pip install 'xlarank[otel]'"
-            ) from error
-        observers.append(Tracer(config.tracing))
+        from xlarank_serving.extras import tracer_type
+
+        observers.append(tracer_type()(config.tracing))
     return observers
 
 

@@ -130,10 +130,8 @@ class ModelRepository:
             versions = dataclasses.replace(versions, watch_seconds=None)
             by_model = itertools.groupby(sorted(held.tables), key=lambda version: version[0])
             found = {model: [version for _, version in own] for model, own in by_model}
-        if not is_watched and (unknown := {policy.name for policy in versions.models} - {"", *found}):
-            raise ConfigError(
-                f"repository {root}: versions: policies of models {sorted(unknown)}, found {sorted(found)}"
-            )
+        if not is_watched:
+            versions.check_models(root, found)
         stores = stores_by_model(features, None if is_watched else found)
         device.configure(num_devices=num_devices, platforms=platforms, compile_cache=compile_cache)
         metrics = metrics or Metrics()

@@ -10,6 +10,7 @@ import enum
 import hashlib
 import math
 from collections.abc import Collection
+from pathlib import Path
 
 from xlarank.errors import ConfigError
 from xlarank.spec.fields import (
@@ -214,6 +215,15 @@ class VersionOptions:
         """The model's own policy, or the one of all others."""
         by_name = {policy.name: policy for policy in self.models}
         return by_name.get(model) or by_name.get("") or ModelPolicy()
+
+    def check_models(self, repository: Path, found: Collection[str]) -> None:
+        """Refuses policies of models that aren't in a repository, unless they may yet come; ConfigError."""
+        unknown = {policy.name for policy in self.models} - {"", *found}
+        if unknown and self.watch_seconds is None:
+            raise ConfigError(
+                f"repository {repository}: versions: policies of models {sorted(unknown)}, found "
+                f"{sorted(found)}"
+            )
 
 
 class VersionState(enum.StrEnum):
