@@ -343,20 +343,16 @@ class Load:
 
 
 @contextlib.contextmanager
-def open_streams(address, count=6):
-    """Calls that have a connection each and don't end."""
-    with contextlib.ExitStack() as stack:
-        for _ in range(count):
-            requests = queue.SimpleQueue()
-            options = [("grpc.use_local_subchannel_pool", 1)]
-            channel = stack.enter_context(grpc.insecure_channel(address, options))
-            stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
-            answers = stream(iter(requests.get, None))
-            requests.put(b"")
-            next(answers)  # that no such model is there
-            stack.callback(answers.cancel)
-            stack.callback(requests.put, None)
-        yield
+def open_stream(address):
+    """A call on a connection of its own, which doesn't end."""
+    requests = queue.SimpleQueue()
+    with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+        answers = stream(iter(requests.get, None))
+        requests.put(b"")
+        next(answers)  # that no such model is there
+        yield answers
+        requests.put(None)
 
 
 def test_a_new_version_is_served_by_new_processes_and_no_request_fails(served):
@@ -372,11 +368,17 @@ def test_a_new_version_is_served_by_new_processes_and_no_request_fails(served):
 
         until(lambda: load.scales, "answers")
         assert serves("1")
-        with open_streams(served.ready["grpc"]):  # which the old processes stay for
-            served.publish(2, PLAIN)
-            until(lambda: load.scales[-1] == 2, "answers of version 2")
+        served.publish(2, PLAIN)
+        with contextlib.ExitStack() as stack:
+            # The old processes stay for as long as these do, which is a minute each.
+            streams = [stack.enter_context(open_stream(served.ready["grpc"])) for _ in range(6)]
+            deadline = time.monotonic() + WITHIN_SECONDS
+            while load.scales[-1] != 2:
+                assert time.monotonic() < deadline, "expected answers of version 2"
+                streams.append(stack.enter_context(open_stream(served.ready["grpc"])))
+                time.sleep(1)
             until(lambda: serves("2"), "one that changes the server, at a new process")
-            assert any(Path(f"/proc/{pid}").exists() for pid in workers)
+            assert all(stream.is_active() for stream in streams[-6:])
         until(
             lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), "the end of the old processes"
         )
