@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -99,6 +101,34 @@ def test_a_file_as_a_source_answers_what_it_has(path, rows):
         assert joined(store, ids) == [rows[i] for i in ids.tolist()]
         assert store.stats().bytes <= 2**16
     assert source.fetch(np.array([0])).ids.tolist() == []
+
+
+@pytest.mark.parametrize("name", ["index.bin", "records.bin"])
+def test_a_file_that_is_cut_short_while_it_is_mapped_is_noticed(path, name):
+    file = FeatureFile.open(path)
+    file.check_size()
+    whole = (path / name).stat().st_size
+    os.truncate(path / name, 16)
+    with pytest.raises(BundleError, match=rf"{name}: expected {whole} bytes, got 16"):
+        file.check_size()
+
+
+def test_a_file_that_is_removed_or_replaced_stays_as_it_was_mapped(path, rows, tmp_path):
+    file = FeatureFile.open(path)
+    path.rename(tmp_path / "before")
+    write(path, {1: stored.DEFAULT_ROW})
+    file.check_size()
+    shutil.rmtree(path)
+    shutil.rmtree(tmp_path / "before")
+    file.check_size()
+    assert joined(FeatureStore(stored.SPEC, file=file), list(rows)) == list(rows.values())
+
+
+def test_a_store_knows_its_file_and_that_of_its_source(path):
+    file = FeatureFile.open(path)
+    cache = FeatureStore(stored.SPEC, source=FileSource(file), misses="fetch", memory_bytes=2**16)
+    assert cache.file is FeatureStore(stored.SPEC, file=file).file is file
+    assert FeatureStore(stored.SPEC).file is None
 
 
 def test_an_id_that_comes_twice_is_refused_with_both_rows(tmp_path):

@@ -60,6 +60,9 @@ class FeatureFile:
     records: np.ndarray
     """[bytes] uint8, mapped."""
 
+    maps: Mapping[str, mmap.mmap]
+    """What is mapped, by name in the folder; of an empty file nothing is."""
+
     @classmethod
     def open(cls, path: Path | str) -> FeatureFile:
         """Maps a file and reads it once, to check it whole.
@@ -69,12 +72,24 @@ class FeatureFile:
         """
         path = Path(path)
         manifest = _read_manifest(path)
-        index, records = (_map(path / name, manifest["files"][name]) for name in (_INDEX, _RECORDS))
-        file = cls(path, manifest["model"], _schema(manifest), manifest["rows"], index, records)
+        maps: dict[str, mmap.mmap] = {}
+        index, records = (_map(path / name, manifest["files"][name], maps) for name in (_INDEX, _RECORDS))
+        file = cls(path, manifest["model"], _schema(manifest), manifest["rows"], index, records, maps)
         found = file.table().stats()["rows"]
         if found != file.num_rows:
             raise BundleError(f"{path / _INDEX}: damaged: expected {file.num_rows} rows, got {found}")
         return file
+
+    def check_size(self) -> None:
+        """Asks for the sizes of what is mapped, and not of what may have taken its place on the disk since.
+
+        Raises:
+          BundleError: if a file is shorter or longer than it was: who reads what it no longer has is killed.
+        """
+        for name, mapped in self.maps.items():
+            num_bytes = mapped.size()
+            if num_bytes != len(mapped):
+                raise BundleError(f"{self.path / name}: expected {len(mapped)} bytes, got {num_bytes}")
 
     def table(self) -> FeatureTable:
         """A table over it; what is put into one is not seen by another.
@@ -224,7 +239,8 @@ def _schema(manifest: Mapping[str, Any]) -> FeatureSchema:
     )
 
 
-def _map(path: Path, expected: Mapping[str, Any]) -> np.ndarray:
+def _map(path: Path, expected: Mapping[str, Any], maps: dict[str, mmap.mmap]) -> np.ndarray:
+    """The bytes of a file, checked; its mapping is added to the others by its name."""
     try:
         with open(path, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
@@ -234,7 +250,7 @@ def _map(path: Path, expected: Mapping[str, Any]) -> np.ndarray:
             if num_bytes == 0:  # nothing can't be mapped
                 data: Any = b""
             else:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                data = maps[path.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise BundleError(f"{path}: can't be read: {error.strerror or error}") from error
     array = np.frombuffer(data, np.uint8)

@@ -43,9 +43,14 @@ class FeatureSource(Protocol):
 
 
 class FileSource:
-    """The rows of a feature file. Any thread."""
+    """The rows of a feature file. Any thread.
+
+    Attributes:
+      file: it.
+    """
 
     def __init__(self, file: FeatureFile) -> None:
+        self.file = file
         self._table = file.table()
 
     def fetch(self, ids: np.ndarray) -> FeatureRows:

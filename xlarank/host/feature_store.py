@@ -16,7 +16,7 @@ from xlarank.errors import ConfigError, FeatureError, XlarankError
 from xlarank.host.feature_columns import FeatureTable
 from xlarank.host.feature_file import FeatureFile
 from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_features
-from xlarank.host.feature_source import FeatureSource
+from xlarank.host.feature_source import FeatureSource, FileSource
 from xlarank.spec import Column, ModelSpec, check_candidate_ids, default_column, join_columns, take
 
 __all__ = ["FeatureStore", "FeatureStoreStats", "MissPolicy", "check_cache_bounds"]
@@ -85,6 +85,7 @@ class FeatureStore:
       rows_spec: the model with the stored features alone: what a row is checked against.
       names: of the stored features; a request brings those that aren't.
       misses: what becomes of a candidate that isn't there.
+      file: what it reads rows from, itself or by its source; None if from no file.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class FeatureStore:
         if self.misses is MissPolicy.DEFAULT:
             self._check_defaults()
         self._source = source
+        self.file = source.file if isinstance(source, FileSource) else file
         self._table = file.table() if file is not None else FeatureTable(schema, limit=memory_bytes or 0)
         self._max_age = None if max_age_seconds is None else int(max_age_seconds * _TICKS_A_SECOND)
         self._clock = clock

@@ -171,6 +171,8 @@ class Engine:
             features=None if features is None else features.stats,
         )
         self._table_check = loaded.table_check
+        if features is not None and features.file is not None:
+            self._table_check.watch(features.file)
         huge_pages = loaded.report.huge_pages
         self.metrics.set_tables(
             places={
@@ -224,7 +226,7 @@ class Engine:
 
     @property
     def damage(self) -> str | None:
-        """What was found to be wrong with the bundle since loading, such as a damaged table."""
+        """What was found to be wrong with files in use since loading, such as a damaged table."""
         return self._table_check.fault
 
     @property
@@ -254,9 +256,11 @@ class Engine:
         Raises:
           FeatureError: for values that a request can't have, or ids that the store doesn't have.
           ConfigError: for ids without a store.
+          UnavailableError: for ids where a file in use is damaged.
         """
         if candidate_ids is None:
             return RankRequest(self.spec, features, check=self._gatherer.check)
+        self._check_damage()
         ids = check_candidate_ids(candidate_ids)
         joined = self._store().join(ids, features)
         return RankRequest(self.spec, joined, num_candidates=len(ids), check=self._gatherer.check)
@@ -295,10 +299,7 @@ class Engine:
                 f"model {self.spec.name!r}: expected a RankRequest, got {type(request).__name__}; "
                 f"engine.request(features) makes one"
             )
-        if self._table_check.fault is not None:  # that no device works, the pool says below
-            raise UnavailableError(
-                f"model {self.spec.name!r} version {self.version} has failed: {self._table_check.fault}"
-            )
+        self._check_damage()  # that no device works, the pool says below
         pending = Pending(self._gatherer.bind(request), self._tasks, time.monotonic())
         with self._idle:
             if not self._is_open:
@@ -374,6 +375,12 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_damage(self) -> None:
+        if self._table_check.fault is not None:
+            raise UnavailableError(
+                f"model {self.spec.name!r} version {self.version} has failed: {self._table_check.fault}"
+            )
 
     def _store(self) -> FeatureStore:
         if self.features is None:

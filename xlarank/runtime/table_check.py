@@ -1,4 +1,4 @@
-"""The content of mapped tables, checked while they serve: `TableCheck`."""
+"""Mapped files, checked while they serve: `TableCheck`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from xlarank.bundle import TableFile
 from xlarank.errors import BundleError
+from xlarank.host import FeatureFile
 from xlarank.runtime.background import lower_priority
 
 __all__ = ["TableCheck"]
@@ -26,7 +27,8 @@ class TableCheck:
     The thread has the lowest priority and reads the files without mapping them, so that the process's
     resident memory doesn't grow. When all is checked it goes on comparing the files' sizes: who reads a
     mapped page that its file no longer has is killed by the system (SIGBUS), and a file that is cut short is
-    to be a fault before most of its readers get there. Any thread may read the properties.
+    to be a fault before most of its readers get there. A mapped file of candidate features, which was checked
+    whole when it was opened, is watched so too. Any thread may read the properties.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class TableCheck:
         """
         self._files = tuple(files)
         self.num_bytes = num_read_bytes + sum(file.num_bytes for file in self._files)
+        self._features: FeatureFile | None = None  # set before the start
         self._num_checked_bytes = num_read_bytes  # written by one thread at a time
         self._fault: str | None = None  # set once
         self._size_check_seconds = size_check_seconds
@@ -56,7 +59,7 @@ class TableCheck:
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with the tables; None as far as is known."""
+        """What is wrong with the files; None as far as is known."""
         return self._fault
 
     def sample(self) -> None:
@@ -74,15 +77,20 @@ class TableCheck:
             self._num_checked_bytes += file.check_chunk(chunk)
         self._left = [item for item in self._left if item not in picked]
 
+    def watch(self, features: FeatureFile) -> None:
+        """Compares the sizes of that one's files too, from `start` on."""
+        self._features = features
+
     def start(self) -> None:
         """Checks what is left in the background, then the sizes until `stop`; once."""
-        if not self._files:
+        if not self._files and self._features is None:
             return
-        _log.info(
-            "%d of %d bytes of mapped tables are checked, the others are checked in the background",
-            self.num_checked_bytes,
-            self.num_bytes,
-        )
+        if self._files:
+            _log.info(
+                "%d of %d bytes of mapped tables are checked, the others are checked in the background",
+                self.num_checked_bytes,
+                self.num_bytes,
+            )
         self._thread = threading.Thread(target=self._run, name="xlarank-table-check", daemon=True)
         self._thread.start()
 
@@ -98,7 +106,7 @@ class TableCheck:
             self._is_checked.wait()
 
     def check_sizes(self) -> bool:
-        """Compares the size of every file that is still there with the table's; a wrong one is a `fault`.
+        """Compares the size of every file in use with what it was; a wrong one is a `fault`.
 
         Returns:
           Whether all are right.
@@ -106,9 +114,11 @@ class TableCheck:
         try:
             for file in self._files:
                 file.check_size()
+            if self._features is not None:
+                self._features.check_size()
         except BundleError as error:
             self._fault = str(error)
-            _log.error("a table in use is damaged: %s", error)
+            _log.error("a file in use is damaged: %s", error)
             return False
         return True
 
@@ -140,4 +150,5 @@ class TableCheck:
                 self._fault = str(error)
                 _log.error("a table in use is damaged: %s", error)
                 return
-        _log.info("all %d bytes of mapped tables are checked", self.num_bytes)
+        if self._files:
+            _log.info("all %d bytes of mapped tables are checked", self.num_bytes)
