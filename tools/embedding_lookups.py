@@ -22,7 +22,7 @@ import numpy as np
 from xlarank.host import Gatherer, HostTable, Segment, aligned_empty, encode_rows, huge_empty
 from xlarank.host._extension import native
 from xlarank.host.plan import native_table
-from xlarank.host.prefetch import fastest
+from xlarank.host.prefetch import DISTANCES, fastest
 from xlarank.host.traces import Hotness, trace
 from xlarank.spec import Bucket, ModelSpec, Ragged, RankRequest, RowFormat
 
@@ -45,9 +45,8 @@ NUM_BAGS = 512
 
 _BLOCK_ROWS = 1 << 16
 
-_LINES_AHEAD = (0, 8, 16, 32, 64)
 _CEILING_S = 1.0
-"""To find the best of them."""
+"""To find the best distance of the prefetch."""
 
 _PARTS = 4
 """Of a table's ids in a batch, for threads to share: none waits for one that got no core."""
@@ -269,7 +268,7 @@ def _gather(
 def _read(tables: list[HostTable], ids: np.ndarray, num_threads: int) -> Lookup:
     assert native is not None
     read_rows = native.read_rows
-    forms = {lines: [native_table(table, lines) for table in tables] for lines in _LINES_AHEAD}
+    forms = {lines: [native_table(table, lines) for table in tables] for lines in DISTANCES}
     # For each batch the parts of all tables, (table, int32 rows).
     parts = [
         [(at, part.copy()) for at, of in enumerate(batch) for part in np.array_split(of, _PARTS)]
@@ -290,7 +289,7 @@ def _read(tables: list[HostTable], ids: np.ndarray, num_threads: int) -> Lookup:
                 helper.result()
 
     turns = itertools.cycle(range(len(ids)))
-    best = fastest(lambda lines: look_up(next(turns), lines), _LINES_AHEAD, budget_s=_CEILING_S)
+    best = fastest(lambda lines: look_up(next(turns), lines), DISTANCES, budget_s=_CEILING_S, min_gain=0.0)
     return lambda index: look_up(index, best)
 
 

@@ -49,6 +49,11 @@ def test_a_gain_that_is_noise_leaves_the_default():
     assert choose(machine, 100.0) == DEFAULT_LINES
 
 
+def test_a_ceiling_takes_the_plain_minimum():
+    machine = Machine({0: 4.0, 8: 1.98, DEFAULT_LINES: 2.0, 128: 3.0})
+    assert fastest(machine.work, SOME, budget_s=100.0, min_gain=0.0, clock=machine.clock) == 8
+
+
 def test_a_budget_of_too_few_rounds_leaves_the_default():
     machine = Machine({0: 4.0, 8: 1.0, DEFAULT_LINES: 2.0, 128: 3.0})
     assert choose(machine, 30.0) == DEFAULT_LINES
@@ -97,6 +102,19 @@ def test_no_distance_changes_a_bit(lines, gather):
     theirs = gather(Gatherer(SPEC, tables, backend="numpy"), [(request, 0, 6)], Bucket(8, 1))
     for name, expected in theirs.items():
         np.testing.assert_array_equal(ours[name], expected, err_msg=name)
+
+
+@needs_native
+@pytest.mark.parametrize(("lines", "rows"), [(0, 0), (1, 1), (3, 1), (1000, 500)])
+def test_the_distance_reaches_the_kernel_in_rows(lines, rows):
+    tables = {"t": np.zeros((50, 20), np.float32)}  # 80 bytes are two lines
+    assert Gatherer(SPEC, tables, lines_ahead=lines)._kernel.rows_ahead == [rows]
+
+
+@needs_native
+def test_the_measured_distance_reaches_the_kernel():
+    gatherer = Gatherer(SPEC, {"t": np.zeros((50, 20), np.float32)})
+    assert gatherer._kernel.rows_ahead == [gatherer.lines_ahead["t"] // 2] == [DEFAULT_LINES // 2]
 
 
 def test_a_negative_distance_is_refused():

@@ -125,6 +125,22 @@ def test_no_row_is_read_in_two_halves():
         writer.join()
 
 
+def test_a_lookup_of_the_kernel_waits_for_no_lock():
+    """Whoever updates holds `_updates` or less: with all of it taken, lookups go on."""
+    gatherer = gatherer_of(values_of())
+    batch, done = Batch(gatherer, [[3, 60]]), threading.Event()
+
+    def look_up():
+        batch.gather()
+        done.set()
+
+    with gatherer._updates:
+        reader = threading.Thread(target=look_up, daemon=True)
+        reader.start()
+        assert done.wait(60)
+    reader.join()
+
+
 def test_many_writers_leave_each_row_whole():
     gatherer = gatherer_of(np.zeros((NUM_ROWS, DIM), np.float32))
 

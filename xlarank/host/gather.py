@@ -173,8 +173,8 @@ class Gatherer:
         """Writes rows of an updatable table while others gather.
 
         Every gather that begins after this returns reads the new values; no gather reads a row in two
-        halves, and none waits for more than the copy of one row. Of a number that is there twice the last
-        wins.
+        halves. One of the kernel waits for no more than the copy of one row; in NumPy gathers and updates
+        take turns. Of a number that is there twice the last wins.
 
         Args:
           table: its name.

@@ -53,6 +53,7 @@ def fastest(
     distances: Sequence[int],
     *,
     budget_s: float,
+    min_gain: float = _MIN_GAIN,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int:
     """The distance at which `work` takes the least time, by medians of rounds through all distances.
@@ -61,6 +62,7 @@ def fastest(
       work: called with a distance.
       distances: lines, `DEFAULT_LINES` among them.
       budget_s: seconds; the round that passes it is the last.
+      min_gain: the default stays unless another is faster by this share.
       clock: seconds.
 
     Returns:
@@ -77,7 +79,7 @@ def fastest(
         return DEFAULT_LINES
     medians = {distance: statistics.median(taken) for distance, taken in samples.items()}
     best = min(medians, key=lambda distance: medians[distance])
-    return best if medians[best] < (1 - _MIN_GAIN) * medians[DEFAULT_LINES] else DEFAULT_LINES
+    return best if medians[best] < (1 - min_gain) * medians[DEFAULT_LINES] else DEFAULT_LINES
 
 
 def _measure(table: HostTable) -> int:

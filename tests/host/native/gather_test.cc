@@ -2,6 +2,12 @@
 #include "gather.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <set>
+#include <thread>
 #include <vector>
 
 #include "hashing.h"
@@ -159,14 +165,18 @@ struct Case {
   }
 };
 
-void test_batch(RowFormat format, OutOfRange policy, bool rounds, int num_threads, uint64_t seed) {
-  Case batch(format, policy, rounds, seed);
+int64_t gather_case(Case& batch, const IsaFunctions& isa, int num_threads) {
   ThreadPool threads(num_threads);
   RepeatWatch watch(batch.plan.features.size());
   const std::vector<Segment> segments{{&batch.request, 0, 150}, {&batch.request, 150, 151}, {&batch.request, 151, 400}};
   std::vector<uint8_t*> leaves;
   for (std::vector<uint8_t>& leaf : batch.leaves) leaves.push_back(leaf.data());
-  const int64_t bad = gather(batch.plan, *isa_functions("auto"), threads, watch, segments, kPadded, 4, leaves);
+  return gather(batch.plan, isa, threads, watch, segments, kPadded, 4, leaves);
+}
+
+void test_batch(RowFormat format, OutOfRange policy, bool rounds, int num_threads, uint64_t seed) {
+  Case batch(format, policy, rounds, seed);
+  const int64_t bad = gather_case(batch, *isa_functions("auto"), num_threads);
   int64_t expected = -1;
   for (int64_t row = 0; row < kPadded; ++row) {
     const int64_t named = batch.check_row(row);
@@ -175,11 +185,54 @@ void test_batch(RowFormat format, OutOfRange policy, bool rounds, int num_thread
   EXPECT(bad == expected, "expected feature %d to be named, got %d", static_cast<int>(expected), static_cast<int>(bad));
 }
 
+std::atomic<int64_t> num_pooled;
+
+void counting_pool(const TableView& table, const Bags& bags, Divide divide, float* out, int64_t stride) {
+  num_pooled += bags.num_bags;
+  isa_functions("auto")->pool(table, bags, divide, out, stride);
+}
+
+// Half of the bags that aren't empty are ones over and over, of three lengths: most have been there before.
+void test_repeated_bags_are_pooled_once() {
+  Case batch(RowFormat::kFloat32, OutOfRange::kZero, false, 1);
+  IsaFunctions isa = *isa_functions("auto");
+  isa.pool = counting_pool;
+  gather_case(batch, isa, 1);
+  EXPECT(num_pooled > 0 && num_pooled < kCandidates * 3 / 4, "expected most of %d bags to be pooled once, got %d pooled",
+         static_cast<int>(kCandidates), static_cast<int>(num_pooled));
+}
+
+std::mutex meeting;
+std::condition_variable came;
+std::set<std::thread::id> pooling;  // guarded by meeting
+
+// Waits until two threads are here.
+void meeting_pool(const TableView& table, const Bags& bags, Divide divide, float* out, int64_t stride) {
+  {
+    std::unique_lock lock(meeting);
+    pooling.insert(std::this_thread::get_id());
+    came.notify_all();
+    const bool met = came.wait_for(lock, std::chrono::seconds(60), [] { return pooling.size() > 1; });
+    EXPECT(met, "expected a helper to take part within a minute");
+  }
+  isa_functions("auto")->pool(table, bags, divide, out, stride);
+}
+
+void test_helpers_take_part() {
+  Case batch(RowFormat::kFloat32, OutOfRange::kZero, false, 1);
+  IsaFunctions isa = *isa_functions("auto");
+  isa.pool = meeting_pool;
+  gather_case(batch, isa, 2);
+  EXPECT(pooling.size() == 2, "expected two threads, got %zu", pooling.size());
+}
+
 }  // namespace
 }  // namespace xlarank
 
 int main() {
   using namespace xlarank;
+  test_repeated_bags_are_pooled_once();
+  test_helpers_take_part();
   uint64_t seed = 0;
   for (const RowFormat format : kFormats) {
     for (const OutOfRange policy : {OutOfRange::kError, OutOfRange::kZero, OutOfRange::kClip, OutOfRange::kHash}) {

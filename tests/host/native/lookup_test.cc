@@ -1,5 +1,6 @@
 // Pooling and copying of every format and instruction set against plain loops, by bits.
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "ceiling.h"
@@ -114,6 +115,18 @@ void test_read_rows() {
   for (const int64_t ahead : {0, 1, 7}) {
     const TableView view{bytes.data(), RowFormat::kInt8, 9, 1, ahead};
     EXPECT(read_rows(view, rows.data(), 2) == 10 + 18 + 1 + 9, "read_rows");
+  }
+  // Whole lines, of each number of them that is known and one that isn't: every line's first byte is its number.
+  for (const int64_t lines : {1, 2, 3, 4, 8}) {
+    const std::shared_ptr<uint8_t> memory = bytes_on_a_line(3 * lines * kLineBytes);
+    for (int64_t line = 0; line < 3 * lines; ++line) memory.get()[line * kLineBytes] = static_cast<uint8_t>(line);
+    const std::vector<int32_t> twice{2, 0, 2};
+    const int64_t sum = 2 * (lines * 2 * lines + lines * (lines - 1) / 2) + lines * (lines - 1) / 2;
+    for (const int64_t ahead : {0, 1, 7}) {
+      const TableView view{memory.get(), RowFormat::kFloat32, lines * kLineBytes, lines * 16, ahead};
+      EXPECT(read_rows(view, twice.data(), 3) == static_cast<uint64_t>(sum), "read_rows of %d lines",
+             static_cast<int>(lines));
+    }
   }
 }
 

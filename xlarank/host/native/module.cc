@@ -193,6 +193,13 @@ class Kernel {
     check_plan();
   }
 
+  // How far in front of a lookup to prefetch, in rows of each table.
+  nb::list rows_ahead() const {
+    nb::list rows;
+    for (const Table& table : plan_.tables) rows.append(table.view.ahead);
+    return rows;
+  }
+
   // Whether check_contents would accept: false also for forms that it may accept after a look.
   bool accepts(const nb::object& columns) const {
     const nb::tuple items(columns);
@@ -463,5 +470,6 @@ NB_MODULE(_native, module) {
       .def("accepts", &Kernel::accepts, "columns"_a)
       .def("bind", &Kernel::bind, "columns"_a, "num_candidates"_a)
       .def("update_rows", &Kernel::update_rows, "table"_a, "rows"_a, "encoded"_a)
+      .def_prop_ro("rows_ahead", &Kernel::rows_ahead)
       .def("gather", &Kernel::gather_batch, "segments"_a, "rows"_a, "requests"_a, "out"_a);
 }
