@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tritonclient.grpc as triton
+import tritonclient.http as triton_http
 from flax import nnx
+from tritonclient.utils import InferenceServerException
 from xlarank_serving.admin import AdminClient
 from xlarank_serving.client import RankingClient
 
 from xlarank.compiler import build_bundle
-from xlarank.errors import ConfigError, FeatureError, RequestError
+from xlarank.errors import ConfigError, FeatureError, RequestError, UnavailableError
 from xlarank.host import FeatureFile, FeatureStore, FileSource
 from xlarank.runtime import Engine, FeatureOptions, Metrics
 from xlarank.spec import FeatureSpec, ModelSpec, TableSpec, TaskKind, TaskSpec
@@ -133,7 +137,7 @@ def serving(folder, *options):
 
 @pytest.fixture(scope="module")
 def running(folder):
-    with serving(folder) as ready:
+    with serving(folder, "--rest-port", "0") as ready:
         yield ready
 
 
@@ -194,6 +198,36 @@ def test_tritonclient_sends_ids(running):
         ) as info:
             client.infer("linear", bad)
         assert info.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_ids_come_in_a_stream(running):
+    answers = queue.Queue()
+    with triton.InferenceServerClient(running["grpc"]) as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        for ids in (IDS, IDS[:3], np.array([5])):
+            inputs = [
+                triton_input("age", np.float32([3]), "FP32"),
+                triton_input("candidate_ids", ids, "INT64"),
+            ]
+            client.async_stream_infer("linear", inputs)
+        for ids in (IDS, IDS[:3]):
+            result, error = answers.get(timeout=60)
+            assert error is None
+            close(result.as_numpy("value"), expected(ids))
+        assert "1 of 1 that aren't there: [5]" in str(answers.get(timeout=60)[1])
+
+
+def test_ids_come_over_http(running):
+    age = triton_http.InferInput("age", [1], "FP32").set_data_from_numpy(np.float32([3]))
+    ids = triton_http.InferInput("candidate_ids", IDS.shape, "INT64")
+    with triton_http.InferenceServerClient(running["rest"]) as client:
+        for is_binary in (False, True):
+            ids.set_data_from_numpy(IDS, binary_data=is_binary)
+            close(client.infer("linear", [age, ids]).as_numpy("value"), expected(IDS))
+        unknown = triton_http.InferInput("candidate_ids", [1], "INT64").set_data_from_numpy(np.array([5]))
+        with pytest.raises(InferenceServerException, match=r"1 of 1 that aren't there: \[5\]") as info:
+            client.infer("linear", [age, unknown])
+        assert info.value.status() == "400"
 
 
 def test_what_is_wrong_with_ids_is_said(running):
@@ -380,6 +414,23 @@ def test_an_engine_sees_an_update_in_every_request_made_after_it(folder):
         with pytest.raises(FeatureError, match=r"1 of 2 that aren't there: \[1004\]"):
             engine.request({"age": 3.0}, candidate_ids=[1003, 1004])
         assert b'xlarank_feature_store_version{model="linear",version="1"} 2.0' in metrics.text()
+
+
+def test_a_feature_file_that_is_cut_short_while_it_serves_ends_the_engine_s_service(folder, tmp_path):
+    path = shutil.copytree(folder / "features", tmp_path / "features")
+    store = FeatureStore(SPEC, file=FeatureFile.open(path))
+    with Engine.load(bundle(folder), num_devices=1, features=store, table_memory="huge") as engine:
+        request = engine.request({"age": 3.0}, candidate_ids=[1003])
+        close(engine.score(request)["value"], expected([1003]))
+        os.truncate(path / "records.bin", 0)
+        engine._table_check._thread.join(60)  # it looks every second, and ends with the first fault
+        assert f"{path / 'records.bin'}: expected " in engine.fault
+        for call in (
+            lambda: engine.request({"age": 3.0}, candidate_ids=[1003]),
+            lambda: engine.submit(request),
+        ):
+            with pytest.raises(UnavailableError, match=r"records\.bin: expected \d+ bytes, got 0"):
+                call()
 
 
 def test_an_engine_without_a_store_says_so(folder):
