@@ -1,5 +1,6 @@
 """The engine on real bundles: invariances, splitting, closing, zero compiles on the request path."""
 
+import os
 import shutil
 import threading
 import time
@@ -26,6 +27,7 @@ from xlarank.errors import (
     UnavailableError,
 )
 from xlarank.runtime import Engine, Metrics, ModelRepository, workload
+from xlarank.runtime.loading import host_threads_of
 from xlarank.runtime.table_check import TableCheck
 from xlarank.spec import (
     FeatureSpec,
@@ -429,6 +431,15 @@ def test_a_damaged_table_found_while_it_serves_makes_the_model_unready_and_says_
     with pytest.raises(UnavailableError, match=why.replace("shop'?", "model 'shop'")):
         engine.submit(request)
     served.close()
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "num_processes", "expected"), [(2, 1, 2), (64, 1, 4), (2, 4, 1), (12, 4, 3), (64, 4, 4)]
+)
+def test_processes_share_the_cpus_for_their_gathers(monkeypatch, num_cpus, num_processes, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cpus)))
+    assert host_threads_of(None, num_processes) == expected
+    assert host_threads_of(7, num_processes) == 7
 
 
 def test_a_memory_that_there_is_not_is_refused(repository):

@@ -56,7 +56,7 @@ class ModelsConfig:
     that meets a request's deadline takes it. As in cpu,devices=2,cost=0.1."""
 
     host_threads: int | None = dataclasses.field(default=None, metadata={"none": "auto"})
-    """Threads of the gather; auto for the CPUs, 4 at most."""
+    """Threads of the gather; auto for the CPUs over the processes, 4 at most."""
 
     compile_cache: Path | None = None
     """Folder of compiled code."""

@@ -17,6 +17,7 @@ from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig
 from xlarank.cli.table_memory import table_progress
 from xlarank.errors import ConfigError
 from xlarank.runtime import Captures, Metrics, ModelRepository
+from xlarank.runtime.loading import host_threads_of
 from xlarank.runtime.tables import HeldTables
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _open_repository(
             models.repository,
             num_devices=models.devices,
             platforms=models.platform_options,
-            host_threads=models.host_threads,
+            host_threads=host_threads_of(models.host_threads, config.processes.num_processes),
             compile_cache=models.compile_cache,
             use_bundle_code=models.bundle_code,
             table_memory=config.tables.memory,

@@ -91,10 +91,15 @@ class LoadedModel:
     report: LoadReport
 
 
-def host_threads_of(given: int | None) -> int:
-    """Threads of the gather: as given, else the CPUs of the process, 4 at most; ConfigError below 1."""
+def host_threads_of(given: int | None, num_processes: int = 1) -> int:
+    """Threads of each gather: as given, else the process's share of the CPUs, 4 at most; ConfigError below 1.
+
+    Args:
+      given: what was asked for.
+      num_processes: that gather on these CPUs.
+    """
     if given is None:
-        return min(4, len(os.sched_getaffinity(0)))
+        return min(4, max(1, len(os.sched_getaffinity(0)) // num_processes))
     if given < 1:
         raise ConfigError(f"host_threads must be >= 1; was {given}")
     return given
