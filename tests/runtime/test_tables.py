@@ -16,7 +16,7 @@ from xlarank.host import TableMemory, encode_rows
 from xlarank.host import memory as memory_module
 from xlarank.host.memory import AvailableMemory
 from xlarank.runtime.table_check import TableCheck
-from xlarank.runtime.tables import load_tables
+from xlarank.runtime.tables import load_tables, memory_beside
 from xlarank.spec import RowFormat
 
 CHUNK = 512
@@ -158,7 +158,7 @@ def test_a_table_cut_short_long_after_its_content_was_checked_is_a_fault_as_well
     check._thread.join(60)  # it ends with the first fault
     why = f"{file}: expected 13328 bytes of float32 [100, 33], got 4096"
     assert check.fault == why
-    assert f"a table in use is damaged: {why}" in caplog.text
+    assert f"a file in use is damaged: {why}" in caplog.text
     check.stop()
     assert loaded.check.fault is None  # not started
 
@@ -237,6 +237,32 @@ def test_updatable_rows_are_counted_for_every_cpu_and_while_they_are_updated(tmp
         load(bundle, None, AvailableMemory(least - 1, None), platforms=["cpu", "cpu"])
 
 
+@pytest.mark.parametrize(("platform", "held", "passing"), [("cpu", 301, 0), ("gpu", 0, 301)])
+def test_what_devices_hold_is_counted_for_every_process(tmp_path, platform, held, passing):
+    path = bundles.publish(tmp_path, {"a": np.zeros((300, 1), np.float32)}, on_devices=["a"])
+    bundle = open_bundle(path, verify=Verify.ALL_BUT_TABLES)
+    options = {"platforms": [platform], "num_processes": 3, "is_for_forks": True}
+    least = 1320 + 3 * 4 * (held + passing)
+    load(bundle, TableMemory.HUGE, AvailableMemory(least, None), **options)
+    words = "their rows on CPU devices of 3 processes 0" if held else "placing or updating rows on devices 0"
+    with pytest.raises(ConfigError, match=words):
+        load(bundle, TableMemory.HUGE, AvailableMemory(least - 1, None), **options)
+
+
+@pytest.mark.parametrize(
+    ("asked", "others", "expected"),
+    [
+        (None, [], None),
+        (None, [{"a": TableMemory.MMAP, "b": TableMemory.HUGE}], None),
+        (None, [{"a": TableMemory.MMAP}, {"a": TableMemory.HUGE, "b": TableMemory.HUGE}], TableMemory.HUGE),
+        (TableMemory.MMAP, [{"a": TableMemory.HUGE}], TableMemory.MMAP),
+        (None, [{}], None),
+    ],
+)
+def test_beside_tables_in_memory_the_next_ones_go_nowhere_else(asked, others, expected):
+    assert memory_beside(asked, others) is expected
+
+
 @pytest.mark.parametrize("mode", ["madvise", "never"])
 def test_by_default_tables_are_in_huge_pages_where_there_are_such_and_they_fit(
     bundle, tmp_path, monkeypatch, caplog, mode
@@ -297,7 +323,7 @@ import numpy as np
 from xlarank.bundle import Verify, open_bundle
 from xlarank.errors import ConfigError
 from xlarank.host import TableMemory, encode_rows
-from xlarank.runtime.tables import load_tables
+from xlarank.runtime.tables import load_tables, memory_beside
 
 def status(key):
     return 1024 * int(re.search(rf"{key}:\\s+(\\d+) kB", open("/proc/self/status").read())[1])

@@ -10,21 +10,23 @@ import pickle
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from xlarank.bundle import Bundle, Verify, open_bundle
 from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, listening_address, port_problems
+from xlarank.cli.table_memory import table_lines
 from xlarank.errors import ConfigError, XlarankError
+from xlarank.host import TableMemory
 from xlarank.runtime.background import in_background
 from xlarank.runtime.processes.holder import Holder
 from xlarank.runtime.processes.messages import Failed, Hello, Order, Version, open_link
 from xlarank.runtime.processes.supervised import Supervised, WorkerRequests
-from xlarank.runtime.tables import HeldTables, LoadedTables, load_tables
+from xlarank.runtime.tables import HeldTables, LoadedTables, load_tables, memory_beside
 
-__all__ = ["hold_and_serve", "serve_with_processes", "sharing_problem"]
+__all__ = ["hold_and_serve", "load_for_workers", "serve_with_processes", "sharing_problem"]
 
 _log = logging.getLogger(__name__)
 
@@ -137,8 +139,8 @@ def hold_and_serve(orders: Path) -> int:
     config, order = pickle.loads(orders.read_bytes())
     orders.unlink()
 
-    def load(version: Version, is_beside: bool) -> LoadedTables:
-        return _load(config, version, is_beside)
+    def load(version: Version, is_beside: bool, others: Sequence[Mapping[str, TableMemory]]) -> LoadedTables:
+        return load_for_workers(config, version, is_beside, others)
 
     def work(
         order: Order, index: int, tables: Mapping[Version, LoadedTables], say_ready: Callable[[], None]
@@ -148,7 +150,20 @@ def hold_and_serve(orders: Path) -> int:
     return Holder(load, work).run(order)
 
 
-def _load(config: ServeConfig, version: Version, is_beside: bool) -> LoadedTables:
+def load_for_workers(
+    config: ServeConfig, version: Version, is_beside: bool, others: Sequence[Mapping[str, TableMemory]]
+) -> LoadedTables:
+    """A version's tables, for the processes that are forked later.
+
+    Args:
+      config: of the server.
+      version: in its repository.
+      is_beside: whether others serve meanwhile.
+      others: where the tables of the model's other versions are; see `memory_beside`.
+
+    Raises:
+      XlarankError: if several processes can't serve it, files are damaged, or memory doesn't suffice.
+    """
     assert config.models.repository is not None
     model, number = version
     bundle = open_bundle(config.models.repository / model / str(number), verify=Verify.SIZES)
@@ -158,9 +173,24 @@ def _load(config: ServeConfig, version: Version, is_beside: bool) -> LoadedTable
     threads = config.models.host_threads or min(_MAX_LOADING_THREADS, len(os.sched_getaffinity(0)))
 
     def read(num_threads: int) -> LoadedTables:
-        return load_tables(bundle, config.tables.memory, num_threads=num_threads, is_for_forks=True)
+        return load_tables(
+            bundle,
+            memory_beside(config.tables.memory, others),
+            num_threads=num_threads,
+            platforms=[_platform(config, bundle)],
+            num_processes=config.processes.num_processes,
+            on_bytes=table_lines(),
+            is_for_forks=True,
+        )
 
     return in_background(lambda: read(1)) if is_beside else read(threads)
+
+
+def _platform(config: ServeConfig, bundle: Bundle) -> str:
+    """Of the devices of a worker: what forks them has no JAX to ask. Those that are named are accelerators;
+    else it is as where the bundle was compiled."""
+    is_cpu = bundle.manifest.fingerprint.get("device_kind", "cpu") == "cpu"
+    return "cpu" if is_cpu and not config.processes.devices else "gpu"
 
 
 def sharing_problem(bundle: Bundle) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from xlarank.host.memory import AvailableMemory, available_memory, huge_pages_en
 from xlarank.host.shared_rows import SharedRows
 from xlarank.runtime.table_check import TableCheck
 
-__all__ = ["HeldTables", "LoadedTables", "load_tables"]
+__all__ = ["HeldTables", "LoadedTables", "load_tables", "memory_beside"]
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ def load_tables(
     *,
     num_threads: int,
     platforms: Sequence[str] = (),
+    num_processes: int = 1,
     on_bytes: TableBytes | None = None,
     available: Callable[[], AvailableMemory] = available_memory,
     is_for_forks: bool = False,
@@ -89,6 +90,7 @@ def load_tables(
       num_threads: threads that read and check.
       platforms: of each device that will hold the bundle's rows of tables, such as "cpu": their copies are
         counted too.
+      num_processes: each with such devices, and copies, of its own.
       on_bytes: told of progress in the caller's thread.
       available: how much memory there is.
       is_for_forks: whether this process looks nothing up, and those that it forks do: rows of updatable
@@ -106,13 +108,14 @@ def load_tables(
     files, room = bundle.table_files(), available()
     updatable = [table.name for table in bundle.spec.tables if table.updatable]
     read = list(files) if memory is not TableMemory.MMAP else updatable
-    refusal = _refusal(bundle, read, platforms, room)
+    copies = _device_bytes(bundle, platforms, num_processes)
+    refusal = _refusal(bundle, read, copies, room)
     if memory is None and len(read) > len(updatable):
         why = refusal or ("" if huge_pages_enabled() else f"{bundle.path}: the kernel gives no huge pages")
         if why:
             _log.warning("tables are mapped from their files%s: %s", _but(updatable), why)
             read = updatable
-            refusal = _refusal(bundle, read, platforms, room)
+            refusal = _refusal(bundle, read, copies, room)
     if refusal:
         raise ConfigError(refusal)
     mapped = {name: file for name, file in files.items() if name not in read}
@@ -137,6 +140,23 @@ def load_tables(
     return LoadedTables(tables, places, pages, check, shared_rows)
 
 
+def memory_beside(
+    asked: TableMemory | None, others: Iterable[Mapping[str, TableMemory]]
+) -> TableMemory | None:
+    """Where a version's tables are to go, beside those of other versions of its model.
+
+    A swap doesn't change silently where lookups go: beside tables in memory of their own the next ones are
+    refused if they don't fit, and not mapped instead.
+
+    Args:
+      asked: where tables are to be; None for wherever they fit.
+      others: by version, where each of its tables is; see `LoadedTables.memory`.
+    """
+    if asked is None and any(set(memory.values()) == {TableMemory.HUGE} for memory in others):
+        return TableMemory.HUGE
+    return asked
+
+
 def _tables(bundle: Bundle, arrays: Mapping[str, np.ndarray]) -> dict[str, HostTable]:
     """Arrays in the form that they are stored in, as tables; nothing is copied."""
     return {
@@ -145,33 +165,44 @@ def _tables(bundle: Bundle, arrays: Mapping[str, np.ndarray]) -> dict[str, HostT
     }
 
 
-def _refusal(
-    bundle: Bundle, read: Collection[str], platforms: Sequence[str], available: AvailableMemory
-) -> str:
+@dataclasses.dataclass(frozen=True)
+class _DeviceCopies:
+    """What devices' rows take of the host's memory."""
+
+    held: int
+    """Bytes for good."""
+
+    passing: int
+    """Bytes for a moment beside that."""
+
+    where: str
+    """On what, in words."""
+
+
+def _refusal(bundle: Bundle, read: Collection[str], copies: _DeviceCopies, available: AvailableMemory) -> str:
     """Why memory doesn't suffice; empty if it does.
 
     Args:
       bundle: whose tables.
       read: names of those that are read into memory.
-      platforms: of the devices.
+      copies: of the devices.
       available: memory.
     """
     num_bytes = sum(file.num_bytes for name, file in bundle.table_files().items() if name in read)
-    held, passing = _device_bytes(bundle, platforms)
-    if _HEADROOM * num_bytes + held + passing <= available.bytes:
+    if _HEADROOM * num_bytes + copies.held + copies.passing <= available.bytes:
         return ""
     needs = [f"tables of {_gib(num_bytes)} need {_gib(_HEADROOM * num_bytes)} of memory"] if num_bytes else []
-    if held:
-        needs.append(f"their rows on {platforms.count('cpu')} CPU devices {_gib(held)}")
-    if passing:
-        needs.append(f"placing or updating rows on devices {_gib(passing)} for as long")
+    if copies.held:
+        needs.append(f"their rows on {copies.where} {_gib(copies.held)}")
+    if copies.passing:
+        needs.append(f"placing or updating rows on devices {_gib(copies.passing)} for as long")
     remedies = []
     updatable = [table.name for table in bundle.spec.tables if table.updatable]
     if set(read) - set(updatable):
         remedies.append(
             f"with table memory mmap (--table-memory mmap) they stay in their files{_but(updatable)}"
         )
-    if held + passing:
+    if copies.held + copies.passing:
         remedies.append("a bundle with fewer rows on devices (--device-table-bytes of compile) needs less")
     if not remedies:
         remedies.append("updatable tables can't stay in their files")
@@ -181,12 +212,12 @@ def _refusal(
     )
 
 
-def _device_bytes(bundle: Bundle, platforms: Sequence[str]) -> tuple[int, int]:
-    """What devices' rows take of the host's memory: for good, and for a moment beside that.
+def _device_bytes(bundle: Bundle, platforms: Sequence[str], num_processes: int) -> _DeviceCopies:
+    """What devices' rows take.
 
-    CPU devices share one copy of a table (see `xlarank.device.place_tables`) until an update gives each its
-    own; of what goes to an accelerator one table at a time is copied. An update of rows holds up to two
-    more arrays of the table while it is under way (`xlarank.device.TableWriter`).
+    CPU devices of a process share one copy of a table (see `xlarank.device.place_tables`) until an update
+    gives each its own; of what goes to an accelerator one table at a time is copied. An update of rows holds
+    up to two more arrays of the table while it is under way (`xlarank.device.TableWriter`).
     """
     num_cpus, held, passing = platforms.count("cpu"), 0, 0
     for placement in bundle.manifest.placements:
@@ -196,7 +227,8 @@ def _device_bytes(bundle: Bundle, platforms: Sequence[str]) -> tuple[int, int]:
             passing = max(passing, 2 * own if table.updatable else 0)
         if num_cpus < len(platforms):
             passing = max(passing, own)
-    return held, passing
+    where = f"{num_cpus} CPU devices" if num_processes == 1 else f"CPU devices of {num_processes} processes"
+    return _DeviceCopies(num_processes * held, num_processes * passing, where)
 
 
 def _but(updatable: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from xlarank.runtime.loading import Loader, program_key
 from xlarank.runtime.metrics import Metrics
 from xlarank.runtime.pacing import PacedRuns
 from xlarank.runtime.pool import DevicePool
-from xlarank.runtime.tables import HeldTables, TableBytes
+from xlarank.runtime.tables import HeldTables, TableBytes, memory_beside
 from xlarank.spec import ModelSpec
 from xlarank.spec.serving import QueueConfig
 
@@ -143,7 +143,9 @@ class VersionLoader:
             devices=self._devices,
             host_threads=options.host_threads,
             use_bundle_code=options.use_bundle_code,
-            table_memory=self._table_memory(peers),
+            table_memory=memory_beside(
+                options.table_memory, (peer.load_report.table_memory for peer in peers)
+            ),
             on_progress=options.on_progress,
             on_table_bytes=options.on_table_bytes,
             library=self._library,
@@ -185,15 +187,6 @@ class VersionLoader:
             return open_bundle(path, verify=Verify.ALL_BUT_TABLES, num_threads=1 if is_beside else None)
 
         return in_background(read) if is_beside else read()
-
-    def _table_memory(self, peers: Sequence[Engine]) -> TableMemory | None:
-        """A swap doesn't change silently where lookups go: beside tables in memory of their own the next
-        ones are refused if they don't fit, and not mapped instead."""
-        if self._options.table_memory is None and any(
-            set(peer.load_report.table_memory.values()) == {TableMemory.HUGE} for peer in peers
-        ):
-            return TableMemory.HUGE
-        return self._options.table_memory
 
     def _store(self, path: Path, spec: ModelSpec, peers: Sequence[Engine]) -> FeatureStore | None:
         """One store for all versions with the same features, so that updates of it outlive a swap.

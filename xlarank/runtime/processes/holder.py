@@ -10,11 +10,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from xlarank.errors import XlarankError
+from xlarank.host import TableMemory
 from xlarank.runtime.processes.messages import (
     Complete,
     Failed,
@@ -91,14 +92,15 @@ class Holder:
 
     def __init__(
         self,
-        load: Callable[[Version, bool], LoadedTables],
+        load: Callable[[Version, bool, Sequence[Mapping[str, TableMemory]]], LoadedTables],
         work: Callable[[Order, int, Mapping[Version, LoadedTables], Callable[[], None]], int],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
-          load: reads a version's tables, beside others that serve or not.
+          load: reads a version's tables, beside others that serve or not; told where the tables of the
+            model's other versions are, those that this one follows among them.
           work: what a worker does: told the order, its index, the tables, and whom to tell that it serves.
             Returns its exit status.
           clock: seconds, monotonic.
@@ -132,6 +134,8 @@ class Holder:
         return 0
 
     def _load_all(self) -> bool:
+        # Where they are, and not the tables, which would never be freed.
+        memory = {version: loaded.memory for version, loaded in self._tables.items()}
         for version in list(self._tables):
             if version not in self._order.versions:
                 del self._tables[version]
@@ -139,7 +143,9 @@ class Holder:
             if version in self._tables:
                 continue
             try:
-                self._tables[version] = self._load(version, self._order.is_beside)
+                others = [memory[other] for other in memory if other[0] == version[0]]
+                self._tables[version] = self._load(version, self._order.is_beside, others)
+                memory[version] = self._tables[version].memory
             except XlarankError as error:
                 self._tell(Failed(reason=str(error), version=version))
                 return False
