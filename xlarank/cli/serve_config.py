@@ -116,7 +116,7 @@ class FeaturesConfig:
     into a cache in memory (fetch)."""
 
     memory_bytes: int | None = dataclasses.field(default=None, metadata={"flag": "feature-memory"})
-    """Most bytes of the cache of fetch; 1 GiB by default."""
+    """Most bytes of the cache of fetch, in each process; 1 GiB by default."""
 
     max_age_seconds: float | None = dataclasses.field(default=None, metadata={"flag": "feature-max-age"})
     """After so long a row of the cache of fetch is read from the file again; never for its age by default."""
