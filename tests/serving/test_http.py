@@ -265,7 +265,10 @@ def test_a_bad_body_is_refused(over, body, text):
         ({"likes": {"datatype": "FP16"}}, "input 'likes': expected FP16 as binary data"),
         ({"likes": {"datatype": "FP128"}}, "feature 'likes': expected FP32 or another float"),
         ({"likes": {"data": [1, 2]}}, "feature 'likes': input byte size mismatch"),
-        ({"likes": {"shape": [2**40]}}, "feature 'likes': expected at most 65536 candidates, got 1099511627776"),
+        (
+            {"likes": {"shape": [2**40]}},
+            "feature 'likes': expected at most 65536 candidates, got 1099511627776",
+        ),
         ({"likes": {"data": [1, float("nan"), 2]}}, "feature 'likes': expected finite floats, got nan"),
         ({"likes": {"parameters": {"shared_memory_region": "r"}}}, "'shared_memory_region' is not supported"),
         ({"likes": {"parameters": {"binary_data_size": 0}}}, "got both"),
