@@ -3,8 +3,10 @@
     python tools/soak.py --minutes 10          about half a minute more for compiling a model
     python tools/soak.py --seconds 20          the short form
 
-Clients send requests of 0 to 3,000 candidates, bad ones, such that they cancel or give a deadline too short,
-connections that break off with requests under way, and updates of rows. Meanwhile the server's resident
+Clients send requests of 0 to 3,000 candidates over gRPC, in streams and over HTTP, bad ones, such that they
+cancel or give a deadline too short, connections that break off with requests under way, updates of rows, and
+bursts that the server's queue can't hold. It writes an access log, and new versions of the model take the
+place of those that serve. Meanwhile the server's resident
 memory, threads, open files and /metrics are sampled; after warming up none of them may grow (`Limits`).
 Ends with status 1 and says what grew or failed.
 """
@@ -12,47 +14,37 @@ Ends with status 1 and says what grew or failed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
+import itertools
 import json
-import random
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
-from bench_server import encode
 from figures import run_tool
 from rich.console import Console
-from server_process import serving
-from xlarank_serving._proto import grpc_service_pb2 as messages
-from xlarank_serving.admin import AdminClient
-from xlarank_serving.layout import SERVICE_NAME
+from server_process import server_samples, serving
+from soak_clients import Clients
 
 from xlarank.bundle import Verify, open_bundle
-from xlarank.compiler import random_requests
-from xlarank.spec import ModelSpec
 
 __all__ = ["Limits", "Sample", "growth", "problems", "soak"]
 
 CONFIG = Path(__file__).parent.parent / "configs" / "ranker_light.toml"
 LADDER = (16, 128, 512)
 UPDATABLE = "c24"
-SIZES = (0, 1, 2, 7, 16, 17, 100, 128, 129, 500, 512, 513, 1000, 1024, 2000, 3000)
-
-_NUM_CLIENTS = 4
 _WARM_SHARE = 0.4
 """Of the time: allocators, thread pools and caches reach their size."""
 
-_ANSWERS = {"OK", "RESOURCE_EXHAUSTED"}
-_TIMEOUT_SECONDS = 30.0
+_MAX_QUEUED_ROWS = 8192
+_WATCH_SECONDS = 0.2
+_SWAPS, _FAILED_LOADS = "xlarank_swaps_total", "xlarank_model_load_failures_total"
 
 console = Console()
 
@@ -127,135 +119,6 @@ class Report:
     samples: list[Sample]
 
 
-class _Clients:
-    """Threads that send requests of all kinds until they are told to stop."""
-
-    def __init__(self, ready: dict[str, Any], spec: ModelSpec) -> None:
-        self._address, self._admin_address, self._spec = ready["grpc"], ready["admin"], spec
-        self._valid = {
-            size: [encode(spec, r) for r in random_requests(spec, 2, num_candidates=size, seed=size)]
-            for size in SIZES
-        }
-        self._bad = list(_bad_requests(self._valid[7][0]))
-        self._table = next(table for table in spec.tables if table.updatable)
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._counts: Counter[tuple[str, str]] = Counter()  # guarded by _lock
-        self._failures: list[str] = []  # guarded by _lock
-        self._threads = [threading.Thread(target=self._work, args=(seed,)) for seed in range(_NUM_CLIENTS)]
-        for thread in self._threads:
-            thread.start()
-
-    def stop(self) -> tuple[Counter[tuple[str, str]], list[str]]:
-        """Waits for the threads; what became of the requests, and what went wrong."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-        return self._counts, self._failures
-
-    def _work(self, seed: int) -> None:
-        rng = random.Random(seed)
-        kinds: list[tuple[Callable[..., None], int]] = [
-            (self._valid_one, 60),
-            (self._bad_one, 15),
-            (self._cancelled_one, 10),
-            (self._hurried_one, 10),
-            (self._disconnected_ones, 2),
-            (self._update, 3),
-        ]
-        methods, weights = zip(*kinds, strict=True)
-        with grpc.insecure_channel(self._address) as channel, AdminClient(self._admin_address) as admin:
-            while not self._stop.is_set():
-                (method,) = rng.choices(methods, weights)
-                try:
-                    method(rng, channel=channel, admin=admin)
-                except Exception as error:  # a thread's boundary: whatever it is, it is a failure
-                    self._count("client", type(error).__name__, set(), str(error))
-
-    def _count(self, kind: str, code: str, expected: set[str], detail: str = "") -> None:
-        with self._lock:
-            self._counts[kind, code] += 1
-            if code not in expected and len(self._failures) < 20:
-                wanted = " or ".join(sorted(expected)) or "nothing of the kind"
-                self._failures.append(f"{kind}: expected {wanted}, got {code}: {detail[:300]}")
-
-    def _valid_one(self, rng: random.Random, *, channel: grpc.Channel, admin: AdminClient) -> None:
-        size = rng.choice(SIZES)
-        call = _send(channel, rng.choice(self._valid[size]), _TIMEOUT_SECONDS)
-        code, detail = _outcome(call)
-        if code == "OK":
-            answer = messages.ModelInferResponse.FromString(call.result())
-            scores = np.frombuffer(answer.raw_output_contents[0], "<f4")
-            if scores.shape != (size,) or not np.isfinite(scores).all():
-                code, detail = "WRONG", f"expected {size} finite scores, got {scores.shape}"
-        self._count("valid", code, _ANSWERS, detail)
-
-    def _bad_one(self, rng: random.Random, *, channel: grpc.Channel, admin: AdminClient) -> None:
-        data, code = rng.choice(self._bad)
-        self._count(f"bad ({code})", *self._told(channel, data, _TIMEOUT_SECONDS, {code}))
-
-    def _cancelled_one(self, rng: random.Random, *, channel: grpc.Channel, admin: AdminClient) -> None:
-        call = _send(channel, rng.choice(self._valid[rng.choice(SIZES)]), _TIMEOUT_SECONDS)
-        self._stop.wait(rng.uniform(0, 0.02))
-        call.cancel()
-        code, detail = _outcome(call)
-        self._count("cancelled", code, _ANSWERS | {"CANCELLED"}, detail)
-
-    def _hurried_one(self, rng: random.Random, *, channel: grpc.Channel, admin: AdminClient) -> None:
-        data = rng.choice(self._valid[rng.choice(SIZES)])
-        expected = _ANSWERS | {"DEADLINE_EXCEEDED"}
-        self._count("hurried", *self._told(channel, data, rng.uniform(0.001, 0.03), expected))
-
-    def _disconnected_ones(self, rng: random.Random, *, channel: grpc.Channel, admin: AdminClient) -> None:
-        own = grpc.insecure_channel(self._address, options=[("grpc.use_local_subchannel_pool", 1)])
-        calls = [_send(own, rng.choice(self._valid[500]), _TIMEOUT_SECONDS) for _ in range(3)]
-        self._stop.wait(rng.uniform(0, 0.02))
-        own.close()
-        for call in calls:
-            code, detail = _outcome(call)
-            self._count("disconnected", code, _ANSWERS | {"CANCELLED"}, detail)
-
-    def _update(self, rng: random.Random, *, channel: grpc.Channel, admin: AdminClient) -> None:
-        rows = np.array([rng.randrange(self._table.rows or 1) for _ in range(10)])
-        values = np.array([[rng.uniform(-1, 1) for _ in range(self._table.dim)] for _ in rows], np.float32)
-        admin.update_rows(self._spec.name, self._table.name, rows, values)
-        self._count("update", "OK", {"OK"})
-
-    def _told(
-        self, channel: grpc.Channel, data: bytes, timeout: float, expected: set[str]
-    ) -> tuple[str, set[str], str]:
-        code, detail = _outcome(_send(channel, data, timeout))
-        return code, expected, detail
-
-
-def _send(channel: grpc.Channel, data: bytes, timeout: float) -> Any:
-    return channel.unary_unary(f"/{SERVICE_NAME}/ModelInfer").future(data, timeout=timeout)
-
-
-def _outcome(call: Any) -> tuple[str, str]:
-    with contextlib.suppress(grpc.RpcError, grpc.FutureCancelledError):
-        call.exception(timeout=2 * _TIMEOUT_SECONDS)
-    return call.code().name, call.details() or ""
-
-
-def _bad_requests(valid: bytes) -> Iterator[tuple[bytes, str]]:
-    """Bytes and the status that they must get."""
-
-    def changed(change: Callable[[Any], object]) -> bytes:
-        message = messages.ModelInferRequest.FromString(valid)
-        change(message)
-        return message.SerializeToString()
-
-    yield b"\xff" * 40, "INVALID_ARGUMENT"
-    yield valid[: len(valid) // 2], "INVALID_ARGUMENT"
-    yield changed(lambda m: setattr(m, "model_name", "nobody")), "NOT_FOUND"
-    yield changed(lambda m: setattr(m, "model_version", "99")), "NOT_FOUND"
-    yield changed(lambda m: setattr(m.inputs[1], "name", "strange")), "INVALID_ARGUMENT"
-    yield changed(lambda m: setattr(m.inputs[1], "datatype", "INT64")), "INVALID_ARGUMENT"
-    yield changed(lambda m: m.inputs[1].shape.append(2**40)), "INVALID_ARGUMENT"
-    yield changed(lambda m: m.raw_input_contents.pop()), "INVALID_ARGUMENT"
-
-
 def _sample(ready: dict[str, Any], begin: float) -> Sample:
     status = Path(f"/proc/{ready['pid']}/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines())
@@ -275,7 +138,7 @@ def soak(bundle: Path, seconds: float, *, tell: Callable[[Sample], None] = lambd
     """Serves a bundle under mixed load.
 
     Args:
-      bundle: version folder, alone in its repository; one of its tables is updatable.
+      bundle: version folder; one of its tables is updatable.
       seconds: of load.
       tell: shown each sample.
 
@@ -284,21 +147,51 @@ def soak(bundle: Path, seconds: float, *, tell: Callable[[Sample], None] = lambd
     """
     spec = open_bundle(bundle, verify=Verify.SIZES).spec
     interval = max(0.2, seconds / 300)
+    swap_seconds, burst_seconds = max(4.0, seconds / 40), max(2.0, seconds / 120)
     samples: list[Sample] = []
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        serving(bundle.parents[1], Path(cache), "--admin-port", 0) as ready,
-    ):
-        clients = _Clients(ready, spec)
-        begin = time.monotonic()
-        try:
-            while time.monotonic() - begin < seconds:
-                time.sleep(interval)
-                samples.append(_sample(ready, begin))
-                tell(samples[-1])
-        finally:
-            counts, failures = clients.stop()
-    return Report(counts, failures, samples)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models = folder / "models" / spec.name
+        models.mkdir(parents=True)
+        versions = itertools.count(1)
+
+        def publish() -> None:
+            (models / str(next(versions))).symlink_to(bundle.resolve())
+
+        publish()
+        options = ["--admin-port", 0, "--rest-port", 0, "--access-log", folder / "access.jsonl"]
+        options += ["--watch-seconds", _WATCH_SECONDS, "--max-queued-rows", _MAX_QUEUED_ROWS]
+        with serving(models.parent, folder / "cache", *options) as ready:
+            clients = Clients(ready, spec, burst_seconds=burst_seconds)
+            begin = time.monotonic()
+            swap_at = begin
+            try:
+                while time.monotonic() - begin < seconds:
+                    time.sleep(interval)
+                    samples.append(_sample(ready, begin))
+                    tell(samples[-1])
+                    if time.monotonic() >= swap_at:
+                        publish()
+                        swap_at += swap_seconds
+            finally:
+                counts, failures = clients.stop()
+            return Report(counts, [*failures, *_undone(ready, counts)], samples)
+
+
+def _undone(ready: dict[str, Any], counts: Counter[tuple[str, str]]) -> list[str]:
+    """What should have happened and hasn't: a soak without it shows less than it says."""
+    found = []
+    values: Counter[str] = Counter()
+    for name, _, value in server_samples(ready["http"]):
+        values[name] += round(float(value)) if name in (_SWAPS, _FAILED_LOADS) else 0
+    if values[_SWAPS] == 0 or values[_FAILED_LOADS]:
+        found.append(
+            f"swaps: {values[_SWAPS]:g} versions took another's place, {values[_FAILED_LOADS]:g} failed"
+        )
+    for needed in (("burst", "RESOURCE_EXHAUSTED"), ("burst", "OK"), ("streamed", "OK"), ("rest", "OK")):
+        if not counts[needed]:
+            found.append(f"{needed[0]}: expected some {needed[1]}, got none")
+    return found
 
 
 def after_warming_up(samples: Sequence[Sample]) -> list[Sample]:

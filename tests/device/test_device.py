@@ -340,7 +340,7 @@ def test_seeding_copies_what_is_missing_and_nothing_else(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     (source / "a-cache").write_bytes(b"new")
-    (source / "b-cache").write_bytes(b"bundle's")
+    (source / "b-cache").write_bytes(b"your")
     with device.compile_cache_at(target):
         (target / "b-cache").write_bytes(b"mine")
         device.seed_compile_cache(source.iterdir())
@@ -348,6 +348,40 @@ def test_seeding_copies_what_is_missing_and_nothing_else(tmp_path):
         ("a-cache", b"new"),
         ("b-cache", b"mine"),
     ]
+
+
+def test_seeding_replaces_what_may_have_been_cut_off(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    (source / "a-cache").write_bytes(b"whole")
+    with device.compile_cache_at(target):
+        (target / "a-cache").write_bytes(b"who")
+        device.seed_compile_cache(source.iterdir())
+    assert [(f.name, f.read_bytes()) for f in target.iterdir()] == [("a-cache", b"whole")]
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 100])
+def test_code_that_a_killed_process_has_cut_off_is_compiled_once_more_and_replaced(tmp_path, num_bytes):
+    """Whatever reads the cache first: as JAX leaves it, no later start would find it again."""
+    cpu = jax.devices("cpu")[0]
+
+    def compile_one():
+        before = device.num_compiled()
+        compiled = device.compile_update(cpu, (7, 3), np.dtype(np.float32))
+        return compiled, device.num_compiled() - before
+
+    with device.compile_cache_at(tmp_path):
+        compile_one()
+        (file,) = tmp_path.glob("*xlarank_update*-cache")
+        whole = len(file.read_bytes())
+        file.write_bytes(file.read_bytes()[:num_bytes])
+        compiled, num_compiled = compile_one()
+        assert num_compiled >= 1
+        assert compile_one()[1] == 0
+        assert len(file.read_bytes()) > 0.9 * whole
+    places, rows = np.full(1024, 2, np.int32), np.ones((1024, 3), np.float32)
+    found = np.asarray(compiled(np.zeros((7, 3), np.float32), places, rows))
+    np.testing.assert_array_equal(found, np.eye(7, dtype=np.float32)[:, 2:3] * np.ones(3, np.float32))
 
 
 # A process of its own, so that nothing else moves its memory. Prints the peak and final growth in bytes.

@@ -1,14 +1,18 @@
 """Swaps under load: nothing fails, nothing mixes, nothing compiles in the process, everything is freed."""
 
+import os
 import queue
+import select
 import signal
 import subprocess
+import sys
 import threading
 import weakref
 
 import linear
 import numpy as np
 import pytest
+from served import environment
 from xlarank_serving.admin import AdminClient, AdminServer
 
 from xlarank import device
@@ -204,6 +208,31 @@ def test_a_swap_that_must_compile_compiles_nothing_in_the_process_that_serves(pu
     assert device.num_compiled() == before
 
 
+def test_code_that_a_killed_start_has_cut_off_is_replaced_at_the_next_start_and_by_the_helper(
+    publish, opened, cold_cache
+):
+    """A server that is killed while it compiles leaves a part of a file in the cache."""
+
+    def programs():
+        return {file: file.read_bytes() for file in cold_cache.glob("*xlarank_program*")}
+
+    publish(1, with_code=False)
+    opened(use_bundle_code=False).close()
+    whole = programs()
+    for file, data in whole.items():
+        file.write_bytes(data[: len(data) // 2])
+    publish(2, rows=[4], with_code=False)
+    repository = opened(use_bundle_code=False)
+    assert ask(repository, 4) == 2
+    half = [file for file, data in programs().items() if len(data) < 0.6 * len(whole[file])]
+    assert len(half) == len(whole) / 2  # those of the other bucket
+    publish(3, rows=[16], with_code=False)
+    repository.poll()
+    assert ask(repository, 16) == 3, repository.index()
+    assert repository._loader.num_serving_compiles == 0
+    assert all(len(data) > 0.9 * len(whole[file]) for file, data in programs().items())
+
+
 def test_new_weights_take_the_compiled_programs_and_the_times_of_the_version_that_serves(
     publish, opened, cold_cache
 ):
@@ -247,7 +276,8 @@ def test_a_repository_that_closes_ends_the_helper_process(linear_version, cold_c
             started.put(self)
 
     monkeypatch.setattr(subprocess, "Popen", Started)
-    helper = CompileHelper(platforms=device.platforms_of(device.devices()), use_bundle_code=False)
+    platforms = device.platforms_of(device.devices())
+    helper = CompileHelper(platforms=platforms, use_bundle_code=False, compile_cache=cold_cache)
     failed = []
 
     def compile_version():
@@ -265,10 +295,38 @@ def test_a_repository_that_closes_ends_the_helper_process(linear_version, cold_c
     assert failed == [f"{linear_version}: not compiled: the server is stopping"]
 
 
+SERVER = """
+import subprocess, sys
+from pathlib import Path
+from xlarank.runtime.compile_helper import CompileHelper
+
+class Told(subprocess.Popen):
+    def __init__(self, *words, **options):
+        super().__init__(*words, **options)
+        print(self.pid, flush=True)
+
+subprocess.Popen = Told
+helper = CompileHelper(num_devices=1, use_bundle_code=False, compile_cache=Path(sys.argv[2]))
+helper.compile(Path(sys.argv[1]))
+"""
+
+
+def test_a_helper_whose_server_is_killed_ends_and_compiles_nothing(linear_version, tmp_path):
+    command = [sys.executable, "-c", SERVER, str(linear_version), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as server:
+        ended = os.pidfd_open(int(server.stdout.readline()))
+        server.kill()
+    try:
+        assert select.select([ended], [], [], 180)[0]
+    finally:
+        os.close(ended)
+    assert list(tmp_path.glob("*-cache")) == []
+
+
 def test_code_is_compiled_for_nothing_if_the_cache_does_not_keep_it(linear_version, cold_cache, monkeypatch):
     from xlarank.bundle import open_bundle
 
-    monkeypatch.setattr(device, "seed_compile_cache", lambda files: None)
+    monkeypatch.setattr(device, "seed_compile_cache", lambda files, **_: None)
     with pytest.raises(ModelError, match=r"expected it to keep what is compiled, \d+ programs weren't there"):
         warming.compile_into_cache(open_bundle(linear_version), devices=device.devices(1))
 

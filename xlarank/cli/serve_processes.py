@@ -21,9 +21,11 @@ from xlarank.cli.table_memory import table_lines
 from xlarank.errors import ConfigError, XlarankError
 from xlarank.host import TableMemory
 from xlarank.runtime.background import in_background
+from xlarank.runtime.compile_helper import CompileHelper
 from xlarank.runtime.processes.holder import Holder
 from xlarank.runtime.processes.messages import Failed, Hello, Order, Version, open_link
 from xlarank.runtime.processes.supervised import Supervised, WorkerRequests
+from xlarank.runtime.program_key import program_key
 from xlarank.runtime.tables import HeldTables, LoadedTables, load_tables, memory_beside
 
 __all__ = ["hold_and_serve", "load_for_workers", "serve_with_processes", "sharing_problem"]
@@ -34,6 +36,8 @@ _MAX_AGE_SECONDS = 60.0
 """Of connections, unless the config says."""
 
 _MAX_LOADING_THREADS = 4
+
+_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def serve_with_processes(config: ServeConfig, announce: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -138,14 +142,16 @@ def hold_and_serve(orders: Path) -> int:
     """
     config, order = pickle.loads(orders.read_bytes())
     orders.unlink()
+    compiled: set[str] = set()  # keys of programs that versions here have had; forks inherit it
 
     def load(version: Version, is_beside: bool, others: Sequence[Mapping[str, TableMemory]]) -> LoadedTables:
+        _compile(config, version, compiled, is_beside=is_beside and version not in order.served)
         return load_for_workers(config, version, is_beside, others)
 
     def work(
         order: Order, index: int, tables: Mapping[Version, LoadedTables], say_ready: Callable[[], None]
     ) -> int:
-        return _work(config, order, index, HeldTables(tables), say_ready)
+        return _work(config, order, index, HeldTables(tables, is_beside=order.is_beside), say_ready)
 
     return Holder(load, work).run(order)
 
@@ -193,6 +199,31 @@ def _platform(config: ServeConfig, bundle: Bundle) -> str:
     return "cpu" if is_cpu and not config.processes.devices else "gpu"
 
 
+def _compile(config: ServeConfig, version: Version, compiled: set[str], *, is_beside: bool) -> None:
+    """Has the compile cache filled beside those that serve: the new ones are to serve too, without LLVM. At a
+    first start the first worker fills it."""
+    models = config.models
+    assert models.repository is not None
+    model, number = version
+    bundle = open_bundle(models.repository / model / str(number), verify=Verify.SIZES)
+    key = program_key(bundle)
+    if not is_beside or key in compiled:
+        compiled.add(key)
+        return
+    print(f"loading {model} {number}: programs", file=sys.stderr, flush=True)
+    helper = CompileHelper(
+        num_devices=models.devices,
+        platforms=models.platform_options,
+        use_bundle_code=models.bundle_code,
+        compile_cache=models.compile_cache,
+    )
+    # Of each kind that the processes have: slices of one GPU, perhaps, that differ.
+    for visible in sorted(set(config.processes.devices)) or [None]:
+        seconds = helper.compile(bundle.path, {} if visible is None else {_VISIBLE_DEVICES: visible})
+        _log.info("%s: a process of its own has compiled it in %.1f s", bundle.path, seconds)
+    compiled.add(key)
+
+
 def sharing_problem(bundle: Bundle) -> str | None:
     """Why several processes can't serve a bundle; None if they can."""
     on_devices = {placement.table for placement in bundle.manifest.placements}
@@ -210,7 +241,7 @@ def _work(
 ) -> int:
     """What a worker runs."""
     if config.processes.devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = config.processes.devices[index]
+        os.environ[_VISIBLE_DEVICES] = config.processes.devices[index]
     from xlarank_serving.server import StopRequest
 
     from xlarank.cli.serve_start import bound_stop, running_server

@@ -161,16 +161,19 @@ def compile_cache_at(folder: Path) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def seed_compile_cache(files: Iterable[Path]) -> None:
+def seed_compile_cache(files: Iterable[Path], *, is_newer: bool = False) -> None:
     """Copies compiled code into the process's compilation cache, each file whole or not at all.
+
+    A file that is there stays, unless it is shorter: it may have been cut off.
 
     Args:
       files: as JAX wrote them into another cache folder, from a source as trusted as this program.
+      is_newer: whether they take the place of what is there in any case.
     """
     folder = compile_cache_folder()
     for file in files:
         target = folder / file.name
-        if target.exists():
+        if not is_newer and target.exists() and target.stat().st_size >= file.stat().st_size:
             continue
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".seed-", delete=False) as copy:
             copy.write(file.read_bytes())

@@ -3,21 +3,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import tempfile
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 from jax import export
 
-from xlarank.device.platform import compiler_options, export_platform
+from xlarank.device.platform import (
+    compile_cache_at,
+    compiler_options,
+    export_platform,
+    seed_compile_cache,
+)
 from xlarank.errors import ModelError
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
     from jaxlib._jax import Device
 
-__all__ = ["PREPARE_NAME", "PROGRAM_NAME", "ProgramLibrary", "compile_program", "deserialize_program"]
+__all__ = [
+    "PREPARE_NAME",
+    "PROGRAM_NAME",
+    "ProgramLibrary",
+    "compile_lowered",
+    "compile_program",
+    "deserialize_program",
+]
+
+_log = logging.getLogger(__name__)
 
 PROGRAM_NAME, PREPARE_NAME = "xlarank_program", "xlarank_prepare"
 """Of row programs and of those that prepare weights, in profiles and in the compilation cache."""
@@ -52,8 +70,42 @@ def compile_program(program: export.Exported, device: Device, name: str) -> jax.
     sharding = jax.sharding.SingleDeviceSharding(device)
     avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in program.in_avals]
     args, _ = jax.tree.unflatten(program.in_tree, avals)
-    lowered = jax.jit(call, in_shardings=sharding, out_shardings=sharding).lower(*args)
-    return lowered.compile(compiler_options=compiler_options(device.platform))
+    return compile_lowered(jax.jit(call, in_shardings=sharding, out_shardings=sharding).lower(*args), device)
+
+
+def compile_lowered(lowered: jax.stages.Lowered, device: Device) -> jax.stages.Compiled:
+    """Compiles for a device, or finds it in the compilation cache; replaces a file there that can't be read.
+
+    JAX writes in place, so a process that is killed may leave a file that is cut off; and it never writes a
+    file that is there, so this program would be compiled anew at each start.
+
+    Args:
+      lowered: what to compile.
+      device: where it will run.
+    """
+    options = compiler_options(device.platform)
+    try:
+        with _cache_errors_raised():
+            return lowered.compile(compiler_options=options)
+    except OSError:  # a disk that is full or can't be read: JAX warns, and does without the cache
+        return lowered.compile(compiler_options=options)
+    except Exception as error:  # of whatever reads the cache, or the compiler's, which comes again
+        with tempfile.TemporaryDirectory(prefix="xlarank-compile-") as empty:
+            with compile_cache_at(Path(empty)):
+                compiled = lowered.compile(compiler_options=options)
+            seed_compile_cache(Path(empty).iterdir(), is_newer=True)
+        _log.warning("a file of the compile cache couldn't be read, and is replaced: %s", error)
+        return compiled
+
+
+@contextlib.contextmanager
+def _cache_errors_raised() -> Iterator[None]:
+    before = jax.config.jax_raise_persistent_cache_errors
+    jax.config.update("jax_raise_persistent_cache_errors", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_raise_persistent_cache_errors", before)
 
 
 class ProgramLibrary:

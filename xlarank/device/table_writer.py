@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from xlarank.device.platform import compiler_options
+from xlarank.device.programs import compile_lowered
 from xlarank.device.replica import Replica
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
@@ -78,4 +78,4 @@ def compile_update(device: Device, shape: Sequence[int], dtype: np.dtype) -> jax
         jax.ShapeDtypeStruct((_ROWS_A_STEP, *shape[1:]), dtype),
     )
     lowered = jax.jit(xlarank_update, in_shardings=sharding, out_shardings=sharding).lower(*shapes)
-    return lowered.compile(compiler_options=compiler_options(device.platform))
+    return compile_lowered(lowered, device)

@@ -8,10 +8,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from xlarank import device
 from xlarank.errors import ModelError, UnavailableError
 from xlarank.spec import PlatformOptions
 
@@ -22,39 +21,54 @@ _MAX_REASON = 2000
 
 
 class CompileHelper:
-    """Runs the helper process, one at a time, at the lowest priority."""
+    """Runs the helper process, one at a time, at the lowest priority. Needs no JAX in this one."""
 
-    def __init__(self, *, platforms: Sequence[PlatformOptions], use_bundle_code: bool) -> None:
+    def __init__(
+        self,
+        *,
+        num_devices: int | None = None,
+        platforms: Sequence[PlatformOptions] = (),
+        use_bundle_code: bool,
+        compile_cache: Path | None,
+    ) -> None:
         """
         Args:
-          platforms: of the devices that the server uses, see `xlarank.device.platforms_of`.
+          num_devices: that the server uses of JAX's default platform; None for all.
+          platforms: instead of that, of the devices that it uses, see `xlarank.device.platforms_of`.
           use_bundle_code: whether compiled code in bundles may be used.
+          compile_cache: of the server; None for the one that it takes by default.
         """
         self._options = [word for options in platforms for word in ("--platform", str(options))]
+        self._options += [] if num_devices is None else ["--devices", str(num_devices)]
         self._options += [] if use_bundle_code else ["--no-bundle-code"]
+        self._options += [] if compile_cache is None else ["--compile-cache", str(compile_cache.absolute())]
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None  # guarded by _lock
         self._is_closed = False  # guarded by _lock; moves one way
 
-    def compile(self, path: Path) -> float:
+    def compile(self, path: Path, environment: Mapping[str, str] | None = None) -> float:
         """Fills the compilation cache for a bundle; returns the seconds that it took.
+
+        Args:
+          path: folder of the version.
+          environment: variables that differ from this process's.
 
         Raises:
           ModelError: if the process fails; with the end of what it said.
           UnavailableError: if `close` ended it.
         """
         start = time.monotonic()
-        command = [sys.executable, "-m", "xlarank.runtime.warming", *self._options]
-        command += ["--compile-cache", str(device.compile_cache_folder()), str(path.absolute())]
+        command = [sys.executable, "-m", "xlarank.runtime.warming", "--parent", str(os.getpid())]
+        command += [*self._options, str(path.absolute())]
         # A GPU's memory is the server's: this one takes what compiling needs, when it needs it.
-        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        variables = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **(environment or {})}
         with tempfile.TemporaryFile() as said:
             with self._lock:
                 if self._is_closed:
                     raise UnavailableError(f"{path}: not compiled: the server is stopping")
                 process = self._process = subprocess.Popen(
                     command,
-                    env=environment,
+                    env=variables,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=said,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
 import os
 import sys
@@ -20,10 +18,10 @@ from xlarank.bundle import Bundle
 from xlarank.errors import ConfigError, VerifyError
 from xlarank.host import DeviceRows, Gatherer, HugePages, TableMemory
 from xlarank.runtime.background import in_background
+from xlarank.runtime.program_key import updatable_tables
 from xlarank.runtime.table_check import TableCheck
 from xlarank.runtime.tables import LoadedTables, TableBytes, load_tables
-from xlarank.spec import Bucket, BucketLadder, LatencyProfile, ModelSpec, Signature
-from xlarank.spec.signature import DeviceTable
+from xlarank.spec import Bucket, BucketLadder, LatencyProfile, ModelSpec
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
     from jax import Array
@@ -38,9 +36,7 @@ __all__ = [
     "Loader",
     "fingerprint_differences",
     "host_threads_of",
-    "program_key",
     "read_programs",
-    "updatable_tables",
 ]
 
 _log = logging.getLogger(__name__)
@@ -434,21 +430,3 @@ def fingerprint_differences(bundle: Bundle, devices: Sequence[Device]) -> dict[s
 
     kinds = {device.device_kind(target): target for target in devices}
     return min((differences(device.fingerprint(target)) for target in kinds.values()), key=len)
-
-
-def updatable_tables(bundle: Bundle) -> dict[str, tuple[DeviceTable, int]]:
-    """Tables whose rows devices hold and that are updated while they serve: by name, the rows' array and its
-    place among the prepared."""
-    spec, manifest = bundle.spec, bundle.manifest
-    signature = Signature.of_model(spec, manifest.unused_features, manifest.activations, manifest.placements)
-    places = zip(signature.device_tables, manifest.placed_at, strict=True)
-    return {t.name: (t, place) for t, place in places if spec.table_by_name[t.name].updatable}
-
-
-def program_key(bundle: Bundle) -> str:
-    """Equal for bundles of which one's compiled programs serve the other too, in one process."""
-    manifest = bundle.manifest
-    files = sorted(manifest.files[entry.file].sha256 for entry in manifest.programs)
-    prepare = "" if manifest.prepare is None else manifest.files[manifest.prepare].sha256
-    updates = [[name, *table.shape, table.dtype] for name, (table, _) in updatable_tables(bundle).items()]
-    return hashlib.sha256(json.dumps([files, prepare, updates]).encode()).hexdigest()

@@ -60,6 +60,9 @@ class HeldTables:
     tables: Mapping[tuple[str, int], LoadedTables]
     """By model and version."""
 
+    is_beside: bool = False
+    """Whether other processes of the server serve other versions meanwhile."""
+
     loading: tuple[str, int] | None = None
     """The version that is being loaded, or was when it failed; None once all are. Written by the thread that
     loads."""

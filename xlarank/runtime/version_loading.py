@@ -18,10 +18,11 @@ from xlarank.runtime.background import in_background
 from xlarank.runtime.captures import Captures
 from xlarank.runtime.compile_helper import CompileHelper
 from xlarank.runtime.engine import Engine
-from xlarank.runtime.loading import Loader, program_key
+from xlarank.runtime.loading import Loader
 from xlarank.runtime.metrics import Metrics
 from xlarank.runtime.pacing import PacedRuns
 from xlarank.runtime.pool import DevicePool
+from xlarank.runtime.program_key import program_key
 from xlarank.runtime.tables import HeldTables, TableBytes, memory_beside
 from xlarank.spec import ModelSpec
 from xlarank.spec.serving import QueueConfig
@@ -104,7 +105,9 @@ class VersionLoader:
         self._paced = PacedRuns(pool, share=warm_share, wait=wait)
         self._devices = devices
         self._helper = CompileHelper(
-            platforms=device.platforms_of(devices), use_bundle_code=options.use_bundle_code
+            platforms=device.platforms_of(devices),
+            use_bundle_code=options.use_bundle_code,
+            compile_cache=device.compile_cache_folder(),
         )
         self._keys: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
         self._in_cache: set[str] = (
@@ -114,7 +117,7 @@ class VersionLoader:
 
     @property
     def num_serving_compiles(self) -> int:
-        """Programs compiled in this process while it served; 0 is healthy."""
+        """Programs compiled while this process served, or others of the same server did; 0 is healthy."""
         return device.num_compiled() - self._num_compiled_alone
 
     def load(self, path: Path, peers: Sequence[Engine], *, is_beside: bool) -> Engine:
@@ -161,7 +164,7 @@ class VersionLoader:
         if store is not None:
             self._stores[bundle.spec.name] = store
         compiled = device.num_compiled() - before
-        if not is_beside:
+        if not is_beside and (held is None or not held.is_beside):
             self._num_compiled_alone += compiled
         elif compiled:
             _log.error("%s: %d programs were compiled in the process that serves", path, compiled)

@@ -1,17 +1,20 @@
 """The process that compiles for one that serves (`CompileHelper` starts it), at the lowest priority:
 
-    python -m xlarank.runtime.warming --compile-cache FOLDER --platform cpu,devices=2 BUNDLE ...
+    python -m xlarank.runtime.warming --parent 123 --compile-cache FOLDER --platform cpu,devices=2 BUNDLE ...
 
 compiles every program of the bundles for every device into the compilation cache and reads no table. The
-server that started it then finds all of them there.
+server that started it then finds all of them there. It ends when the one that started it does.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -24,7 +27,8 @@ import numpy as np
 from xlarank import device
 from xlarank.bundle import Bundle, Verify, open_bundle
 from xlarank.errors import ModelError, XlarankError
-from xlarank.runtime.loading import fingerprint_differences, read_programs, updatable_tables
+from xlarank.runtime.loading import fingerprint_differences, read_programs
+from xlarank.runtime.program_key import updatable_tables
 from xlarank.spec import PlatformOptions
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
@@ -32,7 +36,10 @@ if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers d
 
 __all__ = ["compile_into_cache", "main"]
 
+_log = logging.getLogger(__name__)
+
 _NICENESS = 19
+_PR_SET_PDEATHSIG = 1
 _PRIVATE = ".warming-"
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -57,13 +64,17 @@ def compile_into_cache(bundle: Bundle, *, devices: Sequence[Device], use_bundle_
     _remove_abandoned(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=_PRIVATE) as private:
         # Files that other processes are writing begin with a dot, and may be renamed meanwhile.
-        known = {file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")}
-        for name in known:
+        known = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+        linked: dict[str, int] = {}
+        for file in known:
             with contextlib.suppress(FileNotFoundError):
-                os.link(folder / name, Path(private) / name)
+                os.link(file, link := Path(private) / file.name)
+                linked[file.name] = link.stat().st_ino
         with device.compile_cache_at(Path(private)):
             _compile(bundle, devices)
-        device.seed_compile_cache(file for file in Path(private).iterdir() if file.name not in known)
+        # Those that are new, and those that took the place of what couldn't be read.
+        made = [file for file in Path(private).iterdir() if file.stat().st_ino != linked.get(file.name)]
+        device.seed_compile_cache(made, is_newer=True)
     before = device.num_compiled()
     _compile(bundle, devices)
     if missed := device.num_compiled() - before:
@@ -94,25 +105,37 @@ def _remove_abandoned(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def _ends_with(parent: int) -> bool:
+    """Has the kernel kill this process when `parent` has ended; False if it has already."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        _log.info("this process may outlive the one that waits for it: %s", os.strerror(ctypes.get_errno()))
+    return os.getppid() == parent
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The helper process; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m xlarank.runtime.warming", description=__doc__)
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="folder of a version")
-    parser.add_argument("--compile-cache", type=Path, required=True, help="where compiled code goes")
+    parser.add_argument("--parent", type=int, required=True, help="process that waits for this one")
+    parser.add_argument("--compile-cache", type=Path, help="where compiled code goes")
+    parser.add_argument("--devices", type=int, help="compile for so many of the default platform (all)")
     parser.add_argument(
         "--platform",
         type=PlatformOptions.parse,
         action="append",
-        required=True,
-        help="compile for its devices, as in cpu,devices=2",
+        default=[],
+        help="instead of that, compile for its devices, as in cpu,devices=2",
     )
     parser.add_argument("--no-bundle-code", action="store_true", help="compile programs/ whatever there is")
     args = parser.parse_args(arguments)
     # Not fewer cores: XLA:CPU compiles for as many as it may run on, and the server runs on all of its own.
     os.nice(_NICENESS)
+    if not _ends_with(args.parent):
+        return 1
     try:
-        device.configure(platforms=args.platform, compile_cache=args.compile_cache)
-        devices = device.devices(platforms=args.platform)
+        device.configure(num_devices=args.devices, platforms=args.platform, compile_cache=args.compile_cache)
+        devices = device.devices(args.devices, args.platform)
         for path in args.bundles:
             bundle = open_bundle(path, verify=Verify.ALL_BUT_TABLES)
             compile_into_cache(bundle, devices=devices, use_bundle_code=not args.no_bundle_code)

@@ -50,6 +50,9 @@ class Order:
     is_beside: bool
     """Whether others serve meanwhile: then files are read by one thread of low priority."""
 
+    served: tuple[Version, ...] = ()
+    """What those serve: its programs are in the compile cache."""
+
     link: Path
     """Socket of the supervisor."""
 

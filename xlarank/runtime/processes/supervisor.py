@@ -188,6 +188,7 @@ class Supervisor:
             versions=wanted,
             num_workers=self._num_workers,
             is_beside=serving is not None,
+            served=served,
             link=self._path,
         )
         if serving is not None and serving.holder is not None:
