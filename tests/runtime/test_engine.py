@@ -346,7 +346,7 @@ def test_a_bundle_compiled_elsewhere_is_compiled_anew_and_says_so(repository, ca
     from xlarank import device
 
     here = dict(device.fingerprint())
-    monkeypatch.setattr(device, "fingerprint", lambda: here | {"cpu_features": "another"})
+    monkeypatch.setattr(device, "fingerprint", lambda _target: here | {"cpu_features": "another"})
     with Engine.load(repository / "shop") as engine:
         assert engine.load_report.fingerprint_differences == {
             "cpu_features": (here["cpu_features"], "another")
