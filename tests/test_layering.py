@@ -167,6 +167,16 @@ def test_every_import_follows_the_arrows():
     assert violations(ROOT) == []
 
 
+def test_jax_s_private_modules_are_imported_in_one_place():
+    private = {
+        file.relative_to(ROOT).as_posix()
+        for file in source_files(ROOT)
+        for name, _, _ in imports_of(file, module_of(file, ROOT))
+        if name.startswith(("jax._src", "jaxlib._src"))
+    }
+    assert private == {"xlarank/compiler/tracing.py"}
+
+
 def test_the_table_of_arrows_is_of_the_packages_that_there_are():
     packages = {package_of(module_of(file, ROOT)) for file in source_files(ROOT)}
     assert packages == {*ARROWS, *ANYWHERE, "xlarank.errors"}

@@ -24,6 +24,7 @@ from xlarank.compiler.forms import PLAIN, Form
 from xlarank.compiler.passes import Fusion
 from xlarank.compiler.report import render_report
 from xlarank.compiler.report_facts import Facts
+from xlarank.compiler.report_plots import plot_forms
 from xlarank.device import ScoreError
 from xlarank.spec import Bucket, FeatureSpec, ModelSpec, Precision, TaskSpec
 
@@ -248,6 +249,32 @@ def test_dropped_buckets_are_named(tuned):
         tuning = dataclasses.replace(tuned.tuning, dropped=dropped)
         words = Page(render_report(dataclasses.replace(tuned, tuning=tuning), GOLDEN)).words("buckets")
         assert ("Dropped: 4x2, 64x3." in words) == bool(dropped)
+
+
+def marks_in(plot):
+    return collections.Counter(
+        (float(x), float(y)) for x, y in re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', plot)
+    )
+
+
+def test_each_trial_has_one_mark_at_its_time(tuned):
+    facts = Facts.of(tuned, GOLDEN).buckets[0]
+    chosen = next(trial for trial in facts.trials if trial.form == facts.form)
+    moved, slowest = [trial for trial in facts.trials if trial.form != facts.form and not trial.refusal][:2]
+
+    def marks(milliseconds):
+        seconds = zip((chosen, moved, slowest), (1, milliseconds, 8), strict=True)
+        trials = tuple(dataclasses.replace(trial, seconds=ms / 1e3) for trial, ms in seconds)
+        return marks_in(plot_forms([dataclasses.replace(facts, trials=trials, seconds=1e-3)]))
+
+    places = []
+    for at, other in ((2, 4), (8**0.5, 2), (4, 2)):
+        (place,) = (marks(at) - marks(other)).elements()  # all others stay where they are
+        places.append(place)
+    (x0, y0), (x1, y1), (x2, y2) = places
+    assert y0 == y1 == y2
+    assert x0 < x2
+    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.1)  # the scale is logarithmic
 
 
 def test_the_plots_are_drawn_in_the_page_in_its_own_colours(tuned):
