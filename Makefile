@@ -9,8 +9,9 @@ export PYTHON
 VENV ?= .venv
 # `dev`, or `test`: what tests need, without linters and type checker.
 EXTRA ?= dev
-# Python compiles what is imported, a third of what is installed.
-PIP_FLAGS ?= --quiet --disable-pip-version-check --no-compile
+# pip compiles what it installs: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each of hundreds of
+# processes would else compile JAX's sources anew, for four seconds.
+PIP_FLAGS ?= --quiet --disable-pip-version-check
 ARTIFACTS ?= artifacts
 MOVIELENS_DIR ?= data/ml-100k
 # Two processes, a file whole in one of them: modules share what is slow to make.
