@@ -122,6 +122,17 @@ class Flipping(Counting):
         return {"like": features["item"].sum(axis=1) * self.calls[...]}
 
 
+class Remembering(nnx.Module):
+    """Writes a feature as it came, by no operation."""
+
+    def __init__(self):
+        self.last = nnx.Variable(jnp.zeros((8, 4), jnp.float32))
+
+    def __call__(self, features):
+        self.last.set_value(features["item"])
+        return {"like": features["item"].sum(axis=1)}
+
+
 def picks_rows(params, features):
     kept = jnp.nonzero(features["item"][:, 0] > 0)
     return {"like": features["item"][kept].sum(axis=1)}
@@ -243,6 +254,7 @@ def place_message(operation, function):
             r"writes to its variable 'calls' when it scores: add at .*test_inputs\.py:\d+ .*use_running",
         ),
         (Flipping(), r"writes to its variable 'calls' when it scores: sub at .*test_inputs\.py:\d+"),
+        (Remembering(), r"writes to its variable 'last' when it scores: its call"),
         (picks_rows, r"can't be traced: .* \(at .*test_inputs\.py:\d+ \(picks_rows\)\).*jnp.where"),
         (
             masks_rows,

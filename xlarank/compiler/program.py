@@ -167,7 +167,7 @@ def _without_written_state(
     before = dict(zip(model.names, closed.jaxpr.invars, strict=False))
     outputs = dict(zip(written, closed.jaxpr.outvars[num_scores:], strict=True))
     changed = {name: after for name, after in outputs.items() if before.get(name) is not after}
-    if not _settles(closed, model, changed):
+    if changed and not _settles(closed, model, changed):
         for name, after in changed.items():
             made_by = [e for e in closed.jaxpr.eqns if after in e.outvars]
             where = f"{made_by[0].primitive.name} at {source_of(made_by[0])}" if made_by else "its call"
@@ -190,7 +190,8 @@ def _settles(closed: ClosedJaxpr, model: DenseModel, changed: Mapping[str, Any])
     """Whether what is written is made of weights alone, and the same when made of what was written."""
     places = [closed.jaxpr.outvars.index(after) for after in changed.values()]
     made = retrace(lambda *inputs: [run_equations(closed, inputs)[i] for i in places], closed.in_avals)
-    used = {atom for e in made.jaxpr.eqns for atom in e.invars if isinstance(atom, core.Var)}
+    read = [*(atom for e in made.jaxpr.eqns for atom in e.invars), *made.jaxpr.outvars]
+    used = {atom for atom in read if isinstance(atom, core.Var)}
     weights = dict(zip(model.names, map(jnp.asarray, model.params), strict=True))
     others = made.jaxpr.invars[len(weights) :]
     if not used.isdisjoint(others) or not changed.keys() <= weights.keys():
