@@ -42,11 +42,12 @@ def stamp_arrival() -> None:
     _headers_at.set(time.monotonic())
 
 
-def arrival_of(context: grpc.ServicerContext, *, is_now: bool = False) -> Arrival:
+def arrival_of(context: grpc.ServicerContext, *, is_traced: bool, is_now: bool = False) -> Arrival:
     """How a request of a gRPC call came.
 
     Args:
       context: of the call.
+      is_traced: whether anybody asks for the caller's span.
       is_now: whether it came just now, as those of a stream do, and not with the call.
     """
     now = time.monotonic()
@@ -55,7 +56,7 @@ def arrival_of(context: grpc.ServicerContext, *, is_now: bool = False) -> Arriva
     return Arrival(
         at=now if is_now else _headers_at.get(now),
         ends_at=now + seconds if has_deadline else math.inf,
-        trace_parent=_trace_parent_of(context),
+        trace_parent=_trace_parent_of(context) if is_traced else None,
     )
 
 

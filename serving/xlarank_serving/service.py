@@ -221,6 +221,11 @@ class InferenceService:
         """Whether `stop_accepting` was called."""
         return self._is_stopping
 
+    @property
+    def is_observed(self) -> bool:
+        """Whether anybody is told of requests."""
+        return bool(self._observers)
+
     def count_open(self, num_open: Callable[[], int], num_stalled: Callable[[], int]) -> None:
         """Says how to count the calls that ranking threads are at or that wait for one: those that don't wait
         for their engine, and aren't stalled before they have come, are on their way to it."""
@@ -359,7 +364,7 @@ class InferenceService:
 
     def model_infer(self, data: bytes, context: grpc.ServicerContext) -> messages.ModelInferResponse:
         """Scores one request; a caller who leaves or whose deadline passes cancels it."""
-        arrival = arrival_of(context)
+        arrival = arrival_of(context, is_traced=self.is_observed)
         call = self.begin(self.read(data, arrival), arrival)
         # If the caller leaves or its deadline passes, the engine needn't run it and this thread needn't
         # wait. If that has happened already, no callback will come.

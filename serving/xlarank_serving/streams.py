@@ -100,7 +100,8 @@ class InferStreams:
     def _begin(
         self, data: bytes, context: grpc.ServicerContext
     ) -> RankCall | messages.ModelStreamInferResponse:
-        arrival, request = arrival_of(context, is_now=True), messages.ModelInferRequest()
+        arrival = arrival_of(context, is_traced=self._service.is_observed, is_now=True)
+        request = messages.ModelInferRequest()
         try:
             message = self._service.read(data, arrival)
             request = message.request
