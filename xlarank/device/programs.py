@@ -98,14 +98,18 @@ def compile_lowered(lowered: jax.stages.Lowered, device: Device) -> jax.stages.C
         return compiled
 
 
+_CACHE_ERRORS = threading.Lock()
+
+
 @contextlib.contextmanager
 def _cache_errors_raised() -> Iterator[None]:
-    before = jax.config.jax_raise_persistent_cache_errors
-    jax.config.update("jax_raise_persistent_cache_errors", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_raise_persistent_cache_errors", before)
+    with _CACHE_ERRORS:  # the setting is the process's: two at once would leave it as neither found it
+        before = jax.config.jax_raise_persistent_cache_errors
+        jax.config.update("jax_raise_persistent_cache_errors", True)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_raise_persistent_cache_errors", before)
 
 
 class ProgramLibrary:
