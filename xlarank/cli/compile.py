@@ -147,7 +147,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Compiles; returns path, version and what was tried, chosen and measured of each bucket."""
-    # The collector needn't walk what the imports make, while they do or later: a tenth of a refresh.
+    # The collector needn't walk what the imports make, while they do or later: a twentieth of a refresh.
     gc.disable()
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -47,7 +47,7 @@ _LINE: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 4.5}
 
 
 def load_plotting() -> None:
-    """Imports what draws, which else the first plot waits for: about a tenth of a weights-only refresh."""
+    """Imports what draws, which the first plot would wait for: a twentieth of a weights-only refresh."""
     importlib.import_module("matplotlib.backends.backend_svg")
 
 
