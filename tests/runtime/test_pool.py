@@ -4,6 +4,7 @@ import functools
 import os
 import random
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,9 +29,10 @@ class Work:
     def run(self, batch, device_index):
         self.on_run()
         self.runs.append(([part.item for part in batch.parts], device_index))
+        return SimpleNamespace(is_whole=True)
 
     def answer(self, result):
-        assert result is None
+        pass
 
     def fail_late(self, item):
         self.late.append(item)
@@ -97,7 +99,7 @@ class Gates(Work):
     def run(self, batch, device_index):
         gate = self.held[device_index] = threading.Event()
         gate.wait(60)
-        super().run(batch, device_index)
+        return super().run(batch, device_index)
 
 
 def rest(pool, *works):
@@ -209,7 +211,7 @@ class Sick(Work):
     def run(self, batch, device_index):
         if device_index == 0:
             raise RuntimeError("it is broken")
-        super().run(batch, device_index)
+        return super().run(batch, device_index)
 
     def answer(self, result):
         super().answer(result)
@@ -242,6 +244,29 @@ def test_a_lone_request_is_run_at_once_while_a_device_is_out_of_service():
     for _ in range(20):
         submit(pool, queue, object())
         assert work.is_answered.acquire(timeout=5)
+    pool.close()
+
+
+@pytest.mark.parametrize("left", [None, SimpleNamespace(is_whole=False)])
+def test_a_second_run_without_those_whose_callers_left_says_nothing_of_the_device(left):
+    """What left may have been at fault: a poisonous request with a short deadline must not cost a device."""
+    work, pool = Sick(fail), DevicePool(2, faults=FaultConfig(probe_seconds=1e6))
+    second_run = work.run
+
+    def run(batch, device_index):
+        second_run(batch, device_index)
+        return left
+
+    work.run = run
+    queue = attach(pool, work)
+    has_failed = []
+    work.on_run = lambda: has_failed.append(pool.statuses()[0].state is DeviceState.SUSPECT)
+    while not any(has_failed):
+        submit(pool, queue, object())
+        assert work.is_answered.acquire(timeout=30)
+    wait_for_state(pool, DeviceState.HEALTHY)
+    assert pool.statuses()[0].num_quarantines == 0
+    work.run = second_run
     pool.close()
 
 

@@ -32,7 +32,10 @@ class Workload(Protocol):
     """A model's part. The pool calls it without holding its lock."""
 
     def run(self, batch: Batch, device_index: int) -> Any:
-        """Runs a batch; what `answer` takes. Raises when it fails or gives scores that aren't finite."""
+        """Runs what is still waited for of a batch; raises when it fails or gives scores that aren't finite.
+
+        What `answer` takes; its `is_whole` tells whether that was all. None if it was nothing.
+        """
         ...
 
     def answer(self, result: Any) -> None:
@@ -347,7 +350,10 @@ class DevicePool:
             return
         if self._end(turn):
             if not suspicion.has_hung:
-                self._quarantine(accused, suspicion.reason)
+                if result is not None and result.is_whole:
+                    self._quarantine(accused, suspicion.reason)
+                else:  # what is no longer waited for may have been at fault: its next batch will tell
+                    self._acquit(accused)
             workload.answer(result)
 
     def _judge_alone(self, suspicion: Suspicion, turn: Turn) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,18 @@ from xlarank.spec import BucketLadder
 __all__ = ["ModelWorkload"]
 
 _log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """What came of a batch."""
+
+    batch: Batch[Pending]
+    """What of it was still waited for."""
+
+    executed: Executed
+    is_whole: bool
+    """Whether that was all of it."""
 
 
 class ModelWorkload:
@@ -53,7 +66,7 @@ class ModelWorkload:
         self._captures = captures
         self._drop = drop
 
-    def run(self, batch: Batch[Pending], device_index: int) -> tuple[Batch[Pending], Executed] | None:
+    def run(self, batch: Batch[Pending], device_index: int) -> Ran | None:
         """Gathers and executes what is still waited for; None when that is nothing.
 
         Raises:
@@ -70,13 +83,15 @@ class ModelWorkload:
                 kept.append(part)
         if not kept:
             return None
-        return self._run(batch if len(kept) == len(batch.parts) else self._batch_of(kept), device_index)
+        is_whole = len(kept) == len(batch.parts)
+        left = batch if is_whole else self._batch_of(kept)
+        return Ran(left, self._execute(left, device_index), is_whole)
 
     def _batch_of(self, parts: Sequence[Part[Pending]]) -> Batch[Pending]:
         bucket = self._ladder.bucket_for(sum(part.num_rows for part in parts), len(parts))
         return Batch(bucket, tuple(parts))
 
-    def _run(self, batch: Batch[Pending], device_index: int) -> tuple[Batch[Pending], Executed]:
+    def _execute(self, batch: Batch[Pending], device_index: int) -> Executed:
         executed = self._execution.run(batch, device_index)
         for task, values in executed.scores.items():
             is_finite = np.isfinite(values[: batch.num_rows])
@@ -85,13 +100,13 @@ class ModelWorkload:
                     f"model {self._name!r}, task {task!r}, bucket {batch.bucket}: expected finite scores, "
                     f"got {np.count_nonzero(~is_finite)} of {batch.num_rows} that are not"
                 )
-        return batch, executed
+        return executed
 
-    def answer(self, result: tuple[Batch[Pending], Executed] | None) -> None:
+    def answer(self, result: Ran | None) -> None:
         """Answers the requests of a batch that has run."""
         if result is None:
             return
-        batch, executed = result
+        batch, executed = result.batch, result.executed
         self._metrics.record_batch(
             batch.bucket, batch.num_rows, len(batch.parts), executed.gather_seconds, executed.execute_seconds
         )
@@ -124,7 +139,7 @@ class ModelWorkload:
     def isolate(self, batch: Batch[Pending], device_index: int, error: Exception) -> None:
         """Answers a batch that fails on devices that work; see `xlarank.runtime.isolation`."""
 
-        def run(parts: Sequence[Part[Pending]]) -> tuple[Batch[Pending], Executed] | None:
+        def run(parts: Sequence[Part[Pending]]) -> Ran | None:
             return self.run(self._batch_of(parts), device_index)
 
         done, culprits = isolate(batch.parts, run, error)
