@@ -75,3 +75,11 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # whoever made it removes it, when the others have ended
         shutil.rmtree(config.stash[_CACHE], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def linear_version(tmp_path_factory):
+    """The folder of a compiled version of `linear.Linear`."""
+    import linear  # makes arrays: see `pytest_configure`
+
+    return linear.build(tmp_path_factory.mktemp("linear"))

@@ -42,7 +42,7 @@ from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.parsing import InferMessage
 from xlarank_serving.repository_rpcs import IndexedRepository, ManagedRepository, RepositoryService
 from xlarank_serving.service import InferenceService, RankCall
-from xlarank_serving.status import http_status_of, retry_after_ms
+from xlarank_serving.status import http_status_of, let_go, retry_after_ms
 from xlarank_serving.threads import ServerThreads
 
 __all__ = ["Authorize", "http_app", "refusing"]
@@ -294,6 +294,7 @@ def _error_response(error: Exception) -> Response:
         headers = {"Retry-After": str(math.ceil(milliseconds / 1e3)), "Retry-After-Ms": str(milliseconds)}
     elif code == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    let_go(error)
     return JSONResponse({"error": details}, code, headers)
 
 

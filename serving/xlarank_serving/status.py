@@ -28,6 +28,7 @@ __all__ = [
     "error_of_call",
     "failure_reason",
     "http_status_of",
+    "let_go",
     "retry_after_ms",
     "status_of",
 ]
@@ -128,6 +129,15 @@ def error_of_call(call: Any) -> XlarankError:
     return error
 
 
+def let_go(error: BaseException) -> None:
+    """For whoever has told a caller of an exception: its traceback is dropped.
+
+    An exception of a future has the frames in its traceback that waited for it, and they have the future: in
+    such a cycle request and engine, with its tables, would stay until the collector comes by.
+    """
+    error.__traceback__ = None
+
+
 def retry_after_ms(error: BaseException) -> int | None:
     """How long a client should wait before it asks again; None where an error doesn't say."""
     if isinstance(error, OverloadError):
@@ -172,6 +182,7 @@ def _abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
         _log.error("request failed: %s", details, exc_info=error)
     if (milliseconds := retry_after_ms(error)) is not None:
         context.set_trailing_metadata(((_PUSHBACK, str(milliseconds)),))
+    let_go(error)
     context.abort(code, details)
 
 

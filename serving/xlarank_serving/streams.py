@@ -18,7 +18,7 @@ from xlarank.errors import UnavailableError
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.arrival import arrival_of
 from xlarank_serving.service import InferenceService, RankCall
-from xlarank_serving.status import answering_stream, retry_after_ms, status_of
+from xlarank_serving.status import answering_stream, let_go, retry_after_ms, status_of
 from xlarank_serving.threads import ServerThreads, on_threads
 
 __all__ = ["InferStreams"]
@@ -92,8 +92,8 @@ class InferStreams:
                     break
                 stream.expect()
                 stream.add(self._begin(data, context))
-        except grpc.RpcError:
-            pass  # the caller left: the iterator's way to say so, and `abandon` was called
+        except grpc.RpcError as error:  # the caller left: the iterator's way to say so; `abandon` was called
+            let_go(error)  # gRPC's state of the call keeps it
         finally:
             stream.end_requests()
 
@@ -201,4 +201,5 @@ def _failure(request: messages.ModelInferRequest, error: Exception) -> messages.
     response.infer_response.parameters["xlarank_status"].string_param = code.name
     if (milliseconds := retry_after_ms(error)) is not None:
         response.infer_response.parameters["xlarank_retry_after_ms"].int64_param = milliseconds
+    let_go(error)
     return response

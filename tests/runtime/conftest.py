@@ -35,9 +35,3 @@ def root(tmp_path):
 def publish(linear_version, root):
     """Publishes a version of `linear.Linear` into `root`, by its number; see `linear.publish`."""
     return functools.partial(linear.publish, linear_version, root)
-
-
-@pytest.fixture(scope="session")
-def linear_version(tmp_path_factory):
-    """The folder of a compiled version of `linear.Linear`."""
-    return linear.build(tmp_path_factory.mktemp("linear"))

@@ -1,5 +1,6 @@
 """Swaps under load: nothing fails, nothing mixes, nothing compiles in the process, everything is freed."""
 
+import logging
 import os
 import queue
 import select
@@ -7,19 +8,29 @@ import signal
 import subprocess
 import sys
 import threading
-import weakref
 
 import linear
 import numpy as np
 import pytest
+from executors import Faulty, Gated, wrap
+from freed import Parts, no_collector
 from served import environment
 from xlarank_serving.admin import AdminClient, AdminServer
 
 from xlarank import device
-from xlarank.errors import ModelError, RequestError, UnavailableError
+from xlarank.errors import (
+    DeadlineError,
+    ExecutionError,
+    ModelError,
+    OverloadError,
+    RequestError,
+    UnavailableError,
+)
 from xlarank.runtime import DevicePool, Metrics, ModelRepository, VersionOptions, warming
 from xlarank.runtime.compile_helper import CompileHelper
 from xlarank.runtime.pacing import PacedRuns
+from xlarank.spec import RequestOptions
+from xlarank.spec.serving import QueueConfig
 
 
 @pytest.fixture
@@ -127,24 +138,6 @@ def test_an_update_that_a_swap_overtakes_keeps_its_version_open(publish, opened)
         engine.update_rows("topics", np.array([1]), np.ones((1, 3)))
 
 
-class Parts:
-    """What holds an engine's memory."""
-
-    def __init__(self, engine):
-        replica = engine._execution._executors[0]
-        tables = [table.rows for table in engine._gatherer._tables.values()]
-        parts = (engine, replica, engine._gatherer, *tables, *replica.prepared)
-        self._freed = [(type(part).__name__, threading.Event()) for part in parts]
-        self._refs = [
-            weakref.ref(part, lambda _, freed=freed: freed.set())
-            for part, (_, freed) in zip(parts, self._freed, strict=True)
-        ]
-
-    def left(self):
-        """Names of those that aren't freed, once the device's thread has had time to leave its last batch."""
-        return [name for name, freed in self._freed if not freed.wait(10)]
-
-
 def test_an_old_version_is_freed_with_its_tables_and_weights(publish, opened):
     publish(1)
     metrics = Metrics()
@@ -156,6 +149,54 @@ def test_an_old_version_is_freed_with_its_tables_and_weights(publish, opened):
     drained(repository)
     assert parts.left() == []
     assert b'version="1"' not in metrics.text()
+
+
+def failure(ask):
+    """The type of what a request fails with: the exception itself would keep the frames it has come by."""
+    try:
+        ask()
+    except Exception as error:
+        return type(error)
+    raise AssertionError("expected an error, got an answer")
+
+
+def disturb(engine):
+    """Requests refused for the queue's sake and for their deadlines, and one that fails on every device."""
+
+    def nan(bucket, leaves, scores):
+        return {task: np.full_like(values, np.nan) for task, values in scores.items()}
+
+    request = engine.request(linear.features(4))
+    gated = wrap(engine, Gated)
+    gate, has_come, busy = threading.Event(), threading.Semaphore(0), []
+    for executor in gated:
+        executor.gate, executor.has_come = gate, has_come
+    for _ in gated:
+        busy.append(engine.submit(request))
+        assert has_come.acquire(timeout=60)
+    busy.append(engine.submit(request))  # fills the queue
+    assert failure(lambda: engine.submit(request)) is OverloadError
+    gate.set()
+    for future in busy:
+        future.result(60)
+    assert failure(lambda: engine.submit(request, RequestOptions(deadline=0.0))) is DeadlineError
+    for executor in wrap(engine, Faulty):
+        executor.fault = nan
+    assert failure(lambda: engine.submit(request).result(60)) is ExecutionError
+
+
+def test_an_old_version_is_freed_though_requests_were_refused_and_failed(publish, opened, caplog):
+    """Errors have frames in their tracebacks and futures have errors: no cycle may keep the engine."""
+    caplog.set_level(logging.CRITICAL + 1)  # pytest keeps what is logged, with its exceptions
+    publish(1)
+    repository = opened(queue=QueueConfig(max_queued_rows=4))
+    with no_collector():
+        parts = Parts(repository.engine("linear"))
+        disturb(repository.engine("linear"))
+        publish(2)
+        repository.poll()
+        drained(repository)
+        assert parts.left() == []
 
 
 def test_a_model_unloaded_by_hand_is_freed_though_nothing_else_runs_on_the_devices(publish, opened):

@@ -155,15 +155,10 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def version(tmp_path_factory):
-    return linear.build(tmp_path_factory.mktemp("linear"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, version):
+def folder(tmp_path_factory, linear_version):
     folder = tmp_path_factory.mktemp("processes")
     for spec in (PLAIN, FRESH):
-        linear.publish(version, folder / "models", 1, spec=spec, rows=[4], with_code=False)
+        linear.publish(linear_version, folder / "models", 1, spec=spec, rows=[4], with_code=False)
     (folder / "server.toml").write_text(CONFIG)
     return folder
 
@@ -190,9 +185,9 @@ def started(folder, *options):
 
 
 @pytest.fixture(scope="module")
-def served(folder, version):
+def served(folder, linear_version):
     with started(folder, "--admin-port", "0") as process:
-        yield Served(process, folder, version)
+        yield Served(process, folder, linear_version)
         below = children(process.pid)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
@@ -440,8 +435,8 @@ def test_a_second_server_on_the_port_ends_before_it_loads_anything(served, folde
     assert err.startswith(f"xlarank serve: grpc port {port} on 127.0.0.1: expected a free port, got")
 
 
-def test_what_cannot_be_served_at_first_ends_all_with_the_reason(folder, version, tmp_path):
-    linear.publish(version, tmp_path / "models", 1, spec=PLAIN, golden_error=0.5)
+def test_what_cannot_be_served_at_first_ends_all_with_the_reason(folder, linear_version, tmp_path):
+    linear.publish(linear_version, tmp_path / "models", 1, spec=PLAIN, golden_error=0.5)
     options = ("--compile-cache", str(folder / "cache"), "--processes", "2")
     with served_by(str(tmp_path / "models"), *options) as process:
         out, err = process.communicate(timeout=60)
@@ -449,9 +444,9 @@ def test_what_cannot_be_served_at_first_ends_all_with_the_reason(folder, version
     assert "xlarank serve: model 'plain', task 'value'" in err
 
 
-def test_without_the_supervisor_the_others_drain_and_end(folder, version):
+def test_without_the_supervisor_the_others_drain_and_end(folder, linear_version):
     with started(folder) as process:
-        Served(process, folder, version)
+        Served(process, folder, linear_version)
         below = children(process.pid)
         assert len(below) == 3
         process.send_signal(signal.SIGKILL)

@@ -305,19 +305,20 @@ class Engine:
             if not self._is_open:
                 raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed")
             self._num_open += 1
+        try:
+            if request.num_candidates:
+                self._pool.submit(self._queue, pending, request.num_candidates, options or RequestOptions())
+            else:  # nothing to run, but answered and counted like any other
+                self._workload.respond(pending)
+        except XlarankError:  # which its future doesn't get: it is in frames that the error keeps, a cycle
+            self._count_done()
+            raise
+        if request.num_candidates:
+            self.metrics.record_accepted(request.num_candidates)
         # Weakly: a future keeps its callbacks, and a request that refers to itself stays until the collector
         # comes by, with its engine.
         own = weakref.ref(pending)
         pending.future.add_done_callback(lambda future: self._on_done(future, own()))
-        if request.num_candidates == 0:  # nothing to run, but answered and counted like any other
-            self._workload.respond(pending)
-            return pending.future
-        try:
-            self._pool.submit(self._queue, pending, request.num_candidates, options or RequestOptions())
-        except XlarankError as error:
-            pending.fail(error)
-            raise
-        self.metrics.record_accepted(request.num_candidates)
         return pending.future
 
     def score(self, request: RankRequest) -> dict[str, np.ndarray]:
@@ -392,6 +393,9 @@ class Engine:
     def _on_done(self, future: Future[Answer], pending: Pending | None) -> None:
         if pending is not None and future.cancelled():
             self._pool.cancel(self._queue, pending)
+        self._count_done()
+
+    def _count_done(self) -> None:
         with self._idle:
             self._num_open -= 1
             if self._num_open == 0:

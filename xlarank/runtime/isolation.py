@@ -64,7 +64,8 @@ def _narrowed(part: Part, run: Run, error: Exception) -> Culprit:
             try:
                 run([dataclasses.replace(part, begin=low, end=high)])
             except Exception as own:
-                begin, end, error = low, high, own
+                # Without its traceback, which has this frame: a cycle.
+                begin, end, error = low, high, own.with_traceback(None)
                 break
         else:
             break
