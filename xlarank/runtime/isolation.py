@@ -20,6 +20,7 @@ class Culprit:
 
     part: Part
     error: Exception
+    """Without its traceback, whose frames have the culprits: a cycle."""
 
     begin: int
     """The fault shows with rows ``[begin, end)`` of the request; one row, unless it takes several."""
@@ -49,7 +50,7 @@ def isolate(parts: Sequence[Part], run: Run, error: Exception) -> tuple[list[tup
         try:
             done.append((half, run(half)))
         except Exception as own:
-            ran, failed = isolate(half, run, own)
+            ran, failed = isolate(half, run, own.with_traceback(None))
             done += ran
             culprits += failed
     return done, culprits
@@ -64,7 +65,6 @@ def _narrowed(part: Part, run: Run, error: Exception) -> Culprit:
             try:
                 run([dataclasses.replace(part, begin=low, end=high)])
             except Exception as own:
-                # Without its traceback, which has this frame: a cycle.
                 begin, end, error = low, high, own.with_traceback(None)
                 break
         else:
