@@ -447,35 +447,6 @@ def test_predictions_count_other_models_as_far_as_they_take_turns():
     assert scheduler.predicted_start(own, 0.0) == pytest.approx(3.0 + 4.0)
 
 
-def test_predictions_learn_from_what_runs_took():
-    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=1e6)
-    now = 0.0
-    for i in range(60):
-        ask(scheduler, queue, i, now=now)
-        turn = scheduler.next_turn(0, now)
-        now += 2.0
-        scheduler.finished(turn, now)
-    ask(scheduler, queue, "x", now=now)
-    scheduler.next_turn(0, now)
-    assert scheduler.predicted_start(queue, now) - now == pytest.approx(2.0, rel=0.01)
-
-
-@pytest.mark.parametrize("slower", [30.0, 1 / 30])
-def test_a_device_that_has_become_much_slower_or_faster_is_believed(slower):
-    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=1e6)
-    now = 0.0
-    for i in range(120):
-        ask(scheduler, queue, i, now=now)
-        turn = scheduler.next_turn(0, now)
-        now += slower
-        scheduler.finished(turn, now)
-        if i == 0:  # one odd run moves predictions little
-            assert 0.9 < scheduler.use_of(0)[2] < 1.4
-    ask(scheduler, queue, "x", now=now)
-    scheduler.next_turn(0, now)
-    assert scheduler.predicted_start(queue, now) - now == pytest.approx(slower, rel=0.1)
-
-
 def test_work_ahead_fills_devices_level_each_from_when_it_is_free():
     scheduler, queue = scheduler_of(ALIKE, ALIKE, ALIKE, max_queue_ms=1e6)
     for i in range(2):

@@ -204,6 +204,7 @@ class DevicePool:
     def snapshot(self) -> PoolSnapshot:
         """For metrics."""
         with self._lock:
+            now = self._clock()
             queues = [
                 QueueSnapshot(
                     queue.name,
@@ -216,7 +217,7 @@ class DevicePool:
                 for queue in self._scheduler.queues
             ]
             devices = [
-                DeviceSnapshot(status, *self._scheduler.use_of(index))
+                DeviceSnapshot(status, *self._scheduler.use_of(index, now))
                 for index, status in enumerate(self._health.statuses())
             ]
         return PoolSnapshot(queues, devices, self._num_turned_away)

@@ -16,7 +16,7 @@ Contract
   - Models that share devices take turns by the device time that they have used. One that had nothing queued
     starts level with the others, so that it can neither hoard turns nor pay for old ones.
   - Admission is by prediction: a request that would finish after its deadline, or find the queue longer than
-    allowed, is refused before any work is done for it.
+    allowed, is refused before any work is done for it. What runs take is learnt (`Slowdown`), and fades.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any, Generic, TypeVar
 from xlarank.errors import DeadlineError, OverloadError, UnavailableError
 from xlarank.runtime.batcher import Batch, Batcher, Part, Ticket
 from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.slowdown import Slowdown
 from xlarank.spec import DEFAULT_PRIORITY, RequestOptions
 from xlarank.spec.serving import DispatchPolicy, QueueConfig
 
@@ -43,12 +44,7 @@ BatcherMaker = Callable[..., Batcher[Any]]
 """Takes what `Batcher` takes: the plan, the config and `num_devices`."""
 
 _ADAPT = 0.1
-"""Share of the newest run in the ratio of measured to predicted time, and of the newest request in what came
-lately."""
-
-_STEPS = (0.5, 4.0)
-"""One run counts as this many times what was predicted at most: an odd one must not close the door, nor open
-it, while a device that has become slow is believed in some tens of runs, however slow."""
+"""Share of the newest request in what came lately."""
 
 _LEAST_RETRY_SECONDS = 0.001
 
@@ -72,6 +68,9 @@ class ModelQueue(Generic[Item]):
     """By device; the same object for devices that are alike."""
 
     version: int = 0
+    slowdowns: Sequence[Slowdown] = ()
+    """By device: what was learnt of this model's runs on it."""
+
     used_seconds: float = 0.0
     """Device time since it was attached; one that was idle is brought level with the least served."""
 
@@ -99,6 +98,10 @@ class Turn(Generic[Item]):
     device: int
     started_at: float
     predicted_seconds: float
+    """By the measured times of its bucket."""
+
+    expected_seconds: float
+    """The same as slow as runs of the model were lately."""
 
     is_retry: bool = False
     """Whether another device failed with it."""
@@ -113,7 +116,7 @@ class _Device:
         self.is_suspended = False
         self.is_aside = False
         self.turn: Turn | None = None
-        self.ratio = 1.0  # measured over predicted seconds
+        self.slowdown = Slowdown()  # of all models' runs, to be shown
         self.num_turns = 0
         self.busy_seconds = 0.0
 
@@ -126,7 +129,7 @@ class _Device:
         """When it is predicted to be free."""
         if self.turn is None:
             return now
-        return max(now, self.turn.started_at + self.ratio * self.turn.predicted_seconds)
+        return max(now, self.turn.started_at + self.turn.expected_seconds)
 
 
 class Scheduler(Generic[Item]):
@@ -187,7 +190,7 @@ class Scheduler(Generic[Item]):
         assert len(plans) == len(self._devices)
         fastest = min(plans, key=lambda plan: plan.seconds_a_row)
         batcher: Batcher[Item] = self._make_batcher(fastest, config, num_devices=len(plans))
-        queue = ModelQueue(name, batcher, plans, version)
+        queue = ModelQueue(name, batcher, plans, version, [Slowdown() for _ in plans])
         queue.used_seconds = min((other.used_seconds for other in self._queues), default=0.0)
         self._queues.append(queue)
         return queue
@@ -265,19 +268,25 @@ class Scheduler(Generic[Item]):
         assert device.turn is None
         seconds = queue.plans[device.index].run_seconds(batch.num_rows, len(batch.parts))
         queue.used_seconds += seconds
-        device.turn = Turn(queue, batch, device.index, now, seconds, is_retry)
+        expected = queue.slowdowns[device.index].seconds(seconds, now)
+        for slowdown in (device.slowdown, queue.slowdowns[device.index]):
+            slowdown.begin(now)
+        device.turn = Turn(queue, batch, device.index, now, seconds, expected, is_retry)
         return device.turn
 
     def finished(self, turn: Turn[Item], now: float) -> None:
-        """Tells that a device is free again; from the time that its turn took later ones are predicted."""
+        """Tells that a device is free again; from the time that its turn took later ones are predicted.
+
+        Not from a retry's: it may be a whole search for what is at fault.
+        """
         device = self._devices[turn.device]
         if device.turn is turn:
             device.turn = None
         seconds = now - turn.started_at
         turn.queue.used_seconds += seconds - turn.predicted_seconds
-        low, high = (step * device.ratio for step in _STEPS)
-        ratio = min(high, max(low, seconds / turn.predicted_seconds))
-        device.ratio += _ADAPT * (ratio - device.ratio)
+        price = 0.0 if turn.is_retry else turn.predicted_seconds
+        for slowdown in (device.slowdown, turn.queue.slowdowns[turn.device]):
+            slowdown.end(now, price=price, taken=seconds)
         device.num_turns += 1
         device.busy_seconds += seconds
 
@@ -294,13 +303,13 @@ class Scheduler(Generic[Item]):
         """Of the models that take part."""
         return self._queues
 
-    def use_of(self, device_index: int) -> tuple[int, float, float, int]:
+    def use_of(self, device_index: int, now: float) -> tuple[int, float, float, int]:
         """Turns that a device has ended, their seconds, what late ones took over what was predicted, and rows
         that it runs or that wait for it alone."""
         device = self._devices[device_index]
         held = [part for queue in self._queues for part in queue.batcher.held_by(device_index)]
         num_rows = sum(part.num_rows for part in held) + (device.turn.batch.num_rows if device.turn else 0)
-        return device.num_turns, device.busy_seconds, device.ratio, num_rows
+        return device.num_turns, device.busy_seconds, device.slowdown.ratio(now), num_rows
 
     def set_healthy(self, device_index: int, is_healthy: bool) -> None:
         """Takes a device out of service, and what is bound to it to others; or puts it back."""
@@ -393,15 +402,19 @@ class Scheduler(Generic[Item]):
         when it is free on.
         """
         ahead = queue.batcher.seconds_ahead(now, priority) + arriving_seconds
+        own_ratio = self._ratio(queue, now)
         for other in self._queues:
             if other is not queue:  # it gets as many turns as this one, and may be the first
-                most = ahead + other.batcher.plan.knee_seconds
-                ahead += min(other.batcher.queued_seconds, most)
+                scale = self._ratio(other, now) / own_ratio
+                most = ahead + scale * other.batcher.plan.knee_seconds
+                ahead += min(scale * other.batcher.queued_seconds, most)
         fastest = queue.batcher.plan.seconds_a_row
+
+        def speed_of(index: int) -> float:
+            return fastest / (queue.slowdowns[index].ratio(now) * queue.plans[index].seconds_a_row)
+
         free = sorted(
-            (device.free_at(now), fastest / (device.ratio * queue.plans[device.index].seconds_a_row))
-            for device in self._devices
-            if device.is_healthy
+            (device.free_at(now), speed_of(device.index)) for device in self._devices if device.is_healthy
         )
         level, speed = math.inf, 0.0
         for free_at, own_speed in free:
@@ -453,9 +466,20 @@ class Scheduler(Generic[Item]):
         if queue.batcher.config.policy is DispatchPolicy.SPREAD:
             num_rows = -(-num_rows // len(devices))
         return min(
-            max(start, device.free_at(now)) + device.ratio * queue.plans[device.index].seconds(num_rows)
+            max(start, device.free_at(now)) + self._seconds(queue, device.index, num_rows, now)
             for device in devices
         )
+
+    def _ratio(self, queue: ModelQueue[Item], now: float) -> float:
+        """How much longer a model's runs take than its prices say, over the devices that work."""
+        ratios = [queue.slowdowns[device.index].ratio(now) for device in self._devices if device.is_healthy]
+        return sum(ratios) / len(ratios) if ratios else 1.0
+
+    @staticmethod
+    def _seconds(queue: ModelQueue[Item], device_index: int, num_rows: int, now: float) -> float:
+        """What rows of a request are expected to take on a device."""
+        price = queue.plans[device_index].seconds(num_rows)
+        return queue.slowdowns[device_index].seconds(price, now)
 
     def _level(self, queue: ModelQueue[Item]) -> None:
         """A model that asked for nothing must not have saved up turns meanwhile."""
@@ -515,9 +539,7 @@ class Scheduler(Generic[Item]):
         here = set()
         for part in itertools.islice(parts, _MAX_LOOK):
             ends = {
-                i: free[i] + self._devices[i].ratio * queue.plans[i].seconds(part.num_rows)
-                for i in free
-                if part.may_run_on(i)
+                i: free[i] + self._seconds(queue, i, part.num_rows, now) for i in free if part.may_run_on(i)
             }
             home, deadline = part.ticket.home, part.ticket.deadline
             in_time = [i for i in ends if ends[i] <= deadline < math.inf]
@@ -525,7 +547,8 @@ class Scheduler(Generic[Item]):
                 choice = min(in_time, key=lambda i: (self._devices[i].cost, i != home, ends[i], free[i]))
             else:  # of equals the one that begins first, as the others have something to do
                 choice = min(ends, key=lambda i: (ends[i] - skip * (i == home), free[i]))
-            free[choice] += self._devices[choice].ratio * queue.plans[choice].work_seconds(part.num_rows)
+            work = queue.plans[choice].work_seconds(part.num_rows)
+            free[choice] += queue.slowdowns[choice].ratio(now) * work
             if choice == device.index:
                 here.add(part.ticket)
         return here
