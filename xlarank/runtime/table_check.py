@@ -24,7 +24,7 @@ _SAMPLES_A_FILE = 4
 class TableCheck:
     """Compares every chunk of mapped files with its digest: a few at once, the others in a thread of its own.
 
-    The thread has the lowest priority and reads the files without mapping them, so that the process's
+    The thread has a lower priority and reads the files without mapping them, so that the process's
     resident memory doesn't grow. When all is checked it goes on comparing the files' sizes: who reads a
     mapped page that its file no longer has is killed by the system (SIGBUS), and a file that is cut short is
     to be a fault before most of its readers get there. A mapped file of candidate features, which was checked

@@ -70,7 +70,7 @@ class VersionLoader:
     """Loads versions of all models of a repository, one at a time.
 
     Beside versions that serve: programs that the process doesn't have are compiled by a helper process first;
-    files are read and checked by one thread of the lowest priority; what proves and times the version runs
+    files are read and checked by one thread of lower priority; what proves and times the version runs
     between the batches of those that serve, for a small share of the time. New weights of programs in use
     take the compiled code and the measured times as they are.
     """
