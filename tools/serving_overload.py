@@ -142,7 +142,9 @@ def overload_of(lab: Lab, served: Served, *, runs: int, seconds: float) -> list[
             capacity = generator.closed_loop(
                 range(len(traffic.sizes)), outstanding=_OUTSTANDING, seconds=seconds / 4
             ).rate
-            service = means().service
+            last = means()
+            # Of a full bucket's rows, where the batcher runs them in several buckets.
+            service = last.service * served.ladder.max_rows / last.rows_a_batch
             rate = _TIMES_CAPACITY * capacity
             arrivals, choices = arrivals_of(traffic, rate, round(rate * seconds), seed=run)
             at = [arrival.at for arrival in arrivals]

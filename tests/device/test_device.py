@@ -252,6 +252,36 @@ def test_a_profile_is_the_median_of_counted_runs_by_the_clock_handed_in():
     np.testing.assert_allclose(profile.seconds_of(Bucket(4, 1)), 0.004)
 
 
+def test_a_slow_spell_while_buckets_are_timed_is_in_no_buckets_time():
+    """A third of all runs, one after the other, take four times as long: of each bucket less than half."""
+    buckets = [Bucket(4, 1), Bucket(8, 1), Bucket(16, 1)]
+
+    class Replica:
+        executables = buckets
+        now, num_runs = 0.0, 0
+
+        def run(self, bucket, leaves):
+            self.now += 0.001 * bucket.rows * (4 if 8 <= self.num_runs < 16 else 1)
+            self.num_runs += 1
+
+    class Golden:
+        def fill(self, leaves, bucket, num_rows):
+            pass
+
+    replica, told = Replica(), []
+    buffers = device.BatchBuffers(SIGNATURE, BucketLadder(tuple(buckets)))
+    profile = device.measure_profile(
+        replica,  # type: ignore[arg-type]
+        Golden(),  # type: ignore[arg-type]
+        buffers,
+        clock=lambda: replica.now,
+        on_bucket=told.append,
+    )
+    assert sorted(told) == buckets
+    for bucket in buckets:
+        assert profile.seconds_of(bucket) == pytest.approx(0.001 * bucket.rows)
+
+
 def test_a_compile_is_counted_inside_the_request_path_only():
     counter = device.CompileCounter()
     with counter.request_path():

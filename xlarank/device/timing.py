@@ -35,11 +35,14 @@ def measure_profile(
 ) -> LatencyProfile:
     """Times every bucket: the median of 3 runs, or of up to 7 within 0.1 s, after one that is not counted.
 
+    They take turns, so that a spell in which the machine is slower isn't in the times of one bucket alone:
+    what the batcher decides by is how they compare.
+
     Args:
       replica: what is timed.
       golden: fills the batches.
       buffers: written and read here.
-      on_bucket: called after each bucket, for progress.
+      on_bucket: called after each bucket's last run, for progress.
       pace: makes each run.
       clock: seconds, monotonic.
     """
@@ -49,19 +52,29 @@ def measure_profile(
         replica.run(bucket, leaves)
         return clock() - start
 
-    seconds: dict[Bucket, float] = {}
-    for bucket in replica.executables:
+    def timed(bucket: Bucket) -> float:
         leaves = buffers.leaves(bucket)
         golden.fill(leaves, bucket, bucket.rows)
-        timed = functools.partial(seconds_of, bucket, leaves)
-        pace(timed)
-        runs: list[float] = []
-        while len(runs) < _MIN_RUNS or (len(runs) < _MAX_RUNS and sum(runs) < _BUDGET_SECONDS):
-            runs.append(pace(timed))
-        seconds[bucket] = max(statistics.median(runs), 1e-9)
+        return pace(functools.partial(seconds_of, bucket, leaves))
+
+    runs: dict[Bucket, list[float]] = {bucket: [] for bucket in replica.executables}
+    for bucket in runs:
+        timed(bucket)
+    left = list(runs)
+    while left:
+        for bucket in left:
+            runs[bucket].append(timed(bucket))
+        done = [
+            bucket
+            for bucket in left
+            if len(runs[bucket]) >= _MAX_RUNS
+            or (len(runs[bucket]) >= _MIN_RUNS and sum(runs[bucket]) >= _BUDGET_SECONDS)
+        ]
+        left = [bucket for bucket in left if bucket not in done]
         if on_bucket is not None:
-            on_bucket(bucket)
-    return LatencyProfile(seconds)
+            for bucket in done:
+                on_bucket(bucket)
+    return LatencyProfile({bucket: max(statistics.median(taken), 1e-9) for bucket, taken in runs.items()})
 
 
 _MIN_ROUNDS = 7

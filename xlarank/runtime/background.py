@@ -14,8 +14,8 @@ __all__ = ["in_background", "lower_priority"]
 Result = TypeVar("Result")
 
 _NICENESS = 5
-"""Not 19: such a thread gets 1.5% of a busy core, and may have the interpreter's lock while it waits a fifth of
-a second for its turn; every thread that answers requests then waits with it. At 5 it has a quarter of a core."""
+"""Not 19: such a thread gets 1.5% of a busy core, and may have the interpreter's lock while it waits a fifth
+of a second for its turn; all that answer requests then wait with it. At 5 it gets a quarter of a core."""
 
 
 def lower_priority() -> None:
