@@ -261,7 +261,7 @@ def test_a_slow_spell_while_buckets_are_timed_is_in_no_buckets_time():
         now, num_runs = 0.0, 0
 
         def run(self, bucket, leaves):
-            self.now += 0.001 * bucket.rows * (4 if 8 <= self.num_runs < 16 else 1)
+            self.now += 1e-4 * bucket.rows * (4 if 8 <= self.num_runs < 16 else 1)
             self.num_runs += 1
 
     class Golden:
@@ -279,7 +279,7 @@ def test_a_slow_spell_while_buckets_are_timed_is_in_no_buckets_time():
     )
     assert sorted(told) == buckets
     for bucket in buckets:
-        assert profile.seconds_of(bucket) == pytest.approx(0.001 * bucket.rows)
+        assert profile.seconds_of(bucket) == pytest.approx(1e-4 * bucket.rows)
 
 
 def test_a_compile_is_counted_inside_the_request_path_only():
