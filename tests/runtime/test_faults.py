@@ -209,6 +209,8 @@ def test_requests_whose_deadline_passes_while_the_fault_is_looked_for_are_not_ru
         futures[2].result(60)
     assert runs[:3] == [8, 128, 128]  # alone, then all three twice
     assert set(runs[3:]) == {8}
+    (queue,) = engine._pool.snapshot().queues
+    assert queue.refusals == dict.fromkeys(queue.refusals, 0) | {"late": 1}
 
 
 def test_a_lone_device_that_fails_its_golden_replay_is_quarantined_and_the_server_says_why(serve):

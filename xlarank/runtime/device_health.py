@@ -5,11 +5,11 @@ Contract
   - A device whose batch failed, or gave scores that aren't finite, is *suspect* and gets no work until
     another device has run the same batch. Fine there: the first is quarantined. The same there: it's the
     data; both are fine, and the batch is taken apart to find the requests at fault. Without another device,
-    a golden replay decides instead.
+    a golden replay decides instead, or one that succeeded within the last second, and then a second run.
   - A device that hasn't come back from a batch in `watchdog_seconds`, or from a probe or a run of a version
     that is being proven, is quarantined, and another gets the batch. What it brings back later is thrown
     away. A batch that two devices hung in, or that fails on the second, is given up: it won't take down a
-    third.
+    third. Each run of the search for bad data is a batch of its own, and what hangs in it is given up alone.
   - A quarantined device is probed by golden replay, at first after `probe_seconds`, then at intervals that
     double up to `_MAX_PROBE_SECONDS`, and returns to service when a probe succeeds.
 """

@@ -197,9 +197,9 @@ class Engine:
         # collector comes by.
         own = weakref.ref(self)
 
-        def drop(pending: Pending) -> None:
+        def drop(pending: Pending, is_late: bool) -> None:
             if (engine := own()) is not None:
-                engine._pool.drop(engine._queue, pending)
+                engine._pool.drop(engine._queue, pending, is_late=is_late)
 
         self._workload = ModelWorkload(
             self.spec.name,

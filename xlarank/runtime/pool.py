@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import math
 import threading
@@ -14,6 +16,7 @@ from xlarank.errors import DeadlineError, ExecutionError, OverloadError, Unavail
 from xlarank.runtime.batcher import Batch, Batcher
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.device_health import DeviceHealth, DeviceState, DeviceStatus, Suspicion
+from xlarank.runtime.isolation import Culprit, FaultSearch, Step
 from xlarank.runtime.pool_metrics import REFUSALS, DeviceSnapshot, PoolSnapshot, QueueSnapshot
 from xlarank.runtime.scheduler import BatcherMaker, ModelQueue, Scheduler, Turn
 from xlarank.spec import FaultConfig, RequestOptions
@@ -24,6 +27,10 @@ __all__ = ["DevicePool", "Workload"]
 _log = logging.getLogger(__name__)
 
 _LEAST_TICK_SECONDS = 0.001
+
+_PROVEN_SECONDS = 1.0
+"""For so long a golden replay speaks for a device: bad data that comes again and again must not have it
+replayed each time."""
 
 _REFUSAL_OF = {OverloadError: "queue_full", DeadlineError: "deadline", UnavailableError: "no_device"}
 
@@ -42,8 +49,8 @@ class Workload(Protocol):
         """Answers the requests of a batch that has run."""
         ...
 
-    def isolate(self, batch: Batch, device_index: int, error: Exception) -> None:
-        """Answers a batch that fails with `error` on devices that work: who is at fault, and the others."""
+    def accuse(self, culprit: Culprit) -> None:
+        """Answers a request that fails by itself on devices that work."""
         ...
 
     def fail(self, items: Sequence[Any], error: Exception) -> None:
@@ -89,7 +96,11 @@ class DevicePool:
         # All below guarded by _lock.
         self._scheduler: Scheduler[Any] = Scheduler(num_devices, costs=costs, make_batcher=make_batcher)
         self._health = DeviceHealth(num_devices, faults or FaultConfig())
-        self._suspicions: list[Suspicion] = []  # to be judged by another device
+        self._suspicions: list[Suspicion] = []  # to be judged
+        self._accused: dict[Turn, int] = {}  # whom a turn that judges is about
+        self._search = FaultSearch()
+        # By device: the model whose golden requests it ran last when it was suspected, and when.
+        self._proven: list[tuple[ModelQueue | None, float]] = [(None, -math.inf)] * num_devices
         self._workloads: dict[ModelQueue, Workload] = {}
         self._refusals: dict[ModelQueue, Counter[str]] = {}
         self._errands: list[deque[Callable[[], None]]] = [deque() for _ in range(num_devices)]
@@ -190,10 +201,15 @@ class DevicePool:
             self._errands[device_index].append(errand)
             self._work.notify_all()
 
-    def drop(self, queue: ModelQueue, item: Any) -> None:
-        """Forgets what is still queued of a request whose caller has gone, or that has been answered."""
+    def drop(self, queue: ModelQueue, item: Any, *, is_late: bool = False) -> None:
+        """Forgets what is still queued of a request whose caller has gone, or that has been answered.
+
+        `is_late`: its deadline had passed when its batch was to run; counted.
+        """
         with self._lock:
             queue.batcher.drop(item)
+            if is_late and queue in self._refusals:
+                self._refusals[queue]["late"] += 1
 
     def cancel(self, queue: ModelQueue, item: Any) -> None:
         """As `drop`, for a caller that has gone; counted if it was queued."""
@@ -254,25 +270,32 @@ class DevicePool:
         with self._lock:
             while True:
                 now = self._clock()
-                task = self._judgement(index) or self._aside(index, now)
+                task = self._judgement(index, now) or self._aside(index, now) or self._step(index, now)
                 if task is None and (turn := self._scheduler.next_turn(index, now)) is not None:
                     workload = self._workloads[turn.queue]
                     task = lambda turn=turn, workload=workload: self._run(turn, workload)  # noqa: E731
+                task = task or self._step(index, now, is_idle=True)
                 self._set_timer()
                 if task is not None:
                     self._on_change()
                     return task
-                if self._is_closed and not self._scheduler.num_queued_requests and not self._suspicions:
+                if self._is_closed and not self._has_more():
                     return None
                 self._work.wait()
 
+    def _has_more(self) -> bool:
+        """Whether there is something that some device has yet to run."""
+        return bool(self._scheduler.num_queued_requests or self._suspicions or self._search.num_steps)
+
     def _aside(self, index: int, now: float) -> Callable[[], None] | None:
-        """A probe or an errand, as if it were a turn: the device is not free, and may hang in it."""
+        """A probe or an errand, if there is one."""
         task = self._probing(index, now)
         if task is None and self._errands[index]:
             task = self._errands[index].popleft()
-        if task is None:
-            return None
+        return None if task is None else self._put_aside(index, now, task)
+
+    def _put_aside(self, index: int, now: float, task: Callable[[], None]) -> Callable[[], None]:
+        """A task as if it were a turn: the device is not free, and may hang in it."""
         self._asides[index] = now
         self._scheduler.set_aside(index, True)
 
@@ -304,6 +327,7 @@ class DevicePool:
             is_own = self._scheduler.turn_of(turn.device) is turn
             self._scheduler.finished(turn, self._clock())
             self._health.back(turn.device)
+            self._accused.pop(turn, None)
             self._on_change()
             return is_own
 
@@ -311,77 +335,127 @@ class DevicePool:
         """Whose fault was it? Another device will tell, or this one alone."""
         suspicion = Suspicion(turn, workload, error, has_hung=False)
         with self._lock:
-            if self._scheduler.num_healthy > 1:
-                self._health.suspect(turn.device, suspicion.reason)
-                self._scheduler.set_suspended(turn.device, True)
-                self._suspicions.append(suspicion)
-                self._work.notify_all()
-                return
-            retry = self._scheduler.retry(turn, turn.device, self._clock())
-        self._judge_alone(suspicion, retry)
+            self._health.suspect(turn.device, suspicion.reason)
+            self._scheduler.set_suspended(turn.device, True)
+            self._suspicions.append(suspicion)
+            self._work.notify_all()
 
-    def _judgement(self, index: int) -> Callable[[], None] | None:
+    def _judgement(self, index: int, now: float) -> Callable[[], None] | None:
         """A suspicion that this device clears up: as another one that works, or because none is left."""
         for suspicion in self._suspicions:
-            accused = suspicion.turn.device
-            if index != accused and self._health.state(index) is DeviceState.HEALTHY:
-                self._suspicions.remove(suspicion)
-                turn = self._scheduler.retry(suspicion.turn, index, self._clock())
-                return lambda: self._judge(suspicion, turn)
-            if index == accused and not self._health.num_healthy and not suspicion.has_hung:
-                self._suspicions.remove(suspicion)
-                turn = self._scheduler.retry(suspicion.turn, index, self._clock())
-                return lambda: self._judge_alone(suspicion, turn)
+            accused, state = suspicion.turn.device, self._health.state(index)
+            if index == accused:
+                if state is not DeviceState.SUSPECT or self._health.num_healthy or suspicion.has_hung:
+                    continue
+                if not self._is_proven(suspicion, now):
+                    return self._put_aside(index, now, functools.partial(self._prove, suspicion))
+                self._clear(index)
+            elif state is not DeviceState.HEALTHY:
+                continue
+            self._suspicions.remove(suspicion)
+            turn = self._scheduler.retry(suspicion.turn, index, now)
+            self._accused[turn] = accused
+            return lambda: self._judge(suspicion, turn)
         return None
 
+    def _is_proven(self, suspicion: Suspicion, now: float) -> bool:
+        """Whether a suspect without another device ran golden requests well: since, or just before."""
+        queue, at = self._proven[suspicion.turn.device]
+        since = min(suspicion.turn.started_at, now - _PROVEN_SECONDS)
+        return queue is suspicion.turn.queue and at >= since
+
+    def _prove(self, suspicion: Suspicion) -> None:
+        """Has a suspect run golden requests, as no other device will tell whether it works.
+
+        If it does, its batch gets the second run that another device would have given it: what fails but once
+        is nobody's fault.
+        """
+        index = suspicion.turn.device
+        try:
+            suspicion.workload.probe(index)
+        except Exception as error:
+            _log.exception("device %d: golden replay failed", index)
+            with self._lock:
+                is_waiting = suspicion in self._suspicions  # for nobody else has judged it, or given it up
+                if is_waiting:
+                    self._suspicions.remove(suspicion)
+            self._quarantine(index, f"{suspicion.reason}; golden replay: {error}")
+            if is_waiting:
+                self._give_up([part.item for part in suspicion.turn.batch.parts], suspicion.workload)
+            return
+        with self._lock:
+            self._proven[index] = suspicion.turn.queue, self._clock()
+
     def _judge(self, suspicion: Suspicion, turn: Turn) -> None:
-        """Runs a batch that another device failed with."""
+        """Runs a batch that failed or hung once more."""
         workload, accused = suspicion.workload, suspicion.turn.device
         try:
             result = workload.run(turn.batch, turn.device)
         except Exception as error:
             _log.warning("device %d: the batch that device %d failed with failed too", turn.device, accused)
+            if not self._end(turn):
+                return  # it has been given up
             if suspicion.has_hung:
                 both = ExecutionError(f"{suspicion.reason}; on another device: {error}")
                 workload.fail([part.item for part in turn.batch.parts], both)
-            else:
-                self._acquit(accused)
-                workload.isolate(turn.batch, turn.device, error)
-            self._end(turn)
+                return
+            with self._lock:
+                self._clear(accused)
+                culprit = self._search.begin(suspicion, turn.batch.parts, error, self._clock())
+                self._work.notify_all()
+            if culprit is not None:
+                workload.accuse(culprit)
             return
         if self._end(turn):
-            if not suspicion.has_hung:
-                if result is not None and result.is_whole:
-                    self._quarantine(accused, suspicion.reason)
-                else:  # what is no longer waited for may have been at fault: its next batch will tell
-                    self._acquit(accused)
+            is_whole = result is not None and result.is_whole
+            if is_whole and accused == turn.device:
+                _log.warning("device %d: a batch failed once, and not again: %s", accused, suspicion.reason)
+            elif is_whole and not suspicion.has_hung:
+                self._quarantine(accused, suspicion.reason)
+            else:  # what is no longer waited for may have been at fault: its next batch will tell
+                with self._lock:
+                    self._clear(accused)
             workload.answer(result)
 
-    def _judge_alone(self, suspicion: Suspicion, turn: Turn) -> None:
-        """The same without another device: a golden replay tells whether this one works.
+    def _clear(self, index: int) -> None:
+        """A device is no longer a suspect, if it is one: it may have been given up meanwhile."""
+        if self._health.state(index) is DeviceState.SUSPECT:
+            self._back_in_service(index)
 
-        If it does, the batch gets the second run that another device would have given it: what fails but once
-        is nobody's fault.
-        """
-        workload = suspicion.workload
-        try:
-            workload.probe(turn.device)
-        except Exception as error:
-            _log.exception("device %d: golden replay failed", turn.device)
-            if self._end(turn):
-                self._quarantine(turn.device, f"{suspicion.reason}; golden replay: {error}")
-                self._give_up([part.item for part in turn.batch.parts], workload)
-            return
-        self._acquit(turn.device)
+    def _step(self, index: int, now: float, *, is_idle: bool = False) -> Callable[[], None] | None:
+        """Of the search for bad data: each is a turn, watched and counted by itself."""
+        if self._health.state(index) is not DeviceState.HEALTHY:
+            return None
+        step = self._search.take(now, is_idle=is_idle)
+        if step is None:
+            return None
+        first = step.suspicion.turn
+        bucket = first.queue.plans[index].bucket(sum(part.num_rows for part in step.parts), len(step.parts))
+        assert bucket is not None  # it held more
+        again = dataclasses.replace(first, batch=Batch(bucket, step.parts))
+        turn = self._scheduler.retry(again, index, now)
+        return lambda: self._run_step(step, turn)
+
+    def _run_step(self, step: Step, turn: Turn) -> None:
+        workload: Workload = step.suspicion.workload
         try:
             result = workload.run(turn.batch, turn.device)
         except Exception as error:
-            workload.isolate(turn.batch, turn.device, error)
-            self._end(turn)
+            if self._end(turn):
+                self._learn(step, turn, error)
             return
-        if self._end(turn):
-            _log.warning("device %d: a batch failed once, and not again: %s", turn.device, suspicion.reason)
-            workload.answer(result)
+        if self._end(turn) and result is not None:  # None: nobody waits for it any more
+            if step.culprit is None:
+                workload.answer(result)
+            self._learn(step, turn, None)
+
+    def _learn(self, step: Step, turn: Turn, error: Exception | None) -> None:
+        with self._lock:
+            now = self._clock()
+            culprit = self._search.ran(step, error, now, now - turn.started_at)
+            self._work.notify_all()
+        if culprit is not None:
+            step.suspicion.workload.accuse(culprit)
 
     def _probing(self, index: int, now: float) -> Callable[[], None] | None:
         if self._is_closed or not self._health.should_probe(index, now):
@@ -400,14 +474,14 @@ class DevicePool:
                 self._set_timer()
             return
         _log.warning("device %d: works again", index)
-        self._acquit(index)
-
-    def _acquit(self, index: int) -> None:
         with self._lock:
-            self._health.acquit(index)
-            self._scheduler.set_suspended(index, False)
-            self._scheduler.set_healthy(index, True)
-            self._work.notify_all()
+            self._back_in_service(index)
+
+    def _back_in_service(self, index: int) -> None:
+        self._health.acquit(index)
+        self._scheduler.set_suspended(index, False)
+        self._scheduler.set_healthy(index, True)
+        self._work.notify_all()
 
     def _quarantine(self, index: int, reason: str, *, is_away: bool = False) -> None:
         _log.error("device %d is quarantined: %s", index, reason)
@@ -422,6 +496,8 @@ class DevicePool:
                     items = [part.item for part in suspicion.turn.batch.parts]
                     stranded.append((suspicion.workload, items))
                 self._suspicions.clear()
+                for step in self._search.clear():
+                    stranded.append((step.suspicion.workload, [part.item for part in step.parts]))
             self._work.notify_all()
             self._set_timer()
         for workload, items in stranded:
@@ -503,6 +579,8 @@ class DevicePool:
         with self._lock:
             if self._scheduler.turn_of(turn.device) is not turn:
                 return  # it has just come back
+            if (accused := self._accused.pop(turn, None)) is not None:
+                self._clear(accused)  # nobody will tell any more
             workload = self._workloads.get(turn.queue)  # None: its callers have left, and it was closed
             may_retry = not turn.is_retry and self._scheduler.num_healthy > 1
             if workload is not None and may_retry:

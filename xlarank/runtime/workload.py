@@ -13,7 +13,7 @@ from xlarank.errors import DeadlineError, ExecutionError
 from xlarank.runtime.batcher import Batch, Part
 from xlarank.runtime.captures import Captures
 from xlarank.runtime.execution import Executed, Execution
-from xlarank.runtime.isolation import isolate
+from xlarank.runtime.isolation import Culprit
 from xlarank.runtime.metrics import ModelMetrics
 from xlarank.runtime.pending import Pending
 from xlarank.spec import BucketLadder
@@ -47,7 +47,7 @@ class ModelWorkload:
         metrics: ModelMetrics,
         captures: Captures,
         *,
-        drop: Callable[[Pending], None],
+        drop: Callable[[Pending, bool], None],
     ) -> None:
         """
         Args:
@@ -57,7 +57,7 @@ class ModelWorkload:
           execution: gathers and executes.
           metrics: counts.
           captures: keeps requests that were slow or at fault.
-          drop: forgets what is still queued of a request.
+          drop: forgets what is still queued of a request; told whether it was found late as it was to run.
         """
         self._name, self._version = name, version
         self._ladder = ladder
@@ -77,8 +77,10 @@ class ModelWorkload:
         # Since the batch was formed, long ago if this is a retry, callers may have gone or deadlines passed.
         kept: list[Part[Pending]] = []
         for part in batch.parts:
-            if part.item.is_over or part.ticket.deadline <= now:
-                self.fail_late(part.item)
+            if part.item.is_over:
+                self._drop(part.item, False)
+            elif part.ticket.deadline <= now:
+                self._drop(part.item, part.item.fail(self._late()))
             else:
                 kept.append(part)
         if not kept:
@@ -136,35 +138,29 @@ class ModelWorkload:
                 self._name, self._version, pending.bound.request, answer.timings, answer.scores
             )
 
-    def isolate(self, batch: Batch[Pending], device_index: int, error: Exception) -> None:
-        """Answers a batch that fails on devices that work; see `xlarank.runtime.isolation`."""
-
-        def run(parts: Sequence[Part[Pending]]) -> Ran | None:
-            return self.run(self._batch_of(parts), device_index)
-
-        done, culprits = isolate(batch.parts, run, error)
-        for _, result in done:
-            self.answer(result)
-        for culprit in culprits:
-            pending = culprit.part.item
-            rows = f"row {culprit.begin}"
-            if culprit.end - culprit.begin > 1:
-                rows = f"rows {culprit.begin} to {culprit.end - 1}"
-            detail = f"model {self._name!r}: the request fails on every device, by {rows}: {culprit.error}"
-            _log.error("%s", detail)
-            self._captures.keep_fault(self._name, self._version, pending.bound.request, detail)
-            self.fail([pending], ExecutionError(detail))
+    def accuse(self, culprit: Culprit) -> None:
+        """Answers a request that fails by itself on devices that work, and keeps it."""
+        pending = culprit.part.item
+        rows = f"row {culprit.begin}"
+        if culprit.end - culprit.begin > 1:
+            rows = f"rows {culprit.begin} to {culprit.end - 1}"
+        detail = f"model {self._name!r}: the request fails on every device, by {rows}: {culprit.error}"
+        _log.error("%s", detail)
+        self._captures.keep_fault(self._name, self._version, pending.bound.request, detail)
+        self.fail([pending], ExecutionError(detail))
 
     def fail(self, items: Sequence[Pending], error: Exception) -> None:
         """Answers requests that will not be run, or not to their end."""
         for pending in items:
-            self._drop(pending)
+            self._drop(pending, False)
             pending.fail(error)
 
     def fail_late(self, item: Pending) -> None:
         """Answers a request whose deadline passed while it was queued."""
-        error = DeadlineError(f"model {self._name!r}: the request was queued past its deadline, and not run")
-        self.fail([item], error)
+        self.fail([item], self._late())
+
+    def _late(self) -> DeadlineError:
+        return DeadlineError(f"model {self._name!r}: the request was queued past its deadline, and not run")
 
     def probe(self, device_index: int) -> None:
         """Replays golden requests on a device; raises when that fails."""
