@@ -55,6 +55,10 @@ class ServerConfig:
     num_threads: int = dataclasses.field(default=64, metadata={"flag": "threads"})
     """Requests in decode, in the queue or running at a time; each waits on a thread."""
 
+    stream_idle_seconds: float = 600.0
+    """A ModelStreamInfer without a request under way is ended after this time, as it holds one of 64 places;
+    0 for no limit."""
+
     grace_seconds: float = dataclasses.field(default=30.0, metadata={"flag": "grace"})
     """How long a stop waits for accepted requests."""
 
@@ -67,6 +71,7 @@ class ServerConfig:
             if port is not None and not 0 <= port <= _MAX_PORT:
                 raise ConfigError(f"server: {name} must be in [0, {_MAX_PORT}]; was {port}")
         _check_range(self, "server", "num_threads", 1)
+        _check_range(self, "server", "stream_idle_seconds", 0)
         _check_range(self, "server", "grace_seconds", 0)
 
     @property

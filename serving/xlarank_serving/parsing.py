@@ -40,6 +40,20 @@ class InferMessage:
         """All of it, parsed."""
         return self.request if self.raw is None else parse(ModelInferRequest, self.raw.data)
 
+    def without_tensors(self) -> ModelInferRequest:
+        """What an answer takes of it: names, id and parameters.
+
+        A copy if tensors were parsed: fields that are cleared keep their memory.
+        """
+        if self.raw is not None:
+            return self.request
+        request = ModelInferRequest(
+            model_name=self.request.model_name, model_version=self.request.model_version, id=self.request.id
+        )
+        for name, parameter in self.request.parameters.items():
+            request.parameters[name].CopyFrom(parameter)
+        return request
+
 
 def parse(message: type[_Message], data: bytes) -> _Message:
     """A message of its bytes.

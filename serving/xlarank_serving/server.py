@@ -122,7 +122,12 @@ class RankingServer:
             self._threads = ServerThreads(config.num_threads)
             undo.callback(self._threads.close)
             self._unread = UnreadAnswers()
-            self._streams = InferStreams(self._service, self._threads)
+            self._streams = InferStreams(
+                self._service,
+                self._threads,
+                self._unread,
+                max_idle_seconds=config.stream_idle_seconds or math.inf,
+            )
             self._receive_watch = ReceiveWatch(limits.max_receive_seconds, self._threads.rank)
             undo.callback(self._receive_watch.close)
             self._service.count_open(

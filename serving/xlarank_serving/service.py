@@ -155,7 +155,7 @@ class RankCall:
     """A ranking request that an engine has taken."""
 
     request: messages.ModelInferRequest
-    """Perhaps without its tensors."""
+    """Without its tensors."""
 
     engine: Engine
     codec: ModelCodec
@@ -426,7 +426,8 @@ class InferenceService:
         read.candidates = rank_request.num_candidates
         read.decode_seconds = time.monotonic() - read.began_at
         future = engine.submit(rank_request, options)
-        return RankCall(request, engine, codec, parameters, outputs, future, arrival, timeout_at, read)
+        head = message.without_tensors()
+        return RankCall(head, engine, codec, parameters, outputs, future, arrival, timeout_at, read)
 
     def answer(self, call: RankCall) -> messages.ModelInferResponse:
         """`finish` on a thread of the ranking pool."""

@@ -3,28 +3,39 @@
 Answers come in the order of a stream's requests, as Triton's do. A stream has two threads of its own, none of
 which ranks: one reads requests and hands them to the engine, one writes answers. So an idle stream holds up
 nobody, and both the streams of a server and the requests under way on each are bounded: past the latter the
-server reads on when the oldest is answered and written, and HTTP/2 makes the caller wait.
+server reads on when the oldest is answered and written, and HTTP/2 makes the caller wait. Answers that wait
+to be written count with all others that callers don't take, and a stream without a request under way is
+ended.
 """
 
 from __future__ import annotations
 
 import collections
+import concurrent.futures
+import math
 import threading
+import weakref
 from collections.abc import Iterator
 
 import grpc
 
-from xlarank.errors import UnavailableError
+from xlarank.errors import DeadlineError, UnavailableError
+from xlarank.runtime import Answer
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.arrival import arrival_of
 from xlarank_serving.service import InferenceService, RankCall
 from xlarank_serving.status import answering_stream, let_go, retry_after_ms, status_of
 from xlarank_serving.threads import ServerThreads, on_threads
+from xlarank_serving.unread import UnreadAnswers
 
 __all__ = ["InferStreams"]
 
 _MAX_IN_FLIGHT = 32
 """Requests of one stream that are read and not yet answered."""
+
+_BUFFERED_BYTES = 64 * 2**10
+"""What gRPC takes of a stream's answers before its caller does: it may hold them when the stream's threads
+are through."""
 
 _FINAL = "triton_final_response"
 """Response parameter that Triton's clients look for: no more answers to this request."""
@@ -35,14 +46,25 @@ _WANTS_FINAL = "triton_enable_empty_final_response"
 class InferStreams:
     """Answers ModelStreamInfer with an `InferenceService`. Any thread."""
 
-    def __init__(self, service: InferenceService, threads: ServerThreads) -> None:
+    def __init__(
+        self,
+        service: InferenceService,
+        threads: ServerThreads,
+        unread: UnreadAnswers,
+        *,
+        max_idle_seconds: float = math.inf,
+    ) -> None:
         """
         Args:
           service: ranks.
           threads: a thread of `streams` and one of `stream_readers` is held by each open stream.
+          unread: bounds what streams hold unwritten.
+          max_idle_seconds: longest that a stream is open without a request under way.
         """
         self._service = service
         self._threads = threads
+        self._unread = unread
+        self._max_idle_seconds = max_idle_seconds
         self._lock = threading.Lock()
         self._open: set[_Stream] = set()  # guarded by _lock
         self._is_stopping = False  # guarded by _lock; moves one way
@@ -57,8 +79,9 @@ class InferStreams:
     def model_stream_infer(
         self, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[messages.ModelStreamInferResponse]:
-        """One answer a request, errors included; UNAVAILABLE ends the streams of a server that stops."""
-        stream = _Stream()
+        """One answer a request, errors included; UNAVAILABLE ends the streams of a server that stops,
+        DEADLINE_EXCEEDED one that nobody uses."""
+        stream = _Stream(context, self._unread, self._max_idle_seconds)
         with self._lock:
             if self._is_stopping:
                 raise UnavailableError("the server is stopping")
@@ -70,9 +93,11 @@ class InferStreams:
             while (call := stream.oldest()) is not None:
                 yield self._finish(call) if isinstance(call, RankCall) else call
                 stream.remove_oldest()
+                del call  # an idle stream must not keep its engine
         finally:
             with self._lock:
                 self._open.discard(stream)
+            stream.leave()
         if stream.is_stopped:
             raise UnavailableError("the server is stopping")
 
@@ -92,6 +117,7 @@ class InferStreams:
                     break
                 stream.expect()
                 stream.add(self._begin(data, context))
+                del data  # the next may be long in coming
         except grpc.RpcError as error:  # the caller left: the iterator's way to say so; `abandon` was called
             let_go(error)  # gRPC's state of the call keeps it
         finally:
@@ -124,7 +150,12 @@ class InferStreams:
 class _Stream:
     """What was read of one stream and isn't answered yet. Any thread."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, context: grpc.ServicerContext, unread: UnreadAnswers, max_idle_seconds: float = math.inf
+    ) -> None:
+        self._context = weakref.ref(context)  # which has the stream, to tell that its call is over
+        self._unread = unread
+        self._max_idle_seconds = max_idle_seconds
         self._changed = threading.Condition()
         # All guarded by _changed; the flags move one way.
         self._calls: collections.deque[RankCall | messages.ModelStreamInferResponse] = collections.deque()
@@ -150,8 +181,26 @@ class _Stream:
             self._is_expecting = False
             is_abandoned = self._is_abandoned
             self._changed.notify_all()
-        if is_abandoned and isinstance(call, RankCall):
-            call.cancel()
+        if isinstance(call, RankCall):
+            if is_abandoned:
+                call.cancel()
+            # Weakly: a future keeps its callbacks.
+            own = weakref.WeakMethod(self._hold)
+            call.future.add_done_callback(lambda future: (hold := own()) and hold(future))
+
+    def _hold(self, future: concurrent.futures.Future[Answer]) -> None:
+        """An answer was made: it counts until it is written."""
+        context = self._context()
+        if context is None or future.cancelled() or future.exception() is not None:
+            return
+        size = sum(scores.nbytes for scores in future.result().scores.values())
+        self._unread.hold(future, context, size)
+        with self._changed:
+            is_waiting = not self._is_abandoned and any(
+                isinstance(call, RankCall) and call.future is future for call in self._calls
+            )
+        if not is_waiting:  # it has been written just now
+            self._unread.release(future)
 
     def end_requests(self) -> None:
         with self._changed:
@@ -173,25 +222,40 @@ class _Stream:
         for call in calls:
             if isinstance(call, RankCall):
                 call.cancel()
+                self._unread.release(call.future)
+        if (context := self._context()) is not None:
+            self._unread.release(context)
+
+    def leave(self) -> None:
+        """All that was answered has been handed to gRPC."""
+        context = self._context()
+        if context is not None:
+            self._unread.hold(context, context, _BUFFERED_BYTES)
+            if self._is_abandoned:
+                self._unread.release(context)
 
     def oldest(self) -> RankCall | messages.ModelStreamInferResponse | None:
-        """Waits for the next one to answer; None at the end."""
+        """Waits for the next one to answer; None at the end, DeadlineError if none comes for long."""
+        seconds = None if self._max_idle_seconds == math.inf else self._max_idle_seconds
         with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._calls
-                    or self._is_read
-                    or self._is_abandoned
-                    or (self.is_stopped and not self._is_expecting)
-                )
-            )
+            while not self._changed.wait_for(self._has_news, seconds):
+                if not self._is_expecting:
+                    raise DeadlineError(
+                        f"expected a request on the stream within {seconds:g} s, got none; open another"
+                    )
             return self._calls[0] if self._calls else None
+
+    def _has_news(self) -> bool:
+        is_ended = self._is_read or self._is_abandoned or (self.is_stopped and not self._is_expecting)
+        return bool(self._calls) or is_ended
 
     def remove_oldest(self) -> None:
         """It was answered and written."""
         with self._changed:
-            self._calls.popleft()
+            call = self._calls.popleft()
             self._changed.notify_all()
+        if isinstance(call, RankCall):
+            self._unread.release(call.future)
 
 
 def _failure(request: messages.ModelInferRequest, error: Exception) -> messages.ModelStreamInferResponse:

@@ -21,11 +21,12 @@ _CALL_BYTES = 32 * 2**10
 
 
 class UnreadAnswers:
-    """Bounds the memory of unary answers on their way to callers. Any thread.
+    """Bounds the memory of answers on their way to callers. Any thread.
 
-    A call's thread is free as soon as its answer is made, but gRPC holds the answer until HTTP/2 lets it go:
-    for ever, if the caller says that it has no room for it. Past the bound the oldest calls are cancelled,
-    so that who doesn't read keeps nobody else away.
+    A unary call's thread is free as soon as its answer is made, but gRPC holds the answer until HTTP/2 lets
+    it go: for ever, if the caller says that it has no room for it. A stream's answers wait for the one before
+    them. Past the bound the calls of the oldest answers are cancelled, so that who doesn't read keeps nobody
+    else away.
     """
 
     def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
@@ -35,8 +36,9 @@ class UnreadAnswers:
         """
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        # Both guarded by _lock: calls whose answer isn't taken, the oldest first, and what they hold.
-        self._sizes: dict[grpc.ServicerContext, int] = {}
+        # Both guarded by _lock: answers that aren't taken, the oldest first, with their calls and what they
+        # hold, by the call if it is unary; and what they hold together.
+        self._held: dict[Any, tuple[grpc.ServicerContext, int]] = {}
         self._num_bytes = 0
 
     @property
@@ -45,8 +47,8 @@ class UnreadAnswers:
         return self._num_bytes
 
     def watched(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-        """A method whose answers count; one that answers a stream writes the next when one is taken, and
-        stays as it is."""
+        """A method whose answers count; one that answers a stream stays as it is: what such a one has made
+        ahead it counts by itself."""
         if handler.response_streaming:
             return handler
         make, method = (
@@ -60,21 +62,30 @@ class UnreadAnswers:
         @functools.wraps(method)  # the pool that it runs on is an attribute of it
         def answer(request: Any, context: grpc.ServicerContext) -> Any:
             response = method(request, context)
-            self._add(context, _CALL_BYTES + response.ByteSize())
+            self.hold(context, context, response.ByteSize())
+            if not context.add_callback(lambda: self.release(context)):  # it is over
+                self.release(context)
             return response
 
         return answer
 
-    def _add(self, context: grpc.ServicerContext, size: int) -> None:
+    def hold(self, answer: Any, context: grpc.ServicerContext, size: int) -> None:
+        """Counts an answer until `release`.
+
+        Args:
+          answer: any name of it, hashable.
+          context: of its call.
+          size: in bytes.
+        """
+        size += _CALL_BYTES
+        dropped: dict[grpc.ServicerContext, None] = {}
         with self._lock:
-            self._sizes[context] = size
+            self._held[answer] = context, size
             self._num_bytes += size
-            dropped = []
-            while self._num_bytes > self._max_bytes and len(self._sizes) > 1:
-                dropped.append(oldest := next(iter(self._sizes)))
+            while self._num_bytes > self._max_bytes and len(self._held) > 1:
+                oldest = next(iter(self._held))
+                dropped[self._held[oldest][0]] = None
                 self._forget(oldest)
-        if not context.add_callback(lambda: self._remove(context)):  # it is over
-            self._remove(context)
         for each in dropped:
             each.cancel()
         if dropped:
@@ -85,10 +96,11 @@ class UnreadAnswers:
                 self._max_bytes,
             )
 
-    def _remove(self, context: grpc.ServicerContext) -> None:
+    def release(self, answer: Any) -> None:
+        """It was taken, or its call is over. Idempotent."""
         with self._lock:
-            if context in self._sizes:
-                self._forget(context)
+            if answer in self._held:
+                self._forget(answer)
 
-    def _forget(self, context: grpc.ServicerContext) -> None:
-        self._num_bytes -= self._sizes.pop(context)
+    def _forget(self, answer: Any) -> None:
+        self._num_bytes -= self._held.pop(answer)[1]

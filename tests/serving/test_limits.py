@@ -22,6 +22,7 @@ from xlarank_serving.receiving import ReceiveWatch
 from xlarank.errors import FeatureError, OverloadError, RequestError
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
+STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 RST_STREAM = 3
 LIMITS = LimitConfig()
 
@@ -249,7 +250,8 @@ def test_answers_that_nobody_reads_hold_no_thread(wire):
         assert len(running.engine.requests) >= 3
 
 
-def test_of_answers_that_nobody_reads_the_oldest_are_given_up(wire):
+@pytest.mark.parametrize("method", [INFER, STREAM])
+def test_of_answers_that_nobody_reads_the_oldest_are_given_up(wire, method):
     data = wire.raw(**wire.valid(3)).SerializeToString()
     with (
         running_server(wire) as running,
@@ -258,7 +260,7 @@ def test_of_answers_that_nobody_reads_the_oldest_are_given_up(wire):
         unread = running.server._unread
         unread._max_bytes = 4 * 33 * 2**10  # four calls and their small answers
         for i in range(12):
-            client.call(INFER, data, stream=2 * i + 1)
+            client.call(method, data, stream=2 * i + 1)
         num_ended = 0
         while num_ended < 8:
             num_ended += client.next_frame()[0] == RST_STREAM

@@ -287,6 +287,7 @@ def test_an_address_that_is_not_ours_is_an_error(wire):
         ({"admin_port": 2**16}, r"admin_port must be in \[0, 65535\]; was 65536"),
         ({"num_threads": 0}, "num_threads must be >= 1; was 0"),
         ({"grace_seconds": -1.0}, "grace_seconds must be >= 0; was -1.0"),
+        ({"stream_idle_seconds": -1.0}, "stream_idle_seconds must be >= 0; was -1.0"),
         ({"grace_seconds": math.nan}, "grace_seconds must be a finite number; was nan"),
     ],
 )

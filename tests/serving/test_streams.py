@@ -1,8 +1,10 @@
 """ModelStreamInfer: order, errors, bounds, callers who leave, and the stop."""
 
+import contextlib
 import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -11,6 +13,7 @@ import tritonclient.grpc as triton
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.streams import _Stream
 from xlarank_serving.threads import ServerThreads
+from xlarank_serving.unread import UnreadAnswers
 
 from xlarank.errors import OverloadError
 
@@ -181,8 +184,13 @@ def test_a_stop_answers_what_was_read_and_ends_the_streams(wire):
     running.client.close()
 
 
+class Context:
+    """A call that does nothing."""
+
+
 def test_a_stop_waits_for_a_request_that_is_being_read(wire):
-    stream, answer = _Stream(), wire.messages.ModelStreamInferResponse(error_message="1")
+    stream = _Stream(Context(), UnreadAnswers())
+    answer = wire.messages.ModelStreamInferResponse(error_message="1")
     stream.expect()
     stream.stop()
     with ThreadPoolExecutor(1) as pool:
@@ -193,6 +201,93 @@ def test_a_stop_waits_for_a_request_that_is_being_read(wire):
         assert oldest.result(timeout=10) is answer
     stream.remove_oldest()
     assert stream.oldest() is None
+
+
+def test_a_stream_that_is_silent_is_ended_and_gives_its_place_away(wire, monkeypatch):
+    monkeypatch.setattr(ServerThreads, "max_streams", 1)
+    running = wire.start(stream_idle_seconds=0.2)
+    for number in range(3):
+        silent = Caller(running, wire)
+        silent.send(*[request_of(wire, "1")] * number)
+        for _ in range(number):
+            assert next(silent.answers).infer_response.id == "1"
+        with pytest.raises(grpc.RpcError, match=r"a request on the stream within 0\.2 s, got none") as info:
+            next(silent.answers)
+        assert info.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        silent.end()
+        assert running.server._threads.streams.wait_until_idle(10)
+    running.channel.close()
+    running.client.close()
+    running.server.stop(0)
+
+
+def test_a_stream_whose_request_is_being_read_is_not_silent(wire):
+    stream = _Stream(Context(), UnreadAnswers(), max_idle_seconds=0.01)
+    stream.expect()
+    with ThreadPoolExecutor(1) as pool:
+        oldest = pool.submit(stream.oldest)
+        with pytest.raises(TimeoutError):
+            oldest.result(timeout=0.2)
+        stream.add(answer := wire.messages.ModelStreamInferResponse())
+        assert oldest.result(timeout=10) is answer
+
+
+def wait_for_full_stream(streams, unread, before):
+    """Until one is open, another than before, all of whose answers count."""
+    while True:
+        with streams._lock:
+            opened = list(streams._open)
+        if len(opened) == 1 and opened[0] is not before and len(opened[0]._calls) == len(unread._held) == 32:
+            return opened[0]
+
+
+def test_of_streams_whose_answers_nobody_reads_the_oldest_are_given_up(wire):
+    """Each has up to 32 answers that wait behind those that gRPC has taken."""
+    running = wire.start()
+    unread = running.server._unread
+    request = wire.raw(**wire.valid(4000) | {"video": np.zeros(4000, np.int64)})
+    unread._max_bytes = 40 * 64 * 2**10  # an answer has 32 KB, a call takes 32 KiB
+    with contextlib.ExitStack() as stack:
+        # A client that takes 64 KiB ahead of its reader, and not what it thinks the network holds.
+        channel = grpc.insecure_channel(running.server.address, options=[("grpc.http2.bdp_probe", 0)])
+        stack.callback(channel.close)
+        callers, full = [], None
+        for _ in range(3):
+            callers.append(Caller(SimpleNamespace(channel=channel), wire))
+            stack.callback(callers[-1].end)
+            callers[-1].send(*[request] * 64)
+            full = wait_for_full_stream(running.server._streams, unread, full)
+            assert 0 < unread.num_bytes <= unread._max_bytes
+        for caller in callers[:2]:
+            with pytest.raises(grpc.RpcError) as info:
+                list(caller.answers)
+            assert info.value.code() is grpc.StatusCode.CANCELLED
+        callers[2].end()
+        assert len(list(callers[2].answers)) == 64
+    while unread.num_bytes:  # who has left holds nothing
+        pass
+    running.channel.close()
+    running.client.close()
+    running.server.stop(0)
+
+
+def test_a_stream_keeps_no_tensors_of_requests_that_wait_for_their_answers(serving, wire, caller):
+    """This one is parsed, as a tensor has a parameter."""
+    serving.engine.hold()
+    request = request_of(wire, "1")
+    request.inputs[0].parameters["unusual"].bool_param = True
+    request.parameters["user"].string_param = "u"
+    caller.send(request)
+    assert serving.engine.arrived.acquire(timeout=10)
+    (stream,) = serving.server._streams._open
+    with stream._changed:
+        assert stream._changed.wait_for(lambda: stream._calls, 10)
+        held = stream._calls[0].request
+    assert (held.id, held.model_name, held.parameters["user"].string_param) == ("1", "feed", "u")
+    assert not held.inputs
+    assert not held.raw_input_contents
+    serving.engine.release()
+    assert next(caller.answers).infer_response.id == "1"
 
 
 def test_tritonclient_streams(serving, wire):
