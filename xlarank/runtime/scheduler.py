@@ -277,7 +277,7 @@ class Scheduler(Generic[Item]):
     def finished(self, turn: Turn[Item], now: float) -> None:
         """Tells that a device is free again; from the time that its turn took later ones are predicted.
 
-        Not from a retry's: it may be a whole search for what is at fault.
+        Not from a retry's: what fails may take longer, or no time.
         """
         device = self._devices[turn.device]
         if device.turn is turn:
