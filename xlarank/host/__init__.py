@@ -5,7 +5,7 @@ from xlarank.host.device_rows import DeviceRows
 from xlarank.host.feature_file import FeatureFile, FeatureFileWriter
 from xlarank.host.feature_options import FeatureOptions
 from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_features
-from xlarank.host.feature_source import FeatureRows, FeatureSource, FileSource
+from xlarank.host.feature_source import FeatureRows, FeatureSource, FileSource, UpdatableSource
 from xlarank.host.feature_store import FeatureStore, FeatureStoreStats, MissPolicy
 from xlarank.host.gather import BoundRequest, Gatherer, Segment
 from xlarank.host.hashing import hash_int64, hash_strings
@@ -38,6 +38,7 @@ __all__ = [
     "Segment",
     "SharedRows",
     "TableMemory",
+    "UpdatableSource",
     "aligned_empty",
     "check_tables",
     "checked_columns",

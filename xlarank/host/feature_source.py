@@ -1,16 +1,16 @@
-"""Where a store gets the candidates that it doesn't have: `FeatureSource`, and one over a file."""
+"""Where a store gets candidates that it doesn't have: `FeatureSource`, `UpdatableSource`, `FileSource`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from xlarank.host.feature_file import FeatureFile
 
-__all__ = ["FeatureRows", "FeatureSource", "FileSource"]
+__all__ = ["FeatureRows", "FeatureSource", "FileSource", "UpdatableSource"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -18,7 +18,7 @@ class FeatureRows:
     """Raw candidate features of some ids."""
 
     ids: np.ndarray
-    """[n] int64, distinct."""
+    """[n] int64, distinct; in an update an id may come twice, and its last row stays."""
 
     features: Mapping[str, Any]
     """By name, n rows each, as `RankRequest` takes them."""
@@ -31,7 +31,7 @@ class FeatureSource(Protocol):
         """Rows of those ids that it has, in any order; called by any thread, while a request waits.
 
         A value that was put into the cache may leave it again at any time, so an update goes to the source
-        first and to the cache after.
+        first and to the cache after: by itself where the source is an `UpdatableSource`.
 
         Args:
           ids: [m] int64, distinct.
@@ -42,8 +42,28 @@ class FeatureSource(Protocol):
         ...
 
 
+@runtime_checkable
+class UpdatableSource(FeatureSource, Protocol):
+    """A source that the store writes updates and removals through to, one at a time.
+
+    Both raise UnavailableError if it can't be written to now: the cache is left as it was then.
+    """
+
+    def update(self, rows: FeatureRows) -> None:
+        """Puts whole rows in, of every stored feature: a fetch that begins after this sees them, or newer."""
+        ...
+
+    def remove(self, ids: np.ndarray) -> int:
+        """Takes rows out; returns how many there were.
+
+        Args:
+          ids: [n] int64.
+        """
+        ...
+
+
 class FileSource:
-    """The rows of a feature file. Any thread.
+    """The rows of a feature file, and updates in memory in front of them. Any thread.
 
     Attributes:
       file: it.
@@ -53,8 +73,21 @@ class FileSource:
         self.file = file
         self._table = file.table()
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the updates; the file's pages are not counted."""
+        return self._table.stats()["bytes"]
+
     def fetch(self, ids: np.ndarray) -> FeatureRows:
         """See `FeatureSource`."""
         names = self._table.schema.names
         columns, missing = self._table.lookup(ids, [True] * len(names))
         return FeatureRows(np.delete(ids, missing), dict(zip(names, columns, strict=True)))
+
+    def update(self, rows: FeatureRows) -> None:
+        """See `UpdatableSource`. The columns are in the form of spec/columns.py."""
+        self._table.put(rows.ids, [rows.features[name] for name in self._table.schema.names])
+
+    def remove(self, ids: np.ndarray) -> int:
+        """See `UpdatableSource`."""
+        return self._table.remove(ids)

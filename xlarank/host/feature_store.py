@@ -16,7 +16,7 @@ from xlarank.errors import ConfigError, FeatureError, XlarankError
 from xlarank.host.feature_columns import FeatureTable
 from xlarank.host.feature_file import FeatureFile
 from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_features
-from xlarank.host.feature_source import FeatureSource, FileSource
+from xlarank.host.feature_source import FeatureRows, FeatureSource, FileSource, UpdatableSource
 from xlarank.spec import Column, ModelSpec, check_candidate_ids, default_column, join_columns, take
 
 __all__ = ["FeatureStore", "FeatureStoreStats", "MissPolicy", "check_cache_bounds"]
@@ -48,7 +48,7 @@ class FeatureStoreStats:
     """Candidates that a lookup finds, in memory or in the file."""
 
     bytes: int
-    """Memory of what was put in; the file's pages are not counted."""
+    """Memory of what was put in, over the file of a `FileSource` too; the file's pages are not counted."""
 
     hits: int
     """Candidates looked up and found."""
@@ -104,11 +104,12 @@ class FeatureStore:
         Args:
           spec: the model.
           file: rows to begin with.
-          source: asked for what isn't there, under policy `fetch`.
+          source: asked for what isn't there, under policy `fetch`, and written through to if it is an
+            `UpdatableSource`.
           without: names of candidate features that requests bring; a file says it itself.
           misses: error, default or fetch.
           memory_bytes: most bytes of rows and their index in memory, for stores without a file; the row that
-            was looked up least lately makes room (SIEVE).
+            was looked up least lately makes room (SIEVE). What a `FileSource` keeps comes on top.
           max_age_seconds: a row in memory is a miss once it was put in, or asked of the source, so long ago
             (a sixteenth of a second less at most); then the policy says what becomes of it, and `fetch` asks
             the source again. None: rows stay until they make room. For stores without a file, whose rows
@@ -137,8 +138,8 @@ class FeatureStore:
         self._max_age = None if max_age_seconds is None else int(max_age_seconds * _TICKS_A_SECOND)
         self._clock = clock
         self._started_at = clock()
-        self._lock = threading.Lock()
-        self._updated_at = self._started_at  # guarded by _lock
+        self._writing = threading.Lock()  # source and cache see updates in one order
+        self._updated_at = self._started_at  # replaced whole, under _writing
 
     def join(self, ids: Any, features: Mapping[str, Any]) -> dict[str, Any]:
         """Adds the stored features of candidates to those that a request brings.
@@ -167,7 +168,8 @@ class FeatureStore:
     def update(self, ids: Any, features: Mapping[str, Any]) -> None:
         """Puts whole rows in, over those of the same ids; every `join` after this returns sees them.
 
-        A store with a source keeps no row for good: update the source first, then the store.
+        They go to an `UpdatableSource` first, which then has them for good. Of another source the cache alone
+        takes them, until they make room or are too old: update such a source first, then the store.
 
         Args:
           ids: [n] int64; of an id that comes twice the last row stays.
@@ -179,17 +181,26 @@ class FeatureStore:
         """
         ids = check_candidate_ids(ids)
         columns = checked_columns(self.rows_spec, ids, features)
-        with self._lock:
+        with self._writing:
+            if isinstance(self._source, UpdatableSource):
+                self._source.update(FeatureRows(ids, dict(zip(self.names, columns, strict=True))))
             self._table.put(ids, columns, time=self._ticks())
             self._updated_at = self._clock()
 
     def remove(self, ids: Any) -> int:
-        """Takes rows out: from then on they are misses, those of a file too. Returns how many there were."""
+        """Takes rows out: from then on they are misses, those of a file or an `UpdatableSource` too.
+
+        What another source has is asked of it again: remove it there first.
+
+        Returns:
+          How many there were.
+        """
         ids = check_candidate_ids(ids)
-        with self._lock:
-            removed = self._table.remove(ids, time=self._ticks())
+        with self._writing:
+            in_source = self._source.remove(ids) if isinstance(self._source, UpdatableSource) else None
+            in_memory = self._table.remove(ids, time=self._ticks())
             self._updated_at = self._clock()
-        return removed
+        return in_memory if in_source is None else in_source
 
     def stats(self) -> FeatureStoreStats:
         """What it holds and did."""
@@ -197,11 +208,11 @@ class FeatureStore:
         del fields["rows_in_memory"]
         oldest = fields.pop("oldest")
         now = self._clock()
-        with self._lock:
-            age_seconds = now - self._updated_at
+        if isinstance(self._source, FileSource):
+            fields["bytes"] += self._source.num_bytes
         return FeatureStoreStats(
             **fields,
-            age_seconds=age_seconds,
+            age_seconds=now - self._updated_at,
             oldest_seconds=0.0 if oldest < 0 else now - self._started_at - oldest / _TICKS_A_SECOND,
         )
 
