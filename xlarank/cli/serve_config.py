@@ -108,8 +108,9 @@ class FeaturesConfig:
     """Candidate features by id, from files of `xlarank features build`."""
 
     paths: tuple[Path, ...] = dataclasses.field(default=(), metadata={"flag": "features"})
-    """Feature files, one for each model that has some; behind a path may stand options of that file alone,
-    as in feed.features,misses=fetch,memory_bytes=500000000,max_age_seconds=60."""
+    """Feature files, one for each model that has some, read when a version of it loads; behind a path may
+    stand options of that file alone, as in
+    feed.features,misses=fetch,memory_bytes=500000000,max_age_seconds=60."""
 
     misses: MissPolicy = dataclasses.field(default=MissPolicy.ERROR, metadata={"flag": "feature-misses"})
     """What becomes of ids that aren't there: refused (error), defaults (default), or read from the file

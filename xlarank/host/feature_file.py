@@ -54,6 +54,9 @@ class FeatureFile:
     num_rows: int
     """Ids in it."""
 
+    digest: str
+    """Of features.json, and so of all of it."""
+
     index: np.ndarray
     """[bytes] uint8, mapped."""
 
@@ -71,14 +74,23 @@ class FeatureFile:
           BundleError: if it is missing, cut short, damaged or of another format version.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest, digest = _read_manifest(path)
         maps: dict[str, mmap.mmap] = {}
         index, records = (_map(path / name, manifest["files"][name], maps) for name in (_INDEX, _RECORDS))
-        file = cls(path, manifest["model"], _schema(manifest), manifest["rows"], index, records, maps)
+        schema, num_rows = _schema(manifest), manifest["rows"]
+        file = cls(path, manifest["model"], schema, num_rows, digest, index, records, maps)
         found = file.table().stats()["rows"]
         if found != file.num_rows:
             raise BundleError(f"{path / _INDEX}: damaged: expected {file.num_rows} rows, got {found}")
         return file
+
+    def is_replaced(self) -> bool:
+        """Whether what lies at the path by now is another file.
+
+        Raises:
+          BundleError: if nothing lies there, or it is damaged as far as features.json tells.
+        """
+        return _read_manifest(self.path)[1] != self.digest
 
     def check_size(self) -> None:
         """Asks for the sizes of what is mapped, and not of what may have taken its place on the disk since.
@@ -211,7 +223,8 @@ def _digest_of(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
+    """What features.json says, and its digest."""
     file = path / _MANIFEST
     try:
         document = json.loads(file.read_bytes())
@@ -230,7 +243,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     digest = document.pop("digest", None)
     if digest != _digest_of(document):
         raise BundleError(f"{file}: damaged or edited: its digest doesn't match its content")
-    return document
+    return document, digest
 
 
 def _schema(manifest: Mapping[str, Any]) -> FeatureSchema:

@@ -18,13 +18,13 @@ from xlarank.runtime.background import in_background
 from xlarank.runtime.captures import Captures
 from xlarank.runtime.compile_helper import CompileHelper
 from xlarank.runtime.engine import Engine
+from xlarank.runtime.features import ModelStores
 from xlarank.runtime.loading import Loader
 from xlarank.runtime.metrics import Metrics
 from xlarank.runtime.pacing import PacedRuns
 from xlarank.runtime.pool import DevicePool
 from xlarank.runtime.program_key import program_key
 from xlarank.runtime.tables import HeldTables, TableBytes, memory_beside
-from xlarank.spec import ModelSpec
 from xlarank.spec.serving import QueueConfig
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
@@ -33,8 +33,6 @@ if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers d
 __all__ = ["LoadOptions", "VersionLoader"]
 
 _log = logging.getLogger(__name__)
-
-StoreMaker = Callable[[ModelSpec], FeatureStore]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +78,7 @@ class VersionLoader:
         pool: DevicePool,
         metrics: Metrics,
         options: LoadOptions,
-        stores: Mapping[str, StoreMaker],
+        stores: Mapping[str, ModelStores],
         *,
         devices: Sequence[Device],
         warm_share: float,
@@ -91,7 +89,7 @@ class VersionLoader:
           pool: device threads of all engines.
           metrics: registry that engines count in.
           options: for each of them.
-          stores: by model, what makes its feature store.
+          stores: by model, what makes its feature stores.
           devices: that the pool's threads drive, by index.
           warm_share: of a device's time, see `VersionOptions`.
           wait: pauses for some seconds.
@@ -99,8 +97,7 @@ class VersionLoader:
         self._pool = pool
         self._metrics = metrics
         self._options = options
-        self._make_store = stores
-        self._stores: dict[str, FeatureStore] = {}  # by model: of the version loaded last
+        self._stores = stores
         self._library = device.ProgramLibrary()
         self._paced = PacedRuns(pool, share=warm_share, wait=wait)
         self._devices = devices
@@ -157,12 +154,13 @@ class VersionLoader:
             profiles=None if twin is None else twin.profiles,
             tables=tables,
         )
-        store = self._store(path, bundle.spec, peers)
+        stores = self._stores.get(bundle.spec.name)
+        store = None if stores is None else self._store(stores, bundle, peers, is_beside)
         engine = Engine(loader, self._pool, self._metrics, store, options.queue, options.captures)
         self._keys[engine] = key
         self._in_cache.add(key)
-        if store is not None:
-            self._stores[bundle.spec.name] = store
+        if stores is not None:
+            stores.last = store
         compiled = device.num_compiled() - before
         if not is_beside and (held is None or not held.is_beside):
             self._num_compiled_alone += compiled
@@ -191,25 +189,9 @@ class VersionLoader:
 
         return in_background(read) if is_beside else read()
 
-    def _store(self, path: Path, spec: ModelSpec, peers: Sequence[Engine]) -> FeatureStore | None:
-        """One store for all versions with the same features, so that updates of it outlive a swap.
-
-        A version with other features gets a store of its own over the same file, if the file suits it,
-        without the rows that were put into the other one.
-        """
-        make = self._make_store.get(spec.name)
-        if make is None:
-            return None
-        last = self._stores.get(spec.name)
+    def _store(
+        self, stores: ModelStores, bundle: Bundle, peers: Sequence[Engine], is_beside: bool
+    ) -> FeatureStore:
+        in_background(stores.refresh) if is_beside else stores.refresh()
         known = [peer.features for peer in peers if peer.features is not None]
-        for store in (*known, *([] if last is None else [last])):
-            if store.spec.features == spec.features:
-                return store
-        if last is not None and last.stats().version:
-            _log.warning(
-                "%s: has other features than the version before: the %d updates of the feature store since "
-                "the start are not in its store",
-                path,
-                last.stats().version,
-            )
-        return make(spec)
+        return stores.store(bundle.path, bundle.spec, known)
