@@ -50,6 +50,7 @@ class FakeClock:
 
 
 def cache(source, memory_bytes=2**16, **options):
+    options = {"fetch_timeout_ms": stored.PATIENT_MS} | options
     return FeatureStore(stored.SPEC, source=source, misses="fetch", memory_bytes=memory_bytes, **options)
 
 
@@ -103,7 +104,7 @@ class Catalogue:
     """A source of one's own that can be written to, or not now."""
 
     def __init__(self, rows):
-        self.rows, self.is_down = dict(rows), False
+        self.rows, self.refusal = dict(rows), None
 
     def fetch(self, ids):
         found = [i for i in ids.tolist() if i in self.rows]
@@ -118,20 +119,27 @@ class Catalogue:
         return sum(self.rows.pop(i, None) is not None for i in ids.tolist())
 
     def _check(self):
-        if self.is_down:
-            raise UnavailableError("the catalogue can't be written to now")
+        if self.refusal is not None:
+            raise self.refusal
 
 
-def test_a_source_of_one_s_own_is_written_to_and_its_refusal_leaves_the_cache_alone():
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        (UnavailableError("asleep"), "asleep"),
+        (TimeoutError("slow"), "feature source Catalogue of model 'stored': TimeoutError: slow"),
+    ],
+)
+def test_a_source_of_one_s_own_is_written_to_and_its_refusal_leaves_the_cache_alone(refusal, message):
     source = Catalogue({1: row_of(1), 2: row_of(2)})
     store = cache(source)
     put(store, {1: row_of(3)})
     assert source.rows == {1: row_of(3), 2: row_of(2)}
     assert store.remove([2, 5]) == 1
     assert source.rows.keys() == {1}
-    source.is_down = True
+    source.refusal = refusal
     for change in (lambda: put(store, {1: row_of(4)}), lambda: store.remove([1])):
-        with pytest.raises(UnavailableError, match="can't be written to now"):
+        with pytest.raises(UnavailableError, match=message):
             change()
     assert joined(store, [1]) == [row_of(3)]
     assert store.stats().version == 2

@@ -167,6 +167,7 @@ def test_policy_error_names_the_ids():
 
 
 def cache(source, memory_bytes=2**20, **options):
+    options = {"fetch_timeout_ms": stored.PATIENT_MS} | options
     return FeatureStore(stored.SPEC, source=source, misses="fetch", memory_bytes=memory_bytes, **options)
 
 
@@ -198,6 +199,9 @@ def test_what_the_source_hasn_t_got_either_is_refused_by_name():
         (FeatureRows(np.array([1, 1]), stored.columns_of([stored.DEFAULT_ROW] * 2)), r"got \[1, 1\]"),
         (FeatureRows(np.array([1]), {"item": [200]}), "feature 'item': expected ids in"),
         (FeatureRows(np.array([1.0]), {}), "expected int64 ids"),
+        (FeatureRows(np.array([1]), None), "expected"),
+        (None, "expected FeatureRows, got NoneType None"),
+        ({"item": [1]}, r"expected FeatureRows, got dict \{'item': \[1\]\}"),
     ],
 )
 def test_a_source_that_answers_wrong_is_not_the_caller_s_fault(answer, message):
@@ -205,7 +209,7 @@ def test_a_source_that_answers_wrong_is_not_the_caller_s_fault(answer, message):
         def fetch(self, ids):
             return answer
 
-    with pytest.raises(XlarankError, match=f"feature source of model 'stored': .*{message}") as info:
+    with pytest.raises(XlarankError, match=f"feature source Wrong of model 'stored': .*{message}") as info:
         cache(Wrong()).join([1], {})
     assert not isinstance(info.value, FeatureError)
 
@@ -373,6 +377,7 @@ def test_version_and_age_are_of_the_newest_update():
         ({"memory_bytes": 1000}, "memory_bytes must be >= 65536; was 1000"),
         ({"max_age_seconds": 0.5}, "max_age_seconds must be >= 1; was 0.5"),
         ({"max_age_seconds": float("nan")}, "max_age_seconds must be >= 1; was nan"),
+        ({"fetch_timeout_ms": 0}, "fetch_timeout_ms must be > 0; was 0"),
         ({"without": ["age"]}, "has no candidate feature 'age'"),
         ({"without": NAMES}, "expected at least one candidate feature to store"),
     ],

@@ -37,7 +37,8 @@ def path(tmp_path):
 @pytest.fixture(params=list(MissPolicy)[::2])  # error and fetch
 def repository(request, path, publish, root):
     publish(1)
-    options = FeatureOptions(path=path, misses=request.param)
+    timeout = {"fetch_timeout_ms": 3.6e6} if request.param is MissPolicy.FETCH else {}
+    options = FeatureOptions(path=path, misses=request.param, **timeout)
     with_versions = VersionOptions(watch_seconds=3600.0, warm_share=1.0)
     repository = ModelRepository.open(root, num_devices=1, features=[options], versions=with_versions)
     yield repository

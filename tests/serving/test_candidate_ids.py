@@ -274,6 +274,9 @@ def test_a_store_is_in_the_metrics(running):
         "hits_total",
         "misses_total",
         "evictions_total",
+        "fetches_total",
+        "fetch_seconds_total",
+        "fetch_failures_total",
         "version",
         "age_seconds",
         "oldest_seconds",
@@ -304,7 +307,7 @@ def test_policy_default_and_updates_over_the_wire(folder):
 
 
 def test_policy_fetch_over_the_wire(folder):
-    options = ("--feature-misses", "fetch", "--feature-memory", "65536")
+    options = ("--feature-misses", "fetch", "--feature-memory", "65536", "--feature-fetch-timeout-ms", "1e6")
     with serving(folder, *options) as ready, RankingClient(ready["grpc"]) as client:
         for _ in range(2):
             close(client.score("linear", {"age": 3.0}, candidate_ids=IDS)["value"], expected(IDS))
@@ -313,6 +316,7 @@ def test_policy_fetch_over_the_wire(folder):
         stats = metrics_of(ready)
     assert (stats["hits_total"], stats["misses_total"]) == (len(IDS), len(IDS) + 1)
     assert stats["rows"] == len(IDS)
+    assert (stats["fetches_total"], stats["fetch_failures_total"]) == (2, 0)
     assert 0 < stats["bytes"] <= 65536
 
 
@@ -331,7 +335,7 @@ def test_over_the_wire_too(shared, wire):
     [
         (
             ["--feature-memory", "100000"],
-            "memory_bytes bounds the cache of misses 'fetch'; misses is 'error'",
+            "memory_bytes is for the cache of misses 'fetch'; misses is 'error'",
         ),
         (["--feature-misses", "fetch", "--feature-memory", "1"], "memory_bytes must be >= 65536; was 1"),
     ],
@@ -372,7 +376,7 @@ def test_a_feature_file_has_options_of_its_own_before_those_of_all(text, fields)
         ),
         ("a,size=3", r"expected PATH,FIELD=VALUE,\.\.\. of .*'misses'\], got \['size'\]"),
         ("a,misses=ask", "features a,misses=ask: misses: 'ask' is not a valid MissPolicy"),
-        ("a,max_age_seconds=5", "features a: max_age_seconds bounds the cache of misses 'fetch'; misses is"),
+        ("a,max_age_seconds=5", "features a: max_age_seconds is for the cache of misses 'fetch'; misses is"),
         ("a,misses=fetch,memory_bytes=1k", "memory_bytes: invalid literal"),
     ],
 )

@@ -44,6 +44,9 @@ SPEC = ModelSpec(
 
 STORED = SPEC.candidate_features
 
+PATIENT_MS = 3.6e6
+"""For a source that answers, on a machine that may be slow."""
+
 
 def random_row(rng):
     """One candidate: plain Python values by feature name."""

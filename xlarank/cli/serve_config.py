@@ -122,13 +122,18 @@ class FeaturesConfig:
     max_age_seconds: float | None = dataclasses.field(default=None, metadata={"flag": "feature-max-age"})
     """After so long a row of the cache of fetch is read from the file again; never for its age by default."""
 
+    fetch_timeout_ms: float | None = dataclasses.field(
+        default=None, metadata={"flag": "feature-fetch-timeout-ms"}
+    )
+    """Most that a request waits for fetch, which is UNAVAILABLE then; 100 by default."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "misses", MissPolicy(self.misses))
         has_cache = MissPolicy.FETCH in (self.misses, *(file.misses for file in self.files))
-        for field in ("memory_bytes", "max_age_seconds"):
+        for field in ("memory_bytes", "max_age_seconds", "fetch_timeout_ms"):
             if getattr(self, field) is not None and not has_cache:
                 raise ConfigError(
-                    f"features: {field} bounds the cache of misses 'fetch'; misses is {self.misses.value!r}"
+                    f"features: {field} is for the cache of misses 'fetch'; misses is {self.misses.value!r}"
                 )
 
     @property
@@ -140,6 +145,7 @@ class FeaturesConfig:
                 misses=self.misses,
                 memory_bytes=self.memory_bytes,
                 max_age_seconds=self.max_age_seconds,
+                fetch_timeout_ms=self.fetch_timeout_ms,
             )
             for path in self.paths
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from xlarank.errors import ConfigError
 from xlarank.host.feature_file import FeatureFile
 from xlarank.host.feature_source import FileSource
-from xlarank.host.feature_store import FeatureStore, MissPolicy, check_cache_bounds
+from xlarank.host.feature_store import DEFAULT_FETCH_TIMEOUT_MS, FeatureStore, MissPolicy, check_cache_bounds
 from xlarank.spec import ModelSpec
 from xlarank.spec.fields import from_words
 
@@ -34,14 +34,19 @@ class FeatureOptions:
     """A row of that cache is read from the file again after so long; None: never for its age. For `fetch`
     alone."""
 
+    fetch_timeout_ms: float | None = None
+    """Most that a request waits for the file; 100 by default. For `fetch` alone."""
+
     def __post_init__(self) -> None:
-        for field in ("memory_bytes", "max_age_seconds"):
+        for field in ("memory_bytes", "max_age_seconds", "fetch_timeout_ms"):
             if getattr(self, field) is not None and self.misses is not MissPolicy.FETCH:
                 raise ConfigError(
-                    f"features {self.path}: {field} bounds the cache of misses 'fetch'; misses is "
+                    f"features {self.path}: {field} is for the cache of misses 'fetch'; misses is "
                     f"{self.misses.value!r}"
                 )
-        check_cache_bounds(f"features {self.path}", self.memory_bytes, self.max_age_seconds)
+        check_cache_bounds(
+            f"features {self.path}", self.memory_bytes, self.max_age_seconds, self.fetch_timeout_ms
+        )
 
     @classmethod
     def parse(
@@ -51,6 +56,7 @@ class FeatureOptions:
         misses: MissPolicy = MissPolicy.ERROR,
         memory_bytes: int | None = None,
         max_age_seconds: float | None = None,
+        fetch_timeout_ms: float | None = None,
     ) -> FeatureOptions:
         """What one file's text says, such as ``feed.features,misses=fetch,max_age_seconds=60``.
 
@@ -59,15 +65,26 @@ class FeatureOptions:
           misses: if the text doesn't say.
           memory_bytes: likewise, of files whose misses are `fetch`.
           max_age_seconds: likewise.
+          fetch_timeout_ms: likewise.
 
         Raises:
           ConfigError: for a field that there isn't, or that is no such value.
         """
-        readers = {"misses": MissPolicy, "memory_bytes": int, "max_age_seconds": float}
+        readers = {
+            "misses": MissPolicy,
+            "memory_bytes": int,
+            "max_age_seconds": float,
+            "fetch_timeout_ms": float,
+        }
         path, fields = from_words("features", text, "PATH", readers)
         misses = fields.setdefault("misses", misses)
         if misses is MissPolicy.FETCH:
-            fields = {"memory_bytes": memory_bytes, "max_age_seconds": max_age_seconds, **fields}
+            of_all = {
+                "memory_bytes": memory_bytes,
+                "max_age_seconds": max_age_seconds,
+                "fetch_timeout_ms": fetch_timeout_ms,
+            }
+            fields = of_all | fields
         return cls(path=Path(path), **fields)
 
     def store(self, file: FeatureFile, spec: ModelSpec) -> FeatureStore:
@@ -86,4 +103,7 @@ class FeatureOptions:
             misses=self.misses,
             memory_bytes=_DEFAULT_MEMORY_BYTES if self.memory_bytes is None else self.memory_bytes,
             max_age_seconds=self.max_age_seconds,
+            fetch_timeout_ms=DEFAULT_FETCH_TIMEOUT_MS
+            if self.fetch_timeout_ms is None
+            else self.fetch_timeout_ms,
         )

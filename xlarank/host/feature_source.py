@@ -28,7 +28,10 @@ class FeatureSource(Protocol):
     """What a cache of candidate features stands in front of."""
 
     def fetch(self, ids: np.ndarray) -> FeatureRows:
-        """Rows of those ids that it has, in any order; called by any thread, while a request waits.
+        """Rows of those ids that it has, in any order; called by a few threads of the store, each id by one.
+
+        Requests wait for it, for `fetch_timeout_ms` at most; the answer is kept when it comes later. Give it
+        a time limit of its own: until it returns its thread is busy, and requests of its ids are refused.
 
         A value that was put into the cache may leave it again at any time, so an update goes to the source
         first and to the cache after: by itself where the source is an `UpdatableSource`.
@@ -37,7 +40,8 @@ class FeatureSource(Protocol):
           ids: [m] int64, distinct.
 
         Raises:
-          UnavailableError: if it can't be asked now; the request fails with it.
+          UnavailableError: if it can't be asked now, or an OSError, such as a TimeoutError; the requests fail
+            as UNAVAILABLE then, and with anything else as INTERNAL.
         """
         ...
 
@@ -46,7 +50,8 @@ class FeatureSource(Protocol):
 class UpdatableSource(FeatureSource, Protocol):
     """A source that the store writes updates and removals through to, one at a time.
 
-    Both raise UnavailableError if it can't be written to now: the cache is left as it was then.
+    Both raise UnavailableError or an OSError if it can't be written to now: the cache is left as it was then.
+    Give them a time limit: other updates wait.
     """
 
     def update(self, rows: FeatureRows) -> None:

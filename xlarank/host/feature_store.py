@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import reprlib
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from xlarank.errors import ConfigError, FeatureError, XlarankError
+from xlarank.errors import ConfigError, FeatureError, UnavailableError, XlarankError
 from xlarank.host.feature_columns import FeatureTable
+from xlarank.host.feature_fetch import FeatureFetcher, FetchedRows
 from xlarank.host.feature_file import FeatureFile
 from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_features
 from xlarank.host.feature_source import FeatureRows, FeatureSource, FileSource, UpdatableSource
 from xlarank.spec import Column, ModelSpec, check_candidate_ids, default_column, join_columns, take
 
-__all__ = ["FeatureStore", "FeatureStoreStats", "MissPolicy", "check_cache_bounds"]
+__all__ = [
+    "DEFAULT_FETCH_TIMEOUT_MS",
+    "FeatureStore",
+    "FeatureStoreStats",
+    "MissPolicy",
+    "check_cache_bounds",
+]
+
+DEFAULT_FETCH_TIMEOUT_MS = 100.0
+"""Most that a request waits for a source, unless told otherwise."""
 
 _MIN_MEMORY_BYTES = 2**16
 
@@ -62,6 +73,15 @@ class FeatureStoreStats:
     version: int
     """Updates so far."""
 
+    fetches: int
+    """Times that the source was asked and the answer, or failure, has come."""
+
+    fetch_seconds: float
+    """Time that it took, summed."""
+
+    fetch_failures: int
+    """Requests refused because the source failed, answered wrong or took too long."""
+
     age_seconds: float
     """Time since the newest update; since the start without one. What a source was asked is no update."""
 
@@ -98,6 +118,7 @@ class FeatureStore:
         misses: MissPolicy | str = MissPolicy.ERROR,
         memory_bytes: int | None = None,
         max_age_seconds: float | None = None,
+        fetch_timeout_ms: float = DEFAULT_FETCH_TIMEOUT_MS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -114,6 +135,7 @@ class FeatureStore:
             (a sixteenth of a second less at most); then the policy says what becomes of it, and `fetch` asks
             the source again. None: rows stay until they make room. For stores without a file, whose rows
             have no time.
+          fetch_timeout_ms: most that a request waits for the source; see `FeatureFetcher`.
           clock: seconds, monotonic.
 
         Raises:
@@ -126,6 +148,7 @@ class FeatureStore:
             allowed = [policy.value for policy in MissPolicy]
             raise ConfigError(f"feature store: misses must be one of {allowed}; was {misses!r}") from None
         _check_arguments(self.misses, file, source, without, memory_bytes, max_age_seconds)
+        check_cache_bounds("feature store", memory_bytes, max_age_seconds, fetch_timeout_ms)
         self.spec = spec
         schema = file.schema if file is not None else FeatureSchema.of(select_features(spec, without))
         self.rows_spec = schema.rows_spec(spec)
@@ -135,6 +158,8 @@ class FeatureStore:
         self._source = source
         self.file = source.file if isinstance(source, FileSource) else file
         self._table = file.table() if file is not None else FeatureTable(schema, limit=memory_bytes or 0)
+        self._where = f"feature source {type(source).__name__} of model {spec.name!r}"
+        self._fetcher = FeatureFetcher(self._where, timeout_ms=fetch_timeout_ms, clock=clock)
         self._max_age = None if max_age_seconds is None else int(max_age_seconds * _TICKS_A_SECOND)
         self._clock = clock
         self._started_at = clock()
@@ -153,7 +178,8 @@ class FeatureStore:
 
         Raises:
           FeatureError: for ids that aren't there, under policies `error` and `fetch`.
-          XlarankError: if the source answers what it wasn't asked, or rows that a request could not have.
+          UnavailableError: if the source can't be asked, or doesn't answer in time.
+          XlarankError: if it fails, or answers what it wasn't asked, or rows that a request could not have.
         """
         ids = check_candidate_ids(ids)
         wanted = [features.get(name) is None for name in self.names]
@@ -181,10 +207,11 @@ class FeatureStore:
         """
         ids = check_candidate_ids(ids)
         columns = checked_columns(self.rows_spec, ids, features)
-        with self._writing:
+        with self._writing, self._writing_through():
             if isinstance(self._source, UpdatableSource):
                 self._source.update(FeatureRows(ids, dict(zip(self.names, columns, strict=True))))
             self._table.put(ids, columns, time=self._ticks())
+            self._fetcher.forget(ids)
             self._updated_at = self._clock()
 
     def remove(self, ids: Any) -> int:
@@ -196,9 +223,10 @@ class FeatureStore:
           How many there were.
         """
         ids = check_candidate_ids(ids)
-        with self._writing:
+        with self._writing, self._writing_through():
             in_source = self._source.remove(ids) if isinstance(self._source, UpdatableSource) else None
             in_memory = self._table.remove(ids, time=self._ticks())
+            self._fetcher.forget(ids)
             self._updated_at = self._clock()
         return in_memory if in_source is None else in_source
 
@@ -210,11 +238,23 @@ class FeatureStore:
         now = self._clock()
         if isinstance(self._source, FileSource):
             fields["bytes"] += self._source.num_bytes
+        fetches, fetch_seconds, fetch_failures = self._fetcher.stats()
         return FeatureStoreStats(
             **fields,
+            fetches=fetches,
+            fetch_seconds=fetch_seconds,
+            fetch_failures=fetch_failures,
             age_seconds=now - self._updated_at,
             oldest_seconds=0.0 if oldest < 0 else now - self._started_at - oldest / _TICKS_A_SECOND,
         )
+
+    @contextlib.contextmanager
+    def _writing_through(self) -> Iterator[None]:
+        """An OSError is the source's, of its connection."""
+        try:
+            yield
+        except OSError as error:
+            raise UnavailableError(f"{self._where}: {type(error).__name__}: {error}") from error
 
     def _ticks(self) -> int:
         """The time of a row put in now."""
@@ -246,28 +286,30 @@ class FeatureStore:
 
     def _fetched(self, missing: np.ndarray, num_ids: int) -> tuple[list[Column], np.ndarray]:
         """Columns of the source's rows, and for each missing id its row of them."""
-        assert self._source is not None
-        asked = np.unique(missing)
-        stamps, asked_at = self._table.stamps(asked), self._ticks()
-        answer = self._source.fetch(asked)
-        try:
-            ids = check_candidate_ids(answer.ids)
-            columns = checked_columns(self.rows_spec, ids, answer.features)
-        except FeatureError as error:  # not the caller's fault
-            raise XlarankError(f"feature source of model {self.spec.name!r}: {error}") from error
+        ids, columns = self._fetcher.rows(np.unique(missing), self._fetch)
         by_id = np.argsort(ids)
-        if not np.isin(ids, asked).all() or (np.diff(ids[by_id]) == 0).any():
-            raise XlarankError(
-                f"feature source of model {self.spec.name!r}: expected distinct ids of the {len(asked)} "
-                f"asked for, got {reprlib.repr(ids.tolist())}"
-            )
-        stamps = stamps[np.searchsorted(asked, ids)]
-        self._table.put(ids, columns, stamps, time=asked_at, oldest=self._oldest())
         rows = np.minimum(np.searchsorted(ids, missing, sorter=by_id), max(0, len(ids) - 1))
         absent = ids[by_id[rows]] != missing if len(ids) else np.ones(len(missing), bool)
         if absent.any():
             raise self._not_found(missing[absent], num_ids)
         return columns, by_id[rows]
+
+    def _fetch(self, asked: np.ndarray) -> FetchedRows:
+        """The source's rows of ids, checked and kept; in a thread of the fetcher."""
+        assert self._source is not None
+        stamps, asked_at = self._table.stamps(asked), self._ticks()
+        answer = self._source.fetch(asked)
+        if not isinstance(answer, FeatureRows):
+            raise XlarankError(f"expected FeatureRows, got {type(answer).__name__} {reprlib.repr(answer)}")
+        ids = check_candidate_ids(answer.ids)
+        columns = checked_columns(self.rows_spec, ids, answer.features)
+        if not np.isin(ids, asked).all() or len(np.unique(ids)) < len(ids):
+            raise XlarankError(
+                f"expected distinct ids of the {len(asked)} asked for, got {reprlib.repr(ids.tolist())}"
+            )
+        stamps = stamps[np.searchsorted(asked, ids)]
+        self._table.put(ids, columns, stamps, time=asked_at, oldest=self._oldest())
+        return FetchedRows(ids, columns)
 
     def _not_found(self, missing: np.ndarray, num_ids: int) -> FeatureError:
         where = "the feature store or its source" if self._source is not None else "the feature store"
@@ -311,12 +353,16 @@ def _check_arguments(
             "feature store: max_age_seconds is of rows in memory, and those of a file have no time; misses "
             "'fetch' makes the file the source of a cache"
         )
-    check_cache_bounds("feature store", memory_bytes, max_age_seconds)
 
 
-def check_cache_bounds(where: str, memory_bytes: int | None, max_age_seconds: float | None) -> None:
-    """Raises ConfigError, whose text begins with `where`, for a cache that is too small or ages too fast."""
+def check_cache_bounds(
+    where: str, memory_bytes: int | None, max_age_seconds: float | None, fetch_timeout_ms: float | None
+) -> None:
+    """Raises ConfigError, whose text begins with `where`, for a cache that is too small, ages too fast or
+    never waits."""
     if memory_bytes is not None and memory_bytes < _MIN_MEMORY_BYTES:
         raise ConfigError(f"{where}: memory_bytes must be >= {_MIN_MEMORY_BYTES}; was {memory_bytes}")
     if max_age_seconds is not None and not 1 <= max_age_seconds < float("inf"):
         raise ConfigError(f"{where}: max_age_seconds must be >= 1; was {max_age_seconds}")
+    if fetch_timeout_ms is not None and not 0 < fetch_timeout_ms < float("inf"):
+        raise ConfigError(f"{where}: fetch_timeout_ms must be > 0; was {fetch_timeout_ms}")

@@ -40,6 +40,9 @@ Of models that are served with a feature store, see `FeatureStoreStats`:
     xlarank_feature_store_hits_total        candidates looked up and found
     xlarank_feature_store_misses_total      candidates looked up and not found
     xlarank_feature_store_evictions_total   rows that made room for others, or didn't fit
+    xlarank_feature_store_fetches_total     times that the source was asked, to their end
+    xlarank_feature_store_fetch_seconds_total   time that they took, summed
+    xlarank_feature_store_fetch_failures_total  requests refused as the source failed or took too long
     xlarank_feature_store_version           updates so far
     xlarank_feature_store_age_seconds       time since the newest update
     xlarank_feature_store_oldest_seconds    time since the oldest row in memory was put in or asked for
@@ -143,6 +146,9 @@ _STORE_HELP = {
     "xlarank_feature_store_hits_total": "Candidates looked up in the feature store and found",
     "xlarank_feature_store_misses_total": "Candidates looked up in the feature store and not found",
     "xlarank_feature_store_evictions_total": "Rows that left the feature store for others, or didn't fit",
+    "xlarank_feature_store_fetches_total": "Times that the feature store asked its source, to their end",
+    "xlarank_feature_store_fetch_seconds_total": "Seconds that the feature store's source took to answer",
+    "xlarank_feature_store_fetch_failures_total": "Requests refused as the source failed or took too long",
     "xlarank_feature_store_version": "Updates of the feature store so far",
     "xlarank_feature_store_age_seconds": "Seconds since the newest update of the feature store",
     "xlarank_feature_store_oldest_seconds": "Seconds since the oldest row in memory was put in or asked for",
