@@ -4,7 +4,8 @@ import pytest
 from flax import nnx
 
 from xlarank.errors import ConfigError
-from xlarank.models import build_model, resolve
+from xlarank.models import build_model
+from xlarank.spec.references import resolve
 
 MODEL = """
 from flax import nnx

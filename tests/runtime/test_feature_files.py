@@ -34,11 +34,27 @@ def path(tmp_path):
     return path
 
 
-@pytest.fixture(params=list(MissPolicy)[::2])  # error and fetch
+SOURCE = """
+from xlarank.host import FeatureRows
+
+class Catalogue:
+    def fetch(self, ids):
+        return FeatureRows(ids, {"likes": [[1.0, 0.0]] * len(ids), "topics": [[]] * len(ids)})
+
+def open_catalogue(spec):
+    return Catalogue()
+"""
+
+
+@pytest.fixture(params=["error", "fetch"])
 def repository(request, path, publish, root):
     publish(1)
-    timeout = {"fetch_timeout_ms": 3.6e6} if request.param is MissPolicy.FETCH else {}
-    options = FeatureOptions(path=path, misses=request.param, **timeout)
+    fetch = {"misses": MissPolicy.FETCH, "fetch_timeout_ms": 3.6e6}
+    options = FeatureOptions(path=path, **(fetch if request.param != "error" else {}))
+    if request.param == "source":
+        path.with_name("catalogue.py").write_text(SOURCE)
+        model = path.with_name("linear")
+        options = FeatureOptions(path=model, source="catalogue:open_catalogue", **fetch)
     with_versions = VersionOptions(watch_seconds=3600.0, warm_share=1.0)
     repository = ModelRepository.open(root, num_devices=1, features=[options], versions=with_versions)
     yield repository
@@ -68,6 +84,7 @@ def test_a_version_reads_the_file_that_lies_there_when_it_loads(repository, path
     assert "has another feature file than the version before: the 1 updates" in caplog.text
 
 
+@pytest.mark.parametrize("repository", ["error", "fetch", "source"], indirect=True)
 def test_versions_share_a_store_while_the_file_is_the_same(repository, path, publish, caplog):
     update(repository, 100, 7.0)
     write(path, 1.0)  # built again, of the same rows
@@ -77,7 +94,7 @@ def test_versions_share_a_store_while_the_file_is_the_same(repository, path, pub
     assert "are not in its store" not in caplog.text
 
 
-@pytest.mark.parametrize("repository", [MissPolicy.ERROR], indirect=True)
+@pytest.mark.parametrize("repository", ["error"], indirect=True)
 def test_a_version_whose_file_is_damaged_or_another_model_s_fails_and_says_so(repository, path, publish):
     write(path, 2.0, model="other")
     publish(2)

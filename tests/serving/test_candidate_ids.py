@@ -119,10 +119,11 @@ def folder(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def serving(folder, *options):
+def serving(folder, *options, features=None):
     """A server process and its ready line."""
     words = ["serve", folder / "models", "--json", "--port", "0", "--http-port", "0"]
-    words += ["--compile-cache", folder / "cache", "--features", folder / "features", *options]
+    words += ["--compile-cache", folder / "cache", "--features", features or folder / "features"]
+    words += options
     with run_command(*words) as process:
         try:
             line = process.stdout.readline()
@@ -320,6 +321,41 @@ def test_policy_fetch_over_the_wire(folder):
     assert 0 < stats["bytes"] <= 65536
 
 
+def test_a_source_of_one_s_own_serves_and_what_it_raises_is_told(folder):
+    (folder / "catalogue.py").write_text(
+        "import numpy as np\n"
+        "from xlarank.host import FeatureRows\n"
+        "class Catalogue:\n"
+        "    def fetch(self, ids):\n"
+        "        if 404 in ids:\n"
+        "            raise ConnectionError('catalogue refused')\n"
+        "        likes = np.stack([ids, 0 * ids], 1).astype(np.float32)\n"
+        "        return FeatureRows(ids, {'likes': likes, 'topics': [[3]] * len(ids)})\n"
+        "def open_catalogue(spec):\n"
+        "    assert spec.name == 'linear'\n"
+        "    return Catalogue()\n"
+    )
+    source = f"{folder / 'linear'},source=catalogue:open_catalogue,without=place,fetch_timeout_ms=1e6"
+    with serving(folder, features=source) as ready, RankingClient(ready["grpc"]) as client:
+        scores = client.score("linear", {"age": 3.0, "place": [1.0, 2.0]}, candidate_ids=[5, 7])["value"]
+        close(scores, [value_of([5, 0], [3]) + 1, value_of([7, 0], [3]) + 2])
+        with pytest.raises(UnavailableError, match="Catalogue of model 'linear': ConnectionError: catalogue"):
+            client.score("linear", {"age": 3.0, "place": [1.0]}, candidate_ids=[404])
+        stats = metrics_of(ready)
+    assert (stats["fetches_total"], stats["fetch_failures_total"], stats["rows"]) == (2, 1, 2)
+
+
+def test_a_source_that_there_isn_t_is_told_by_check_and_start(folder):
+    for option in ("--check", "--json"):
+        process = run_command(
+            "serve", folder / "models", "--port", "0", "--http-port", "0", option,
+            "--features", "linear,source=nowhere:open_catalogue",
+        )  # fmt: skip
+        out, err = process.communicate(timeout=3600)
+        assert process.returncode == 1
+        assert "'nowhere:open_catalogue': no file nowhere.py in" in out + err
+
+
 def test_a_server_without_a_store_refuses_ids(shared):
     with pytest.raises(FeatureError, match="got candidate_ids, but it is served without a feature store"):
         shared.client.score("feed", {"age": 3.0}, candidate_ids=[1])
@@ -374,7 +410,7 @@ def test_a_feature_file_has_options_of_its_own_before_those_of_all(text, fields)
             "a.features,misses=fetch,max_age_seconds=0",
             "features a.features: max_age_seconds must be >= 1; was 0.0",
         ),
-        ("a,size=3", r"expected PATH,FIELD=VALUE,\.\.\. of .*'misses'\], got \['size'\]"),
+        ("a,size=3", r"expected PATH,FIELD=VALUE,\.\.\. of .*'misses', .*\], got \['size'\]"),
         ("a,misses=ask", "features a,misses=ask: misses: 'ask' is not a valid MissPolicy"),
         ("a,max_age_seconds=5", "features a: max_age_seconds is for the cache of misses 'fetch'; misses is"),
         ("a,misses=fetch,memory_bytes=1k", "memory_bytes: invalid literal"),
@@ -391,7 +427,7 @@ def test_a_file_of_a_model_that_isn_t_served_is_refused(folder):
     options = FeatureOptions(path=folder / "features")
     with pytest.raises(ConfigError, match=r"was built for model 'linear'; served are \['feed'\]"):
         stores_by_model([options], ["feed"])
-    with pytest.raises(ConfigError, match="model 'linear' has a feature file already"):
+    with pytest.raises(ConfigError, match="model 'linear' has a feature file or source already"):
         stores_by_model([options, options], ["linear"])
 
 

@@ -15,7 +15,7 @@ from xlarank.bundle import Bundle, Verify, list_versions, open_bundle
 from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, port_problems
 from xlarank.cli.serve_processes import sharing_problem
 from xlarank.errors import ConfigError, XlarankError
-from xlarank.host import FeatureFile, native_available
+from xlarank.host import FeatureOptions, native_available
 
 __all__ = ["UNCHECKED", "problems_of"]
 
@@ -37,7 +37,7 @@ def problems_of(config: ServeConfig) -> list[str]:
     problems += wrong
     is_shared = config.processes.num_processes > 1
     problems += _bundle_problems(config.models.repository, versions, is_shared=is_shared)
-    problems += _feature_problems([options.path for options in config.features.files], versions)
+    problems += _feature_problems(config.features.files, versions)
     if not native_available() and not config.models.allow_reference_gather:
         problems.append(
             "the native gather kernel isn't built: build it with `pip install .`, or serve all the same, "
@@ -138,16 +138,16 @@ def _bundle_refusals(bundle: Bundle, model: str) -> Iterator[str]:
         yield f"{bundle.path}: was refused when it was compiled: {bundle.manifest.refusal}"
 
 
-def _feature_problems(paths: Sequence[Path], versions: Mapping[str, Sequence[int]]) -> Iterator[str]:
+def _feature_problems(
+    features: Sequence[FeatureOptions], versions: Mapping[str, Sequence[int]]
+) -> Iterator[str]:
     seen: set[str] = set()
-    for path in paths:
+    for options in features:
         try:
-            model = FeatureFile.open(path).model
+            model, _ = options.open()
         except XlarankError as error:
             yield str(error)
             continue
-        if versions and model not in versions:
-            yield f"features {path}: was built for model {model!r}; served are {sorted(versions)}"
-        if model in seen:
-            yield f"features {path}: model {model!r} has a feature file already"
+        if problem := options.model_problem(model, versions or None, seen):
+            yield problem
         seen.add(model)

@@ -105,22 +105,24 @@ class TablesConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeaturesConfig:
-    """Candidate features by id, from files of `xlarank features build`."""
+    """Candidate features by id, from files of `xlarank features build` or sources of one's own."""
 
     paths: tuple[Path, ...] = dataclasses.field(default=(), metadata={"flag": "features"})
     """Feature files, one for each model that has some, read when a version of it loads; behind a path may
     stand options of that file alone, as in
-    feed.features,misses=fetch,memory_bytes=500000000,max_age_seconds=60."""
+    feed.features,misses=fetch,memory_bytes=500000000,max_age_seconds=60. Or a model's name and a function
+    that makes a source of its spec, for fetch alone, and the features that requests bring, as in
+    films,source=catalogue:open_catalogue,without=place+hour with a catalogue.py in this folder."""
 
     misses: MissPolicy = dataclasses.field(default=MissPolicy.ERROR, metadata={"flag": "feature-misses"})
     """What becomes of ids that aren't there: refused (error), defaults (default), or read from the file
-    into a cache in memory (fetch)."""
+    or source into a cache in memory (fetch)."""
 
     memory_bytes: int | None = dataclasses.field(default=None, metadata={"flag": "feature-memory"})
     """Most bytes of the cache of fetch, in each process; 1 GiB by default."""
 
     max_age_seconds: float | None = dataclasses.field(default=None, metadata={"flag": "feature-max-age"})
-    """After so long a row of the cache of fetch is read from the file again; never for its age by default."""
+    """After so long a row of the cache of fetch is read again; never for its age by default."""
 
     fetch_timeout_ms: float | None = dataclasses.field(
         default=None, metadata={"flag": "feature-fetch-timeout-ms"}
@@ -138,7 +140,7 @@ class FeaturesConfig:
 
     @property
     def files(self) -> tuple[FeatureOptions, ...]:
-        """One a path, each with its options."""
+        """One a path, or source, each with its options."""
         return tuple(
             FeatureOptions.parse(
                 str(path),

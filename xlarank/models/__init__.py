@@ -9,7 +9,7 @@ from xlarank.models.dlrm import DLRM, DLRMConfig
 from xlarank.models.embedding import EmbeddingCollection
 from xlarank.models.interactions import CrossNetwork, DotInteraction
 from xlarank.models.layers import MLP
-from xlarank.models.loading import build_model, resolve
+from xlarank.models.loading import build_model
 from xlarank.models.mixture import MixtureOfExperts
 from xlarank.models.mmoe import MMoE, MMoEConfig
 from xlarank.models.sequences import TargetAttention, masked_mean
@@ -29,5 +29,4 @@ __all__ = [
     "TargetAttention",
     "build_model",
     "masked_mean",
-    "resolve",
 ]

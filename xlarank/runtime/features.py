@@ -22,11 +22,11 @@ class ModelStores:
       last: of the version loaded last; None before the first.
     """
 
-    def __init__(self, options: FeatureOptions, file: FeatureFile) -> None:
+    def __init__(self, options: FeatureOptions, file: FeatureFile | None) -> None:
         """
         Args:
-          options: how its file is served.
-          file: it, opened.
+          options: how its file or source is served.
+          file: it, opened; None for a source.
         """
         self.last: FeatureStore | None = None
         self._options = options
@@ -39,7 +39,7 @@ class ModelStores:
           BundleError: if nothing lies there, or what does is damaged.
           ConfigError: if it is of another model.
         """
-        if not self._file.is_replaced():
+        if self._file is None or not self._file.is_replaced():
             return
         path, file = self._options.path, FeatureFile.open(self._options.path)
         if file.model != self._file.model:
@@ -62,7 +62,7 @@ class ModelStores:
           peers: stores of versions that are loaded.
 
         Raises:
-          ConfigError: if the file holds other features than the model's.
+          ConfigError: if the file holds other features than the model's, or the source can't be made.
         """
         for store in (*peers, *([] if self.last is None else [self.last])):
             if store.spec.features == spec.features and self._is_over_file(store):
@@ -79,33 +79,29 @@ class ModelStores:
         return self._options.store(self._file, spec)
 
     def _is_over_file(self, store: FeatureStore) -> bool:
-        return store.file is not None and store.file.digest == self._file.digest
+        return self._file is None or (store.file is not None and store.file.digest == self._file.digest)
 
 
 def stores_by_model(
     features: Sequence[FeatureOptions], models: Collection[str] | None
 ) -> dict[str, ModelStores]:
-    """Opens feature files, before anything slow is done.
+    """Opens feature files and looks for sources, before anything slow is done.
 
     Args:
       features: at most one a model.
       models: names of those that are served; None where others may come.
 
     Returns:
-      For the name of each model that has a file, what makes its stores.
+      For the name of each model that has one, what makes its stores.
 
     Raises:
-      ConfigError: for a file of a model that isn't served, or two of one.
+      ConfigError: for those of a model that isn't served, two of one, or a source that there isn't.
       BundleError: if a file is damaged.
     """
     stores: dict[str, ModelStores] = {}
     for options in features:
-        file = FeatureFile.open(options.path)
-        if models is not None and file.model not in models:
-            raise ConfigError(
-                f"features {options.path}: was built for model {file.model!r}; served are {sorted(models)}"
-            )
-        if file.model in stores:
-            raise ConfigError(f"features {options.path}: model {file.model!r} has a feature file already")
-        stores[file.model] = ModelStores(options, file)
+        model, file = options.open()
+        if problem := options.model_problem(model, models, stores):
+            raise ConfigError(problem)
+        stores[model] = ModelStores(options, file)
     return stores

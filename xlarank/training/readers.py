@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xlarank.errors import ConfigError
-from xlarank.models.loading import resolve
 from xlarank.spec.config import ModelConfig
+from xlarank.spec.references import resolve
 from xlarank.training.data import Splits
 
 __all__ = ["READERS", "read_data"]
