@@ -285,8 +285,14 @@ def test_a_store_is_in_the_metrics(running):
 
 
 def test_policy_default_and_updates_over_the_wire(folder):
-    options = ("--feature-misses", "default", "--admin-port", "0")
+    options = ("--feature-misses", "default", "--admin-port", "0", "--max-message-mib", "1")
     with serving(folder, *options) as ready, RankingClient(ready["grpc"]) as client:
+        for _ in range(2):  # half a megabyte of ids; 36 bytes each of what they stand for
+            with pytest.raises(
+                RequestError,
+                match=r"expected at most 1048576 bytes of stored features, .* got 2359296 for 65536 ids",
+            ):
+                client.score("linear", {"age": 3.0}, candidate_ids=np.full(65536, 1003))
 
         def scores():
             return client.score("linear", {"age": 3.0}, candidate_ids=[5, 1003])["value"]
@@ -333,7 +339,10 @@ def test_over_the_wire_too(shared, wire):
             ["--feature-memory", "100000"],
             "memory_bytes bounds the cache of misses 'fetch'; misses is 'error'",
         ),
-        (["--feature-misses", "fetch", "--feature-memory", "1"], "memory_bytes must be >= 65536; was 1"),
+        (
+            ["--feature-misses", "fetch", "--feature-memory", "1"],
+            "memory_bytes must be an integer in [65536, 2**63); was 1",
+        ),
     ],
 )
 def test_serve_says_what_is_wrong_with_its_options(folder, options, message):
@@ -364,7 +373,7 @@ def test_a_feature_file_has_options_of_its_own_before_those_of_all(text, fields)
     [
         (
             "a.features,misses=fetch,memory_bytes=1",
-            "features a.features: memory_bytes must be >= 65536; was 1",
+            r"features a.features: memory_bytes must be an integer in \[65536, 2\*\*63\); was 1",
         ),
         (
             "a.features,misses=fetch,max_age_seconds=0",

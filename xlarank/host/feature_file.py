@@ -91,14 +91,17 @@ class FeatureFile:
             if num_bytes != len(mapped):
                 raise BundleError(f"{self.path / name}: expected {len(mapped)} bytes, got {num_bytes}")
 
-    def table(self) -> FeatureTable:
+    def table(self, max_lengths: Sequence[int] = ()) -> FeatureTable:
         """A table over it; what is put into one is not seen by another.
+
+        Args:
+          max_lengths: as `FeatureTable` takes them.
 
         Raises:
           BundleError: if a record or the index leads outside of the file.
         """
         try:
-            return FeatureTable(self.schema, index=self.index, records=self.records)
+            return FeatureTable(self.schema, max_lengths=max_lengths, index=self.index, records=self.records)
         except ValueError as error:
             raise BundleError(f"{self.path}: damaged: {error}") from error
 

@@ -81,7 +81,7 @@ class FeatureOptions:
         file.schema.rows_spec(spec)
         return FeatureStore(
             spec,
-            source=FileSource(file),
+            source=FileSource(file, file.schema.max_lengths(spec)),
             without=[f.name for f in spec.candidate_features if f.name not in file.schema.names],
             misses=self.misses,
             memory_bytes=_DEFAULT_MEMORY_BYTES if self.memory_bytes is None else self.memory_bytes,

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from xlarank.errors import ConfigError, FeatureError, XlarankError
-from xlarank.host.feature_columns import FeatureTable
+from xlarank.host.feature_columns import FeatureTable, check_joined_bytes, row_bytes
 from xlarank.host.feature_file import FeatureFile
-from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_features
+from xlarank.host.feature_schema import FeatureSchema, select_features, stored_columns
 from xlarank.host.feature_source import FeatureSource, FileSource
+from xlarank.host.memory import available_memory
 from xlarank.spec import Column, ModelSpec, check_candidate_ids, default_column, join_columns, take
+from xlarank.spec.fields import to_integer, to_number
 
 __all__ = ["FeatureStore", "FeatureStoreStats", "MissPolicy", "check_cache_bounds"]
 
@@ -116,8 +118,8 @@ class FeatureStore:
           clock: seconds, monotonic.
 
         Raises:
-          ConfigError: for arguments that don't go together, a file of other features than the model's, or
-            policy `default` with a feature that has none.
+          ConfigError: for arguments that don't go together, a file of other features than the model's, policy
+            `default` with a feature that has none, or a `memory_bytes` that the machine hasn't got now.
         """
         try:
             self.misses = MissPolicy(misses)
@@ -125,6 +127,8 @@ class FeatureStore:
             allowed = [policy.value for policy in MissPolicy]
             raise ConfigError(f"feature store: misses must be one of {allowed}; was {misses!r}") from None
         _check_arguments(self.misses, file, source, without, memory_bytes, max_age_seconds)
+        if memory_bytes is not None:
+            _check_memory(memory_bytes)
         self.spec = spec
         schema = file.schema if file is not None else FeatureSchema.of(select_features(spec, without))
         self.rows_spec = schema.rows_spec(spec)
@@ -133,34 +137,42 @@ class FeatureStore:
             self._check_defaults()
         self._source = source
         self.file = source.file if isinstance(source, FileSource) else file
-        self._table = file.table() if file is not None else FeatureTable(schema, limit=memory_bytes or 0)
+        max_lengths = schema.max_lengths(spec)
+        if file is not None:
+            self._table = file.table(max_lengths)
+        else:
+            self._table = FeatureTable(schema, max_lengths=max_lengths, limit=int(memory_bytes or 0))
         self._max_age = None if max_age_seconds is None else int(max_age_seconds * _TICKS_A_SECOND)
         self._clock = clock
         self._started_at = clock()
         self._lock = threading.Lock()
         self._updated_at = self._started_at  # guarded by _lock
 
-    def join(self, ids: Any, features: Mapping[str, Any]) -> dict[str, Any]:
+    def join(self, ids: Any, features: Mapping[str, Any], *, max_bytes: int | None = None) -> dict[str, Any]:
         """Adds the stored features of candidates to those that a request brings.
+
+        Of a list it adds the last `max_length` ids, which are all that the model reads.
 
         Args:
           ids: [N] int64; an id may come twice. They are looked up if a stored feature isn't brought.
           features: by name; a stored one that is brought, and isn't None, stays as it is.
+          max_bytes: of what is added, counted as raw contents of tensors; None for any number.
 
         Returns:
           Values by name to make a `RankRequest` of, with `num_candidates` N.
 
         Raises:
           FeatureError: for ids that aren't there, under policies `error` and `fetch`.
+          RequestError: for more bytes, before they are allocated.
           XlarankError: if the source answers what it wasn't asked, or rows that a request could not have.
         """
         ids = check_candidate_ids(ids)
         wanted = [features.get(name) is None for name in self.names]
         if not any(wanted):
             return dict(features)
-        columns, missing = self._table.lookup(ids, wanted, oldest=self._oldest())
+        columns, missing = self._table.lookup(ids, wanted, oldest=self._oldest(), max_bytes=max_bytes)
         if len(missing):
-            columns = self._completed(ids, wanted, columns, missing)
+            columns = self._completed(ids, wanted, columns, missing, max_bytes)
         names = [name for name, is_wanted in zip(self.names, wanted, strict=True) if is_wanted]
         return {**features, **dict(zip(names, columns, strict=True))}
 
@@ -178,7 +190,7 @@ class FeatureStore:
           FeatureError: for anything that a request could not have; nothing is put in then.
         """
         ids = check_candidate_ids(ids)
-        columns = checked_columns(self.rows_spec, ids, features)
+        columns = stored_columns(self.rows_spec, ids, features)
         with self._lock:
             self._table.put(ids, columns, time=self._ticks())
             self._updated_at = self._clock()
@@ -214,7 +226,12 @@ class FeatureStore:
         return 0 if self._max_age is None else max(0, self._ticks() - self._max_age + 1)
 
     def _completed(
-        self, ids: np.ndarray, wanted: Sequence[bool], found: list[Column], missing: np.ndarray
+        self,
+        ids: np.ndarray,
+        wanted: Sequence[bool],
+        found: list[Column],
+        missing: np.ndarray,
+        max_bytes: int | None,
     ) -> list[Column]:
         """Columns of all N rows: those found, and by the policy those missing."""
         if self.misses is MissPolicy.ERROR:
@@ -231,7 +248,10 @@ class FeatureStore:
             rest, rows = self._fetched(ids[missing], len(ids))
             order[missing] = num_found + rows
         rest = [column for column, is_wanted in zip(rest, wanted, strict=True) if is_wanted]
-        return [take(join_columns(pair), order) for pair in zip(found, rest, strict=True)]
+        columns = [join_columns(pair) for pair in zip(found, rest, strict=True)]
+        num_bytes = sum(int(row_bytes(column)[order].sum()) for column in columns)
+        check_joined_bytes(len(ids), num_bytes, max_bytes)
+        return [take(column, order) for column in columns]
 
     def _fetched(self, missing: np.ndarray, num_ids: int) -> tuple[list[Column], np.ndarray]:
         """Columns of the source's rows, and for each missing id its row of them."""
@@ -241,7 +261,7 @@ class FeatureStore:
         answer = self._source.fetch(asked)
         try:
             ids = check_candidate_ids(answer.ids)
-            columns = checked_columns(self.rows_spec, ids, answer.features)
+            columns = stored_columns(self.rows_spec, ids, answer.features)
         except FeatureError as error:  # not the caller's fault
             raise XlarankError(f"feature source of model {self.spec.name!r}: {error}") from error
         by_id = np.argsort(ids)
@@ -305,7 +325,17 @@ def _check_arguments(
 
 def check_cache_bounds(where: str, memory_bytes: int | None, max_age_seconds: float | None) -> None:
     """Raises ConfigError, whose text begins with `where`, for a cache that is too small or ages too fast."""
-    if memory_bytes is not None and memory_bytes < _MIN_MEMORY_BYTES:
-        raise ConfigError(f"{where}: memory_bytes must be >= {_MIN_MEMORY_BYTES}; was {memory_bytes}")
-    if max_age_seconds is not None and not 1 <= max_age_seconds < float("inf"):
+    if memory_bytes is not None:
+        to_integer(where, "memory_bytes", memory_bytes, least=_MIN_MEMORY_BYTES, below=2**63)
+    if max_age_seconds is not None and to_number(where, "max_age_seconds", max_age_seconds) < 1:
         raise ConfigError(f"{where}: max_age_seconds must be >= 1; was {max_age_seconds}")
+
+
+def _check_memory(memory_bytes: int) -> None:
+    available = available_memory()
+    if memory_bytes > available.bytes:
+        raise ConfigError(
+            f"feature store: memory_bytes of {memory_bytes / 2**30:.2f} GiB, which the cache may come to "
+            f"take, is more than the {available.bytes / 2**30:.2f} GiB that are available ({available}); "
+            f"state a smaller memory_bytes"
+        )
