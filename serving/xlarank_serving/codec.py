@@ -319,7 +319,7 @@ class ModelCodec:
                 features[feature.name] = Ragged(own_values, own_lengths)
             elif is_one_each[i]:
                 features[feature.name] = own_values
-            elif own_lengths.any() or feature.default is None:
+            elif own_lengths.any() or not (feature.default is not None or CANDIDATE_IDS in arrays):
                 row = int(np.argmax(own_lengths != 1))
                 raise FeatureError(
                     f"feature {feature.name!r}: expected length 1 in every row, as it is one id, got "

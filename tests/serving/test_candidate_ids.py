@@ -21,6 +21,7 @@ from flax import nnx
 from tritonclient.utils import InferenceServerException
 from xlarank_serving.admin import AdminClient
 from xlarank_serving.client import RankingClient
+from xlarank_serving.codec import ModelCodec
 
 from xlarank.compiler import build_bundle
 from xlarank.errors import ConfigError, FeatureError, RequestError, UnavailableError
@@ -320,6 +321,31 @@ def test_policy_fetch_over_the_wire(folder):
     assert (stats["hits_total"], stats["misses_total"]) == (len(IDS), len(IDS) + 1)
     assert stats["rows"] == len(IDS)
     assert 0 < stats["bytes"] <= 65536
+
+
+def test_a_packed_id_of_length_0_comes_from_the_store_default_or_not(wire):
+    """`fresh` has a default, `video` none."""
+    store = FeatureStore(wire.spec)
+    rows = {"video": [7, 8, 9], "fresh": [4, 5, 6], "topics": [[1], [2], [3]], "tags": [["a"], [], ["b"]]}
+    rows |= {"likes": [0.5] * 3, "vector": [[1.0] * 3] * 3, "hour": [2.0] * 3}
+    store.update([1, 2, 3], rows)
+    sent = wire.valid(2)
+    inputs = {name: sent[name] for name in ("age", "country", "watched", "watched__lengths")}
+    packed = {
+        "candidate__values": np.array([11, 12]),
+        "candidate__lengths": np.int32([[0, 0], [1, 1], [0, 0]]),
+    }
+    request = wire.raw(**inputs, **packed, candidate_ids=np.array([3, 1]))
+    read = ModelCodec(wire.spec, store).decode(request)
+    assert read.column("video").tolist() == [9, 7]
+    assert read.column("fresh").tolist() == [6, 4]
+    assert read.column("topics").values.tolist() == [11, 12]
+    packed["candidate__lengths"] = np.int32([[1, 0], [1, 0], [0, 0]])
+    request = wire.raw(**inputs, **packed, candidate_ids=np.array([3, 1]))
+    with pytest.raises(
+        FeatureError, match=r"feature 'video': expected length 1 in every row, .* got 0 in row 1"
+    ):
+        ModelCodec(wire.spec, store).decode(request)
 
 
 def test_a_server_without_a_store_refuses_ids(shared):
