@@ -315,6 +315,12 @@ for call in (
     ]
 
 
+@pytest.mark.parametrize("features", [[1], None, "abc", 3])
+def test_features_that_aren_t_values_by_name_are_refused(features):
+    with pytest.raises(FeatureError, match="model 'stored': expected values by feature name, got"):
+        FeatureStore(stored.SPEC).join([], features)
+
+
 def test_policy_error_names_the_ids():
     with pytest.raises(
         FeatureError,

@@ -18,7 +18,15 @@ from xlarank.host.feature_file import FeatureFile
 from xlarank.host.feature_schema import FeatureSchema, select_features, stored_columns
 from xlarank.host.feature_source import FeatureSource, FileSource
 from xlarank.host.memory import available_memory
-from xlarank.spec import Column, ModelSpec, check_candidate_ids, default_column, join_columns, take
+from xlarank.spec import (
+    Column,
+    ModelSpec,
+    check_by_name,
+    check_candidate_ids,
+    default_column,
+    join_columns,
+    take,
+)
 from xlarank.spec.fields import to_integer, to_number
 
 __all__ = ["FeatureStore", "FeatureStoreStats", "MissPolicy", "check_cache_bounds"]
@@ -162,11 +170,13 @@ class FeatureStore:
           Values by name to make a `RankRequest` of, with `num_candidates` N.
 
         Raises:
-          FeatureError: for ids that aren't there, under policies `error` and `fetch`.
+          FeatureError: for features that aren't values by name, and ids that aren't there, under policies
+            `error` and `fetch`.
           RequestError: for more bytes, before they are allocated.
           XlarankError: if the source answers what it wasn't asked, or rows that a request could not have.
         """
         ids = check_candidate_ids(ids)
+        check_by_name(self.spec, features)
         wanted = [features.get(name) is None for name in self.names]
         if not any(wanted):
             return dict(features)
