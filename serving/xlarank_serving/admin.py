@@ -11,6 +11,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from xlarank.errors import ConfigError, RequestError, UnavailableError, UnsupportedError
+from xlarank.host import checked_update
 from xlarank_serving._proto import admin_pb2 as messages
 from xlarank_serving._proto import grpc_service_pb2 as inference_messages
 from xlarank_serving.access import ADMIN_SERVICE_NAME as SERVICE_NAME
@@ -232,14 +233,12 @@ class AdminClient:
           The table's version.
 
         Raises:
-          RequestError: for what the server refuses.
+          RequestError: for arrays that aren't as stated, and what the server refuses.
           AccessError: for a missing token, or one that may not do this.
           UnavailableError: if there is no server, or it is stopping.
         """
-        numbers, values = np.asarray(rows), np.asarray(values)
-        # What isn't a row of values for each number goes whole: it is for the server to refuse.
-        is_rows = values.ndim == 2 and len(values) == len(numbers)
-        step = max(1, MAX_PART_BYTES // (10 + 4 * values.shape[1]) if is_rows else len(numbers))
+        numbers, values = checked_update(f"table {table!r}", rows, values)
+        step = max(1, MAX_PART_BYTES // (10 + 4 * values.shape[1]))
         table_version = 0
         for begin in range(0, max(1, len(numbers)), step):
             part = slice(begin, begin + step)
@@ -248,7 +247,7 @@ class AdminClient:
                 model_version=str(version),
                 table=table,
                 rows=numbers[part].tolist(),
-                values=np.ascontiguousarray(values[part] if is_rows else values, "<f4").tobytes(),
+                values=values[part].astype("<f4", copy=False).tobytes(),
             )
             table_version = self._call("UpdateRows", request).table_version
         return table_version

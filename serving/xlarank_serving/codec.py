@@ -46,16 +46,23 @@ class ModelCodec:
     """
 
     def __init__(
-        self, spec: ModelSpec, features: FeatureStore | None = None, *, max_candidates: int | None = None
+        self,
+        spec: ModelSpec,
+        features: FeatureStore | None = None,
+        *,
+        max_candidates: int | None = None,
+        max_joined_bytes: int | None = None,
     ) -> None:
         """
         Args:
           spec: the model.
           features: gives the candidate features of requests that bring ids; None for none.
           max_candidates: that a request may have; None for any number.
+          max_joined_bytes: of the features that come with its ids from the store; None for any number.
         """
         self.spec = spec
         self._max_candidates = max_candidates
+        self._max_joined_bytes = max_joined_bytes
         self._features = features
         self._listed_inputs = list(feature_inputs(spec))
         if features is not None:
@@ -136,6 +143,7 @@ class ModelCodec:
 
         Raises:
           FeatureError: names the feature or input, what was expected and what came.
+          RequestError: if its ids ask for more features than a request may have.
         """
         arrays = self._arrays(request)
         ids, values = arrays.get(CANDIDATE_IDS), self._values(arrays)
@@ -146,7 +154,7 @@ class ModelCodec:
     def _joined(self, ids: Any, values: Mapping[str, Any], check: ContentCheck | None) -> RankRequest:
         """A request of candidate ids and of the features that came with them."""
         assert self._features is not None  # else the input would be unknown
-        joined = self._features.join(ids, values)
+        joined = self._features.join(ids, values, max_bytes=self._max_joined_bytes)
         return RankRequest(self.spec, joined, num_candidates=len(ids), check=check)
 
     def decode_rows(self, request: messages.ModelInferRequest) -> tuple[np.ndarray, dict[str, Any]]:
@@ -311,7 +319,7 @@ class ModelCodec:
                 features[feature.name] = Ragged(own_values, own_lengths)
             elif is_one_each[i]:
                 features[feature.name] = own_values
-            elif own_lengths.any() or feature.default is None:
+            elif own_lengths.any() or not (feature.default is not None or CANDIDATE_IDS in arrays):
                 row = int(np.argmax(own_lengths != 1))
                 raise FeatureError(
                     f"feature {feature.name!r}: expected length 1 in every row, as it is one id, got "

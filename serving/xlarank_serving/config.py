@@ -109,7 +109,7 @@ class LimitConfig:
     """Ranking calls in progress or waiting for a thread; past this they are RESOURCE_EXHAUSTED."""
 
     max_message_mib: int = 64
-    """Largest request."""
+    """Largest request, and most that its candidate ids add from a feature store."""
 
     max_structure_mib: int = 4
     """Of it, most that isn't raw contents: names, shapes, parameters, tensors sent typed, JSON. Parsed, that

@@ -12,7 +12,8 @@ Packed, per scope, for models with hundreds of features:
     `<scope>.dense`       FP32 [n, K]: all float32 features of the scope, bucketised ids included
     `<scope>.values`      INT64 [V]: all int64 features of the scope, one after the other
     `<scope>.lengths`     INT32 [F, n]: the number of values in each row of each of them; 1 for a plain id,
-                          0 in every row for one that is left out because it has a default
+                          0 in every row for one that is left out: it has a default, or
+                          candidate_ids come, and the store has it
 
 Both follow the order of the ModelSpec, which is the order of ModelMetadata's inputs. A packed tensor holds
 all features of its group; strings travel beside by name. The two forms may be mixed as long as no feature

@@ -518,7 +518,10 @@ class InferenceService:
         codec = self._codecs.get(engine)
         if codec is None:
             codec = self._codecs[engine] = ModelCodec(
-                engine.spec, engine.features, max_candidates=self.limits.max_candidates
+                engine.spec,
+                engine.features,
+                max_candidates=self.limits.max_candidates,
+                max_joined_bytes=self.limits.max_message_mib << 20,
             )
         return codec
 

@@ -370,6 +370,12 @@ def test_tables_that_do_not_fit_are_refused_with_the_figures():
             "must be one of auto, host, device, split; was 'gpu'",
         ),
         (lambda: PlacementPolicy(device_bytes=-1), "device_bytes must be >= 0; was -1"),
+        (
+            lambda: PlacementPolicy.named("split", None, [1, 2]),
+            r"placement trace: expected requests of the model, one or more, or reads .*, got \[1, 2\]",
+        ),
+        (lambda: PlacementPolicy.named("split", None, []), r"expected requests .* one or more, .* got \[\]"),
+        (lambda: PlacementPolicy.named("split", None, 7), "expected requests of the model, .* got 7"),
         (lambda: PlacementPolicy(kind="host "), "expected a Placement or None"),
         (lambda: BuildOptions(placement="host"), "placement: expected a PlacementPolicy, got 'host'"),
     ],

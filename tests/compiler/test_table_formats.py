@@ -13,6 +13,7 @@ from xlarank.compiler.golden_set import Judgement
 from xlarank.compiler.table_formats import choose_formats, find_formats, smaller_formats, with_formats
 from xlarank.device import ScoreError
 from xlarank.errors import ConfigError
+from xlarank.host import encode_rows
 from xlarank.spec import ErrorBudget, Precision, PrecisionPolicy, RowFormat, TableSpec
 
 F32, F16, BF16, INT8, INT4 = RowFormat
@@ -100,6 +101,25 @@ def test_formats_worth_a_try_are_smaller_than_every_more_exact_one(dim, expected
     assert smaller_formats(table, 1e5) == [BF16 if f is F16 else f for f in expected]
 
 
+def test_a_format_that_cannot_hold_a_table_s_values_is_not_tried():
+    table = TableSpec(name="t", dim=128, rows=3)
+    assert smaller_formats(table, 1.5e38) == [INT4, INT8, BF16]
+    assert smaller_formats(table, 2e38) == [BF16]
+    assert smaller_formats(table, 3.4e38) == []
+
+
+@pytest.mark.parametrize("row_format", [F16, BF16, INT8, INT4])
+def test_what_is_worth_a_try_can_be_encoded_whatever_lies_between(row_format):
+    rng = np.random.default_rng(0)
+    table = TableSpec(name="t", dim=64, rows=2)
+    for _ in range(200):
+        largest = np.float32(10.0 ** rng.uniform(4, 38.53))
+        values = np.where(rng.random((2, 64)) < 0.5, largest, -largest) * rng.random((2, 1), np.float32)
+        values[0] = largest * np.where(np.arange(64) % 2, 1, -1)
+        if row_format in smaller_formats(table, float(largest)):
+            encode_rows(values.astype(np.float32), row_format)
+
+
 def judgement(p99=0.0, largest=None, auc_loss=0.0):
     error = ScoreError(p99, p99 if largest is None else largest)
     errors = {"click": error, "spend": ScoreError(0.0, 0.0)}
@@ -171,6 +191,32 @@ def test_an_earlier_version_s_formats_are_taken_if_they_hold_and_searched_for_an
     # One that found nothing smaller had as much time: it needs no trial.
     float32 = dict.fromkeys(("items", "tags"), F32)
     assert found(lambda _: pytest.fail("tried"), start=float32) == (float32, "")
+
+
+WIDE = shop.make_tables()
+WIDE["items"] = WIDE["items"].copy()
+WIDE["items"][7, :2] = [-3e38, 3e38]
+
+
+def found_wide(judge, policy=None, spec=shop.SPEC, start=None):
+    policy = policy or PrecisionPolicy(Precision.FLOAT32, budget=ErrorBudget(2e-3, 5e-4))
+    return find_formats(spec, WIDE, policy, judge, start=start, unlabelled=[], is_time_up=lambda: False)
+
+
+def test_a_row_that_no_golden_request_reads_counts_too():
+    assert found_wide(lambda _: judgement())[0] == {"items": BF16, "tags": F16}
+    earlier = {"items": INT8, "tags": F16}
+    assert found_wide(lambda _: judgement(), start=earlier)[0] == {"items": BF16, "tags": F16}
+    earlier = {"items": BF16, "tags": F32}
+    assert found_wide(lambda _: judgement(), start=earlier)[0] == earlier
+
+
+def test_a_format_that_was_asked_for_and_cannot_hold_a_row_is_refused_with_table_and_row():
+    told = r"table 'items': row 7 reaches from -3e\+38 to 3e\+38, more than int8 holds"
+    with pytest.raises(ConfigError, match=told):
+        found_wide(lambda _: pytest.fail("tried"), PrecisionPolicy(tables=INT8))
+    with pytest.raises(ConfigError, match=told):
+        found_wide(lambda _: pytest.fail("tried"), spec=with_formats(shop.SPEC, {"items": INT8}))
 
 
 def test_table_precision_is_named_or_refused():

@@ -1,10 +1,13 @@
 """Feature files: what is written is found again, and no damage gets past the load."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -148,6 +151,80 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path):
     with pytest.raises(RuntimeError, match="stop"), FeatureFileWriter(tmp_path / "f", SCHEMA, model="stored"):
         raise RuntimeError("stop")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next_and_what_lives_is_not(tmp_path):
+    script = """
+import sys, time, stored
+from xlarank.host import FeatureFileWriter, FeatureSchema
+with FeatureFileWriter(sys.argv[1], FeatureSchema.of(stored.STORED), model="stored"):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    writers = []
+    try:
+        for name in ("file", "file", "other"):
+            command = [sys.executable, "-c", script, str(tmp_path / name)]
+            writers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+            assert writers[-1].stdout.readline() == "ready\n"
+        left = [
+            f".{name}.tmp-{writer.pid}"
+            for name, writer in zip(("file", "file", "other"), writers, strict=True)
+        ]
+        for writer in (writers[0], writers[2]):
+            writer.kill()
+            writer.wait()
+        (tmp_path / ".file.tmp-none").mkdir()
+        write(tmp_path / "file", {1: stored.DEFAULT_ROW})
+        assert {p.name for p in tmp_path.iterdir()} == {"file", ".file.tmp-none", left[1], left[2]}
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+
+
+def test_a_folder_that_another_machine_s_process_holds_is_left_alone(tmp_path):
+    """Its number is nobody's here; its lock is held."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = tmp_path / f".file.tmp-{gone.pid}"
+    left.mkdir()
+    handle = os.open(left, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        write(tmp_path / "file", {})
+        assert left.exists()
+    finally:
+        os.close(handle)
+    shutil.rmtree(tmp_path / "file")
+    write(tmp_path / "file", {})
+    assert not left.exists()
+
+
+def test_a_writer_holds_as_much_a_row_as_it_says(tmp_path):
+    script = """
+import resource, sys
+import numpy as np
+from xlarank.host import FeatureFileWriter, FeatureSchema
+rows, step = 2**20, 2**15
+schema = FeatureSchema((("price", "dense", "float32", 1),))
+columns = [np.ones((step, 1), np.float32)]
+def write(path, rows):
+    with FeatureFileWriter(path, schema, model="m") as writer:
+        for begin in range(0, rows, step):
+            writer.add(np.arange(begin, begin + step), columns)
+write(sys.argv[1] + "-small", step)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write(sys.argv[1], rows)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / rows)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "file")], check=True, capture_output=True, text=True
+    )
+    assert (
+        float(done.stdout) < 16 + 32 + 8
+    )  # of 2**20 rows the index has the least; and a part that is joined
 
 
 def test_what_is_there_is_not_overwritten(path):

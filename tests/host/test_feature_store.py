@@ -155,6 +155,12 @@ def test_policy_default_stands_in_row_by_row():
     assert (store.stats().hits, store.stats().misses) == (2, 4)
 
 
+@pytest.mark.parametrize("features", [[1], None, "abc", 3])
+def test_features_that_aren_t_values_by_name_are_refused(features):
+    with pytest.raises(FeatureError, match="model 'stored': expected values by feature name, got"):
+        FeatureStore(stored.SPEC).join([], features)
+
+
 def test_policy_error_names_the_ids():
     with pytest.raises(
         FeatureError,
@@ -330,7 +336,7 @@ def test_the_memory_limit_holds_whatever_comes(memory_bytes):
         ids = rng.choice(3001, rng.integers(1, 60))
         assert joined(store, ids) == [source.rows[i] for i in ids.tolist()]
         if step % 7 == 0:
-            row = stored.random_row(rng) | {"path": [1] * int(rng.integers(200))}
+            row = stored.random_row(rng) | {"topics": [1] * int(rng.integers(200))}
             source.rows[int(ids[0])] = row
             put(store, {int(ids[0]): row})
         if step % 11 == 0:
@@ -374,9 +380,18 @@ def test_version_and_age_are_of_the_newest_update():
         ({"misses": "fetch"}, "expected a source with misses 'fetch'"),
         ({"source": DictSource({}), "memory_bytes": 2**20}, "and with no other policy"),
         ({"misses": "fetch", "source": DictSource({})}, "a source needs memory_bytes"),
-        ({"memory_bytes": 1000}, "memory_bytes must be >= 65536; was 1000"),
+        ({"memory_bytes": 1000}, r"memory_bytes must be an integer in \[65536, 2\*\*63\); was 1000"),
+        ({"memory_bytes": "1GB"}, "memory_bytes must be an integer in .*; was '1GB'"),
+        ({"memory_bytes": 1.5e6}, r"memory_bytes must be an integer in .*; was 1500000\.0"),
+        ({"memory_bytes": True}, "memory_bytes must be an integer in .*; was True"),
+        ({"memory_bytes": 2**70}, f"memory_bytes must be an integer in .*; was {2**70}"),
+        (
+            {"memory_bytes": 2**62},
+            r"memory_bytes of 4294967296\.00 GiB, .* more than the .* GiB that are available \(MemAvailable",
+        ),
+        ({"max_age_seconds": "5"}, "max_age_seconds must be a finite number; was '5'"),
         ({"max_age_seconds": 0.5}, "max_age_seconds must be >= 1; was 0.5"),
-        ({"max_age_seconds": float("nan")}, "max_age_seconds must be >= 1; was nan"),
+        ({"max_age_seconds": float("nan")}, "max_age_seconds must be a finite number; was nan"),
         ({"fetch_timeout_ms": 0}, "fetch_timeout_ms must be > 0; was 0"),
         ({"without": ["age"]}, "has no candidate feature 'age'"),
         ({"without": NAMES}, "expected at least one candidate feature to store"),
@@ -411,7 +426,7 @@ def telling_row(number):
         "hour": float(number % 24),
         "brand": str(number),
         "topics": [number % 100] * (number % 9),
-        "path": [number % 100] * (number % 5),
+        "path": [number % 100] * (number % 4),
         "tags": [str(number)] * (number % 4),
     }
 

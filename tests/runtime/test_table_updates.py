@@ -12,6 +12,7 @@ import pytest
 import shop
 from flax import nnx
 from xlarank_serving import admin as admin_module
+from xlarank_serving._proto import admin_pb2 as admin_messages
 from xlarank_serving.admin import AdminClient, AdminServer
 from xlarank_serving.client import RankingClient
 
@@ -107,7 +108,9 @@ def test_a_large_update_travels_in_parts(repository, monkeypatch):
     with Engine.load(repository / "shop") as engine, AdminServer(OneModel(engine), 0) as server:
         with AdminClient(server.address) as admin:
             assert admin.update_rows("shop", "items", rows, values) == 3
-            with pytest.raises(RequestError, match=r"float32 of shape \[7, D\], got 192 bytes"):
+            with pytest.raises(
+                RequestError, match=r"floats of shape \[7, D\], got float32 of shape \[6, 8\]"
+            ):
                 admin.update_rows("shop", "items", rows, values[:6])
         tables = shop.make_tables()
         tables["items"][rows] = values
@@ -126,7 +129,7 @@ def test_an_update_of_no_rows_is_checked_and_is_no_update(repository):
             for table, message in (("words", "one of the tables"), ("tags", "updatable")):
                 with pytest.raises(RequestError, match=message):
                     admin.update_rows("shop", table, none, np.zeros((0, 8), np.float32))
-            with pytest.raises(RequestError, match=r"expected values as float32 of shape \[0, D\], got 32 b"):
+            with pytest.raises(RequestError, match=r"new rows as floats of shape \[0, D\], got float32"):
                 admin.update_rows("shop", "items", none, np.zeros((1, 8), np.float32))
         with pytest.raises(RequestError, match=r"\[0, 8\]"):
             engine.update_rows("items", none, np.zeros((0, 7), np.float32))
@@ -178,7 +181,7 @@ def test_the_administrative_port_updates_rows_and_names_what_is_wrong(repository
                 (
                     ("shop", "items", [1, 2, 3], values),
                     RequestError,
-                    r"float32 of shape \[3, D\], got 64 bytes",
+                    r"floats of shape \[3, D\], got float32 of shape \[2, 8\]",
                 ),
                 (("shop", "tags", [1], values[:1, :5]), RequestError, "table 'tags' isn't updatable"),
                 (("shop", "cars", [1], values[:1]), RequestError, r"one of the tables \['items', 'tags'\]"),
@@ -192,6 +195,61 @@ def test_the_administrative_port_updates_rows_and_names_what_is_wrong(repository
         pytest.raises(UnavailableError),
     ):
         admin.update_rows("shop", "items", [1], values[:1])
+
+
+def message_of(call):
+    with pytest.raises(RequestError) as caught:
+        call()
+    return str(caught.value)
+
+
+VALUES = np.zeros((1, 8), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "values", "message"),
+    [
+        ([0.5], VALUES, "expected row numbers as integers of shape [K], got float64 of shape [1]"),
+        ([[1]], VALUES, "expected row numbers as integers of shape [K], got int64 of shape [1, 1]"),
+        (["a"], VALUES, "expected row numbers as integers of shape [K], got <U1 of shape [1]"),
+        (5, VALUES, "expected row numbers as integers of shape [K], got int64 of shape []"),
+        (None, VALUES, "expected row numbers as integers of shape [K], got object of shape []"),
+        ([[1], [2, 3]], VALUES, "expected row numbers as integers of shape [K], got [[1], [2, 3]]"),
+        (
+            np.array([2**63], np.uint64),
+            VALUES,
+            "expected row numbers that int64 holds, got 9223372036854775808",
+        ),
+        ([1], VALUES + 1e300 * np.ones(1), "new rows: expected finite floats, row 0 holds NaN or infinity"),
+        ([1], [[0.0], [0.0, 1.0]], "expected new rows as floats of shape [1, 8], got [[0.0], [0.0, 1.0]]"),
+        ([1], [["a"] * 8], "expected new rows as floats of shape [1, 8], got <U1 of shape [1, 8]"),
+    ],
+)
+def test_a_client_of_the_administrative_port_is_told_what_an_engine_tells(repository, rows, values, message):
+    where = "table 'items', " if message.startswith("new rows") else "table 'items': "
+    with Engine.load(repository / "shop") as engine, AdminClient("127.0.0.1:9") as admin:  # nobody there
+        assert message_of(lambda: engine.update_rows("items", rows, values)) == where + message
+        # Without the table it doesn't know D.
+        assert message_of(lambda: admin.update_rows("shop", "items", rows, values)) == (
+            where
+            + message.replace("[1, 8], got [", "[1, D], got [").replace("[1, 8], got <", "[1, D], got <")
+        )
+        told = "expected one of the tables ['items', 'tags'], got ['items']"
+        assert told in message_of(lambda: engine.update_rows(["items"], [1], VALUES))
+
+
+@pytest.mark.parametrize(("rows", "num_bytes"), [([1, 2, 3], 64), ([], 32), ([1], 31)])
+def test_the_administrative_port_checks_what_other_clients_send(rows, num_bytes):
+    request = admin_messages.UpdateRowsRequest(
+        model_name="shop", table="items", rows=rows, values=bytes(num_bytes)
+    )
+    with AdminServer(OneModel(None), 0) as server, grpc.insecure_channel(server.address) as channel:
+        call = channel.unary_unary("/xlarank.admin.v1.Admin/UpdateRows")
+        with pytest.raises(grpc.RpcError) as caught:
+            call(request.SerializeToString(), timeout=10.0)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    told = f"expected values as float32 of shape [{len(rows)}, D], got {num_bytes} bytes"
+    assert told in caught.value.details()
 
 
 def test_a_malformed_message_to_the_administrative_port_is_the_clients_fault():

@@ -21,6 +21,7 @@ from flax import nnx
 from tritonclient.utils import InferenceServerException
 from xlarank_serving.admin import AdminClient
 from xlarank_serving.client import RankingClient
+from xlarank_serving.codec import ModelCodec
 
 from xlarank.compiler import build_bundle
 from xlarank.errors import ConfigError, FeatureError, RequestError, UnavailableError
@@ -289,8 +290,14 @@ def test_a_store_is_in_the_metrics(running):
 
 
 def test_policy_default_and_updates_over_the_wire(folder):
-    options = ("--feature-misses", "default", "--admin-port", "0")
+    options = ("--feature-misses", "default", "--admin-port", "0", "--max-message-mib", "1")
     with serving(folder, *options) as ready, RankingClient(ready["grpc"]) as client:
+        for _ in range(2):  # half a megabyte of ids; 36 bytes each of what they stand for
+            with pytest.raises(
+                RequestError,
+                match=r"expected at most 1048576 bytes of stored features, .* got 2359296 for 65536 ids",
+            ):
+                client.score("linear", {"age": 3.0}, candidate_ids=np.full(65536, 1003))
 
         def scores():
             return client.score("linear", {"age": 3.0}, candidate_ids=[5, 1003])["value"]
@@ -356,6 +363,31 @@ def test_a_source_that_there_isn_t_is_told_by_check_and_start(folder):
         assert "'nowhere:open_catalogue': no file nowhere.py in" in out + err
 
 
+def test_a_packed_id_of_length_0_comes_from_the_store_default_or_not(wire):
+    """`fresh` has a default, `video` none."""
+    store = FeatureStore(wire.spec)
+    rows = {"video": [7, 8, 9], "fresh": [4, 5, 6], "topics": [[1], [2], [3]], "tags": [["a"], [], ["b"]]}
+    rows |= {"likes": [0.5] * 3, "vector": [[1.0] * 3] * 3, "hour": [2.0] * 3}
+    store.update([1, 2, 3], rows)
+    sent = wire.valid(2)
+    inputs = {name: sent[name] for name in ("age", "country", "watched", "watched__lengths")}
+    packed = {
+        "candidate__values": np.array([11, 12]),
+        "candidate__lengths": np.int32([[0, 0], [1, 1], [0, 0]]),
+    }
+    request = wire.raw(**inputs, **packed, candidate_ids=np.array([3, 1]))
+    read = ModelCodec(wire.spec, store).decode(request)
+    assert read.column("video").tolist() == [9, 7]
+    assert read.column("fresh").tolist() == [6, 4]
+    assert read.column("topics").values.tolist() == [11, 12]
+    packed["candidate__lengths"] = np.int32([[1, 0], [1, 0], [0, 0]])
+    request = wire.raw(**inputs, **packed, candidate_ids=np.array([3, 1]))
+    with pytest.raises(
+        FeatureError, match=r"feature 'video': expected length 1 in every row, .* got 0 in row 1"
+    ):
+        ModelCodec(wire.spec, store).decode(request)
+
+
 def test_a_server_without_a_store_refuses_ids(shared):
     with pytest.raises(FeatureError, match="got candidate_ids, but it is served without a feature store"):
         shared.client.score("feed", {"age": 3.0}, candidate_ids=[1])
@@ -373,7 +405,10 @@ def test_over_the_wire_too(shared, wire):
             ["--feature-memory", "100000"],
             "memory_bytes is for the cache of misses 'fetch'; misses is 'error'",
         ),
-        (["--feature-misses", "fetch", "--feature-memory", "1"], "memory_bytes must be >= 65536; was 1"),
+        (
+            ["--feature-misses", "fetch", "--feature-memory", "1"],
+            "memory_bytes must be an integer in [65536, 2**63); was 1",
+        ),
     ],
 )
 def test_serve_says_what_is_wrong_with_its_options(folder, options, message):
@@ -404,7 +439,7 @@ def test_a_feature_file_has_options_of_its_own_before_those_of_all(text, fields)
     [
         (
             "a.features,misses=fetch,memory_bytes=1",
-            "features a.features: memory_bytes must be >= 65536; was 1",
+            r"features a.features: memory_bytes must be an integer in \[65536, 2\*\*63\); was 1",
         ),
         (
             "a.features,misses=fetch,max_age_seconds=0",

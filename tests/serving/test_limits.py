@@ -11,15 +11,19 @@ from types import SimpleNamespace
 import grpc
 import numpy as np
 import pytest
+import stored
 from raw_http2 import RawClient
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.codec import ModelCodec
 from xlarank_serving.config import LimitConfig
+from xlarank_serving.encoding import add_inputs
 from xlarank_serving.limits import check_message, check_request
 from xlarank_serving.parsing import read_infer_message
 from xlarank_serving.receiving import ReceiveWatch
 
 from xlarank.errors import FeatureError, OverloadError, RequestError
+from xlarank.host import FeatureRows, FeatureStore
+from xlarank.spec import RankRequest
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -123,6 +127,37 @@ def test_a_server_refuses_too_many_candidates_with_their_number(shared, wire):
     assert shared.refusal(request) == (
         "feature 'video': expected at most 65536 candidates, got 65537; send them in several requests"
     )
+
+
+@pytest.mark.parametrize("misses", ["error", "default", "fetch"])
+def test_ids_may_add_as_much_as_their_features_would_take_on_the_wire(misses):
+    rng = np.random.default_rng(0)
+    rows = {i: stored.random_row(rng) for i in range(30)}
+    ids = rng.integers(0, 30, 200)
+
+    class Source:
+        def fetch(self, ids):
+            return FeatureRows(ids, stored.columns_of([rows[i] for i in ids.tolist()]))
+
+    options = {"source": Source(), "memory_bytes": 2**20} if misses == "fetch" else {}
+    store = FeatureStore(stored.SPEC, misses=misses, **options)
+    there = [i for i in rows if misses == "error" or i % 3]
+    store.update(there, stored.columns_of([rows[i] for i in there]))
+    if misses == "default":
+        rows |= {i: stored.DEFAULT_ROW for i in rows if i % 3 == 0}
+    in_full = messages.ModelInferRequest()
+    own = {"age": 1.0, "item": [1] * len(ids)}
+    columns = stored.columns_of([rows[i] for i in ids.tolist()]) | own
+    add_inputs(in_full, stored.SPEC, RankRequest(stored.SPEC, columns))
+    names = [tensor.name for tensor in in_full.inputs]
+    sizes = dict(zip(names, map(len, in_full.raw_input_contents), strict=True))
+    num_bytes = sum(size for name, size in sizes.items() if name not in own)
+
+    told = f"expected at most {num_bytes - 1} bytes of stored features.* got {num_bytes} for 200 ids"
+    for _ in range(2):  # of a cache, fetched and then found
+        with pytest.raises(RequestError, match=told):
+            store.join(ids, own, max_bytes=num_bytes - 1)
+    assert len(store.join(ids, own, max_bytes=num_bytes)["topics"]) == 200
 
 
 FIELDS, BYTES = "expected at most 16384 fields, got more", "expected at most 4 MiB beside raw_input_contents"

@@ -58,7 +58,7 @@ def random_row(rng):
         "hour": float(rng.integers(24)),
         "brand": words[rng.integers(4)],
         "topics": [int(v) for v in rng.integers(0, 100, rng.integers(5))],
-        "path": [int(v) for v in rng.integers(0, 100, rng.integers(7))],
+        "path": [int(v) for v in rng.integers(0, 100, rng.integers(4))],
         "tags": [words[i] for i in rng.integers(0, 4, rng.integers(4))],
     }
 

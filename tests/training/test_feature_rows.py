@@ -50,12 +50,12 @@ def test_a_folder_is_read_by_name(tmp_path, rows):
 def test_other_types_of_the_same_meaning_will_do(tmp_path, rows):
     table = table_of(rows)
     for name, type_ in {
-        "id": pa.int32(),
+        "id": pa.uint64(),
         "price": pa.float64(),
-        "item": pa.uint8(),
+        "item": pa.uint64(),
         "hour": pa.int16(),
         "brand": pa.dictionary(pa.int32(), pa.string()),
-        "topics": pa.large_list(pa.int32()),
+        "topics": pa.large_list(pa.uint64()),
         "tags": pa.list_(pa.large_string()),
         "vector": pa.list_(pa.float64(), 3),
     }.items():
@@ -88,6 +88,30 @@ def test_a_null_and_a_missing_column_are_the_default(tmp_path, rows):
     assert found == expected
 
 
+def test_booleans_are_numbers_for_a_dense_feature(tmp_path):
+    values = [True, False, None, True]
+    vectors = pa.array([[True, False, True]] * 4)
+    pq.write_table(table_of([ROW] * 4, price=pa.array(values), vector=vectors), tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet")[1]
+    np.testing.assert_array_equal([row["price"] for row in found], [1, 0, np.nan, 1])
+    assert [row["vector"] for row in found] == [[1, 0, 1]] * 4
+
+
+def test_a_column_of_nulls_alone_needs_no_type(tmp_path):
+    """As pandas and Arrow write one that holds nothing."""
+    names = ["price", "vector", "item", "hour", "brand", "topics", "path", "tags"]
+    pq.write_table(table_of([ROW] * 3, **{name: pa.nulls(3) for name in names}), tmp_path / "a.parquet")
+    for row in read(tmp_path / "a.parquet")[1]:
+        for name, value in row.items():
+            is_nan = stored.SPEC.feature_by_name[name].dtype == "float32"
+            assert np.isnan(value).all() if is_nan else value == stored.DEFAULT_ROW[name], name
+    empty = pa.array([[], None, []], pa.list_(pa.null()))
+    pq.write_table(table_of([ROW] * 3, topics=empty, tags=empty), tmp_path / "b.parquet")
+    found = read(tmp_path / "b.parquet")[1]
+    assert [row["topics"] for row in found] == [[], stored.DEFAULT_ROW["topics"], []]
+    assert [row["tags"] for row in found] == [[], stored.DEFAULT_ROW["tags"], []]
+
+
 def without_defaults():
     spec = stored.SPEC.to_dict()
     for feature in spec["features"]:
@@ -105,9 +129,36 @@ BAD = [
     ({"item": pa.array([1.0, 2.0, 3.0])}, "column 'item': expected integers up to int64, got double"),
     (
         {"item": pa.array([1, 2, 100])},
-        "feature 'item': expected ids in .* got 100 at position 2, counted from row 0",
+        r"row 2: feature 'item': expected ids in \[0, 100\) of table 'items', got 100$",
     ),
     ({"item": pa.array([1, 2, None])}, "column 'item', row 2: got a null, and the feature has no default"),
+    (
+        {"topics": pa.array([[1, 2], [], [3, 100, 4]])},
+        r"row 2: feature 'topics': expected ids in \[0, 100\) of table 'items', got 100$",
+    ),
+    (
+        {"vector": pa.array([[1.0] * 3, [1.0, np.inf, 1.0], [1.0] * 3])},
+        "row 1: feature 'vector': .* got inf$",
+    ),
+    (
+        {"id": pa.array([1, 2**63, 3], pa.uint64())},
+        f"column 'id', row 1: expected integers up to int64, got {2**63}",
+    ),
+    (
+        {"item": pa.array([1, 2, 2**64 - 1], pa.uint64())},
+        f"column 'item', row 2: expected integers up to int64, got {2**64 - 1}",
+    ),
+    (
+        {"topics": pa.array([[1, 2], [], [3, 2**63]], pa.list_(pa.uint64()))},
+        f"column 'topics', row 2: expected integers up to int64, got {2**63}",
+    ),
+    ({"item": pa.array([True, False, True])}, "column 'item': expected integers up to int64, got bool"),
+    ({"item": pa.nulls(3)}, "column 'item', row 0: got a null, and the feature has no default"),
+    ({"id": pa.nulls(3)}, "column 'id': expected ids of an integer type up to int64, got null"),
+    (
+        {"topics": pa.array([[], [], [None]], pa.list_(pa.null()))},
+        "column 'topics', row 2: expected a list without nulls",
+    ),
     ({"brand": pa.array([1, 2, 3])}, "column 'brand': expected strings, got int64"),
     ({"topics": pa.array([1, 2, 3])}, "column 'topics': expected lists of integers up to int64, got int64"),
     ({"topics": pa.array([[1], None, []])}, "column 'topics', row 1: got a null"),
@@ -117,7 +168,10 @@ BAD = [
         "column 'vector', row 1: expected 3 numbers, got 2",
     ),
     ({"vector": pa.array([1.0, 2.0, 3.0])}, "column 'vector': expected lists of 3 numbers, got double"),
-    ({"price": pa.array([1.0, np.nan, 3.0])}, "feature 'price': expected finite floats, got nan in row 1"),
+    (
+        {"price": pa.array([1.0, np.nan, 3.0])},
+        "row 1: feature 'price': expected finite floats, got nan; it has no default",
+    ),
 ]
 
 
@@ -135,6 +189,13 @@ def test_a_row_in_a_later_chunk_is_counted_from_the_file_s_first(tmp_path):
     pq.write_table(table_of([ROW] * 20, item=pa.array(items)), tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match="column 'item', row 17: got a null"):
         read(tmp_path / "a.parquet", without_defaults(), chunk_rows=5)
+    for column in (
+        {"topics": [[1, 2, 3]] * 17 + [[4, 500]] + [[]] * 2},
+        {"price": [1.0] * 17 + [np.inf] * 3},
+    ):
+        pq.write_table(table_of([ROW] * 20, **column), tmp_path / "a.parquet")
+        with pytest.raises(ConfigError, match=rf"a\.parquet: row 17: feature '{next(iter(column))}'.*got"):
+            read(tmp_path / "a.parquet", chunk_rows=12)
 
 
 def test_missing_files_and_columns_are_named(tmp_path):
@@ -148,6 +209,10 @@ def test_missing_files_and_columns_are_named(tmp_path):
     pq.write_table(table_of([ROW]).drop_columns(["item"]), tmp_path / "b.parquet")
     with pytest.raises(ConfigError, match="expected a column 'item', as the feature has no default; it has"):
         read(tmp_path / "b.parquet", without_defaults())
+    twice = table_of([ROW]).append_column("item", pa.array([1]))
+    pq.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(ConfigError, match=r"b\.parquet: expected one column 'item', got 2; it has \['id', "):
+        read(tmp_path / "b.parquet")
     pq.write_table(table_of([ROW]).drop_columns(["id"]), tmp_path / "c.parquet")
     with pytest.raises(ConfigError, match="expected a column 'id' of ids; it has"):
         read(tmp_path / "c.parquet")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +60,11 @@ class PlacementPolicy:
     def __post_init__(self) -> None:
         if self.kind is not None and not isinstance(self.kind, Placement):
             raise ConfigError(f"table placement: expected a Placement or None, got {self.kind!r}")
+        if self.trace is not None and not _are_requests(self.trace):
+            raise ConfigError(
+                f"placement trace: expected requests of the model, one or more, or reads of rows by table, "
+                f"got {reprlib.repr(self.trace)}"
+            )
         if self.device_bytes is not None and self.device_bytes < 0:
             raise ConfigError(f"table placement: device_bytes must be >= 0; was {self.device_bytes}")
 
@@ -82,6 +89,14 @@ class PlacementPolicy:
         if isinstance(trace, Mapping):
             return cls(kind=kind, device_bytes=device_bytes, row_reads=trace)
         return cls(kind=kind, device_bytes=device_bytes, trace=trace)
+
+
+def _are_requests(trace: Any) -> bool:
+    return (
+        isinstance(trace, Sequence)
+        and len(trace) > 0
+        and all(isinstance(request, RankRequest) for request in trace)
+    )
 
 
 def plan_placement(

@@ -10,6 +10,7 @@ import numpy as np
 
 from xlarank.compiler.golden_set import Judgement
 from xlarank.device import ScoreError
+from xlarank.host import encode_rows
 from xlarank.spec import ModelSpec, Precision, PrecisionPolicy, RowFormat, TableSpec
 
 __all__ = [
@@ -27,7 +28,16 @@ Formats = Mapping[str, RowFormat]
 
 _MOST_EXACT_FIRST = (RowFormat.FLOAT16, RowFormat.BFLOAT16, RowFormat.INT8, RowFormat.INT4)
 
-_LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+_LARGEST = {
+    RowFormat.FLOAT16: float(np.finfo(np.float16).max),
+    RowFormat.BFLOAT16: _LARGEST_FLOAT32 * (2 - 2**-7) / 2,
+    # From the smallest value of a row to its largest is a float32, rounded.
+    RowFormat.INT8: 0.499 * _LARGEST_FLOAT32,
+    RowFormat.INT4: 0.499 * _LARGEST_FLOAT32,
+}
+"""Absolute value up to which a format holds every row."""
 
 _MARGIN = 0.9
 """Of the budget for formats that are found: they are tried by the compiler and proven without it."""
@@ -74,7 +84,7 @@ def smaller_formats(table: TableSpec, largest: float) -> list[RowFormat]:
 
     Args:
       table: its spec.
-      largest: absolute value in it; beyond float16 bfloat16 takes that one's place.
+      largest: absolute value in it; beyond float16 bfloat16 takes that one's place, beyond others none.
 
     Returns:
       Formats whose rows are smaller than those of every more exact one.
@@ -82,8 +92,7 @@ def smaller_formats(table: TableSpec, largest: float) -> list[RowFormat]:
     found: list[RowFormat] = []
     least = RowFormat.FLOAT32.row_bytes(table.dim)
     for row_format in _MOST_EXACT_FIRST:
-        holds = row_format is not RowFormat.FLOAT16 or largest <= _LARGEST_FLOAT16
-        if holds and row_format.row_bytes(table.dim) < least:
+        if largest <= _LARGEST[row_format] and row_format.row_bytes(table.dim) < least:
             least = row_format.row_bytes(table.dim)
             found.insert(0, row_format)
     return found
@@ -152,11 +161,17 @@ def find_formats(
     Returns:
       The formats, and why some table may be larger than need be; only those that were found are within the
       budget for sure.
+
+    Raises:
+      ConfigError: if a row is more than a format holds that was asked for; names the table and the row.
     """
     names = [table.name for table in spec.tables]
     if policy.tables is not None:
-        return dict.fromkeys(names, policy.tables), ""
+        named = dict.fromkeys(names, policy.tables)
+        _check_range(named, tables)
+        return named, ""
     stated = {table.name: table.dtype for table in spec.tables}
+    _check_range(stated, tables)
     free = [table for table in spec.tables if table.dtype is RowFormat.FLOAT32]
     if not free:
         return stated, ""
@@ -172,7 +187,8 @@ def find_formats(
 
     started = {name: (start or {}).get(name, RowFormat.FLOAT32) for name in (table.name for table in free)}
     smaller = {name for name, row_format in started.items() if row_format is not RowFormat.FLOAT32}
-    if start is not None and (not smaller or (not is_time_up() and fits(started))):
+    still_holds = all(_largest(tables[name]) <= _LARGEST[started[name]] for name in smaller)
+    if start is not None and still_holds and (not smaller or (not is_time_up() and fits(started))):
         return stated | started, ""
     free.sort(key=lambda table: -table.num_rows * table.dim)
     candidates = {table.name: smaller_formats(table, _largest(tables[table.name])) for table in free}
@@ -194,6 +210,13 @@ def holds(judgement: Judgement, spec: ModelSpec, policy: PrecisionPolicy) -> boo
         if not judgement.auc_loss.get(task.name, 0.0) <= share * policy.budget.max_auc_loss:
             return False
     return True
+
+
+def _check_range(formats: Formats, tables: Mapping[str, np.ndarray]) -> None:
+    """Refuses rows that their formats can't hold, those that no golden request reads too."""
+    for name, row_format in formats.items():
+        if row_format is not RowFormat.FLOAT32 and _largest(tables[name]) > _LARGEST[row_format]:
+            encode_rows(tables[name], row_format, where=f"table {name!r}")
 
 
 def _largest(table: np.ndarray) -> float:

@@ -111,12 +111,14 @@ def settle_tables(
     decoded.set(formats)
     return SettledTables(
         spec=spec,
-        tables={name: _encoded(table, formats[name]) for name, table in tables.items()},
+        tables={name: _encoded(name, table, formats[name]) for name, table in tables.items()},
         requests=requests_of(spec, requests),
         scores=reference_scores(traces.model.reference, traces.spec, decoded.tables, requests),
         note=note,
     )
 
 
-def _encoded(table: np.ndarray, row_format: RowFormat) -> HostTable | np.ndarray:
-    return table if row_format is RowFormat.FLOAT32 else encode_rows(table, row_format)
+def _encoded(name: str, table: np.ndarray, row_format: RowFormat) -> HostTable | np.ndarray:
+    if row_format is RowFormat.FLOAT32:
+        return table
+    return encode_rows(table, row_format, where=f"table {name!r}")

@@ -16,6 +16,7 @@ from xlarank.host.row_codec import check_tables, decode_rows, encode_rows
 from xlarank.host.shared_rows import SharedRows
 from xlarank.host.strings import split_bytes_tensor
 from xlarank.host.tables import HostTable, aligned_empty
+from xlarank.host.updates import checked_update
 
 __all__ = [
     "BoundRequest",
@@ -42,6 +43,7 @@ __all__ = [
     "aligned_empty",
     "check_tables",
     "checked_columns",
+    "checked_update",
     "decode_rows",
     "encode_rows",
     "hash_int64",

@@ -59,13 +59,14 @@ class FeatureTable:
     def __init__(
         self,
         features: list[tuple[str, str, int]],
+        max_lengths: list[int],
         limit: int,
         index: np.ndarray | None,
         records: np.ndarray | None,
     ) -> None: ...
     def lookup(
-        self, ids: np.ndarray, wanted: list[bool], oldest: int
-    ) -> tuple[np.ndarray, np.ndarray, list[Any], np.ndarray]: ...
+        self, ids: np.ndarray, wanted: list[bool], oldest: int, max_bytes: int
+    ) -> tuple[np.ndarray, np.ndarray, list[Any], np.ndarray, int]: ...
     def put(
         self, ids: np.ndarray, columns: list[Column], stamps: np.ndarray | None, time: int, oldest: int
     ) -> None: ...

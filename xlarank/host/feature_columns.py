@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from xlarank.errors import ConfigError, FeatureError
+from xlarank.errors import ConfigError, FeatureError, RequestError, XlarankError
 from xlarank.host._extension import native
 from xlarank.host.feature_schema import FeatureSchema
 from xlarank.spec import Column, Ragged, StringColumn
 
-__all__ = ["FeatureTable", "encode_records", "index_records"]
+__all__ = ["FeatureTable", "check_joined_bytes", "encode_records", "index_records", "row_bytes"]
 
 
 class FeatureTable:
@@ -28,6 +28,7 @@ class FeatureTable:
         self,
         schema: FeatureSchema,
         *,
+        max_lengths: Sequence[int] = (),
         limit: int = 0,
         index: np.ndarray | None = None,
         records: np.ndarray | None = None,
@@ -35,22 +36,29 @@ class FeatureTable:
         """
         Args:
           schema: of the records.
+          max_lengths: of each feature, 0 for none: of a list a lookup gives the last so many ids. All by
+            default.
           limit: bytes of memory that records put in may take; 0 for no limit.
           index: [bytes] uint8 of a file's index, mapped; kept, not copied. None for no file.
           records: [bytes] uint8 that it points into.
 
         Raises:
-          ConfigError: if the kernel isn't built.
+          ConfigError: if the kernel isn't built, or there is no memory for the index of that limit.
           ValueError: if the file isn't one that every lookup stays inside of.
         """
         if native is None:
             raise ConfigError("candidate features by id need the native kernel; `pip install .` builds it")
         self.schema = schema
         self._order_of = functools.lru_cache(maxsize=64)(self._find_order)
-        self._native: Any = native.FeatureTable(schema.native, limit, index, records)
+        try:
+            self._native: Any = native.FeatureTable(schema.native, list(max_lengths), limit, index, records)
+        except MemoryError:
+            raise ConfigError(
+                f"feature store: the system has no memory for the index of a cache of {limit} bytes"
+            ) from None
 
     def lookup(
-        self, ids: np.ndarray, wanted: Sequence[bool], *, oldest: int = 0
+        self, ids: np.ndarray, wanted: Sequence[bool], *, oldest: int = 0, max_bytes: int | None = None
     ) -> tuple[list[Column], np.ndarray]:
         """Columns of the rows that there are, in the order of ids, and the positions of the others.
 
@@ -58,11 +66,20 @@ class FeatureTable:
           ids: [N] int64.
           wanted: one a feature: whether its column is asked for.
           oldest: rows in memory that were put in at an earlier time aren't there.
+          max_bytes: of the columns, as `row_bytes` counts; no more is allocated. None for any number.
 
         Returns:
           One column a wanted feature, of N - M rows; [M] int64 positions in `ids`, ascending.
+
+        Raises:
+          RequestError: for columns of more bytes.
         """
-        floats, integers, others, missing = self._native.lookup(ids, list(wanted), oldest)
+        try:
+            found = self._native.lookup(ids, list(wanted), oldest, max_bytes or 0)
+        except MemoryError:
+            raise XlarankError(f"feature store: no memory for the features of {len(ids)} ids") from None
+        floats, integers, others, missing, num_bytes = found
+        check_joined_bytes(len(ids), num_bytes, max_bytes)
         num_rows = len(ids) - len(missing)
         order, forms = self._order_of(tuple(wanted))
         blocks: dict[_Place, Iterator[Any]] = {
@@ -93,11 +110,16 @@ class FeatureTable:
 
         Raises:
           FeatureError: for a row of more than 2 GiB; none is put in then.
+          XlarankError: if memory runs out; some of the rows are in then.
         """
         try:
             self._native.put(ids, _native_columns(columns), stamps, time, oldest)
         except (ValueError, RuntimeError) as error:  # std::length_error arrives as the one or the other
             raise FeatureError(f"feature store: {error}") from error
+        except MemoryError:
+            raise XlarankError(
+                f"feature store: no memory for {len(ids)} rows beside its {self.stats()['bytes']} bytes"
+            ) from None
 
     def remove(self, ids: np.ndarray, *, time: int = 0) -> int:
         """Takes rows out; returns how many there were. That a row of a file is out is a row in memory, of a
@@ -118,6 +140,27 @@ class FeatureTable:
         forms = [form for form, is_wanted in zip(self.schema.native, wanted, strict=True) if is_wanted]
         order = [_place_of(*form) for form in forms]
         return order, [f for f, place in zip(forms, order, strict=True) if place is _Place.OTHERS]
+
+
+def row_bytes(column: Column) -> np.ndarray:
+    """[n] int64, bytes of each row of a column as raw contents of tensors hold them, lengths included."""
+    if isinstance(column, StringColumn):
+        return 4 + np.diff(column.offsets)
+    if isinstance(column, np.ndarray):
+        return np.full(len(column), column[:1].nbytes, np.int64)
+    ends = np.zeros(len(column.values) + 1, np.int64)
+    np.cumsum(row_bytes(column.values), out=ends[1:])
+    last = np.cumsum(column.lengths, dtype=np.int64)
+    return 4 + ends[last] - ends[last - column.lengths]
+
+
+def check_joined_bytes(num_ids: int, num_bytes: int, max_bytes: int | None) -> None:
+    """Raises RequestError if the features of so many ids are more than a request may bring itself."""
+    if max_bytes is not None and num_bytes > max_bytes:
+        raise RequestError(
+            f"candidate_ids: expected at most {max_bytes} bytes of stored features, which is what a request "
+            f"may bring itself, got {num_bytes} for {num_ids} ids; send fewer candidates in a request"
+        )
 
 
 def encode_records(

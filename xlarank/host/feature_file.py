@@ -13,7 +13,10 @@ none.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import glob
 import hashlib
 import json
 import mmap
@@ -103,20 +106,25 @@ class FeatureFile:
             if num_bytes != len(mapped):
                 raise BundleError(f"{self.path / name}: expected {len(mapped)} bytes, got {num_bytes}")
 
-    def table(self) -> FeatureTable:
+    def table(self, max_lengths: Sequence[int] = ()) -> FeatureTable:
         """A table over it; what is put into one is not seen by another.
+
+        Args:
+          max_lengths: as `FeatureTable` takes them.
 
         Raises:
           BundleError: if a record or the index leads outside of the file.
         """
         try:
-            return FeatureTable(self.schema, index=self.index, records=self.records)
+            return FeatureTable(self.schema, max_lengths=max_lengths, index=self.index, records=self.records)
         except ValueError as error:
             raise BundleError(f"{self.path}: damaged: {error}") from error
 
 
 class FeatureFileWriter:
-    """Writes a file chunk by chunk; what is in memory is 16 bytes a row. A context manager.
+    """Writes a file chunk by chunk; in memory are 16 bytes a row, and at the end the index, 32 to 64 more.
+
+    A context manager; on its way in it removes what writers to the same path left that were killed.
 
     with FeatureFileWriter(path, schema, model="feed") as writer:
         writer.add(ids, columns)
@@ -144,11 +152,17 @@ class FeatureFileWriter:
         self._num_bytes = 0
         self._ids: list[np.ndarray] = []
         self._places: list[np.ndarray] = []
+        self._num_rows = 0
         self._records: IO[bytes] | None = None
+        self._lock = -1
 
     def __enter__(self) -> FeatureFileWriter:
         shutil.rmtree(self._beside, ignore_errors=True)
         self._beside.mkdir()
+        self._lock = os.open(self._beside, os.O_RDONLY | os.O_DIRECTORY)
+        with contextlib.suppress(OSError):  # a file system without locks: nobody removes anything
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove_abandoned(self.path.absolute())
         self._records = open(self._beside / _RECORDS, "wb")
         return self
 
@@ -163,6 +177,7 @@ class FeatureFileWriter:
         data, places = encode_records(self._schema, ids, columns)
         self._records.write(data.data)
         self._digest.update(data.data)
+        self._num_rows += len(ids)
         self._ids.append(ids.copy())
         self._places.append(places + self._num_bytes)
         self._num_bytes += len(data)
@@ -170,7 +185,7 @@ class FeatureFileWriter:
     @property
     def num_rows(self) -> int:
         """Rows written so far."""
-        return sum(map(len, self._ids))
+        return self._num_rows
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -185,10 +200,11 @@ class FeatureFileWriter:
         finally:
             self._records.close()
             shutil.rmtree(self._beside, ignore_errors=True)
+            os.close(self._lock)
 
     def _finish(self) -> None:
-        ids = np.concatenate([np.zeros(0, np.int64), *self._ids])
-        index, twice = index_records(ids, np.concatenate([np.zeros(0, np.int64), *self._places]))
+        ids, places = _joined(self._ids), _joined(self._places)
+        index, twice = index_records(ids, places)
         if twice is not None:
             raise ConfigError(
                 f"{self.path}: expected every id once, got id {ids[twice[0]]} in rows {twice[0]} and "
@@ -210,6 +226,28 @@ class FeatureFileWriter:
         text = json.dumps({**document, "digest": _digest_of(document)}, indent=1) + "\n"
         _write(self._beside / _MANIFEST, text.encode())
         os.rename(self._beside, self.path)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes the folders of writers to a path that are gone: none has the number, or the lock."""
+    for left in path.parent.glob(glob.escape(f".{path.name}.tmp-") + "*"):
+        pid = left.name.rpartition("-")[2]
+        if not pid.isdecimal() or Path(f"/proc/{pid}").exists():
+            continue
+        with contextlib.suppress(OSError):  # locked, or another was faster
+            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The parts one after the other, and none of them kept."""
+    whole = np.concatenate([np.zeros(0, np.int64), *parts])
+    parts.clear()
+    return whole
 
 
 def _write(path: Path, data: bytes | memoryview) -> None:

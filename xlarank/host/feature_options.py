@@ -159,7 +159,7 @@ class FeatureOptions:
             source, without = self._make_source(spec), self.without
         else:
             file.schema.rows_spec(spec)
-            source = FileSource(file)
+            source = FileSource(file, file.schema.max_lengths(spec))
             without = [f.name for f in spec.candidate_features if f.name not in file.schema.names]
         timeout_ms = DEFAULT_FETCH_TIMEOUT_MS if self.fetch_timeout_ms is None else self.fetch_timeout_ms
         return FeatureStore(

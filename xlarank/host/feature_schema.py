@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from xlarank.errors import ConfigError
-from xlarank.spec import Column, FeatureSpec, ModelSpec, RankRequest
+from xlarank.host.preprocessing import truncate
+from xlarank.spec import Column, FeatureSpec, ModelSpec, Ragged, RankRequest
 
-__all__ = ["FeatureSchema", "checked_columns", "select_features"]
+__all__ = ["FeatureSchema", "checked_columns", "select_features", "stored_columns"]
 
 _ANY_ROWS = 2**31 - 1
 """Of a table that training has yet to fit: its ids are checked when a request is made."""
@@ -45,6 +46,10 @@ class FeatureSchema:
     def fingerprint(self) -> str:
         """sha256 of names, kinds, dtypes and widths: equal for what may be read as each other."""
         return hashlib.sha256(json.dumps(self.features).encode()).hexdigest()
+
+    def max_lengths(self, spec: ModelSpec) -> list[int]:
+        """Of each feature, as a model that has them states it; 0 for none."""
+        return [spec.feature_by_name[name].max_length or 0 for name in self.names]
 
     def rows_spec(self, spec: ModelSpec) -> ModelSpec:
         """The model that has these features of `spec` alone: rows are checked against it.
@@ -107,6 +112,15 @@ def checked_columns(rows_spec: ModelSpec, ids: np.ndarray, features: Mapping[str
       FeatureError: for values that a request could not have either.
     """
     return list(RankRequest(rows_spec, features, num_candidates=len(ids)).columns)
+
+
+def stored_columns(rows_spec: ModelSpec, ids: np.ndarray, features: Mapping[str, Any]) -> list[Column]:
+    """`checked_columns` without what the model doesn't read: of a list its last `max_length` ids stay."""
+    columns = checked_columns(rows_spec, ids, features)
+    return [
+        truncate(feature, column) if isinstance(column, Ragged) else column
+        for feature, column in zip(rows_spec.features, columns, strict=True)
+    ]
 
 
 def _text(kind: str, dtype: str, width: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -74,9 +74,14 @@ class FileSource:
       file: it.
     """
 
-    def __init__(self, file: FeatureFile) -> None:
+    def __init__(self, file: FeatureFile, max_lengths: Sequence[int] = ()) -> None:
+        """
+        Args:
+          file: what it answers from.
+          max_lengths: as `FeatureTable` takes them.
+        """
         self.file = file
-        self._table = file.table()
+        self._table = file.table(max_lengths)
 
     @property
     def num_bytes(self) -> int:

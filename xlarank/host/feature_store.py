@@ -14,12 +14,30 @@ from typing import Any
 import numpy as np
 
 from xlarank.errors import ConfigError, FeatureError, UnavailableError, XlarankError
-from xlarank.host.feature_columns import FeatureTable
+from xlarank.host.feature_columns import FeatureTable, check_joined_bytes, row_bytes
 from xlarank.host.feature_fetch import FeatureFetcher, FetchedRows
 from xlarank.host.feature_file import FeatureFile
-from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_features
+from xlarank.host.feature_schema import FeatureSchema, select_features, stored_columns
 from xlarank.host.feature_source import FeatureRows, FeatureSource, FileSource, UpdatableSource
-from xlarank.spec import Column, ModelSpec, check_candidate_ids, default_column, join_columns, take
+from xlarank.host.memory import available_memory
+from xlarank.spec import (
+    Column,
+    ModelSpec,
+    check_by_name,
+    check_candidate_ids,
+    default_column,
+    join_columns,
+    take,
+)
+from xlarank.spec.fields import to_integer, to_number
+
+__all__ = [
+    "DEFAULT_FETCH_TIMEOUT_MS",
+    "FeatureStore",
+    "FeatureStoreStats",
+    "MissPolicy",
+    "check_cache_bounds",
+]
 
 __all__ = [
     "DEFAULT_FETCH_TIMEOUT_MS",
@@ -139,8 +157,8 @@ class FeatureStore:
           clock: seconds, monotonic.
 
         Raises:
-          ConfigError: for arguments that don't go together, a file of other features than the model's, or
-            policy `default` with a feature that has none.
+          ConfigError: for arguments that don't go together, a file of other features than the model's, policy
+            `default` with a feature that has none, or a `memory_bytes` that the machine hasn't got now.
         """
         try:
             self.misses = MissPolicy(misses)
@@ -149,6 +167,8 @@ class FeatureStore:
             raise ConfigError(f"feature store: misses must be one of {allowed}; was {misses!r}") from None
         _check_arguments(self.misses, file, source, without, memory_bytes, max_age_seconds)
         check_cache_bounds("feature store", memory_bytes, max_age_seconds, fetch_timeout_ms)
+        if memory_bytes is not None:
+            _check_memory(memory_bytes)
         self.spec = spec
         schema = file.schema if file is not None else FeatureSchema.of(select_features(spec, without))
         self.rows_spec = schema.rows_spec(spec)
@@ -157,7 +177,11 @@ class FeatureStore:
             self._check_defaults()
         self._source = source
         self.file = source.file if isinstance(source, FileSource) else file
-        self._table = file.table() if file is not None else FeatureTable(schema, limit=memory_bytes or 0)
+        max_lengths = schema.max_lengths(spec)
+        if file is not None:
+            self._table = file.table(max_lengths)
+        else:
+            self._table = FeatureTable(schema, max_lengths=max_lengths, limit=int(memory_bytes or 0))
         self._where = f"feature source {type(source).__name__} of model {spec.name!r}"
         self._fetcher = FeatureFetcher(self._where, timeout_ms=fetch_timeout_ms, clock=clock)
         self._max_age = None if max_age_seconds is None else int(max_age_seconds * _TICKS_A_SECOND)
@@ -166,28 +190,34 @@ class FeatureStore:
         self._writing = threading.Lock()  # source and cache see updates in one order
         self._updated_at = self._started_at  # replaced whole, under _writing
 
-    def join(self, ids: Any, features: Mapping[str, Any]) -> dict[str, Any]:
+    def join(self, ids: Any, features: Mapping[str, Any], *, max_bytes: int | None = None) -> dict[str, Any]:
         """Adds the stored features of candidates to those that a request brings.
+
+        Of a list it adds the last `max_length` ids, which are all that the model reads.
 
         Args:
           ids: [N] int64; an id may come twice. They are looked up if a stored feature isn't brought.
           features: by name; a stored one that is brought, and isn't None, stays as it is.
+          max_bytes: of what is added, counted as raw contents of tensors; None for any number.
 
         Returns:
           Values by name to make a `RankRequest` of, with `num_candidates` N.
 
         Raises:
-          FeatureError: for ids that aren't there, under policies `error` and `fetch`.
+          FeatureError: for features that aren't values by name, and ids that aren't there, under policies
+            `error` and `fetch`.
+          RequestError: for more bytes, before they are allocated.
           UnavailableError: if the source can't be asked, or doesn't answer in time.
           XlarankError: if it fails, or answers what it wasn't asked, or rows that a request could not have.
         """
         ids = check_candidate_ids(ids)
+        check_by_name(self.spec, features)
         wanted = [features.get(name) is None for name in self.names]
         if not any(wanted):
             return dict(features)
-        columns, missing = self._table.lookup(ids, wanted, oldest=self._oldest())
+        columns, missing = self._table.lookup(ids, wanted, oldest=self._oldest(), max_bytes=max_bytes)
         if len(missing):
-            columns = self._completed(ids, wanted, columns, missing)
+            columns = self._completed(ids, wanted, columns, missing, max_bytes)
         names = [name for name, is_wanted in zip(self.names, wanted, strict=True) if is_wanted]
         return {**features, **dict(zip(names, columns, strict=True))}
 
@@ -206,7 +236,7 @@ class FeatureStore:
           FeatureError: for anything that a request could not have; nothing is put in then.
         """
         ids = check_candidate_ids(ids)
-        columns = checked_columns(self.rows_spec, ids, features)
+        columns = stored_columns(self.rows_spec, ids, features)
         with self._writing, self._writing_through():
             if isinstance(self._source, UpdatableSource):
                 self._source.update(FeatureRows(ids, dict(zip(self.names, columns, strict=True))))
@@ -265,7 +295,12 @@ class FeatureStore:
         return 0 if self._max_age is None else max(0, self._ticks() - self._max_age + 1)
 
     def _completed(
-        self, ids: np.ndarray, wanted: Sequence[bool], found: list[Column], missing: np.ndarray
+        self,
+        ids: np.ndarray,
+        wanted: Sequence[bool],
+        found: list[Column],
+        missing: np.ndarray,
+        max_bytes: int | None,
     ) -> list[Column]:
         """Columns of all N rows: those found, and by the policy those missing."""
         if self.misses is MissPolicy.ERROR:
@@ -282,7 +317,10 @@ class FeatureStore:
             rest, rows = self._fetched(ids[missing], len(ids))
             order[missing] = num_found + rows
         rest = [column for column, is_wanted in zip(rest, wanted, strict=True) if is_wanted]
-        return [take(join_columns(pair), order) for pair in zip(found, rest, strict=True)]
+        columns = [join_columns(pair) for pair in zip(found, rest, strict=True)]
+        num_bytes = sum(int(row_bytes(column)[order].sum()) for column in columns)
+        check_joined_bytes(len(ids), num_bytes, max_bytes)
+        return [take(column, order) for column in columns]
 
     def _fetched(self, missing: np.ndarray, num_ids: int) -> tuple[list[Column], np.ndarray]:
         """Columns of the source's rows, and for each missing id its row of them."""
@@ -302,7 +340,7 @@ class FeatureStore:
         if not isinstance(answer, FeatureRows):
             raise XlarankError(f"expected FeatureRows, got {type(answer).__name__} {reprlib.repr(answer)}")
         ids = check_candidate_ids(answer.ids)
-        columns = checked_columns(self.rows_spec, ids, answer.features)
+        columns = stored_columns(self.rows_spec, ids, answer.features)
         if not np.isin(ids, asked).all() or len(np.unique(ids)) < len(ids):
             raise XlarankError(
                 f"expected distinct ids of the {len(asked)} asked for, got {reprlib.repr(ids.tolist())}"
@@ -360,9 +398,19 @@ def check_cache_bounds(
 ) -> None:
     """Raises ConfigError, whose text begins with `where`, for a cache that is too small, ages too fast or
     never waits."""
-    if memory_bytes is not None and memory_bytes < _MIN_MEMORY_BYTES:
-        raise ConfigError(f"{where}: memory_bytes must be >= {_MIN_MEMORY_BYTES}; was {memory_bytes}")
-    if max_age_seconds is not None and not 1 <= max_age_seconds < float("inf"):
+    if memory_bytes is not None:
+        to_integer(where, "memory_bytes", memory_bytes, least=_MIN_MEMORY_BYTES, below=2**63)
+    if max_age_seconds is not None and to_number(where, "max_age_seconds", max_age_seconds) < 1:
         raise ConfigError(f"{where}: max_age_seconds must be >= 1; was {max_age_seconds}")
-    if fetch_timeout_ms is not None and not 0 < fetch_timeout_ms < float("inf"):
+    if fetch_timeout_ms is not None and to_number(where, "fetch_timeout_ms", fetch_timeout_ms) <= 0:
         raise ConfigError(f"{where}: fetch_timeout_ms must be > 0; was {fetch_timeout_ms}")
+
+
+def _check_memory(memory_bytes: int) -> None:
+    available = available_memory()
+    if memory_bytes > available.bytes:
+        raise ConfigError(
+            f"feature store: memory_bytes of {memory_bytes / 2**30:.2f} GiB, which the cache may come to "
+            f"take, is more than the {available.bytes / 2**30:.2f} GiB that are available ({available}); "
+            f"state a smaller memory_bytes"
+        )

@@ -185,7 +185,7 @@ class Gatherer:
           RequestError: if there is no such table, it isn't updatable, or the arrays aren't as stated; nothing
             is written then.
         """
-        if table not in self.spec.table_by_name:
+        if not isinstance(table, str) or table not in self.spec.table_by_name:
             raise RequestError(
                 f"model {self.spec.name!r}: expected one of the tables {sorted(self.spec.table_by_name)}, "
                 f"got {table!r}"

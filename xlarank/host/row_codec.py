@@ -22,7 +22,7 @@ _FLOAT_DTYPES = {
 }
 
 
-def encode_rows(values: np.ndarray, row_format: RowFormat | str) -> HostTable:
+def encode_rows(values: np.ndarray, row_format: RowFormat | str, *, where: str = "encode_rows") -> HostTable:
     """Encodes the rows of a table, a copy; `decode_rows` gives them back, rounded.
 
     float16 and bfloat16 round to the nearest, ties to even. int8 and int4 place q = 0 at the smallest value
@@ -32,6 +32,7 @@ def encode_rows(values: np.ndarray, row_format: RowFormat | str) -> HostTable:
     Args:
       values: [R, D] float32, R and D at least 1, finite.
       row_format: how.
+      where: begins messages.
 
     Returns:
       The table, 64-byte aligned.
@@ -41,22 +42,22 @@ def encode_rows(values: np.ndarray, row_format: RowFormat | str) -> HostTable:
     """
     row_format = RowFormat(row_format)
     if not isinstance(values, np.ndarray):
-        raise ConfigError(f"encode_rows: expected a numpy array, got {type(values).__name__}")
+        raise ConfigError(f"{where}: expected a numpy array, got {type(values).__name__}")
     if values.dtype != np.float32 or values.ndim != 2 or not values.size:
         raise ConfigError(
-            f"encode_rows: expected float32 of shape [R, D], neither of them 0, got {values.dtype} of shape "
+            f"{where}: expected float32 of shape [R, D], neither of them 0, got {values.dtype} of shape "
             f"{list(values.shape)}"
         )
     num_rows, dim = values.shape
     table = HostTable(aligned_empty((num_rows, row_format.row_bytes(dim)), np.uint8), row_format, dim)
     for begin in range(0, num_rows, _ROWS_A_STEP):
         block = np.ascontiguousarray(values[begin : begin + _ROWS_A_STEP])
-        check_finite("encode_rows", block, begin)
+        check_finite(where, block, begin)
         out = table.rows[begin : begin + len(block)]
         with np.errstate(over="ignore"):
             out[...] = _affine(block, table) if row_format.is_affine else _floats(block, table)
             decoded = decode_rows(HostTable(out, row_format, dim))
-        _check_fits(block, decoded, row_format, begin)
+        _check_fits(where, block, decoded, row_format, begin)
     return table
 
 
@@ -115,11 +116,13 @@ def _affine(block: np.ndarray, table: HostTable) -> np.ndarray:
     return encoded
 
 
-def _check_fits(block: np.ndarray, decoded: np.ndarray, row_format: RowFormat, first_row: int) -> None:
+def _check_fits(
+    where: str, block: np.ndarray, decoded: np.ndarray, row_format: RowFormat, first_row: int
+) -> None:
     fits = np.isfinite(decoded).all(axis=1)
     if not fits.all():
         at = int(np.argmin(fits))
         raise ConfigError(
-            f"encode_rows: row {first_row + at} reaches from {block[at].min():g} to {block[at].max():g}, "
+            f"{where}: row {first_row + at} reaches from {block[at].min():g} to {block[at].max():g}, "
             f"more than {row_format} holds"
         )

@@ -37,6 +37,7 @@ from xlarank.spec.profile import LatencyProfile
 from xlarank.spec.request import (
     ContentCheck,
     RankRequest,
+    check_by_name,
     check_candidate_ids,
     check_contents,
     default_column,
@@ -103,6 +104,7 @@ __all__ = [
     "Tolerance",
     "ValueType",
     "Vocabulary",
+    "check_by_name",
     "check_candidate_ids",
     "check_contents",
     "default_column",

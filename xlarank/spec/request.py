@@ -13,7 +13,14 @@ from xlarank.spec.columns import Column, Ragged, StringColumn
 from xlarank.spec.features import CANDIDATE_IDS, FeatureSpec, OutOfRange, ValueType
 from xlarank.spec.model import ModelSpec
 
-__all__ = ["ContentCheck", "RankRequest", "check_candidate_ids", "check_contents", "default_column"]
+__all__ = [
+    "ContentCheck",
+    "RankRequest",
+    "check_by_name",
+    "check_candidate_ids",
+    "check_contents",
+    "default_column",
+]
 
 
 class RankRequest:
@@ -54,10 +61,7 @@ class RankRequest:
         Raises:
           FeatureError: names the feature, what was expected and what came.
         """
-        if not isinstance(features, Mapping):
-            raise FeatureError(
-                f"model {spec.name!r}: expected values by feature name, got {_described(features)}"
-            )
+        check_by_name(spec, features)
         if not features.keys() <= spec.feature_by_name.keys():
             unknown = next(name for name in features if name not in spec.feature_by_name)
             raise FeatureError(
@@ -115,6 +119,14 @@ class RankRequest:
 
     def __repr__(self) -> str:
         return f"RankRequest(model={self.spec.name!r}, num_candidates={self.num_candidates})"
+
+
+def check_by_name(spec: ModelSpec, features: Any) -> None:
+    """Raises FeatureError for features of a request that aren't values by name."""
+    if not isinstance(features, Mapping):
+        raise FeatureError(
+            f"model {spec.name!r}: expected values by feature name, got {_described(features)}"
+        )
 
 
 def check_candidate_ids(ids: Any) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Traces from files: the forms that are read, and what is refused."""
 
+import contextlib
 import gzip
 import io
 import pickle
@@ -89,6 +90,32 @@ def test_npz_and_safetensors_are_read(tmp_path):
 def test_other_integers_are_read(tmp_path):
     small = {name: array.astype(np.int32) for name, array in ARRAYS.items()}
     check(read_trace(npz(tmp_path / "trace.npz", **small)))
+
+
+def test_an_id_beyond_int64_is_refused(tmp_path):
+    path = npz(
+        tmp_path / "trace.npz", indices=np.array([1, 2**64 - 1, 2], np.uint64), offsets=[0, 3], lengths=[3]
+    )
+    with pytest.raises(ConfigError, match=rf"expected ids in \[0, 2\*\*63\), got {2**64 - 1}"):
+        read_trace(path)
+
+
+def test_a_damaged_npz_is_read_or_refused_in_words(tmp_path):
+    data = npz(tmp_path / "trace.npz").read_bytes()
+    rng = np.random.default_rng(0)
+    refusals = []
+    for _ in range(600):
+        damaged = bytearray(data[: rng.integers(1, len(data) + 1)] if rng.random() < 0.3 else data)
+        for _ in range(rng.integers(1, 6)):
+            damaged[rng.integers(len(damaged))] = rng.integers(256)
+        (tmp_path / "damaged.npz").write_bytes(damaged)
+        with contextlib.suppress(ConfigError):
+            read_trace(tmp_path / "damaged.npz")
+            continue
+        refusals.append(damaged)
+    assert len(refusals) > 400
+    with pytest.raises(FileNotFoundError):
+        read_trace(tmp_path / "none.npz")
 
 
 def test_without_lengths_it_is_one_table(tmp_path):
@@ -224,7 +251,7 @@ def test_a_gzip_file_cut_short_and_one_that_is_none_are_refused(tmp_path):
         ({"lengths": LENGTHS[::-1]}, r"differences of the 7 offsets, got others, of shape \[2, 3\]"),
         ({"lengths": LENGTHS[:1]}, r"got others, of shape \[1, 3\]"),
         ({"lengths": LENGTHS.reshape(1, 2, 3)}, r"got others, of shape \[1, 2, 3\]"),
-        ({"indices": INDICES - 1}, "expected ids >= 0, got -1"),
+        ({"indices": INDICES - 1}, r"expected ids in \[0, 2\*\*63\), got -1"),
     ],
 )
 def test_arrays_that_are_no_bags_are_refused(tmp_path, changes, message):

@@ -5,6 +5,7 @@ import pytest
 
 from xlarank.errors import ConfigError
 from xlarank.host.traces import REUSE_EDGES, Hotness, TraceStatistics, lognormal_lengths, popularity, trace
+from xlarank.spec import Ragged
 
 NUM_ROWS = 500_000
 
@@ -126,7 +127,20 @@ def test_a_reuse_beyond_the_last_edge_is_in_the_last_bin():
     assert found.row_shares == found.access_shares == (0.0,) * len(REUSE_EDGES) + (1.0,)
 
 
-@pytest.mark.parametrize("tables", [[], [np.empty(0, np.int64)]])
+def test_ids_come_as_arrays_lists_or_bags():
+    expected = TraceStatistics.of([np.array([3, 1, 3]), np.array([2, 2**40])])
+    bags = Ragged(np.array([3, 1, 3]), np.array([1, 2], np.int32))
+    assert TraceStatistics.of([bags, [2, 2**40]]) == expected
+    assert TraceStatistics.of([np.array([3, 1, 3], np.uint64), np.array([2, 2**40], np.uint64)]) == expected
+    assert (expected.num_accesses, expected.num_unique) == (5, 4)
+
+
+def test_a_preset_may_be_named():
+    ids = [trace(50, 100, hotness, np.random.default_rng(0)).tolist() for hotness in ("med", Hotness.MED)]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("tables", [[], [np.empty(0, np.int64)], [[]]])
 def test_no_accesses_are_no_error(tables):
     found = TraceStatistics.of(tables)
     assert (found.num_accesses, found.num_unique, found.unique_share) == (0, 0, 0)
@@ -175,6 +189,30 @@ def test_lengths_without_spread_are_the_mean_rounded_up_or_down():
             lambda rng: lognormal_lengths(-1, rng),
             "expected num_bags >= 0, mean > 0 and sigma >= 0, got -1, 13.6 and 1.0",
         ),
+        (
+            lambda rng: trace(5, 1, "medium", rng),
+            r"hotness must be one of \['one_item', 'high', 'med', 'low', 'random'\]; was 'medium'",
+        ),
+        (
+            lambda rng: lognormal_lengths(10, rng, mean=1e12),
+            r"expected lengths below 2\*\*31, got .* of mean 1000000000000.0 ",
+        ),
+        (lambda rng: lognormal_lengths(10, rng, mean=float("inf")), r"below 2\*\*31, got .* of mean inf"),
+        (lambda rng: lognormal_lengths(10, rng, sigma=float("inf")), "below .* of mean 13.6 and sigma inf"),
+        (lambda rng: TraceStatistics.of([[1], [0.5]]), r"trace of table 1: expected integers .* got float64"),
+        (
+            lambda rng: TraceStatistics.of([np.array([[1]])]),
+            r"expected integers .* got int64 of shape \[1, 1\]",
+        ),
+        (
+            lambda rng: TraceStatistics.of([np.array([2, -1])]),
+            r"table 0: expected ids in \[0, 2\*\*63\), got -1",
+        ),
+        (
+            lambda rng: TraceStatistics.of([np.array([2**63], np.uint64)]),
+            r"expected ids in \[0, 2\*\*63\), got 9223372036854775808",
+        ),
+        (lambda rng: TraceStatistics.of([[1, [2]]]), "table 0: expected integers .* got object"),
         (lambda rng: lognormal_lengths(1, rng, mean=0), "got 1, 0 and 1.0"),
         (lambda rng: lognormal_lengths(1, rng, sigma=float("nan")), "got 1, 13.6 and nan"),
     ],

@@ -52,8 +52,14 @@ struct FeatureTable::Node {
 };
 
 struct FeatureTable::Slots {
-  explicit Slots(size_t count) : size(count), entries(new std::atomic<uintptr_t>[count]) {
-    for (size_t i = 0; i < count; ++i) entries[i].store(0, std::memory_order_relaxed);
+  using Entry = std::atomic<uintptr_t>;
+  struct Free {
+    void operator()(Entry* entries) const { std::free(entries); }
+  };
+
+  // Of the many slots of a large limit only those that are used take memory: the system's zeros are not touched.
+  explicit Slots(size_t count) : size(count), entries(static_cast<Entry*>(std::calloc(count, sizeof(Entry)))) {
+    if (!entries) throw std::bad_alloc();
   }
 
   static Node* node_of(uintptr_t entry) { return reinterpret_cast<Node*>(entry & kPointer); }
@@ -89,7 +95,7 @@ struct FeatureTable::Slots {
   }
 
   const size_t size;
-  const std::unique_ptr<std::atomic<uintptr_t>[]> entries;
+  const std::unique_ptr<Entry[], Free> entries;
 };
 
 FeatureTable::FeatureTable(const RecordLayout& layout, size_t limit, FeatureFile file)
@@ -121,7 +127,7 @@ FeatureTable::~FeatureTable() {
 }
 
 FeatureLookup FeatureTable::lookup(const int64_t* ids, size_t num_ids, const std::vector<bool>& wanted,
-                                   uint32_t oldest) {
+                                   uint32_t oldest, size_t max_bytes) {
   FeatureLookup result;
   std::vector<const Record*> records;
   records.reserve(num_ids);
@@ -162,7 +168,7 @@ FeatureLookup FeatureTable::lookup(const int64_t* ids, size_t num_ids, const std
   }
   hits_.fetch_add(static_cast<int64_t>(records.size()), std::memory_order_relaxed);
   misses_.fetch_add(static_cast<int64_t>(result.missing.size()), std::memory_order_relaxed);
-  result.columns = layout_.columns_of(records, wanted);
+  result.columns = layout_.columns_of(records, wanted, max_bytes);
   return result;
 }
 

@@ -40,8 +40,10 @@ class FeatureTable {
   FeatureTable(const FeatureTable&) = delete;
   ~FeatureTable();
 
-  // A record in memory whose time is before `oldest` is not found.
-  FeatureLookup lookup(const int64_t* ids, size_t num_ids, const std::vector<bool>& wanted, uint32_t oldest);
+  // A record in memory whose time is before `oldest` is not found. Columns of more bytes than `max_bytes` are
+  // counted and not made.
+  FeatureLookup lookup(const int64_t* ids, size_t num_ids, const std::vector<bool>& wanted, uint32_t oldest,
+                       size_t max_bytes);
 
   // Puts rows in, over those that there are. With `stamps`, of `stamps()` before the rows were read from
   // elsewhere, only those that are not there, or are older than `oldest`, and were not written to since. `time`

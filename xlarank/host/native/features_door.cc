@@ -44,7 +44,8 @@ nb::object to_python(const Feature& feature, ColumnData&& column) {
   return nb::make_tuple(values, to_numpy(std::move(column.lengths)));
 }
 
-RecordLayout parse_layout(const nb::list& features) {
+// `max_lengths`: one a feature, 0 for no limit; or none at all.
+RecordLayout parse_layout(const nb::list& features, const std::vector<int64_t>& max_lengths = {}) {
   std::vector<Feature> parsed;
   for (nb::handle item : features) {
     const nb::tuple fields = nb::cast<nb::tuple>(item);
@@ -55,6 +56,14 @@ RecordLayout parse_layout(const nb::list& features) {
     feature.width = nb::cast<int64_t>(fields[2]);
     if (feature.width < 1) throw std::invalid_argument("expected features of width >= 1");
     parsed.push_back(feature);
+  }
+  if (!max_lengths.empty() && max_lengths.size() != parsed.size()) {
+    throw std::invalid_argument("expected one max_length a feature");
+  }
+  for (size_t i = 0; i < max_lengths.size(); ++i) {
+    if (max_lengths[i] < 0) throw std::invalid_argument("expected a max_length >= 0");
+    const bool is_list = parsed[i].kind == Kind::kIdList || parsed[i].kind == Kind::kSequence;
+    if (is_list) parsed[i].max_length = max_lengths[i];
   }
   return RecordLayout(std::move(parsed));
 }
@@ -88,8 +97,9 @@ std::vector<Column> read_columns(const RecordLayout& layout, const nb::list& col
 // A layout, a table, and the Python memory that the table's file is in.
 class Door {
  public:
-  Door(const nb::list& features, size_t limit, nb::handle index, nb::handle records)
-      : layout_(parse_layout(features)) {
+  Door(const nb::list& features, const std::vector<int64_t>& max_lengths, size_t limit, nb::handle index,
+       nb::handle records)
+      : layout_(parse_layout(features, max_lengths)) {
     FeatureFile file;
     if (!index.is_none()) {
       const Buffer& slots = buffers_.emplace_back(index.ptr());
@@ -108,21 +118,22 @@ class Door {
     table_ = std::make_unique<FeatureTable>(layout_, limit, file);
   }
 
-  nb::tuple lookup(nb::handle ids, const std::vector<bool>& wanted, uint32_t oldest) {
+  // `max_bytes`: 0 for no limit.
+  nb::tuple lookup(nb::handle ids, const std::vector<bool>& wanted, uint32_t oldest, size_t max_bytes) {
     const Ids keys(ids);
     if (wanted.size() != layout_.features().size()) throw std::invalid_argument("expected one flag a feature");
     FeatureLookup found;
     {
       nb::gil_scoped_release release;
-      found = table_->lookup(keys.data, keys.size, wanted, oldest);
+      found = table_->lookup(keys.data, keys.size, wanted, oldest, max_bytes ? max_bytes : SIZE_MAX);
     }
     nb::list others;
-    for (size_t i = 0; i < wanted.size(); ++i) {
+    for (size_t i = 0; i < found.columns.others.size(); ++i) {
       if (!wanted[i] || layout_.place_of(i) != Place::kOthers) continue;
       others.append(to_python(layout_.features()[i], std::move(found.columns.others[i])));
     }
     return nb::make_tuple(to_numpy(std::move(found.columns.floats)), to_numpy(std::move(found.columns.integers)),
-                          others, xlarank::to_numpy(std::move(found.missing)));
+                          others, xlarank::to_numpy(std::move(found.missing)), found.columns.bytes);
   }
 
   void put(nb::handle ids, const nb::list& columns, nb::handle stamps, uint32_t time, uint32_t oldest) {
@@ -208,14 +219,12 @@ nb::tuple index_records(nb::handle ids, nb::handle places) {
   const Ids keys(ids), begins(places);
   if (keys.size != begins.size) throw std::invalid_argument("expected one place an id");
   int64_t twice[2] = {-1, -1};
-  std::vector<uint8_t> bytes;
+  std::vector<FileSlot> slots;
   {
     nb::gil_scoped_release release;
-    const std::vector<FileSlot> slots = build_index(keys.data, begins.data, keys.size, twice);
-    const auto* const begin = reinterpret_cast<const uint8_t*>(slots.data());
-    bytes.assign(begin, begin + slots.size() * sizeof(FileSlot));
+    slots = build_index(keys.data, begins.data, keys.size, twice);
   }
-  return nb::make_tuple(xlarank::to_numpy(std::move(bytes)), twice[0], twice[1]);
+  return nb::make_tuple(bytes_to_numpy(std::move(slots)), twice[0], twice[1]);
 }
 
 }  // namespace
@@ -224,9 +233,9 @@ void define_features(nb::module_& module) {
   module.def("encode_records", &encode_records, "features"_a, "ids"_a, "columns"_a);
   module.def("index_records", &index_records, "ids"_a, "places"_a);
   nb::class_<Door>(module, "FeatureTable")
-      .def(nb::init<const nb::list&, size_t, nb::handle, nb::handle>(), "features"_a, "limit"_a,
-           "index"_a.none(), "records"_a.none())
-      .def("lookup", &Door::lookup, "ids"_a, "wanted"_a, "oldest"_a)
+      .def(nb::init<const nb::list&, const std::vector<int64_t>&, size_t, nb::handle, nb::handle>(), "features"_a,
+           "max_lengths"_a, "limit"_a, "index"_a.none(), "records"_a.none())
+      .def("lookup", &Door::lookup, "ids"_a, "wanted"_a, "oldest"_a, "max_bytes"_a)
       .def("put", &Door::put, "ids"_a, "columns"_a, "stamps"_a.none(), "time"_a, "oldest"_a)
       .def("remove", &Door::remove, "ids"_a, "time"_a)
       .def("stamps", &Door::stamps, "ids"_a)

@@ -1,5 +1,6 @@
 #include "records.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -35,19 +36,25 @@ Span span_of(const Column& column, bool ragged, bool strings, int64_t row) {
   return span;
 }
 
+// Bytes of the last strings of a list.
+size_t bytes_of_last(size_t count, const uint8_t* sizes, size_t num_values) {
+  size_t bytes = 0;
+  for (size_t i = num_values - count; i < num_values; ++i) bytes += load<uint32_t>(sizes + 4 * i);
+  return bytes;
+}
+
 }  // namespace
 
 RecordLayout::RecordLayout(std::vector<Feature> features) : features_(std::move(features)) {
   for (const Feature& feature : features_) {
     const bool ragged = feature.kind == Kind::kIdList || feature.kind == Kind::kSequence;
     const bool strings = feature.type == ValueType::kString;
-    fields_.push_back(Field{ragged, strings, fixed_bytes_});
+    size_t bytes = ragged && strings ? 8 : 4;
+    if (!ragged && !strings) bytes = feature.type == ValueType::kInt64 ? 8 : 4 * static_cast<size_t>(feature.width);
+    const size_t most = feature.max_length ? static_cast<size_t>(feature.max_length) : SIZE_MAX;
+    fields_.push_back(Field{ragged, strings, fixed_bytes_, bytes, most});
+    fixed_bytes_ += bytes;
     varies_ |= ragged || strings;
-    if (ragged || strings) {
-      fixed_bytes_ += ragged && strings ? 8 : 4;
-    } else {
-      fixed_bytes_ += feature.type == ValueType::kInt64 ? 8 : 4 * static_cast<size_t>(feature.width);
-    }
   }
 }
 
@@ -127,12 +134,20 @@ Place RecordLayout::place_of(size_t feature) const {
 }
 
 // Feature by feature: loops without branches over records that are in cache by now.
-Columns RecordLayout::columns_of(const std::vector<const Record*>& records, const std::vector<bool>& wanted) const {
+Columns RecordLayout::columns_of(const std::vector<const Record*>& records, const std::vector<bool>& wanted,
+                                 size_t limit) const {
   size_t counts[3] = {};
-  for (size_t i = 0; i < fields_.size(); ++i) counts[static_cast<int>(place_of(i))] += wanted[i];
   Columns columns;
-  columns.floats.allocate(counts[static_cast<int>(Place::kFloats)] * records.size());
-  columns.integers.allocate(counts[static_cast<int>(Place::kIntegers)] * records.size());
+  for (size_t i = 0; i < fields_.size(); ++i) {
+    counts[static_cast<int>(place_of(i))] += wanted[i];
+    const bool varies = fields_[i].ragged || fields_[i].strings;
+    if (wanted[i] && !varies) columns.bytes += fields_[i].bytes * records.size();
+  }
+  const bool fixed_fits = columns.bytes <= limit;
+  if (fixed_fits) {
+    columns.floats.allocate(counts[static_cast<int>(Place::kFloats)] * records.size());
+    columns.integers.allocate(counts[static_cast<int>(Place::kIntegers)] * records.size());
+  }
   columns.others.resize(fields_.size());
   float* floats = columns.floats.data.get();
   int64_t* integers = columns.integers.data.get();
@@ -144,8 +159,8 @@ Columns RecordLayout::columns_of(const std::vector<const Record*>& records, cons
   for (size_t i = 0; i < fields_.size(); ++i) {
     const Field& field = fields_[i];
     if (field.ragged || field.strings) {
-      read_varying(field, records, wanted[i], more, columns.others[i]);
-    } else if (!wanted[i]) {
+      read_varying(i, records, wanted[i], limit, more, columns);
+    } else if (!wanted[i] || !fixed_fits) {
       continue;
     } else if (place_of(i) == Place::kFloats) {
       for (const Record* record : records) *floats++ = load<float>(payload(record) + field.begin);
@@ -155,7 +170,12 @@ Columns RecordLayout::columns_of(const std::vector<const Record*>& records, cons
       read_floats(i, records, columns.others[i]);
     }
   }
-  return columns;
+  if (columns.bytes <= limit) return columns;
+  Columns none;
+  none.floats.allocate(0);
+  none.integers.allocate(0);
+  none.bytes = columns.bytes;
+  return none;
 }
 
 void RecordLayout::read_floats(size_t feature, const std::vector<const Record*>& records, ColumnData& column) const {
@@ -168,13 +188,23 @@ void RecordLayout::read_floats(size_t feature, const std::vector<const Record*>&
   }
 }
 
-void RecordLayout::read_varying(const Field& field, const std::vector<const Record*>& records, bool wanted,
-                                std::vector<const uint8_t*>& more, ColumnData& column) const {
+void RecordLayout::read_varying(size_t feature, const std::vector<const Record*>& records, bool wanted, size_t limit,
+                                std::vector<const uint8_t*>& more, Columns& columns) const {
+  const Field& field = fields_[feature];
+  ColumnData& column = columns.others[feature];
   const size_t num_rows = records.size(), bytes_at = field.begin + (field.ragged ? 4 : 0);
-  size_t num_values = field.ragged ? 0 : num_rows, num_bytes = 0;
-  for (const Record* record : records) {
-    if (field.ragged) num_values += load<uint32_t>(payload(record) + field.begin);
-    if (field.strings) num_bytes += load<uint32_t>(payload(record) + bytes_at);
+  size_t num_values = 0, num_bytes = 0;
+  for (size_t row = 0; row < num_rows; ++row) {
+    const uint8_t* const fixed = payload(records[row]);
+    const size_t values = field.ragged ? load<uint32_t>(fixed + field.begin) : 1;
+    const size_t kept = std::min(values, field.most);
+    num_values += kept;
+    if (!field.strings) continue;
+    num_bytes += kept == values ? load<uint32_t>(fixed + bytes_at) : bytes_of_last(kept, more[row], values);
+  }
+  if (wanted) {
+    columns.bytes += (field.strings ? 4 : 8) * num_values + num_bytes + (field.ragged ? 4 * num_rows : 0);
+    wanted = columns.bytes <= limit;
   }
   if (wanted) {
     if (field.ragged) column.lengths.allocate(num_rows);
@@ -195,14 +225,17 @@ void RecordLayout::read_varying(const Field& field, const std::vector<const Reco
     const uint8_t* const data = sizes + (field.ragged && field.strings ? 4 * values : 0);
     more[row] = data + bytes;
     if (!wanted) continue;
-    if (field.ragged) column.lengths.data[row] = static_cast<int32_t>(values);
+    const size_t kept = std::min(values, field.most), skipped = values - kept;
+    if (field.ragged) column.lengths.data[row] = static_cast<int32_t>(kept);
     if (!field.strings) {
-      for (size_t k = 0; k < values; ++k) column.integers.data[value + k] = load<int64_t>(data + 8 * k);
-      value += values;
+      const uint8_t* const first = data + 8 * skipped;
+      for (size_t k = 0; k < kept; ++k) column.integers.data[value + k] = load<int64_t>(first + 8 * k);
+      value += kept;
       continue;
     }
-    if (bytes) std::memcpy(column.blob.data.get() + byte, data, bytes);
-    for (size_t k = 0; k < values; ++k) {
+    const size_t kept_bytes = skipped ? bytes_of_last(kept, sizes, values) : bytes;
+    if (kept_bytes) std::memcpy(column.blob.data.get() + byte, data + bytes - kept_bytes, kept_bytes);
+    for (size_t k = skipped; k < values; ++k) {
       byte += field.ragged ? load<uint32_t>(sizes + 4 * k) : bytes;
       column.offsets.data[++value] = static_cast<int64_t>(byte);
     }

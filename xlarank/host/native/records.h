@@ -50,13 +50,14 @@ struct Columns {
   Array<float> floats;              // [F, n] of dense features of width 1
   Array<int64_t> integers;          // [F, n] of integer ids
   std::vector<ColumnData> others;   // one a feature, empty where it isn't wanted or is in a block
+  size_t bytes = 0;                 // of what is wanted, as raw contents of tensors would hold it
 };
 
 enum class Place { kFloats, kIntegers, kOthers };
 
 class RecordLayout {
  public:
-  // Only kind, type and width of a feature are looked at.
+  // Only kind, type, width and max_length of a feature are looked at.
   explicit RecordLayout(std::vector<Feature> features);
 
   const std::vector<Feature>& features() const { return features_; }
@@ -71,8 +72,9 @@ class RecordLayout {
   // Whether `size` bytes are a whole payload: nothing that it says of itself leads outside.
   bool is_whole(const uint8_t* payload, size_t size) const;
 
-  // The columns of records, one row a record, of those features that are wanted.
-  Columns columns_of(const std::vector<const Record*>& records, const std::vector<bool>& wanted) const;
+  // The columns of records, one row a record, of those features that are wanted; a list is its last max_length
+  // values. If their bytes are more than `limit`, the columns are empty, and no more than it was allocated.
+  Columns columns_of(const std::vector<const Record*>& records, const std::vector<bool>& wanted, size_t limit) const;
 
   // Where the column of a feature is.
   Place place_of(size_t feature) const;
@@ -82,13 +84,16 @@ class RecordLayout {
     bool ragged;
     bool strings;
     size_t begin;  // in the fixed part
+    size_t bytes;  // of it
+    size_t most;   // values that are read
   };
 
   void read_floats(size_t feature, const std::vector<const Record*>& records, ColumnData& column) const;
 
-  // Also moves `more`, wanted or not, behind what it passes.
-  void read_varying(const Field& field, const std::vector<const Record*>& records, bool wanted,
-                    std::vector<const uint8_t*>& more, ColumnData& column) const;
+  // Counts the feature's bytes if it is wanted, and reads it if they fit into the limit. Also moves `more`, wanted
+  // or not, behind what it passes.
+  void read_varying(size_t feature, const std::vector<const Record*>& records, bool wanted, size_t limit,
+                    std::vector<const uint8_t*>& more, Columns& columns) const;
 
   std::vector<Feature> features_;
   std::vector<Field> fields_;

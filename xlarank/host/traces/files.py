@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import shutil
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -19,6 +21,22 @@ from xlarank.host.traces.torch_file import read_torch_tensors
 from xlarank.spec import Ragged
 
 __all__ = ["read_trace"]
+
+_DAMAGE = (
+    ValueError,
+    TypeError,
+    AttributeError,  # an array by itself, not a zip of some
+    EOFError,
+    OSError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+"""What zipfile and NumPy raise for bytes that may say anything of sizes, versions and methods."""
 
 _NAMES = ("indices", "offsets", "lengths")
 
@@ -59,11 +77,12 @@ def read_trace(path: Path | str) -> list[Ragged]:
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in _NAMES if name in file}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ConfigError(f"{path}: expected arrays as numpy.savez writes them: {error}") from error
+    with path.open("rb") as opened:
+        try:
+            with np.load(opened, allow_pickle=False) as file:
+                return {name: file[name] for name in _NAMES if name in file}
+        except _DAMAGE as error:
+            raise ConfigError(f"{path}: expected arrays as numpy.savez writes them: {error}") from error
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -120,8 +139,9 @@ def _tables(
             f"{path}: expected lengths [T, B] that are the differences of the {len(offsets)} offsets, got "
             f"others, of shape {list(shape)}"
         )
-    if len(indices) and indices.min() < 0:
-        raise ConfigError(f"{path}: expected ids >= 0, got {int(indices.min())}")
+    if len(indices) and (indices.min() < 0 or indices.max() >= 2**63):
+        found_id = indices.min() if indices.min() < 0 else indices.max()
+        raise ConfigError(f"{path}: expected ids in [0, 2**63), got {int(found_id)}")
     num_tables, num_bags = shape
     ends = offsets[:: num_bags or 1] if num_bags else np.zeros(num_tables + 1, np.int64)
     return [

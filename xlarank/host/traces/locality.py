@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+from xlarank.errors import ConfigError
+from xlarank.spec import Ragged
 
 __all__ = ["REUSE_EDGES", "TOP_ROWS", "TraceStatistics"]
 
@@ -41,13 +45,18 @@ class TraceStatistics:
         return self.num_unique / max(1, self.num_accesses)
 
     @classmethod
-    def of(cls, ids_of_tables: Sequence[np.ndarray]) -> TraceStatistics:
+    def of(cls, ids_of_tables: Sequence[np.ndarray | Ragged]) -> TraceStatistics:
         """Counts a trace.
 
         Args:
-          ids_of_tables: for each table [V] integers >= 0, the rows that are read.
+          ids_of_tables: for each table [V] integers >= 0, the rows that are read, or its bags as `read_trace`
+            gives them.
+
+        Raises:
+          ConfigError: for anything else; names the table by its place.
         """
-        counts = np.concatenate([np.empty(0, np.int64), *map(_counts, ids_of_tables)])
+        ids = [_ids(place, ids) for place, ids in enumerate(ids_of_tables)]
+        counts = np.concatenate([np.empty(0, np.int64), *map(_counts, ids)])
         counts = np.sort(counts)[::-1]
         num_accesses = int(counts.sum())
         first = np.concatenate([[0], np.cumsum(counts)])  # first[k]: accesses of the k hottest rows
@@ -60,6 +69,25 @@ class TraceStatistics:
             row_shares=_shares(np.bincount(bins, minlength=num_bins)),
             access_shares=_shares(np.bincount(bins, counts, num_bins)),
         )
+
+
+def _ids(place: int, ids: Any) -> np.ndarray:
+    """[V] int64, checked."""
+    try:
+        array = np.asarray(ids.values if isinstance(ids, Ragged) else ids)
+    except (TypeError, ValueError, OverflowError):
+        array = np.asarray(None)
+    if array.ndim == 1 and not array.size:
+        return array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ConfigError(
+            f"trace of table {place}: expected integers of shape [V] or a Ragged of them, got {array.dtype} "
+            f"of shape {list(array.shape)}"
+        )
+    if array.min() < 0 or array.max() >= 2**63:
+        outside = array.min() if array.min() < 0 else array.max()
+        raise ConfigError(f"trace of table {place}: expected ids in [0, 2**63), got {outside}")
+    return array.astype(np.int64, copy=False)
 
 
 def _counts(ids: np.ndarray) -> np.ndarray:

@@ -81,20 +81,25 @@ class Popularity:
     """[A] float64, > 0, of all accesses; they sum to 1."""
 
 
-def popularity(num_rows: int, hotness: Hotness, rng: np.random.Generator) -> Popularity:
+def popularity(num_rows: int, hotness: Hotness | str, rng: np.random.Generator) -> Popularity:
     """Draws which rows of a table are in use and how popular each is.
 
     Args:
       num_rows: R, >= 1. The rows in use are a fixed share of them; the head has its size whatever R is.
-      hotness: the preset.
+      hotness: the preset, or its name.
       rng: drawn from.
 
     Raises:
-      ConfigError: if num_rows < 1.
+      ConfigError: if num_rows < 1, or for a name that is no preset's.
     """
     if num_rows < 1:
         raise ConfigError(f"popularity: num_rows must be >= 1; was {num_rows}")
-    preset = _PRESETS[hotness]
+    try:
+        preset = _PRESETS[Hotness(hotness)]
+    except ValueError:
+        raise ConfigError(
+            f"popularity: hotness must be one of {[preset.value for preset in Hotness]}; was {hotness!r}"
+        ) from None
     num_active = max(1, round(preset.active_share * num_rows))
     shares = np.exp(preset.sigma * rng.standard_normal(num_active))
     num_head = min(preset.head_rows, num_active // 2)
@@ -106,7 +111,7 @@ def popularity(num_rows: int, hotness: Hotness, rng: np.random.Generator) -> Pop
     return Popularity(rows=rng.permutation(num_rows)[:num_active], shares=shares)
 
 
-def trace(num_rows: int, num_accesses: int, hotness: Hotness, rng: np.random.Generator) -> np.ndarray:
+def trace(num_rows: int, num_accesses: int, hotness: Hotness | str, rng: np.random.Generator) -> np.ndarray:
     """Row numbers of independent accesses to one table.
 
     Independent: a row read just now is no likelier to come again than its popularity says. Cut it into
@@ -115,14 +120,14 @@ def trace(num_rows: int, num_accesses: int, hotness: Hotness, rng: np.random.Gen
     Args:
       num_rows: R, >= 1.
       num_accesses: V, >= 0.
-      hotness: the preset.
+      hotness: the preset, or its name.
       rng: drawn from.
 
     Returns:
       [V] int64, each in [0, R).
 
     Raises:
-      ConfigError: for sizes out of these ranges.
+      ConfigError: for sizes out of these ranges, or a name that is no preset's.
     """
     if num_accesses < 0:
         raise ConfigError(f"trace: num_accesses must be >= 0; was {num_accesses}")
@@ -148,12 +153,18 @@ def lognormal_lengths(
       [B] int32, >= 0.
 
     Raises:
-      ConfigError: for arguments out of these ranges.
+      ConfigError: for arguments out of these ranges, or so large that a length is 2**31 or more.
     """
     if num_bags < 0 or not mean > 0 or not sigma >= 0:
         raise ConfigError(
             f"lognormal_lengths: expected num_bags >= 0, mean > 0 and sigma >= 0, got {num_bags}, {mean} and "
             f"{sigma}"
         )
-    lengths = mean * np.exp(sigma * rng.standard_normal(num_bags) - sigma**2 / 2)
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = mean * np.exp(sigma * rng.standard_normal(num_bags) - sigma**2 / 2)
+    if not (lengths < 2**31 - 1).all():
+        raise ConfigError(
+            f"lognormal_lengths: expected lengths below 2**31, got {lengths.max():g} of mean {mean} and "
+            f"sigma {sigma}"
+        )
     return np.floor(lengths + rng.random(num_bags)).astype(np.int32)  # rounded at random: keeps the mean
