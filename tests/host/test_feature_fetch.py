@@ -1,8 +1,8 @@
 """A source that is slow, hangs or fails: who waits for it, for how long, and what they are told."""
 
 import contextlib
-import os
 import gc
+import os
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
