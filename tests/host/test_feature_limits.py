@@ -118,6 +118,25 @@ def test_a_file_s_lists_are_whole_for_a_model_that_reads_more_of_them(tmp_path):
     assert stored.rows_of({"topics": topics}) == [{"topics": row["topics"]} for row in rows.values()]
 
 
+def test_an_updatable_source_gets_lists_whole():
+    """It has them for good, for other versions of the model too."""
+
+    class Keeps(DictSource):
+        def update(self, rows):
+            self.rows |= dict(zip(rows.ids.tolist(), stored.rows_of(rows.features), strict=True))
+
+        def remove(self, ids):
+            return 0
+
+    rows = long_rows(np.random.default_rng(14), range(50))
+    source = Keeps({})
+    store = FeatureStore(SHORT, source=source, misses="fetch", memory_bytes=2**20)
+    put(store, rows)
+    assert source.rows == rows
+    cached = stored.rows_of(store.join(list(rows), {}))
+    assert [row["topics"] for row in cached] == [row["topics"][-2:] for row in rows.values()]
+
+
 def test_more_bytes_than_may_be_joined_are_counted_and_never_allocated():
     store, count = FeatureStore(stored.SPEC), 3000
     put(store, {1: stored.DEFAULT_ROW | {"topics": [5] * 20_000, "brand": "grün", "tags": ["a", "bc"]}})

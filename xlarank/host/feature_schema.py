@@ -14,7 +14,7 @@ from xlarank.errors import ConfigError
 from xlarank.host.preprocessing import truncate
 from xlarank.spec import Column, FeatureSpec, ModelSpec, Ragged, RankRequest
 
-__all__ = ["FeatureSchema", "checked_columns", "select_features", "stored_columns"]
+__all__ = ["FeatureSchema", "checked_columns", "select_features", "shortened"]
 
 _ANY_ROWS = 2**31 - 1
 """Of a table that training has yet to fit: its ids are checked when a request is made."""
@@ -114,9 +114,8 @@ def checked_columns(rows_spec: ModelSpec, ids: np.ndarray, features: Mapping[str
     return list(RankRequest(rows_spec, features, num_candidates=len(ids)).columns)
 
 
-def stored_columns(rows_spec: ModelSpec, ids: np.ndarray, features: Mapping[str, Any]) -> list[Column]:
-    """`checked_columns` without what the model doesn't read: of a list its last `max_length` ids stay."""
-    columns = checked_columns(rows_spec, ids, features)
+def shortened(rows_spec: ModelSpec, columns: Sequence[Column]) -> list[Column]:
+    """The columns without what the model doesn't read: of a list its last `max_length` ids stay."""
     return [
         truncate(feature, column) if isinstance(column, Ragged) else column
         for feature, column in zip(rows_spec.features, columns, strict=True)

@@ -17,7 +17,7 @@ from xlarank.errors import ConfigError, FeatureError, UnavailableError, XlarankE
 from xlarank.host.feature_columns import FeatureTable, check_joined_bytes, row_bytes
 from xlarank.host.feature_fetch import FeatureFetcher, FetchedRows
 from xlarank.host.feature_file import FeatureFile
-from xlarank.host.feature_schema import FeatureSchema, select_features, stored_columns
+from xlarank.host.feature_schema import FeatureSchema, checked_columns, select_features, shortened
 from xlarank.host.feature_source import FeatureRows, FeatureSource, FileSource, UpdatableSource
 from xlarank.host.memory import available_memory
 from xlarank.spec import (
@@ -30,14 +30,6 @@ from xlarank.spec import (
     take,
 )
 from xlarank.spec.fields import to_integer, to_number
-
-__all__ = [
-    "DEFAULT_FETCH_TIMEOUT_MS",
-    "FeatureStore",
-    "FeatureStoreStats",
-    "MissPolicy",
-    "check_cache_bounds",
-]
 
 __all__ = [
     "DEFAULT_FETCH_TIMEOUT_MS",
@@ -236,11 +228,11 @@ class FeatureStore:
           FeatureError: for anything that a request could not have; nothing is put in then.
         """
         ids = check_candidate_ids(ids)
-        columns = stored_columns(self.rows_spec, ids, features)
+        columns = checked_columns(self.rows_spec, ids, features)
         with self._writing, self._writing_through():
             if isinstance(self._source, UpdatableSource):
                 self._source.update(FeatureRows(ids, dict(zip(self.names, columns, strict=True))))
-            self._table.put(ids, columns, time=self._ticks())
+            self._table.put(ids, shortened(self.rows_spec, columns), time=self._ticks())
             self._fetcher.forget(ids)
             self._updated_at = self._clock()
 
@@ -340,7 +332,7 @@ class FeatureStore:
         if not isinstance(answer, FeatureRows):
             raise XlarankError(f"expected FeatureRows, got {type(answer).__name__} {reprlib.repr(answer)}")
         ids = check_candidate_ids(answer.ids)
-        columns = stored_columns(self.rows_spec, ids, answer.features)
+        columns = shortened(self.rows_spec, checked_columns(self.rows_spec, ids, answer.features))
         if not np.isin(ids, asked).all() or len(np.unique(ids)) < len(ids):
             raise XlarankError(
                 f"expected distinct ids of the {len(asked)} asked for, got {reprlib.repr(ids.tolist())}"
