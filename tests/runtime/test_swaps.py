@@ -364,6 +364,16 @@ def test_a_helper_whose_server_is_killed_ends_and_compiles_nothing(linear_versio
     assert list(tmp_path.glob("*-cache")) == []
 
 
+def test_a_helper_has_the_lowest_priority_before_it_imports_anything(linear_version, tmp_path):
+    """JAX's imports are seconds of CPU."""
+    told = "import os\nraise SystemExit(f'niceness {os.getpriority(os.PRIO_PROCESS, 0)}')\n"
+    for module in ("jax", "numpy"):
+        (tmp_path / f"{module}.py").write_text(told)
+    helper = CompileHelper(num_devices=1, use_bundle_code=False, compile_cache=tmp_path / "cache")
+    with pytest.raises(ModelError, match="niceness 19"):
+        helper.compile(linear_version, {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
+
+
 def test_code_is_compiled_for_nothing_if_the_cache_does_not_keep_it(linear_version, cold_cache, monkeypatch):
     from xlarank.bundle import open_bundle
 

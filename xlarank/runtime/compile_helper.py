@@ -19,6 +19,15 @@ __all__ = ["CompileHelper"]
 _MAX_REASON = 2000
 """Bytes of what the process said last."""
 
+_START = """
+import os
+import runpy
+
+os.nice(19)
+runpy.run_module("xlarank.runtime.warming", run_name="__main__", alter_sys=True)
+"""
+"""Importing JAX takes seconds of CPU: that must be of the lowest priority, too."""
+
 
 class CompileHelper:
     """Runs the helper process, one at a time, at the lowest priority. Needs no JAX in this one."""
@@ -58,7 +67,7 @@ class CompileHelper:
           UnavailableError: if `close` ended it.
         """
         start = time.monotonic()
-        command = [sys.executable, "-m", "xlarank.runtime.warming", "--parent", str(os.getpid())]
+        command = [sys.executable, "-c", _START, "--parent", str(os.getpid())]
         command += [*self._options, str(path.absolute())]
         # A GPU's memory is the server's: this one takes what compiling needs, when it needs it.
         variables = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **(environment or {})}

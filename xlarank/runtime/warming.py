@@ -1,4 +1,4 @@
-"""The process that compiles for one that serves (`CompileHelper` starts it), at the lowest priority:
+"""The process that compiles for one that serves (`CompileHelper` starts it, at the lowest priority):
 
     python -m xlarank.runtime.warming --parent 123 --compile-cache FOLDER --platform cpu,devices=2 BUNDLE ...
 
@@ -38,7 +38,6 @@ __all__ = ["compile_into_cache", "main"]
 
 _log = logging.getLogger(__name__)
 
-_NICENESS = 19
 _PR_SET_PDEATHSIG = 1
 _PRIVATE = ".warming-"
 _ABANDONED_SECONDS = 24 * 3600
@@ -129,8 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--no-bundle-code", action="store_true", help="compile programs/ whatever there is")
     args = parser.parse_args(arguments)
-    # Not fewer cores: XLA:CPU compiles for as many as it may run on, and the server runs on all of its own.
-    os.nice(_NICENESS)
+    # On all cores: XLA:CPU compiles for as many as it may run on, and the server runs on all of its own.
     if not _ends_with(args.parent):
         return 1
     try:
