@@ -18,6 +18,7 @@ from xlarank.host import (
     FeatureRows,
     FeatureSchema,
     FeatureStore,
+    MissPolicy,
     checked_columns,
     model_inputs,
 )
@@ -77,7 +78,7 @@ def write_file(path, spec, rows):
 def test_of_a_list_what_the_model_reads_is_joined_and_nothing_it_computes_changes(tmp_path, kind):
     rng = np.random.default_rng(12)
     rows = long_rows(rng, range(200))
-    options: dict = {"misses": "fetch", "memory_bytes": 2**17}
+    options: dict = {"misses": MissPolicy.FETCH, "memory_bytes": 2**17, "fetch_timeout_ms": stored.PATIENT_MS}
     if kind == "updated":
         store = FeatureStore(SHORT)
         put(store, rows)
@@ -87,7 +88,7 @@ def test_of_a_list_what_the_model_reads_is_joined_and_nothing_it_computes_change
         store = FeatureStore(SHORT, source=DictSource(rows), **options)
     else:
         write_file(tmp_path / "f", SHORT, rows)
-        parsed = FeatureOptions.parse(f"{tmp_path / 'f'},misses=fetch,memory_bytes=131072")
+        parsed = FeatureOptions.parse(str(tmp_path / "f"), **options)
         store = parsed.store(FeatureFile.open(tmp_path / "f"), SHORT)
     cut = [
         row | {"topics": row["topics"][-2:], "path": row["path"][-3:], "tags": row["tags"][-2:]}
@@ -161,7 +162,9 @@ def test_a_cache_takes_memory_for_its_rows_and_not_for_its_limit():
 
     before = resident()
     source = DictSource({1: stored.DEFAULT_ROW})
-    store = FeatureStore(stored.SPEC, source=source, misses="fetch", memory_bytes=2**30)
+    store = FeatureStore(
+        stored.SPEC, source=source, misses="fetch", memory_bytes=2**30, fetch_timeout_ms=stored.PATIENT_MS
+    )
     assert stored.rows_of(store.join([1, 1], {})) == [stored.DEFAULT_ROW] * 2
     assert store.stats().bytes > 50 << 20, "the index that it may come to need"
     assert resident() - before < 8 << 20

@@ -139,7 +139,9 @@ def test_ids_may_add_as_much_as_their_features_would_take_on_the_wire(misses):
         def fetch(self, ids):
             return FeatureRows(ids, stored.columns_of([rows[i] for i in ids.tolist()]))
 
-    options = {"source": Source(), "memory_bytes": 2**20} if misses == "fetch" else {}
+    options = {}
+    if misses == "fetch":
+        options = {"source": Source(), "memory_bytes": 2**20, "fetch_timeout_ms": stored.PATIENT_MS}
     store = FeatureStore(stored.SPEC, misses=misses, **options)
     there = [i for i in rows if misses == "error" or i % 3]
     store.update(there, stored.columns_of([rows[i] for i in there]))
