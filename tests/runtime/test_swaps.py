@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import linear
 import numpy as np
@@ -18,6 +19,7 @@ from served import environment
 from xlarank_serving.admin import AdminClient, AdminServer
 
 from xlarank import device
+from xlarank.bundle import open_bundle
 from xlarank.errors import (
     DeadlineError,
     ExecutionError,
@@ -29,6 +31,7 @@ from xlarank.errors import (
 from xlarank.runtime import DevicePool, Metrics, ModelRepository, VersionOptions, warming
 from xlarank.runtime.compile_helper import CompileHelper
 from xlarank.runtime.pacing import PacedRuns
+from xlarank.runtime.version_loading import VersionLoader
 from xlarank.spec import RequestOptions
 from xlarank.spec.serving import QueueConfig
 
@@ -308,7 +311,9 @@ def test_a_helper_process_that_fails_is_reported_with_what_it_said(publish, open
     assert "nonsense" in status.reason
 
 
-def test_a_repository_that_closes_ends_the_helper_process(linear_version, cold_cache, monkeypatch):
+@pytest.fixture
+def started(monkeypatch):
+    """Processes that are started from now on."""
     started = queue.SimpleQueue()
 
     class Started(subprocess.Popen):
@@ -317,6 +322,43 @@ def test_a_repository_that_closes_ends_the_helper_process(linear_version, cold_c
             started.put(self)
 
     monkeypatch.setattr(subprocess, "Popen", Started)
+    return started
+
+
+def test_the_helper_process_stands_still_while_requests_run(publish, opened, started):
+    publish(1, rows=[4])
+    repository = opened()
+    publish(2, rows=[16])
+    polling = threading.Thread(target=repository.poll)
+    polling.start()
+    process = started.get(timeout=60)
+    idle = repository._loader._pool.idle
+    idle.update(False)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    idle.update(True)
+    polling.join(120)
+    assert process.returncode == 0
+    assert ask(repository, 3) == 2
+
+
+def test_beside_an_accelerator_the_helper_process_does_not_wait_for_requests(opened, publish, monkeypatch):
+    publish(1)
+    repository = opened()
+    loader = repository._loader
+
+    def helper_of(*platforms):
+        devices = [SimpleNamespace(platform=platform) for platform in platforms]
+        monkeypatch.setattr(device, "platforms_of", lambda _: ())
+        made = VersionLoader(
+            loader._pool, loader._metrics, loader._options, {}, devices=devices, warm_share=1
+        )
+        return made._helper
+
+    assert helper_of("gpu", "gpu")._idle is None
+    assert helper_of("gpu", "cpu")._idle is loader._pool.idle
+
+
+def test_a_repository_that_closes_ends_the_helper_process(linear_version, cold_cache, started):
     platforms = device.platforms_of(device.devices())
     helper = CompileHelper(platforms=platforms, use_bundle_code=False, compile_cache=cold_cache)
     failed = []
@@ -375,8 +417,6 @@ def test_a_helper_has_the_lowest_priority_before_it_imports_anything(linear_vers
 
 
 def test_code_is_compiled_for_nothing_if_the_cache_does_not_keep_it(linear_version, cold_cache, monkeypatch):
-    from xlarank.bundle import open_bundle
-
     monkeypatch.setattr(device, "seed_compile_cache", lambda files, **_: None)
     with pytest.raises(ModelError, match=r"expected it to keep what is compiled, \d+ programs weren't there"):
         warming.compile_into_cache(open_bundle(linear_version), devices=device.devices(1))
@@ -409,3 +449,33 @@ def test_runs_that_prove_a_version_come_between_turns_and_take_a_small_share_of_
     pool.close()
     with pytest.raises(UnavailableError, match=r"the devices' threads have ended"):
         paced.on(1)(lambda: 1)
+
+
+def test_work_of_the_host_comes_in_pieces_with_rests_in_between():
+    pauses, times = [], iter([0.0, 0.04, 1.0, 1.0])
+    pool = DevicePool(1)
+    paced = PacedRuns(pool, share=0.1, wait=pauses.append, clock=lambda: next(times))
+    assert paced.beside(threading.current_thread) is threading.current_thread()
+    assert pauses == [pytest.approx(0.16)]  # a fifth of 0.2 s
+    paced.beside(lambda: None)  # code that is there already
+    assert pauses[1] == 0
+    pool.close()
+
+
+def test_beside_a_version_that_serves_each_program_is_read_by_itself_and_rested_after(
+    publish, opened, monkeypatch
+):
+    publish(1, rows=[4])
+    repository = opened()
+    beside, pieces = PacedRuns.beside, []
+
+    def noted(self, work):
+        pieces.append(work)
+        return beside(self, work)
+
+    monkeypatch.setattr(PacedRuns, "beside", noted)
+    publish(2, rows=[8, 16])
+    repository.poll()
+    assert ask(repository, 3) == 2
+    num_programs = len(open_bundle(repository._root / "linear" / "2").manifest.programs)
+    assert len(pieces) == 2 * (num_programs + 1)  # on two devices, with what prepares weights

@@ -29,6 +29,10 @@ __all__ = ["RunningServer", "bound_stop", "running_server"]
 _LAST_SECONDS = 20.0
 """After the grace period of a stop, until a process that hangs in it is ended."""
 
+_SWITCH_SECONDS = 0.0005
+"""After which Python lets another thread run that waits for the interpreter. A request waits for it several
+times; at the default of 5 ms, each time, behind a thread that loads a version, requests pile up."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RunningServer:
@@ -77,6 +81,8 @@ def running_server(
     metrics = Metrics()
     timeout_ms = config.queue.default_timeout_ms
     with contextlib.ExitStack() as outer:
+        outer.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(_SWITCH_SECONDS)
         captures = outer.enter_context(contextlib.closing(Captures(config.captures)))
         observers = [outer.enter_context(contextlib.closing(each)) for each in _observers(config)]
         repository = _open_repository(config, metrics, captures, held)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xlarank.errors import ModelError, UnavailableError
+from xlarank.runtime.yielding import IdleSignal, YieldingProcess
 from xlarank.spec import PlatformOptions
 
 __all__ = ["CompileHelper"]
@@ -39,6 +40,7 @@ class CompileHelper:
         platforms: Sequence[PlatformOptions] = (),
         use_bundle_code: bool,
         compile_cache: Path | None,
+        idle: IdleSignal | None = None,
     ) -> None:
         """
         Args:
@@ -46,11 +48,13 @@ class CompileHelper:
           platforms: instead of that, of the devices that it uses, see `xlarank.device.platforms_of`.
           use_bundle_code: whether compiled code in bundles may be used.
           compile_cache: of the server; None for the one that it takes by default.
+          idle: of the requests that the process is to yield to, where they need the same cores.
         """
         self._options = [word for options in platforms for word in ("--platform", str(options))]
         self._options += [] if num_devices is None else ["--devices", str(num_devices)]
         self._options += [] if use_bundle_code else ["--no-bundle-code"]
         self._options += [] if compile_cache is None else ["--compile-cache", str(compile_cache.absolute())]
+        self._idle = idle
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None  # guarded by _lock
         self._is_closed = False  # guarded by _lock; moves one way
@@ -82,7 +86,7 @@ class CompileHelper:
                     stdout=subprocess.DEVNULL,
                     stderr=said,
                 )
-            status = process.wait()
+            status = self._wait(process)
             with self._lock:
                 self._process = None
                 if self._is_closed:
@@ -92,6 +96,13 @@ class CompileHelper:
                 reason = said.read().decode(errors="replace").strip()
                 raise ModelError(f"{path}: the process that compiles it ended with status {status}: {reason}")
         return time.monotonic() - start
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        if self._idle is None:
+            return process.wait()
+        yielding = YieldingProcess(process)
+        with self._idle.told(yielding.on_idle):
+            return yielding.wait()
 
     def close(self) -> None:
         """Ends the process, if one runs, and starts no more."""

@@ -168,6 +168,7 @@ class Loader:
         on_table_bytes: TableBytes | None = None,
         library: device.ProgramLibrary | None = None,
         paces: Callable[[int], device.Pace] | None = None,
+        host_pace: device.Pace = device.at_once,
         can_prove: Callable[[int], bool] | None = None,
         profiles: Sequence[LatencyProfile] | None = None,
         tables: LoadedTables | None = None,
@@ -178,6 +179,7 @@ class Loader:
           library: programs that are compiled already.
           paces: by index of the device, what makes the runs that prove and time; given where others serve
             meanwhile, and then tables are read by one thread of low priority.
+          host_pace: what reads each program from the compilation cache.
           can_prove: by index of the device, whether the version is proven and timed there; everywhere without
             it, or where it says no of all.
           profiles: by device, of the same programs on the same devices; they are timed without it.
@@ -193,6 +195,7 @@ class Loader:
         self._on_table_bytes = on_table_bytes
         self._library = library
         self._paces = paces
+        self._host_pace = host_pace
         self._can_prove = can_prove or (lambda _: True)
         self._known_profiles = profiles
         self._loaded_tables = tables
@@ -307,15 +310,19 @@ class Loader:
         placed: Sequence[Array],
     ) -> device.Replica:
         library = self._library or device.ProgramLibrary()
-        lay_out = None if prepare is None else prepare.compiled(library, target, device.PREPARE_NAME)
+
+        def compiled(program: ExportedProgram, name: str) -> Compiled:
+            return self._host_pace(functools.partial(program.compiled, library, target, name))
+
+        lay_out = None if prepare is None else compiled(prepare, device.PREPARE_NAME)
         prepared = device.prepare_weights(target, lay_out, weights)
-        compiled = {
+        bucket_programs = {
             entry.bucket: device.BucketProgram(
-                programs[entry.bucket].compiled(library, target, device.PROGRAM_NAME), entry.prepared
+                compiled(programs[entry.bucket], device.PROGRAM_NAME), entry.prepared
             )
             for entry in self._bundle.manifest.programs
         }
-        return device.Replica(target, gatherer.signature, compiled, (*prepared, *placed), lay_out)
+        return device.Replica(target, gatherer.signature, bucket_programs, (*prepared, *placed), lay_out)
 
     def _device_writer(self, replicas: Sequence[device.Replica]) -> device.TableWriter:
         """For row updates of the tables that devices hold rows of."""

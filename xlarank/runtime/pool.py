@@ -19,6 +19,7 @@ from xlarank.runtime.device_health import DeviceHealth, DeviceState, DeviceStatu
 from xlarank.runtime.isolation import Culprit, FaultSearch, Step
 from xlarank.runtime.pool_metrics import REFUSALS, DeviceSnapshot, PoolSnapshot, QueueSnapshot
 from xlarank.runtime.scheduler import BatcherMaker, ModelQueue, Scheduler, Turn
+from xlarank.runtime.yielding import IdleSignal
 from xlarank.spec import FaultConfig, RequestOptions
 from xlarank.spec.serving import QueueConfig
 
@@ -70,6 +71,10 @@ class DevicePool:
     """Drives a `Scheduler` with threads: one a device, one turn at a time on each, and one for deadlines.
 
     Devices that fail are taken out of service as `DeviceHealth` says.
+
+    Attributes:
+      num_devices: of it.
+      idle: whether no request waits or runs.
     """
 
     def __init__(
@@ -115,6 +120,7 @@ class DevicePool:
         ]
         self._threads.append(threading.Thread(target=self._keep_time, name="xlarank-timer", daemon=True))
         self.num_devices = num_devices
+        self.idle = IdleSignal()
         for thread in self._threads:
             thread.start()
 
@@ -170,6 +176,7 @@ class DevicePool:
             except tuple(_REFUSAL_OF) as error:
                 self._refusals[queue][_REFUSAL_OF[type(error)]] += 1
                 raise
+            self.idle.update(False)
             if self._scheduler.is_uniform:
                 self._work.notify()  # whichever it is may take it; one that may not would lose the call
             self._on_change()
@@ -281,6 +288,7 @@ class DevicePool:
                     return task
                 if self._is_closed and not self._has_more():
                     return None
+                self.idle.update(self._scheduler.is_idle)
                 self._work.wait()
 
     def _has_more(self) -> bool:

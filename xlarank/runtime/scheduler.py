@@ -172,6 +172,13 @@ class Scheduler(Generic[Item]):
         return sum(queue.batcher.num_queued_requests for queue in self._queues)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing is queued, and nothing runs on a device that works."""
+        return not self.num_queued_requests and not any(
+            device.is_healthy and device.turn is not None for device in self._devices
+        )
+
+    @property
     def num_healthy(self) -> int:
         """Devices that are given work."""
         return sum(device.is_healthy for device in self._devices)

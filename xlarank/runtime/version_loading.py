@@ -105,6 +105,8 @@ class VersionLoader:
             platforms=device.platforms_of(devices),
             use_bundle_code=options.use_bundle_code,
             compile_cache=device.compile_cache_folder(),
+            # An accelerator's requests need few of the cores, and one nearly always runs.
+            idle=pool.idle if any(d.platform == "cpu" for d in devices) else None,
         )
         self._keys: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
         self._in_cache: set[str] = (
@@ -150,6 +152,7 @@ class VersionLoader:
             on_table_bytes=options.on_table_bytes,
             library=self._library,
             paces=self._paced.on if is_beside else None,
+            host_pace=self._paced.beside if is_beside else device.at_once,
             can_prove=self._paced.can_prove if is_beside else None,
             profiles=None if twin is None else twin.profiles,
             tables=tables,
