@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from bundles import publish
 
-from xlarank.cli import main, serve_config
+from xlarank.cli import main, serve_config, serve_start
 from xlarank.cli.sections import config_text, options_of, read_sections
 from xlarank.cli.serve_check import UNCHECKED
 from xlarank.cli.serve_config import ServeConfig, port_problems
@@ -213,6 +213,22 @@ def test_a_server_with_one_port_for_two_services_does_not_start(repository, caps
     assert main.main(parse(str(repository), "--port", "1", "--http-port", "1")) != 0
     text = "http port 1 on 127.0.0.1: expected a port of its own, got that of grpc"
     assert text in capsys.readouterr().err
+
+
+def test_a_server_s_threads_wait_less_for_the_interpreter_and_the_setting_is_put_back(monkeypatch):
+    """A request waits for it several times, at most for so long behind a thread that loads a version."""
+    seen = []
+
+    def open_repository(*_):
+        seen.append(sys.getswitchinterval())
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(serve_start, "_open_repository", open_repository)
+    before = sys.getswitchinterval()
+    with pytest.raises(ConfigError, match="enough"), serve_start.running_server(ServeConfig()):
+        pass
+    assert seen == [pytest.approx(5e-4)]
+    assert sys.getswitchinterval() == before
 
 
 def test_a_repository_that_is_watched_may_be_empty(check, tmp_path):

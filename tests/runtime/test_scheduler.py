@@ -53,6 +53,20 @@ def test_a_free_device_takes_what_is_first_whoever_it_is():
     assert scheduler.turn_of(1).batch.num_rows == 32
 
 
+def test_it_is_idle_once_nothing_waits_and_nothing_runs_on_a_device_that_works():
+    scheduler, queue = scheduler_of(ALIKE, ALIKE)
+    assert scheduler.is_idle
+    ask(scheduler, queue, "a")
+    assert not scheduler.is_idle  # waits
+    turn = scheduler.next_turn(0, 0.0)
+    assert not scheduler.is_idle  # runs
+    scheduler.set_healthy(0, False)  # it hangs, and may for ever
+    assert scheduler.is_idle
+    scheduler.set_healthy(0, True)
+    scheduler.finished(turn, 1.0)
+    assert scheduler.is_idle
+
+
 def test_of_devices_that_differ_the_one_that_finishes_soonest_gets_a_request():
     scheduler, queue = scheduler_of(FAST, SLOW)
     assert not scheduler.is_uniform
