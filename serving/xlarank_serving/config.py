@@ -72,7 +72,7 @@ class ServerConfig:
                 raise ConfigError(f"server: {name} must be in [0, {_MAX_PORT}]; was {port}")
         _check_range(self, "server", "num_threads", 1)
         _check_range(self, "server", "stream_idle_seconds", 0)
-        _check_range(self, "server", "grace_seconds", 0)
+        _check_range(self, "server", "grace_seconds", 0, _MAX_SECONDS)
 
     @property
     def ports(self) -> list[tuple[str, str, int]]:

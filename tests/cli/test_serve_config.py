@@ -215,6 +215,19 @@ def test_a_server_with_one_port_for_two_services_does_not_start(repository, caps
     assert text in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--grace", "1e10"), "server: grace_seconds must be <= 2000000.0; was 10000000000.0"),
+        (("--watch-seconds", "1e10"), "versions: watch_seconds must be <= 1e+08; was 10000000000.0"),
+        (("--drain-seconds", "1e10"), "versions: drain_seconds must be <= 1e+08; was 10000000000.0"),
+    ],
+)
+def test_nobody_waits_for_longer_than_threads_can(check, repository, words, problem):
+    status, _, problems = check(str(repository), *FREE, *words)
+    assert (status, problems) == (1, [problem])
+
+
 def test_a_server_s_threads_wait_less_for_the_interpreter_and_the_setting_is_put_back(monkeypatch):
     """A request waits for it several times, at most for so long behind a thread that loads a version."""
     seen = []

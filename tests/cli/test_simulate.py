@@ -40,7 +40,8 @@ def write(path, text):
 def test_a_trace_is_run_by_hand(run, tmp_path):
     trace = write(
         tmp_path / "trace.csv",
-        "seconds,candidates,priority,timeout_ms,user\n1.0,100,,,ann\n1.001,120,3,,\n1.002,8,1,,\n1.003,8,2,5,\n",
+        # As a spreadsheet writes it, with a mark in front.
+        "\ufeffseconds,candidates,priority,timeout_ms,user\n1.0,100,,,ann\n1.001,120,3,,\n1.002,8,1,,\n1.003,8,2,5,\n",
     )
     facts, _, _ = run("--trace", trace, "--json", "--slo-ms", "15")
     # 100 rows until 1.010; the eight of level 1 go first, with them in one run of 128 nothing else fits.

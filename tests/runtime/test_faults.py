@@ -330,6 +330,9 @@ def test_closing_leaves_a_device_that_hangs_behind(repository):
     future = engine.submit(requests_of(1)[0])
     with pytest.raises(ExecutionError, match=r"model 'shop': a batch took more than 0\.5 s"):
         future.result(60)
+    is_idle = []
+    with pool.idle.told(is_idle.append):
+        assert is_idle == [True]  # nothing is served: who keeps out of the way of requests needn't
     engine.close()
     pool.close()
     hang.go_on.set()

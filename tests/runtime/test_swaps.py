@@ -341,6 +341,47 @@ def test_the_helper_process_stands_still_while_requests_run(publish, opened, sta
     assert ask(repository, 3) == 2
 
 
+def test_a_rollback_does_not_wait_for_a_version_that_is_being_compiled(publish, opened, started):
+    """And leaves the version that answered when it was asked."""
+    publish(1, rows=[4])
+    publish(2, rows=[4])
+    repository = opened()
+    assert ask(repository, 3) == 2
+    publish(3, rows=[16])
+    polling = threading.Thread(target=repository.poll)
+    polling.start()
+    process = started.get(timeout=60)
+    process.send_signal(signal.SIGSTOP)  # it would take for ever
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    repository._loader.interrupt("another model")
+    assert process.poll() is None
+    assert repository.rollback("linear") == 1
+    polling.join(60)
+    assert process.returncode == -signal.SIGKILL
+    assert ask(repository, 3) == 1
+    repository.poll()
+    assert ask(repository, 3) == 1
+
+
+def test_a_rollback_is_of_the_version_that_answered_when_it_was_asked(publish, opened):
+    publish(1)
+    publish(2)
+    repository = opened()
+    model, change = repository._models["linear"], repository._change
+
+    def change_after_a_swap(work):
+        publish(3)
+        repository._change = change
+        repository.poll()
+        assert ask(repository, 3) == 3
+        return change(work)
+
+    repository._change = change_after_a_swap
+    assert repository.rollback("linear") == 1
+    assert sorted(model.routes.versions) == [1]
+    assert ask(repository, 3) == 1
+
+
 def test_beside_an_accelerator_the_helper_process_does_not_wait_for_requests(opened, publish, monkeypatch):
     publish(1)
     repository = opened()
@@ -379,24 +420,37 @@ def test_a_repository_that_closes_ends_the_helper_process(linear_version, cold_c
 
 
 SERVER = """
-import subprocess, sys
+import os, subprocess, sys, threading
 from pathlib import Path
 from xlarank.runtime.compile_helper import CompileHelper
+from xlarank.runtime.yielding import IdleSignal
 
 class Told(subprocess.Popen):
     def __init__(self, *words, **options):
         super().__init__(*words, **options)
+        threading.Thread(target=self.tell, daemon=True).start()
+
+    def tell(self):
+        if idle is not None:
+            os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
         print(self.pid, flush=True)
 
+idle = None
+if sys.argv[3] == "stopped":
+    idle = IdleSignal()
+    idle.update(False)
 subprocess.Popen = Told
-helper = CompileHelper(num_devices=1, use_bundle_code=False, compile_cache=Path(sys.argv[2]))
+helper = CompileHelper(num_devices=1, use_bundle_code=False, compile_cache=Path(sys.argv[2]), idle=idle)
 helper.compile(Path(sys.argv[1]))
 """
 
 
-def test_a_helper_whose_server_is_killed_ends_and_compiles_nothing(linear_version, tmp_path):
-    command = [sys.executable, "-c", SERVER, str(linear_version), str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as server:
+@pytest.mark.parametrize("state", ["running", "stopped"])
+def test_a_helper_whose_server_is_killed_ends_and_compiles_nothing(state, linear_version, tmp_path):
+    """Also before it has imported anything; as a supervisor starts a server, whose session ends with it."""
+    command = [sys.executable, "-c", SERVER, str(linear_version), str(tmp_path), state]
+    options = {"stdout": subprocess.PIPE, "text": True, "env": environment(), "start_new_session": True}
+    with subprocess.Popen(command, **options) as server:
         ended = os.pidfd_open(int(server.stdout.readline()))
         server.kill()
     try:
@@ -452,13 +506,15 @@ def test_runs_that_prove_a_version_come_between_turns_and_take_a_small_share_of_
 
 
 def test_work_of_the_host_comes_in_pieces_with_rests_in_between():
-    pauses, times = [], iter([0.0, 0.04, 1.0, 1.0])
+    pauses, times = [], iter([0.0, 0.04, 1.0, 1.0, 2.0, 60.0])
     pool = DevicePool(1)
     paced = PacedRuns(pool, share=0.1, wait=pauses.append, clock=lambda: next(times))
     assert paced.beside(threading.current_thread) is threading.current_thread()
     assert pauses == [pytest.approx(0.16)]  # a fifth of 0.2 s
     paced.beside(lambda: None)  # code that is there already
     assert pauses[1] == 0
+    paced.beside(lambda: None)
+    assert pauses[2] == 1  # what has queued up is answered by then
     pool.close()
 
 

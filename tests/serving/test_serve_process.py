@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import grpc
 import linear
@@ -220,6 +223,43 @@ def test_a_stop_that_hangs_ends_all_the_same_and_says_where(folder):
     assert process.returncode == 1
     assert "Timeout (0:00:00.2" in err
     assert "in <lambda>" in err.partition("most recent call first")[2]
+
+
+def child_of(process):
+    """Process id of a server's only child, once it has one."""
+    while True:
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # has just ended
+                if int(stat.read_text().rpartition(")")[2].split()[1]) == process.pid:
+                    return int(stat.parent.name)
+
+
+def test_a_stop_waits_for_no_version_that_an_administrator_loads(folder):
+    first, models = folder / "models" / "linear" / "1", folder / "loading"
+    linear.publish(first, models, 1, rows=[4])
+    options = ("--compile-cache", str(folder / "cold"), "--no-bundle-code", "--admin-port", "0")
+    with served_by(str(models), *options) as process, contextlib.ExitStack() as stack:
+        ready = json.loads(process.stdout.readline())
+        linear.publish(first, models, 2, rows=[16])
+        admin = stack.enter_context(triton.InferenceServerClient(ready["admin"]))
+        told = []
+
+        def load():
+            try:
+                admin.load_model("linear")
+            except triton.InferenceServerException as error:
+                told.append((error.status(), error.message()))
+
+        loading = threading.Thread(target=load)
+        loading.start()
+        helper = child_of(process)
+        os.kill(helper, signal.SIGSTOP)  # what it compiles takes longer than anybody would wait
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        loading.join(60)
+    assert process.returncode == 0, err
+    assert [status for status, _ in told] == ["StatusCode.UNAVAILABLE"]
+    assert not Path(f"/proc/{helper}").exists()
 
 
 VERSIONS = """

@@ -108,7 +108,8 @@ def running_server(
             repository.close()
             raise
         metrics.register(server.refusals)
-        with server, contextlib.ExitStack() as stack:
+        # The administrative port ends last: a load that it has under way ends when the repository closes.
+        with contextlib.ExitStack() as stack, server:
             admin = None
             models = [f"{name}/{version}" for name, version, _ in repository.models()]
             ready = {"grpc": server.address, "http": server.http_address, "models": models}

@@ -64,7 +64,10 @@ def add_parser(subparsers: Any) -> None:
     traffic = parser.add_mutually_exclusive_group(required=True)
     traffic.add_argument("--rate", type=float, metavar="R", help="Poisson arrivals, requests a second")
     traffic.add_argument(
-        "--load", type=float, metavar="SHARE", help="Poisson arrivals, share of the capacity"
+        "--load",
+        type=float,
+        metavar="SHARE",
+        help="Poisson arrivals, share of the rate of requests one at a time (or of --capacity)",
     )
     traffic.add_argument("--trace", type=Path, metavar="FILE", help="arrivals of a CSV file")
     sizes = parser.add_mutually_exclusive_group()
@@ -318,7 +321,7 @@ def _read_trace(path: Path) -> list[Arrival]:
     """Arrivals of a CSV file, by time."""
     arrivals = []
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark
             reader = csv.DictReader(file)
             names = reader.fieldnames or []
             unknown = [name for name in names if name not in _COLUMNS]

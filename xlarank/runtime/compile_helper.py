@@ -21,13 +21,23 @@ _MAX_REASON = 2000
 """Bytes of what the process said last."""
 
 _START = """
+import ctypes
 import os
 import runpy
+import signal
+import sys
 
 os.nice(19)
+parent = int(sys.argv.pop(1))
+ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+if os.getppid() != parent:
+    raise SystemExit(1)
+os.write(1, b".")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 runpy.run_module("xlarank.runtime.warming", run_name="__main__", alter_sys=True)
 """
-"""Importing JAX takes seconds of CPU: that must be of the lowest priority, too."""
+"""What comes before JAX's import, which takes seconds of CPU: the lowest priority, and a way to end. Once it
+has written a byte nothing is left of it when this process is killed, also if it is stopped."""
 
 
 class CompileHelper:
@@ -56,8 +66,11 @@ class CompileHelper:
         self._options += [] if compile_cache is None else ["--compile-cache", str(compile_cache.absolute())]
         self._idle = idle
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None  # guarded by _lock
-        self._is_closed = False  # guarded by _lock; moves one way
+        # All below guarded by _lock.
+        self._process: subprocess.Popen[bytes] | None = None
+        self._path = Path()  # of the version that it compiles
+        self._is_interrupted = False
+        self._is_closed = False  # moves one way
 
     def compile(self, path: Path, environment: Mapping[str, str] | None = None) -> float:
         """Fills the compilation cache for a bundle; returns the seconds that it took.
@@ -68,10 +81,10 @@ class CompileHelper:
 
         Raises:
           ModelError: if the process fails; with the end of what it said.
-          UnavailableError: if `close` ended it.
+          UnavailableError: if `close` or `interrupt` ended it.
         """
         start = time.monotonic()
-        command = [sys.executable, "-c", _START, "--parent", str(os.getpid())]
+        command = [sys.executable, "-c", _START, str(os.getpid())]
         command += [*self._options, str(path.absolute())]
         # A GPU's memory is the server's: this one takes what compiling needs, when it needs it.
         variables = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **(environment or {})}
@@ -79,11 +92,12 @@ class CompileHelper:
             with self._lock:
                 if self._is_closed:
                     raise UnavailableError(f"{path}: not compiled: the server is stopping")
+                self._path, self._is_interrupted = path, False
                 process = self._process = subprocess.Popen(
                     command,
                     env=variables,
                     stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
                     stderr=said,
                 )
             status = self._wait(process)
@@ -91,6 +105,8 @@ class CompileHelper:
                 self._process = None
                 if self._is_closed:
                     raise UnavailableError(f"{path}: not compiled: the server is stopping")
+                if self._is_interrupted and status:
+                    raise UnavailableError(f"{path}: not compiled: a rollback or an unload came first")
             if status:
                 said.seek(max(0, said.seek(0, os.SEEK_END) - _MAX_REASON))
                 reason = said.read().decode(errors="replace").strip()
@@ -98,11 +114,21 @@ class CompileHelper:
         return time.monotonic() - start
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        assert process.stdout is not None
+        with process.stdout as started:
+            started.read(1)
         if self._idle is None:
             return process.wait()
         yielding = YieldingProcess(process)
         with self._idle.told(yielding.on_idle):
             return yielding.wait()
+
+    def interrupt(self, model: str) -> None:
+        """Ends the process, if it compiles a version of a model: what is asked now goes before it."""
+        with self._lock:
+            if self._process is not None and self._path.parent.name == model:
+                self._is_interrupted = True
+                self._process.kill()
 
     def close(self) -> None:
         """Ends the process, if one runs, and starts no more."""

@@ -309,13 +309,21 @@ class ModelRepository:
           ModelNotFoundError: if there is no such model.
         """
         model = self._known(name)
+        self._loader.interrupt(name)
         for thread in self._change(model.unload):
             thread.join()
 
     def rollback(self, name: str, version: int | None = None) -> int:
-        """Goes back to an older version; see `ModelVersions.roll_back`."""
+        """Goes back to an older version than the one that answers now; see `ModelVersions.roll_back`.
+
+        One that is being compiled isn't waited for.
+        """
         model = self._known(name)
-        return self._change(lambda: model.roll_back(list_versions(self._root).get(name, ()), version))
+        below = max(model.routes.versions, default=None)
+        self._loader.interrupt(name)
+        return self._change(
+            lambda: model.roll_back(list_versions(self._root).get(name, ()), version, below=below)
+        )
 
     def set_policy(self, policy: ModelPolicy) -> None:
         """Serves by another policy from now on: the way to pin a version, to go back, to move a label.

@@ -161,7 +161,9 @@ class ModelVersions:
         self._put_routes({})
         return self._retire(list(self._loaded))
 
-    def roll_back(self, on_disk: Sequence[int], version: int | None = None) -> int:
+    def roll_back(
+        self, on_disk: Sequence[int], version: int | None = None, *, below: int | None = None
+    ) -> int:
         """Serves an older version; newer ones that are there now are left alone until their folder changes.
 
         This holds for as long as the process runs: to make it last, remove the newer folders or set the
@@ -169,7 +171,8 @@ class ModelVersions:
 
         Args:
           on_disk: versions in the folder, ascending.
-          version: to go back to; the next older one than the newest that answers by default.
+          version: to go back to; the next older one than `below` by default.
+          below: the version to leave; the newest that answers by default.
 
         Returns:
           The version.
@@ -185,7 +188,7 @@ class ModelVersions:
                 f"versions: name another one"
             )
         self._look(on_disk)
-        newest = max(self.routes.versions, default=None)
+        newest = max(self.routes.versions, default=None) if below is None else below
         if newest is None:
             raise ModelNotFoundError(f"Request for unknown model: '{self.model}' has no available versions")
         there = set(on_disk) | set(self._loaded)

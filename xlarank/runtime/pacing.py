@@ -21,6 +21,9 @@ Result = TypeVar("Result")
 _HOST_SHARE = 0.2
 """Of the time, for work that needs the interpreter, as everything that answers requests does."""
 
+_MAX_HOST_REST_SECONDS = 1.0
+"""What has queued up is answered within that."""
+
 _LOOK_SECONDS = 1.0
 """How often one who waits for a device looks whether that still has a point."""
 
@@ -58,11 +61,13 @@ class PacedRuns:
         return self._pool.statuses()[device_index].state is DeviceState.HEALTHY
 
     def beside(self, work: Callable[[], Result], /) -> Result:
-        """Does a piece of the host's work here, then waits until it was a fifth of the time, so that what has
-        queued up meanwhile is answered before the next piece; a `device.Pace`."""
+        """Does a piece of the host's work here, then waits until that was a fifth of the time.
+
+        At most a second. What has queued up meanwhile is answered before the next piece. A `device.Pace`.
+        """
         start = self._clock()
         result = work()
-        self._rest(self._clock() - start, _HOST_SHARE)
+        self._wait(min(_rest(self._clock() - start, _HOST_SHARE), _MAX_HOST_REST_SECONDS))
         return result
 
     def on(self, device_index: int) -> device.Pace:
@@ -88,8 +93,10 @@ class PacedRuns:
             if self._wait(0.0):
                 raise UnavailableError("the server is stopping")
         result, seconds = done.result()
-        self._rest(seconds, self._share)
+        self._wait(_rest(seconds, self._share))
         return result
 
-    def _rest(self, seconds: float, share: float) -> None:
-        self._wait(seconds * (1 / share - 1))
+
+def _rest(seconds: float, share: float) -> float:
+    """Seconds after which work was that share of the time."""
+    return seconds * (1 / share - 1)

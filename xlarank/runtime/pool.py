@@ -73,7 +73,6 @@ class DevicePool:
     Devices that fail are taken out of service as `DeviceHealth` says.
 
     Attributes:
-      num_devices: of it.
       idle: whether no request waits or runs.
     """
 
@@ -176,7 +175,6 @@ class DevicePool:
             except tuple(_REFUSAL_OF) as error:
                 self._refusals[queue][_REFUSAL_OF[type(error)]] += 1
                 raise
-            self.idle.update(False)
             if self._scheduler.is_uniform:
                 self._work.notify()  # whichever it is may take it; one that may not would lose the call
             self._on_change()
@@ -217,12 +215,14 @@ class DevicePool:
             queue.batcher.drop(item)
             if is_late and queue in self._refusals:
                 self._refusals[queue]["late"] += 1
+            self._set_timer()
 
     def cancel(self, queue: ModelQueue, item: Any) -> None:
         """As `drop`, for a caller that has gone; counted if it was queued."""
         with self._lock:
             if queue.batcher.drop(item) and queue in self._refusals:
                 self._refusals[queue]["canceled"] += 1
+            self._set_timer()
 
     def snapshot(self) -> PoolSnapshot:
         """For metrics."""
@@ -266,7 +266,6 @@ class DevicePool:
             return self._health.is_away(device_index)
 
     # Device threads
-
     def _serve(self, index: int) -> None:
         while (task := self._take(index)) is not None:
             task()
@@ -288,7 +287,6 @@ class DevicePool:
                     return task
                 if self._is_closed and not self._has_more():
                     return None
-                self.idle.update(self._scheduler.is_idle)
                 self._work.wait()
 
     def _has_more(self) -> bool:
@@ -525,7 +523,6 @@ class DevicePool:
         self._was_uniform = is_uniform
 
     # The timer's thread
-
     def _wake_at(self) -> float:
         starts = [turn.started_at for turn in self._scheduler.turns()]
         starts += [since for index, since in enumerate(self._asides) if not self._health.is_away(index)]
@@ -533,6 +530,7 @@ class DevicePool:
         return min(self._scheduler.wake_at(), self._health.wake_at(), hang_at)
 
     def _set_timer(self) -> None:
+        self.idle.update(self._scheduler.is_idle)
         if self._wake_at() < self._timer_at:
             self._timer.notify()
 
@@ -562,6 +560,7 @@ class DevicePool:
                 self._on_stuck(index)
 
     def _wait(self, now: float) -> None:
+        self.idle.update(self._scheduler.is_idle)
         wake_at = self._wake_at()
         seconds = wake_at - now
         if seconds <= 0:  # a deferral has ended, or a probe is due: devices see to it

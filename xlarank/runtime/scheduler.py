@@ -174,9 +174,7 @@ class Scheduler(Generic[Item]):
     @property
     def is_idle(self) -> bool:
         """Whether nothing is queued, and nothing runs on a device that works."""
-        return not self.num_queued_requests and not any(
-            device.is_healthy and device.turn is not None for device in self._devices
-        )
+        return not self.num_queued_requests and not self.turns()
 
     @property
     def num_healthy(self) -> int:

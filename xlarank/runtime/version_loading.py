@@ -175,6 +175,10 @@ class VersionLoader:
         """Lets go of a version that has ended."""
         self._metrics.remove(model, version)
 
+    def interrupt(self, model: str) -> None:
+        """Ends the compiling of a version of a model, if one is at it; its `load` raises UnavailableError."""
+        self._helper.interrupt(model)
+
     def close(self) -> None:
         """Ends what `load` waits for."""
         self._helper.close()

@@ -1,20 +1,17 @@
 """The process that compiles for one that serves (`CompileHelper` starts it, at the lowest priority):
 
-    python -m xlarank.runtime.warming --parent 123 --compile-cache FOLDER --platform cpu,devices=2 BUNDLE ...
+    python -m xlarank.runtime.warming --compile-cache FOLDER --platform cpu,devices=2 BUNDLE ...
 
 compiles every program of the bundles for every device into the compilation cache and reads no table. The
-server that started it then finds all of them there. It ends when the one that started it does.
+server that started it then finds all of them there.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import logging
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -36,9 +33,6 @@ if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers d
 
 __all__ = ["compile_into_cache", "main"]
 
-_log = logging.getLogger(__name__)
-
-_PR_SET_PDEATHSIG = 1
 _PRIVATE = ".warming-"
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -104,19 +98,10 @@ def _remove_abandoned(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _ends_with(parent: int) -> bool:
-    """Has the kernel kill this process when `parent` has ended; False if it has already."""
-    library = ctypes.CDLL(None, use_errno=True)
-    if library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-        _log.info("this process may outlive the one that waits for it: %s", os.strerror(ctypes.get_errno()))
-    return os.getppid() == parent
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The helper process; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m xlarank.runtime.warming", description=__doc__)
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE", help="folder of a version")
-    parser.add_argument("--parent", type=int, required=True, help="process that waits for this one")
     parser.add_argument("--compile-cache", type=Path, help="where compiled code goes")
     parser.add_argument("--devices", type=int, help="compile for so many of the default platform (all)")
     parser.add_argument(
@@ -129,8 +114,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-bundle-code", action="store_true", help="compile programs/ whatever there is")
     args = parser.parse_args(arguments)
     # On all cores: XLA:CPU compiles for as many as it may run on, and the server runs on all of its own.
-    if not _ends_with(args.parent):
-        return 1
     try:
         device.configure(num_devices=args.devices, platforms=args.platform, compile_cache=args.compile_cache)
         devices = device.devices(args.devices, args.platform)
