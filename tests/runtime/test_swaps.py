@@ -363,6 +363,21 @@ def test_a_rollback_does_not_wait_for_a_version_that_is_being_compiled(publish, 
     assert ask(repository, 3) == 1
 
 
+def test_an_unload_does_not_wait_for_a_version_that_is_being_compiled(publish, opened, started):
+    publish(1, rows=[4])
+    repository = opened()
+    publish(2, rows=[16])
+    polling = threading.Thread(target=repository.poll)
+    polling.start()
+    process = started.get(timeout=60)
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    repository.unload("linear")
+    polling.join(60)
+    assert process.returncode == -signal.SIGKILL
+    assert not repository.models()
+
+
 def test_a_rollback_is_of_the_version_that_answered_when_it_was_asked(publish, opened):
     publish(1)
     publish(2)

@@ -215,14 +215,14 @@ class DevicePool:
             queue.batcher.drop(item)
             if is_late and queue in self._refusals:
                 self._refusals[queue]["late"] += 1
-            self._set_timer()
+            self.idle.update(self._scheduler.is_idle)
 
     def cancel(self, queue: ModelQueue, item: Any) -> None:
         """As `drop`, for a caller that has gone; counted if it was queued."""
         with self._lock:
             if queue.batcher.drop(item) and queue in self._refusals:
                 self._refusals[queue]["canceled"] += 1
-            self._set_timer()
+            self.idle.update(self._scheduler.is_idle)
 
     def snapshot(self) -> PoolSnapshot:
         """For metrics."""
