@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,9 @@ class UnreadAnswers:
         # hold, by the call if it is unary; and what they hold together.
         self._held: dict[Any, tuple[grpc.ServicerContext, int]] = {}
         self._num_bytes = 0
+        # Guarded by _lock: those cancelled. gRPC tells of that some time later, and what they answer until
+        # then must push nobody out.
+        self._cancelled: weakref.WeakSet[grpc.ServicerContext] = weakref.WeakSet()
 
     @property
     def num_bytes(self) -> int:
@@ -70,7 +74,7 @@ class UnreadAnswers:
         return answer
 
     def hold(self, answer: Any, context: grpc.ServicerContext, size: int) -> None:
-        """Counts an answer until `release`.
+        """Counts an answer until `release`; one of a call that was cancelled isn't counted.
 
         Args:
           answer: any name of it, hashable.
@@ -80,12 +84,15 @@ class UnreadAnswers:
         size += _CALL_BYTES
         dropped: dict[grpc.ServicerContext, None] = {}
         with self._lock:
+            if context in self._cancelled:
+                return
             self._held[answer] = context, size
             self._num_bytes += size
             while self._num_bytes > self._max_bytes and len(self._held) > 1:
                 oldest = next(iter(self._held))
                 dropped[self._held[oldest][0]] = None
                 self._forget(oldest)
+            self._cancelled.update(dropped)
         for each in dropped:
             each.cancel()
         if dropped:
