@@ -70,3 +70,32 @@ def test_what_can_not_be_replayed_is_told(run, kept, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(file.read_bytes())
     (tmp_path / "a.json").write_text("{")
     assert "expected the facts of a kept request" in run(tmp_path, "--bundle", kept / "shop")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.safetensors", b"cut off", "a.safetensors"),
+        ("a.json", b"{", "expected the facts of a kept request"),
+        ("a.json", b"[]", "expected the facts of a kept request: expected an object, got list"),
+    ],
+)
+def test_a_damaged_file_is_told_beside_the_others(run, kept, tmp_path, name, content, message):
+    (file,) = (kept / "captures").glob("*-slow-*.safetensors")
+    for stem in ("a", "b"):
+        (tmp_path / f"{stem}.safetensors").write_bytes(file.read_bytes())
+    (tmp_path / name).write_bytes(content)
+    status, out, _ = run(tmp_path, "--bundle", kept / "shop")
+    assert status == 0
+    assert "unreadable: " in out
+    assert "the same scores within" in out
+    damaged, whole = json.loads(run(tmp_path, "--bundle", kept / "shop", "--json")[1])["requests"]
+    assert message in damaged["error"]
+    assert damaged["candidates"] is damaged["ms"] is None
+    assert whole["error"] is None
+
+
+def test_a_file_of_several_requests_is_no_kept_one(run, kept):
+    (golden,) = (kept / "shop").glob("*/golden.safetensors")
+    _, _, err = run(golden, "--bundle", kept / "shop")
+    assert "golden.safetensors: expected one kept request, got" in err

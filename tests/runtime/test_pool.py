@@ -187,6 +187,70 @@ def test_what_is_found_late_when_a_device_frees_is_told_too():
     assert (work.items, work.late) == (["runs"], ["late"])
 
 
+class Turnstile:
+    """Lets one batch run at a time; to be called when it begins."""
+
+    def __init__(self):
+        self.begun, self.lets = threading.Semaphore(0), threading.Semaphore(0)
+
+    def __call__(self):
+        self.begun.release()
+        assert self.lets.acquire(timeout=60)
+
+
+class Listener:
+    """Notes what a pool tells of its idleness."""
+
+    def __init__(self):
+        self.told, self.idle = [], threading.Semaphore(0)
+
+    def __call__(self, is_idle):
+        self.told.append(is_idle)
+        if is_idle:
+            self.idle.release()
+
+
+def test_a_pool_is_idle_when_nothing_waits_or_runs_on_any_device():
+    turnstile, listener = Turnstile(), Listener()
+    work, pool = Work(turnstile), DevicePool(2)
+    queue = attach(pool, work)
+    with pool.idle.told(listener):
+        assert listener.idle.acquire(timeout=60)
+        for number in range(3):  # two run, one waits
+            submit(pool, queue, number)
+        for _ in range(2):
+            assert turnstile.begun.acquire(timeout=60)
+        turnstile.lets.release(2)
+        assert turnstile.begun.acquire(timeout=60)
+        assert listener.told == [True, False]
+        turnstile.lets.release()
+        assert listener.idle.acquire(timeout=60)
+        submit(pool, queue, 3)
+        turnstile.lets.release()
+        assert listener.idle.acquire(timeout=60)
+    assert listener.told == [True, False, True, False, True]
+    submit(pool, queue, 4)
+    turnstile.lets.release()
+    pool.close()
+    assert len(listener.told) == 5
+
+
+@pytest.mark.parametrize("forget", [DevicePool.drop, DevicePool.cancel])
+def test_a_pool_is_idle_at_once_when_what_waited_is_forgotten(forget):
+    work, pool, listener, errand = Work(), DevicePool(1), Listener(), Turnstile()
+    queue = attach(pool, work)
+    pool.run_between(0, errand)  # not a request, but the only device is at it
+    assert errand.begun.acquire(timeout=60)
+    with pool.idle.told(listener):
+        submit(pool, queue, "waits")
+        assert listener.told == [True, False]
+        forget(pool, queue, "waits")
+        assert listener.told == [True, False, True]
+    errand.lets.release()
+    pool.close()
+    assert work.items == []
+
+
 def test_a_dropped_request_is_not_run():
     gate = threading.Event()
     work = Work(on_run=lambda: gate.wait(30))

@@ -4,18 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from types import SimpleNamespace
 
 import pytest
 
-from xlarank.runtime.bucket_plan import BucketPlan
-from xlarank.runtime.pool import DevicePool
 from xlarank.runtime.yielding import IdleSignal, YieldingProcess
-from xlarank.spec import Bucket, BucketLadder, LatencyProfile, RequestOptions
-from xlarank.spec.serving import QueueConfig
-
-ONE_ROW = BucketPlan(BucketLadder((Bucket(1, 1),)), LatencyProfile({Bucket(1, 1): 1e-3}))
 
 
 @pytest.fixture
@@ -122,49 +114,3 @@ def test_requests_that_come_in_its_share_stop_it_at_the_end_of_it_alone():
     process.now = 4.0
     yielding._begin_period()
     assert process.events[2:] == [(4, "SIGSTOP")]
-
-
-class Work:
-    """Runs when it is let."""
-
-    def __init__(self):
-        self.lets, self.runs = threading.Semaphore(0), threading.Semaphore(0)
-
-    def run(self, batch, device_index):
-        self.runs.release()
-        assert self.lets.acquire(timeout=60)
-        return SimpleNamespace(is_whole=True)
-
-    def answer(self, result):
-        pass
-
-
-def test_a_pool_is_idle_when_nothing_waits_or_runs_on_any_device():
-    work, pool, told = Work(), DevicePool(2), []
-    idle = threading.Semaphore(0)
-
-    def listen(is_idle):
-        told.append(is_idle)
-        if is_idle:
-            idle.release()
-
-    queue = pool.attach(work, "feed", [ONE_ROW] * 2, QueueConfig())
-    with pool.idle.told(listen):
-        assert idle.acquire(timeout=60)
-        for item in range(3):  # two run, one waits
-            pool.submit(queue, item, 1, RequestOptions())
-        for _ in range(2):
-            assert work.runs.acquire(timeout=60)
-        work.lets.release(2)
-        assert work.runs.acquire(timeout=60)
-        assert told == [True, False]
-        work.lets.release()
-        assert idle.acquire(timeout=60)
-        pool.submit(queue, 3, 1, RequestOptions())
-        work.lets.release()
-        assert idle.acquire(timeout=60)
-    assert told == [True, False, True, False, True]
-    pool.submit(queue, 4, 1, RequestOptions())
-    work.lets.release()
-    pool.close()
-    assert len(told) == 5

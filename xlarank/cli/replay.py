@@ -15,7 +15,7 @@ from rich.table import Table
 
 from xlarank.cli.console import output_console
 from xlarank.cli.table_memory import add_table_memory, table_progress
-from xlarank.errors import ConfigError, XlarankError
+from xlarank.errors import BundleError, ConfigError, XlarankError
 from xlarank.spec.wording import counted
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
       ConfigError: if there is no kept request, or numbers make no sense.
-      BundleError: for a bundle or a file that can't be read.
+      BundleError: for a bundle that can't be read, or if no kept request can.
     """
     from xlarank.bundle import resolve_bundle
     from xlarank.runtime import Engine
@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ) as engine,
     ):
         replayed = [_replay(engine, file, args.repeats) for file in files]
+        if all(entry["candidates"] is None for entry in replayed):
+            raise BundleError(replayed[0]["error"])
         facts = {
             "bundle": str(path),
             "model": engine.spec.name,
@@ -101,8 +103,17 @@ def _replay(engine: Engine, file: Path, repeats: int) -> dict[str, Any]:
 
     from xlarank.bundle import read_requests
 
-    (request,), values = read_requests(file, engine.spec)
-    facts = {"file": str(file), "candidates": request.num_candidates, **_then(file)}
+    facts = {"file": str(file), "candidates": None, "error": None, "ms": None, "max_difference": None}
+    facts |= {"reason": None, "then": None, "version": None}
+    try:
+        requests, values = read_requests(file, engine.spec)
+        if len(requests) != 1:
+            raise BundleError(f"{file}: expected one kept request, got {len(requests)}")
+        facts |= _then(file)
+    except XlarankError as error:
+        return facts | {"error": str(error)}
+    (request,) = requests
+    facts["candidates"] = request.num_candidates
     milliseconds = []
     try:
         for _ in range(repeats):
@@ -110,11 +121,10 @@ def _replay(engine: Engine, file: Path, repeats: int) -> dict[str, Any]:
             scores = engine.score(request)
             milliseconds.append(1e3 * (time.perf_counter() - start))
     except XlarankError as error:
-        return facts | {"error": str(error), "ms": None, "max_difference": None}
+        return facts | {"error": str(error)}
     then = values.get("scores", {})
     differences = [float(np.abs(scores[task] - then[task]).max(initial=0.0)) for task in then]
     return facts | {
-        "error": None,
         "ms": statistics.median(milliseconds),
         "max_difference": max(differences, default=None),
     }
@@ -125,10 +135,12 @@ def _then(file: Path) -> dict[str, Any]:
     beside = file.with_suffix(".json")
     try:
         facts = json.loads(beside.read_text())
+        if not isinstance(facts, dict):
+            raise ValueError(f"expected an object, got {type(facts).__name__}")
     except FileNotFoundError:
-        return {"reason": None, "then": None, "version": None}
+        return {}
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{beside}: expected the facts of a kept request: {error}") from error
+        raise BundleError(f"{beside}: expected the facts of a kept request: {error}") from error
     return {"reason": facts.get("reason"), "then": facts.get("detail"), "version": facts.get("version")}
 
 
@@ -145,15 +157,14 @@ def _show(facts: Mapping[str, Any], console: Console) -> None:
     for name, justify in (("request", "left"), ("candidates", "right"), ("now", "left"), ("then", "left")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for entry in replayed:
-        table.add_row(
-            Path(entry["file"]).stem, str(entry["candidates"]), _now(entry), entry["then"] or "unknown"
-        )
+        candidates = "" if entry["candidates"] is None else str(entry["candidates"])
+        table.add_row(Path(entry["file"]).stem, candidates, _now(entry), entry["then"] or "unknown")
     console.print(table, markup=False)
 
 
 def _now(entry: Mapping[str, Any]) -> str:
     if entry["error"] is not None:
-        return f"fails: {entry['error']}"
+        return f"{'fails' if entry['candidates'] is not None else 'unreadable'}: {entry['error']}"
     text = f"{entry['ms']:.3f} ms"
     difference = entry["max_difference"]
     if difference is None:

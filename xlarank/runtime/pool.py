@@ -178,7 +178,7 @@ class DevicePool:
             if self._scheduler.is_uniform:
                 self._work.notify()  # whichever it is may take it; one that may not would lose the call
             self._on_change()
-            self._set_timer()
+            self._tell_change()
 
     def overload(self, num_arriving: int) -> OverloadError | None:
         """What a request is to be refused with before it is read, for there is no room for it; None if there
@@ -281,7 +281,7 @@ class DevicePool:
                     workload = self._workloads[turn.queue]
                     task = lambda turn=turn, workload=workload: self._run(turn, workload)  # noqa: E731
                 task = task or self._step(index, now, is_idle=True)
-                self._set_timer()
+                self._tell_change()
                 if task is not None:
                     self._on_change()
                     return task
@@ -477,7 +477,7 @@ class DevicePool:
             _log.warning("device %d: still quarantined: %s", index, error)
             with self._lock:
                 self._health.probe_failed(index, str(error), self._clock())
-                self._set_timer()
+                self._tell_change()
             return
         _log.warning("device %d: works again", index)
         with self._lock:
@@ -505,7 +505,7 @@ class DevicePool:
                 for step in self._search.clear():
                     stranded.append((step.suspicion.workload, [part.item for part in step.parts]))
             self._work.notify_all()
-            self._set_timer()
+            self._tell_change()
         for workload, items in stranded:
             self._give_up(items, workload)
 
@@ -529,7 +529,8 @@ class DevicePool:
         hang_at = min(starts, default=math.inf) + self._health.config.watchdog_seconds
         return min(self._scheduler.wake_at(), self._health.wake_at(), hang_at)
 
-    def _set_timer(self) -> None:
+    def _tell_change(self) -> None:
+        """To the timer, and to who keeps out of requests' way."""
         self.idle.update(self._scheduler.is_idle)
         if self._wake_at() < self._timer_at:
             self._timer.notify()
