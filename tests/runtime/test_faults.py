@@ -1,5 +1,6 @@
 """Devices that fail, lie or hang, and requests that make any device fail, through real engines."""
 
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -62,7 +63,34 @@ def requests_of(count, rows=5, seed=0):
     return random_requests(shop.SPEC, count, num_candidates=rows, seed=seed)
 
 
-@pytest.mark.parametrize("fault", [broken, all_nan])
+def too_few_rows(bucket, leaves, scores):
+    return {task: values[:3] for task, values in scores.items()}
+
+
+def two_columns(bucket, leaves, scores):
+    return {task: np.stack([values, values], axis=1) for task, values in scores.items()}
+
+
+def other_tasks(bucket, leaves, scores):
+    return {f"other {task}": values for task, values in scores.items()}
+
+
+def no_tasks(bucket, leaves, scores):
+    return {}
+
+
+def doubles(bucket, leaves, scores):
+    return {task: values.astype(np.float64) for task, values in scores.items()}
+
+
+def nothing(bucket, leaves, scores):
+    return None
+
+
+MALFORMED = [too_few_rows, two_columns, other_tasks, no_tasks, doubles, nothing]
+
+
+@pytest.mark.parametrize("fault", [broken, all_nan, *MALFORMED])
 def test_a_batch_that_fails_on_one_device_is_answered_by_another_and_the_first_is_quarantined(serve, fault):
     engine, (first, _) = serve(2)
     requests = requests_of(20)
@@ -213,14 +241,32 @@ def test_requests_whose_deadline_passes_while_the_fault_is_looked_for_are_not_ru
     assert queue.refusals == dict.fromkeys(queue.refusals, 0) | {"late": 1}
 
 
-def test_a_lone_device_that_fails_its_golden_replay_is_quarantined_and_the_server_says_why(serve):
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (broken, "the device is broken"),
+        (
+            too_few_rows,
+            r"model 'shop', bucket 8x\d: expected \{'click': 'float32\[8\]', 'spend': 'float32\[8\]'\}, "
+            r"got \{'click': 'float32\[3\]', 'spend': 'float32\[3\]'\}",
+        ),
+        (two_columns, r"got \{'click': 'float32\[8, 2\]'"),
+        (other_tasks, r"got \{'other click': 'float32\[8\]'"),
+        (no_tasks, r"got \{\}"),
+        (doubles, r"got \{'click': 'float64\[8\]'"),
+        (nothing, "NoneType"),
+    ],
+)
+def test_a_lone_device_that_fails_its_golden_replay_is_quarantined_and_the_server_says_why(
+    serve, fault, reason
+):
     engine, (only,) = serve(1)
     requests = requests_of(3)
     expected = engine.score(requests[0])
-    only.fault = broken
-    with pytest.raises(UnavailableError, match=r"no device is healthy .*the device is broken"):
+    only.fault = fault
+    with pytest.raises(UnavailableError, match=rf"no device is healthy .*{reason}"):
         engine.score(requests[0])
-    assert "no device is healthy (0: the device is broken" in engine.fault
+    assert re.search(rf"no device is healthy \(0: .*{reason}", engine.fault)
     with pytest.raises(UnavailableError, match="model 'shop': no device is healthy"):
         engine.submit(requests[1])
     only.fault = None

@@ -187,6 +187,42 @@ def test_what_is_found_late_when_a_device_frees_is_told_too():
     assert (work.items, work.late) == (["runs"], ["late"])
 
 
+def test_a_batch_that_ran_but_can_not_be_answered_fails_and_its_device_goes_on(caplog):
+    work, pool = Work(), DevicePool(1)
+    queue = attach(pool, work)
+    answers = iter([ValueError("another shape"), None])
+
+    def answer(result):
+        if (error := next(answers)) is not None:
+            raise error
+        work.is_told.release()
+
+    work.answer = answer
+    submit(pool, queue, "first")
+    while not work.failed:
+        pass
+    submit(pool, queue, "second")
+    assert work.is_told.acquire(timeout=60)
+    assert work.failed == ["first"]
+    assert pool.statuses()[0].state is DeviceState.HEALTHY
+    pool.close()
+    assert "model feed: a batch has run, but can't be answered" in caplog.text
+
+
+def test_an_errand_that_raises_ends_no_thread(caplog):
+    work, pool = Work(), DevicePool(1)
+    queue = attach(pool, work)
+
+    def errand():
+        raise ValueError("not as it should be")
+
+    pool.run_between(0, errand)
+    submit(pool, queue, "request")
+    pool.close()
+    assert work.items == ["request"]
+    assert "device 0: what followed a batch, or stood between two, failed" in caplog.text
+
+
 class Turnstile:
     """Lets one batch run at a time; to be called when it begins."""
 

@@ -22,7 +22,7 @@ from xlarank.host import FeatureStore, Gatherer, TableMemory
 from xlarank.runtime.answer import Answer
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.captures import Captures
-from xlarank.runtime.execution import Execution, Executor
+from xlarank.runtime.execution import Execution, RunBatch
 from xlarank.runtime.loading import GoldenCheck, Loader, LoadReport, host_threads_of
 from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pending import Pending
@@ -403,12 +403,12 @@ class Engine:
 
 
 def _check_golden(
-    check: GoldenCheck, versions: TableVersions, executor: Executor, buffers: device.BatchBuffers
+    check: GoldenCheck, versions: TableVersions, run: RunBatch, buffers: device.BatchBuffers
 ) -> None:
     """For devices that are suspected while serving."""
     if any(state.version for state in versions.now().values()):
         # Golden scores are those of the tables as they were loaded; what can still be told is whether the
         # device runs and its scores are finite.
-        check(executor.run, buffers, where="golden replay on updated tables", is_any_score_right=True)
+        check(run, buffers, where="golden replay on updated tables", is_any_score_right=True)
     else:
-        check(executor.run, buffers, where="golden replay")
+        check(run, buffers, where="golden replay")

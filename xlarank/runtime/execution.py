@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -10,15 +11,21 @@ from typing import Protocol
 import numpy as np
 
 from xlarank import device
+from xlarank.errors import ExecutionError
 from xlarank.host import Gatherer, Segment
 from xlarank.runtime.batcher import Batch
 from xlarank.runtime.pending import Pending
 from xlarank.spec import Bucket, BucketLadder
 
-__all__ = ["Executed", "Execution", "Executor"]
+__all__ = ["Executed", "Execution", "Executor", "RunBatch"]
+
+RunBatch = Callable[[Bucket, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+"""`Executor.run`."""
 
 # A buffer is read while its batch runs and written again after: one a device.
 _BUFFERS_A_DEVICE = 1
+
+_FLOAT32 = np.dtype(np.float32)
 
 
 class Executor(Protocol):
@@ -50,15 +57,15 @@ class Execution:
         ladder: BucketLadder,
         executors: Sequence[Executor],
         *,
-        check: Callable[[Executor, device.BatchBuffers], None],
+        check: Callable[[RunBatch, device.BatchBuffers], None],
     ) -> None:
         """
         Args:
           gatherer: of the model.
           ladder: the compiled buckets.
           executors: by device.
-          check: replays golden requests on one of them, in buffers that it may write; raises when the scores
-            are wrong.
+          check: replays golden requests by what runs a batch, in buffers that it may write; raises when the
+            scores are wrong.
         """
         self._check = check
         self._gatherer = gatherer
@@ -72,7 +79,12 @@ class Execution:
         return self._compiles.count
 
     def run(self, batch: Batch[Pending], device_index: int) -> Executed:
-        """Gathers and executes; raises what the gather or the device raises."""
+        """Gathers and executes.
+
+        Raises:
+          ExecutionError: if what the device gives isn't the scores of the model's tasks.
+          Exception: what the gather or the device raises.
+        """
         ring = self._rings[device_index]
         buffers = ring.acquire()
         try:
@@ -82,7 +94,7 @@ class Execution:
                 segments = [Segment(part.item.bound, part.begin, part.end) for part in batch.parts]
                 self._gatherer.gather(segments, batch.bucket, leaves)
                 gathered = time.monotonic()
-                scores = self._executors[device_index].run(batch.bucket, leaves)
+                scores = self._run_on(device_index, batch.bucket, leaves)
                 executed = time.monotonic()
         finally:
             ring.release(buffers)
@@ -93,6 +105,24 @@ class Execution:
         ring = self._rings[device_index]
         buffers = ring.acquire()
         try:
-            self._check(self._executors[device_index], buffers)
+            self._check(functools.partial(self._run_on, device_index), buffers)
         finally:
             ring.release(buffers)
+
+    def _run_on(
+        self, device_index: int, bucket: Bucket, leaves: Mapping[str, np.ndarray]
+    ) -> Mapping[str, np.ndarray]:
+        """Runs a device's executor and holds it to what `Executor.run` says."""
+        scores = self._executors[device_index].run(bucket, leaves)
+        spec = self._gatherer.spec
+        expected = {task.name: ((bucket.rows,), _FLOAT32) for task in spec.tasks}
+        got = {task: (values.shape, values.dtype) for task, values in scores.items()}
+        if got != expected:
+            raise ExecutionError(
+                f"model {spec.name!r}, bucket {bucket}: expected {_words(expected)}, got {_words(got)}"
+            )
+        return scores
+
+
+def _words(forms: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> str:
+    return str({task: f"{dtype}{list(shape)}" for task, (shape, dtype) in forms.items()})

@@ -10,20 +10,21 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from xlarank.errors import DeadlineError, ExecutionError, OverloadError, UnavailableError
 from xlarank.runtime.batcher import Batch, Batcher
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.device_health import DeviceHealth, DeviceState, DeviceStatus, Suspicion
-from xlarank.runtime.isolation import Culprit, FaultSearch, Step
+from xlarank.runtime.isolation import FaultSearch, Step
 from xlarank.runtime.pool_metrics import REFUSALS, DeviceSnapshot, PoolSnapshot, QueueSnapshot
 from xlarank.runtime.scheduler import BatcherMaker, ModelQueue, Scheduler, Turn
+from xlarank.runtime.work import Workload
 from xlarank.runtime.yielding import IdleSignal
 from xlarank.spec import FaultConfig, RequestOptions
 from xlarank.spec.serving import QueueConfig
 
-__all__ = ["DevicePool", "Workload"]
+__all__ = ["DevicePool"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,37 +35,6 @@ _PROVEN_SECONDS = 1.0
 replayed each time."""
 
 _REFUSAL_OF = {OverloadError: "queue_full", DeadlineError: "deadline", UnavailableError: "no_device"}
-
-
-class Workload(Protocol):
-    """A model's part. The pool calls it without holding its lock."""
-
-    def run(self, batch: Batch, device_index: int) -> Any:
-        """Runs what is still waited for of a batch; raises when it fails or gives scores that aren't finite.
-
-        What `answer` takes; its `is_whole` tells whether that was all. None if it was nothing.
-        """
-        ...
-
-    def answer(self, result: Any) -> None:
-        """Answers the requests of a batch that has run."""
-        ...
-
-    def accuse(self, culprit: Culprit) -> None:
-        """Answers a request that fails by itself on devices that work."""
-        ...
-
-    def fail(self, items: Sequence[Any], error: Exception) -> None:
-        """Answers requests that will not be run, or not to their end."""
-        ...
-
-    def fail_late(self, item: Any) -> None:
-        """Answers a request whose deadline passed, or would have, before it was run to its end."""
-        ...
-
-    def probe(self, device_index: int) -> None:
-        """Raises when a golden replay on the device fails."""
-        ...
 
 
 class DevicePool:
@@ -268,7 +238,12 @@ class DevicePool:
     # Device threads
     def _serve(self, index: int) -> None:
         while (task := self._take(index)) is not None:
-            task()
+            try:
+                task()
+            except (
+                Exception
+            ):  # a defect of ours; without its thread the device would look well and do nothing
+                _log.exception("device %d: what followed a batch, or stood between two, failed", index)
             del task  # it refers to a model, whose memory must not wait for this device's next task
 
     def _take(self, index: int) -> Callable[[], None] | None:
@@ -306,12 +281,14 @@ class DevicePool:
         self._scheduler.set_aside(index, True)
 
         def run() -> None:
-            task()
-            with self._lock:
-                self._asides[index] = math.inf
-                self._scheduler.set_aside(index, False)
-                self._health.back(index)
-                self._work.notify_all()
+            try:
+                task()
+            finally:
+                with self._lock:
+                    self._asides[index] = math.inf
+                    self._scheduler.set_aside(index, False)
+                    self._health.back(index)
+                    self._work.notify_all()
 
         return run
 
@@ -325,7 +302,17 @@ class DevicePool:
                 self._suspect(turn, workload, error)
             return
         if self._end(turn):
+            self._answer(turn, workload, result)
+
+    def _answer(self, turn: Turn, workload: Workload, result: Any) -> None:
+        try:
             workload.answer(result)
+        except Exception as error:  # nobody must wait for ever
+            _log.exception("model %s: a batch has run, but can't be answered", turn.queue.name)
+            self._fail(turn.batch, workload, ExecutionError(f"model {turn.queue.name!r}: {error}"))
+
+    def _fail(self, batch: Batch, workload: Workload, error: Exception) -> None:
+        workload.fail([part.item for part in batch.parts], error)
 
     def _end(self, turn: Turn) -> bool:
         """Frees the turn's device; False if the watchdog has given it up meanwhile, and its batch away."""
@@ -403,7 +390,7 @@ class DevicePool:
                 return  # it has been given up
             if suspicion.has_hung:
                 both = ExecutionError(f"{suspicion.reason}; on another device: {error}")
-                workload.fail([part.item for part in turn.batch.parts], both)
+                self._fail(turn.batch, workload, both)
                 return
             with self._lock:
                 self._clear(accused)
@@ -421,7 +408,7 @@ class DevicePool:
             else:  # what is no longer waited for may have been at fault: its next batch will tell
                 with self._lock:
                     self._clear(accused)
-            workload.answer(result)
+            self._answer(turn, workload, result)
 
     def _clear(self, index: int) -> None:
         """A device is no longer a suspect, if it is one: it may have been given up meanwhile."""
@@ -452,7 +439,7 @@ class DevicePool:
             return
         if self._end(turn) and result is not None:  # None: nobody waits for it any more
             if step.culprit is None:
-                workload.answer(result)
+                self._answer(turn, workload, result)
             self._learn(step, turn, None)
 
     def _learn(self, step: Step, turn: Turn, error: Exception | None) -> None:
