@@ -10,7 +10,7 @@ import pytest
 
 from xlarank.errors import BucketError
 from xlarank.runtime.batcher import Batch, Batcher
-from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.bucket_plan import LEAST_GAIN, BucketPlan
 from xlarank.spec import Bucket, BucketLadder, LatencyProfile
 from xlarank.spec.serving import QueueConfig
 
@@ -284,6 +284,101 @@ def test_the_rest_of_a_split_request_is_not_run_late_either():
     assert run(batcher, now=0.0) == [("a", 0, 128)]
     assert run(batcher, now=2.0) == []  # two more runs would end at 4
     assert batcher.take_late() == ["a"]
+
+
+def test_more_requests_than_a_bucket_holds_leave_none_of_it_empty():
+    """Planned as one set of runs, a run of few first would look cheaper than it is."""
+    ladder = BucketLadder(tuple(Bucket(rows, min(rows, 32)) for rows in (32, 512)))
+    batcher = batcher_of(plan_of(ladder, lambda bucket: 3.0 if bucket.rows == 32 else 5.0))
+    fill(batcher, *((str(number), 8) for number in range(48)))
+    assert len(run(batcher)) == 32
+    assert len(run(batcher)) == 16
+
+
+def test_what_is_behind_many_late_requests_runs():
+    batcher = batcher_of(plan_of(LADDER, lambda bucket: 1.0))
+    for number in range(300):
+        fill(batcher, (f"late {number}", 8), deadline=1.9)
+    fill(batcher, ("in time", 8))
+    assert run(batcher, now=1.0) == [("in time", 0, 8)]
+    assert len(batcher.take_late()) == 300
+
+
+def test_a_share_of_a_request_is_not_run_when_another_is_late():
+    ladder = BucketLadder((Bucket(4, 1), Bucket(8, 1)))
+    batcher = batcher_of(plan_of(ladder, lambda bucket: bucket.rows / 4), num_devices=2)
+    fill(batcher, ("a", 9), deadline=1.5, spread_over=[0, 1])  # of 4 and 5 rows
+    fill(batcher, ("b", 1))
+    batcher.release(1)
+    assert run(batcher) == [("b", 0, 1)]
+    assert batcher.take_late() == ["a"]
+    assert batcher.num_queued_rows == 0
+
+
+LINEAR = plan_of(BucketLadder.of_rows((8, 64, 512)), lambda bucket: 0.5 + 0.02 * bucket.rows)
+
+
+def test_nobody_is_merged_into_a_run_that_ends_after_their_deadline():
+    batcher = batcher_of(LINEAR)
+    fill(batcher, ("urgent", 8), deadline=3.0, priority=1)
+    fill(batcher, *((f"{i}", 40) for i in range(12)))
+    first = batcher.next_batch(0, 0.0)
+    assert shapes(first)[0] == ("urgent", 0, 8)
+    assert LINEAR.run_seconds(first.num_rows, len(first.parts)) <= 3.0
+    assert len(run(batcher)) == 12
+
+
+def test_of_a_long_queue_those_that_a_full_run_makes_late_are_left_out():
+    batcher = batcher_of(LINEAR)
+    fill(batcher, ("first", 8), ("second", 8), deadline=3.0)
+    fill(batcher, *((f"{i}", 40) for i in range(40)), deadline=50.0)
+    assert run(batcher) == [(f"{i}", 0, 40) for i in range(12)]
+    assert batcher.take_late() == []  # another device may still come for them
+    assert run(batcher, 1, now=0.1)[:2] == [(f"{i}", 0, 40) for i in range(12, 14)]
+    batcher.expire(3.0)
+    assert batcher.take_late() == ["first", "second"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_comes_out_is_in_time_and_something_does_as_long_as_it_can_be(seed):
+    rng = random.Random(seed)
+    ladder = BucketLadder.of_rows(sorted(rng.sample((4, 8, 16, 64, 128, 256), 3)))
+    fixed, slope = rng.uniform(0.1, 2), rng.uniform(0.001, 0.05)
+    plan = plan_of(ladder, lambda bucket: fixed + slope * bucket.rows)
+    batcher, now, deadlines, ended = batcher_of(plan), 0.0, {}, {}
+    for number in range(400):
+        now += rng.expovariate(0.8)
+        if rng.random() < 0.7 or batcher.num_queued_requests == 0:
+            deadline = math.inf if rng.random() < 0.3 else now + rng.uniform(0.5, 4) * plan.knee_seconds
+            deadlines[str(number)] = deadline
+            fill(batcher, (str(number), rng.randint(1, 300)), now=now, deadline=deadline)
+            continue
+        batch = batcher.next_batch(0, now)
+        if batch is None:
+            assert batcher.num_queued_requests == 0  # the rest was late
+            continue
+        now += plan.run_seconds(batch.num_rows, len(batch.parts))
+        queued = {part.item for part in batcher.waiting()}
+        for part in batch.parts:
+            if part.item not in queued:
+                ended[part.item] = now
+    assert len(ended) > 10
+    assert all(at <= deadlines[name] + 1e-9 for name, at in ended.items())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_request_of_any_size_takes_what_its_plan_says(seed):
+    """But for gains that are less than measurements differ by."""
+    rng = random.Random(seed)
+    rows = sorted(rng.sample(range(1, 300), 4))
+    prices = sorted(rng.uniform(0.2, 3) for _ in rows)
+    plan = plan_of(BucketLadder.of_rows(rows), lambda bucket: prices[rows.index(bucket.rows)])
+    for num_rows in (rows[-1] // 2, rows[-1], 3 * rows[-1] + 1, 40 * rows[-1]):
+        batcher, seconds = batcher_of(plan), 0.0
+        fill(batcher, ("a", num_rows))
+        while (batch := batcher.next_batch(0, 0.0)) is not None:
+            seconds += plan.run_seconds(batch.num_rows, len(batch.parts))
+        assert seconds <= plan.seconds(num_rows) / (1 - LEAST_GAIN) + 1e-9
 
 
 def test_what_is_queued_past_its_deadline_expires_at_it():

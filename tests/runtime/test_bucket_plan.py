@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import pytest
 
@@ -48,6 +49,24 @@ def test_rows_beyond_the_largest_bucket_fill_it_first():
     assert plan.seconds(0) == 0
     assert plan.seconds(35) == pytest.approx(2 * 2.0 + 1.0)
     assert plan.seconds(37) == pytest.approx(2 * 2.0 + 2.0)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_rows_of_many_runs_cost_what_the_cheapest_set_of_buckets_costs(seed):
+    """Exactly up to two of the largest bucket, and nearly beyond."""
+    rng = random.Random(seed)
+    rows = sorted(rng.sample(range(1, 40), 3))
+    seconds = {(size, 1): rng.uniform(0.5, 3) for size in rows}
+    plan = plan_of(seconds)
+    prices = {size: plan.run_seconds(size, 1) for size in rows}
+    best = [0.0]
+    for num_rows in range(1, 20 * rows[-1]):
+        best.append(min(price + best[max(0, num_rows - size)] for size, price in prices.items()))
+    for num_rows, expected in enumerate(best):
+        if num_rows <= 2 * rows[-1]:
+            assert plan.seconds(num_rows) == pytest.approx(expected)
+        else:
+            assert expected - 1e-9 <= plan.seconds(num_rows) <= 1.15 * expected
 
 
 def test_the_smallest_bucket_that_holds_a_batch_runs_and_costs_no_more_than_a_larger_one():

@@ -209,6 +209,30 @@ def test_a_batch_that_ran_but_can_not_be_answered_fails_and_its_device_goes_on(c
     assert "model feed: a batch has run, but can't be answered" in caplog.text
 
 
+def test_a_device_whose_next_task_can_not_be_chosen_is_quarantined_and_comes_back(monkeypatch):
+    work, pool = Work(), DevicePool(1, faults=FaultConfig(probe_seconds=0.01))
+    work.probe = lambda device_index: None
+    queue = attach(pool, work)
+    next_turn, failures = pool._scheduler.next_turn, iter([KeyError("x")])
+
+    def failing_once(*args):
+        if (error := next(failures, None)) is not None:
+            raise error
+        return next_turn(*args)
+
+    monkeypatch.setattr(pool._scheduler, "next_turn", failing_once)
+    submit(pool, queue, "first")
+    while not work.failed:  # the only device is out of service
+        pass
+    assert work.failed == ["first"]
+    assert pool.statuses()[0].num_quarantines == 1
+    while pool.fault is not None:
+        pass
+    submit(pool, queue, "second")
+    pool.close()
+    assert work.items == ["second"]
+
+
 def test_an_errand_that_raises_ends_no_thread(caplog):
     work, pool = Work(), DevicePool(1)
     queue = attach(pool, work)

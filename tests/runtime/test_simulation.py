@@ -127,3 +127,23 @@ def test_deferring_ends_by_itself():
     assert deferred.is_answered.all()
     assert deferred.num_batches < greedy.num_batches
     assert deferred.padding_share < greedy.padding_share
+
+
+@pytest.mark.parametrize("num_devices", [1, 3])
+@pytest.mark.parametrize("load", [1.2, 3.0])
+def test_beyond_capacity_requests_with_deadlines_are_answered_as_fast_as_without(load, num_devices):
+    """Nothing is run for an answer that comes too late, and runs are full all the same."""
+    plan = plan_of(
+        [Bucket(rows, min(rows, 64)) for rows in (8, 64, 512)], lambda bucket: 0.0005 + 2e-5 * bucket.rows
+    )
+    timeout = 5 * plan.knee_seconds
+    rng = np.random.default_rng(0)
+    sizes = rng.choice([8, 16, 40], 6000)
+    gaps = rng.exponential(plan.seconds_a_row * sizes.mean() / (load * num_devices), len(sizes))
+    arrivals = [
+        Arrival(at, int(rows), timeout=timeout) for at, rows in zip(gaps.cumsum(), sizes, strict=True)
+    ]
+    result = simulate(*scheduler_of(plan, num_devices), arrivals)
+    assert np.nanmax(result.latencies) <= timeout + 1e-9
+    num_rows = sizes[result.is_answered].sum()
+    assert num_rows * plan.seconds_a_row / num_devices >= 0.9 * gaps.sum()

@@ -21,7 +21,8 @@ Contract
     higher level waits for one run of a huge request at most; the last part takes company along. (Policy
     spread pins parts to devices at arrival.)
   - A request whose deadline can't be met any more, by the measured times, is never handed out: it goes to
-    `take_late`.
+    `take_late`. Nor is one in a run that ends after its deadline: a quick run goes first if that makes fewer
+    rows late and no more than a run of the knee waits behind; else it is left out, and others take its place.
   - Every queued row comes out exactly once, in order within its request, unless the request is dropped or
     late.
 """
@@ -33,7 +34,7 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from xlarank.errors import BucketError
@@ -292,13 +293,34 @@ class Batcher(Generic[Item]):
         """
         plan = plan or self.plan
         self._deferred_until = math.inf
-        head, company, others = self._choose(device, now, plan, claims)
-        if head is None or self._defers([head, *company], now, plan):
-            return None
         oldest = now - self.config.max_skip_ms / 1e3
-        num_rows, chosen = self._cut(head, company, plan, oldest)
-        if plan.fills_buckets and len(others) > len(company):
-            num_rows, chosen = _widened(head, others, plan, oldest, now) or (num_rows, chosen)
+        left_out: set[Ticket[Item]] = set()
+        least_deadline = -math.inf
+        quick: tuple[Part[Item], int, Sequence[Part[Item]]] | None = None
+        while True:
+            head, company, others, late = self._choose(device, now, plan, claims, left_out, least_deadline)
+            for ticket in late:
+                self._set_late(ticket)
+            if late:  # who was chosen may be among them, and there may be more behind
+                continue
+            if head is None and quick is not None:  # there are only those who would be late for a longer run
+                head, num_rows, chosen = quick
+                break
+            if head is None or self._defers([head, *company], now, plan):
+                return None
+            num_rows, chosen = self._cut(head, company, plan, oldest)
+            if plan.fills_buckets and len(others) > len(company):
+                num_rows, chosen = _widened(head, others, plan, oldest, now) or (num_rows, chosen)
+            hurt = _late_for(head, num_rows, chosen, plan, now)
+            if not hurt:
+                break
+            first = self._cut(head, company, plan, oldest, now)
+            if self._saves_rows(first, [head, *chosen], hurt, plan, now):
+                num_rows, chosen = first
+                break
+            quick = quick or (head, *first)
+            left_out.update(hurt)
+            least_deadline = max(least_deadline, now + plan.run_seconds(num_rows, 1 + len(chosen)))
         for part in (head, *chosen):
             self._remove(part)
         if num_rows < head.num_rows:
@@ -315,12 +337,16 @@ class Batcher(Generic[Item]):
         now: float,
         plan: BucketPlan,
         claims: Callable[[Part[Item]], bool] | None,
-    ) -> tuple[Part[Item] | None, list[Part[Item]], list[Part[Item]]]:
-        """What runs next, what could run with it up to the limit, in order, and with what didn't fit it."""
+        left_out: Collection[Ticket[Item]],
+        least_deadline: float,
+    ) -> tuple[Part[Item] | None, list[Part[Item]], list[Part[Item]], list[Ticket[Item]]]:
+        """What runs next, what could run with it up to the limit, in order, and with what didn't fit it; and
+        what is late."""
         head: Part[Item] | None = None
         company: list[Part[Item]] = []
         others: list[Part[Item]] = []
         num_rows = limit = num_others = 0
+        most, max_rows = plan.max_requests, plan.ladder.max_rows
         is_closed = False
         late: list[Ticket[Item]] = []
         eligible = (part for part in self._queue if part.may_run_on(device))
@@ -331,9 +357,11 @@ class Batcher(Generic[Item]):
                 late.append(part.ticket)
             elif now + plan.seconds(part.num_rows) > part.ticket.deadline:
                 continue  # a faster device can make it
+            elif part.ticket in left_out or part.ticket.deadline < least_deadline:
+                continue
             elif head is None:
                 head, num_rows, limit = part, part.num_rows, _limit(part, plan)
-            elif num_rows >= limit or (is_closed and num_others >= plan.ladder.max_rows):
+            elif num_rows >= limit or len(company) + 1 >= most or (is_closed and num_others >= max_rows):
                 break
             else:
                 others.append(part)
@@ -345,17 +373,21 @@ class Batcher(Generic[Item]):
                     num_rows += part.num_rows
                 else:  # nothing overtakes one that has waited for long
                     is_closed = now - part.ticket.queued_at >= self.config.max_skip_ms / 1e3
-        for ticket in late:
-            self._set_late(ticket)
-        return head, company, others
+        return head, company, others, late
 
     @staticmethod
     def _cut(
-        head: Part[Item], company: Sequence[Part[Item]], plan: BucketPlan, oldest: float
+        head: Part[Item],
+        company: Sequence[Part[Item]],
+        plan: BucketPlan,
+        oldest: float,
+        now: float = -math.inf,
     ) -> tuple[int, Sequence[Part[Item]]]:
-        """Rows of the next run and who joins the head in it, so that all of them take the least time."""
+        """Rows of the next run and who joins the head in it, so that all of them take the least time: of the
+        runs that make nobody in them late, where there are any (all are, at the default `now`)."""
         total = head.num_rows + sum(part.num_rows for part in company)
-        best, best_seconds, last = (0, company), math.inf, None
+        best: tuple[int, Sequence[Part[Item]]] = (0, company)
+        best_seconds, least_gain, best_is_late, last = math.inf, 0.0, True, None
         # Of capacities that hold everything, the first does for all.
         num_counts = bisect.bisect_left(plan.row_counts, total) + 1
         for capacity in reversed(plan.row_counts[:num_counts]):
@@ -369,10 +401,31 @@ class Batcher(Generic[Item]):
                 continue
             last = shape
             num_left = 1 + len(company) - shape[1] + (run[0] < head.num_rows)
-            seconds = plan.run_seconds(*shape) + plan.seconds(total - run[0], max(1, num_left))
-            if seconds < best_seconds * (1 - LEAST_GAIN):
-                best, best_seconds = run, seconds
+            own = plan.run_seconds(*shape)
+            seconds = own + plan.seconds(total - run[0], max(1, num_left))
+            is_late = bool(_late_for(head, *run, plan, now))
+            if is_late < best_is_late or (is_late == best_is_late and seconds < best_seconds - least_gain):
+                best, best_seconds, best_is_late, least_gain = run, seconds, is_late, LEAST_GAIN * own
         return best
+
+    def _saves_rows(
+        self,
+        first: tuple[int, Sequence[Part[Item]]],
+        run: Sequence[Part[Item]],
+        hurt: Collection[Ticket[Item]],
+        plan: BucketPlan,
+        now: float,
+    ) -> bool:
+        """Whether fewer are late if a quick run goes first, for those whom the run of all would make late."""
+        if self._num_queued_rows - sum(part.num_rows for part in run) >= plan.knee_rows:
+            return False  # of a long queue others would pay for a run that isn't full
+        num_rows, company = first
+        gone = {run[0].ticket, *(part.ticket for part in company)}
+        rest = [part for part in run if part.ticket not in gone]
+        num_left = sum(part.num_rows for part in rest)
+        end = now + plan.run_seconds(num_rows, len(gone)) + plan.seconds(num_left, max(1, len(rest)))
+        num_lost = sum(part.num_rows for part in rest if end > part.ticket.deadline)
+        return num_lost < sum(part.num_rows for part in run if part.ticket in hurt)
 
     def _defers(self, parts: Sequence[Part[Item]], now: float, plan: BucketPlan) -> bool:
         """Whether the device waits for company: only if it may, under high load, short of the knee."""
@@ -444,6 +497,17 @@ class _Load:
 
     def add(self, seconds: float, now: float) -> None:
         self._seconds, self._last = self.at(now) + seconds, now
+
+
+def _late_for(
+    head: Part, num_rows: int, chosen: Sequence[Part], plan: BucketPlan, now: float
+) -> list[Ticket]:
+    """Those in a run that end after their deadline; the head with its rows that come in later runs."""
+    end = now + plan.run_seconds(num_rows, 1 + len(chosen))
+    late = [part.ticket for part in chosen if end > part.ticket.deadline]
+    if end + plan.seconds(max(0, head.num_rows - num_rows)) > head.ticket.deadline:
+        late.append(head.ticket)
+    return late
 
 
 def _order(part: Part) -> tuple[float, int]:

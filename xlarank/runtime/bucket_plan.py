@@ -24,6 +24,7 @@ class BucketPlan:
 
     Attributes:
       ladder: the compiled buckets.
+      max_requests: that a bucket holds at most.
       knee_rows: rows beyond which merging requests stops paying, see `LatencyProfile.knee_rows`.
       fills_buckets: whether a larger request takes company along, as far as its bucket has room.
       knee_seconds: a run of that many rows.
@@ -62,7 +63,9 @@ class BucketPlan:
         }
         self.row_counts = sorted({bucket.rows for bucket in ladder.buckets})
         self._request_counts = sorted({bucket.requests for bucket in ladder.buckets})
-        self._tables: dict[int, list[float]] = {}  # by requests; equal whoever fills them
+        # By requests; equal whoever fills them.
+        self._tables: dict[int, tuple[list[float], tuple[int, float]]] = {}
+        self.max_requests = self._request_counts[-1]
         self.knee_rows = limit
         self.fills_buckets = max_batch_rows is None
         merged = [bucket for bucket in ladder.buckets if bucket.rows <= limit] or [ladder.buckets[0]]
@@ -85,7 +88,7 @@ class BucketPlan:
         """Of the cheapest set of runs for rows of so many requests.
 
         Args:
-          num_rows: 0 or more; beyond the largest bucket full ones come first.
+          num_rows: 0 or more; beyond two of the largest bucket those that are cheapest a row come first.
           num_requests: any part of them may be in each of the runs.
         """
         if num_rows == 0:
@@ -95,18 +98,19 @@ class BucketPlan:
         requests = self._request_counts[min(place, len(self._request_counts) - 1)]
         if requests not in self._tables:
             self._tables[requests] = self._table(requests)
-        table, largest = self._tables[requests], self.ladder.max_rows
-        num_full = (num_rows - 1) // largest
-        return num_full * table[largest] + table[num_rows - num_full * largest]
+        table, (rows, price) = self._tables[requests]
+        num_full = max(0, -((len(table) - 1 - num_rows) // rows))
+        return num_full * price + table[num_rows - num_full * rows]
 
     def work_seconds(self, num_rows: int) -> float:
         """What a request adds to a busy device's time: alone where it is large, its share where it merges."""
         if 2 * num_rows > self.knee_rows:
             return self.seconds(num_rows)
-        return max(num_rows * self.seconds_a_row, self.seconds(num_rows) / self._request_counts[-1])
+        return max(num_rows * self.seconds_a_row, self.seconds(num_rows) / self.max_requests)
 
-    def _table(self, num_requests: int) -> list[float]:
-        """[max_rows + 1] seconds of the cheapest set of buckets (dynamic program over rows)."""
+    def _table(self, num_requests: int) -> tuple[list[float], tuple[int, float]]:
+        """[2 max_rows + 1] seconds of the cheapest set of buckets (dynamic program over rows); and rows and
+        seconds of the bucket that is cheapest a row."""
         prices = [
             (rows, self.run_seconds(rows, min(rows, num_requests)))
             for rows in self.row_counts
@@ -115,6 +119,6 @@ class BucketPlan:
         if not prices:  # so many requests fit no bucket at once
             return self._table(self._request_counts[self._request_counts.index(num_requests) - 1])
         table = [0.0]
-        for num_rows in range(1, self.ladder.max_rows + 1):
+        for num_rows in range(1, 2 * self.ladder.max_rows + 1):
             table.append(min(price + table[max(0, num_rows - rows)] for rows, price in prices))
-        return table
+        return table, min(prices, key=lambda entry: entry[1] / entry[0])

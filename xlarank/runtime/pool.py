@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 _LEAST_TICK_SECONDS = 0.001
 
+_DEFECT_SECONDS = 1.0
+
 _PROVEN_SECONDS = 1.0
 """For so long a golden replay speaks for a device: bad data that comes again and again must not have it
 replayed each time."""
@@ -237,7 +239,7 @@ class DevicePool:
 
     # Device threads
     def _serve(self, index: int) -> None:
-        while (task := self._take(index)) is not None:
+        while (task := self._next_task(index)) is not None:
             try:
                 task()
             except (
@@ -246,8 +248,18 @@ class DevicePool:
                 _log.exception("device %d: what followed a batch, or stood between two, failed", index)
             del task  # it refers to a model, whose memory must not wait for this device's next task
 
-    def _take(self, index: int) -> Callable[[], None] | None:
+    def _next_task(self, index: int) -> Callable[[], None] | None:
         """What a device's thread does next; None when it ends."""
+        while True:
+            try:
+                return self._take(index)
+            except Exception as error:  # a defect of ours: readiness says so, and a probe puts it back
+                _log.exception("device %d: choosing what it does next failed", index)
+                self._quarantine(index, f"choosing what it does next failed: {error!r}")
+                with self._lock:  # no tight loop
+                    self._work.wait(_DEFECT_SECONDS)
+
+    def _take(self, index: int) -> Callable[[], None] | None:
         with self._lock:
             while True:
                 now = self._clock()
@@ -531,6 +543,8 @@ class DevicePool:
                 late = [(self._workloads[queue], item) for queue, item in taken]
                 for queue, _ in taken:
                     self._refusals[queue]["late"] += 1
+                if taken:  # more may be in sight behind them
+                    self._work.notify_all()
                 since = now - self._health.config.watchdog_seconds
                 hung = [turn for turn in self._scheduler.turns() if turn.started_at <= since]
                 stuck = [
