@@ -328,6 +328,16 @@ def test_nobody_is_merged_into_a_run_that_ends_after_their_deadline():
     assert len(run(batcher)) == 12
 
 
+@pytest.mark.parametrize("deadline", [math.inf, 50.0])
+def test_a_higher_level_goes_first_in_time_however_long_the_queue_of_lower_ones(deadline):
+    batcher = batcher_of(LINEAR)
+    fill(batcher, *((f"{i}", 40) for i in range(100)), priority=3, deadline=deadline)
+    fill(batcher, ("urgent", 8), deadline=3.0, priority=1)
+    first = batcher.next_batch(0, 0.0)
+    assert shapes(first)[0] == ("urgent", 0, 8)
+    assert LINEAR.run_seconds(first.num_rows, len(first.parts)) <= 3.0
+
+
 def test_of_a_long_queue_those_that_a_full_run_makes_late_are_left_out():
     batcher = batcher_of(LINEAR)
     fill(batcher, ("first", 8), ("second", 8), deadline=3.0)

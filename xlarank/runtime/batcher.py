@@ -22,7 +22,8 @@ Contract
     spread pins parts to devices at arrival.)
   - A request whose deadline can't be met any more, by the measured times, is never handed out: it goes to
     `take_late`. Nor is one in a run that ends after its deadline: a quick run goes first if that makes fewer
-    rows late and no more than a run of the knee waits behind; else it is left out, and others take its place.
+    rows of its level late and less than a full run of them waits behind; else it is left out, and others take
+    its place.
   - Every queued row comes out exactly once, in order within its request, unless the request is dropped or
     late.
 """
@@ -34,7 +35,7 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from xlarank.errors import BucketError
@@ -416,16 +417,23 @@ class Batcher(Generic[Item]):
         plan: BucketPlan,
         now: float,
     ) -> bool:
-        """Whether fewer are late if a quick run goes first, for those whom the run of all would make late."""
-        if self._num_queued_rows - sum(part.num_rows for part in run) >= plan.knee_rows:
+        """Whether fewer are late if a quick run goes first, for those whom the run of all would make late.
+
+        What counts is the highest level among these: lower ones wait.
+        """
+        level = min(ticket.head_start for ticket in hurt)
+        seen = itertools.islice(self._queue, _MAX_LOOK)
+        peers = [p for p in seen if p.ticket.head_start <= level and p.ticket.deadline < math.inf]
+        in_run = {part.ticket for part in run}
+        behind = [part for part in peers if part.ticket not in in_run]
+        if _num_rows(behind) >= plan.knee_rows or len(behind) >= plan.max_requests:
             return False  # of a long queue others would pay for a run that isn't full
         num_rows, company = first
         gone = {run[0].ticket, *(part.ticket for part in company)}
-        rest = [part for part in run if part.ticket not in gone]
-        num_left = sum(part.num_rows for part in rest)
-        end = now + plan.run_seconds(num_rows, len(gone)) + plan.seconds(num_left, max(1, len(rest)))
-        num_lost = sum(part.num_rows for part in rest if end > part.ticket.deadline)
-        return num_lost < sum(part.num_rows for part in run if part.ticket in hurt)
+        rest = [part for part in peers if part.ticket in in_run - gone]
+        end = now + plan.run_seconds(num_rows, len(gone)) + plan.seconds(_num_rows(rest), max(1, len(rest)))
+        lost = [part for part in rest if end > part.ticket.deadline]
+        return _num_rows(lost) < _num_rows(part for part in peers if part.ticket in hurt)
 
     def _defers(self, parts: Sequence[Part[Item]], now: float, plan: BucketPlan) -> bool:
         """Whether the device waits for company: only if it may, under high load, short of the knee."""
@@ -508,6 +516,10 @@ def _late_for(
     if end + plan.seconds(max(0, head.num_rows - num_rows)) > head.ticket.deadline:
         late.append(head.ticket)
     return late
+
+
+def _num_rows(parts: Iterable[Part]) -> int:
+    return sum(part.num_rows for part in parts)
 
 
 def _order(part: Part) -> tuple[float, int]:

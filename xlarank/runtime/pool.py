@@ -29,7 +29,6 @@ __all__ = ["DevicePool"]
 _log = logging.getLogger(__name__)
 
 _LEAST_TICK_SECONDS = 0.001
-
 _DEFECT_SECONDS = 1.0
 
 _PROVEN_SECONDS = 1.0
