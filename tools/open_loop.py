@@ -3,23 +3,26 @@
 Latencies count from the time that a request was meant to start, so that a server which stalls, or a generator
 that has fallen behind, is seen in the latency of every request that had to wait for it (no co-ordinated
 omission). Requests are encoded beforehand; the process has two threads that work: one sends, gRPC's takes the
-answers. What it does is bounded in time (each request has a timeout) and in number (`max_open`).
+answers. What it does is bounded in time (each request has a timeout) and in number (`max_open`). A third
+thread waits for commands, which come as lines of JSON; one that comes while requests are played ends that.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import gc
 import json
 import math
+import queue
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +105,11 @@ def play(
     *,
     timeout: float,
     max_open: int = 4096,
+    is_over: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Played:
-    """Sends requests at their times and waits for all answers.
+    """Sends requests at their times, waits for no answer before the last one is sent, then for all.
 
     Args:
       send: starts a request: takes its bytes and `timeout`, gives a `grpc.Future` and doesn't wait.
@@ -114,6 +118,7 @@ def play(
       choices: [A] which request goes out then, by its place in `encoded`.
       timeout: seconds of each.
       max_open: requests without an answer; past it they are not sent, and counted as `UNSENT`.
+      is_over: asked when a request is due; once it says so, that one and the later ones are left out.
       clock: seconds, monotonic.
       sleep: waits.
 
@@ -123,7 +128,7 @@ def play(
     latencies, lags = np.full(len(at), np.nan), np.full(len(at), np.nan)
     codes = [UNSENT] * len(at)
     changed = threading.Condition()
-    num_open = 0
+    num_open, num_due = 0, 0
     begin = clock() + _LEAD_SECONDS
 
     def on_answer(number: int, call: Any) -> None:
@@ -138,6 +143,9 @@ def play(
         seconds = begin + start - clock()
         if seconds > 0:
             sleep(seconds)
+        if is_over():
+            break
+        num_due += 1
         with changed:
             if num_open >= max_open:
                 continue
@@ -147,8 +155,9 @@ def play(
         call.add_done_callback(functools.partial(on_answer, number))
     with changed:
         if not changed.wait_for(lambda: num_open == 0, timeout + _EXTRA_SECONDS):
-            raise TimeoutError(f"{num_open} of {len(at)} requests without an answer after {timeout} s")
-    return Played(np.array(at, np.float64), latencies, codes, lags, begin)
+            raise TimeoutError(f"{num_open} of {num_due} requests without an answer after {timeout} s")
+    starts = np.array(at, np.float64)
+    return Played(starts[:num_due], latencies[:num_due], codes[:num_due], lags[:num_due], begin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +268,23 @@ class LoadGenerator:
         self._tell(do="play", at=list(at), choices=list(choices), timeout=timeout, max_open=max_open)
         return Played.from_json(self._answer())
 
+    @contextlib.contextmanager
+    def playing(
+        self, at: Sequence[float], choices: Sequence[int], *, timeout: float = 30.0, max_open: int = 4096
+    ) -> Iterator[list[Played]]:
+        """As `play`, while the context is open: what isn't due at its end is left out.
+
+        Yields:
+          A list that has what was played once the context has ended.
+        """
+        played: list[Played] = []
+        self._tell(do="play", at=list(at), choices=list(choices), timeout=timeout, max_open=max_open)
+        try:
+            yield played
+        finally:
+            self._tell(do="stop")
+            played.append(Played.from_json(self._answer()))
+
     def closed_loop(
         self,
         choices: Sequence[int],
@@ -302,7 +328,7 @@ class LoadGenerator:
 
 
 def _work(address: str, requests: Path) -> None:
-    """What the process does: a line of JSON in, a line of JSON out."""
+    """What the process does: a line of JSON in, a line of JSON out, but for "stop"."""
     encoded = _load_requests(requests)
     options = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", -1)]
     with grpc.insecure_channel(address, options=options) as channel:
@@ -310,16 +336,26 @@ def _work(address: str, requests: Path) -> None:
         grpc.channel_ready_future(channel).result(timeout=30)
         gc.freeze()
         gc.disable()  # a collection would be taken for the server's latency
+        commands: queue.SimpleQueue[str] = queue.SimpleQueue()  # "" at the end
+        threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
         print(json.dumps("ready"), flush=True)
-        for line in sys.stdin:
+        while line := commands.get():
             command = json.loads(line)
             match command.pop("do"):
+                case "stop":  # it has ended what was played, if that hadn't ended by itself
+                    continue
                 case "play":
-                    result = play(send, encoded, **command).to_json()
+                    result = play(send, encoded, **command, is_over=lambda: not commands.empty()).to_json()
                 case _:
                     result = dataclasses.asdict(closed_loop(send, encoded, **command))
             print(json.dumps(result), flush=True)
             gc.collect()
+
+
+def _read_commands(commands: queue.SimpleQueue[str]) -> None:
+    for line in sys.stdin:
+        commands.put(line)
+    commands.put("")
 
 
 def main() -> None:

@@ -1,20 +1,20 @@
 """Version swaps under load: `swap_p99`.
 
 A real `xlarank serve` watches a repository at 60% of its capacity, open loop, while versions are published
-into it. A swap's window is from the version's folder appearing to the version before having ended: reading,
-compiling, proving, timing, swapping and draining are all in it.
+into it; one schedule is of all swaps and the pauses between. A swap's window is from the version's folder
+appearing to the version before having ended: reading, compiling, proving, timing, swapping and draining are
+all in it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import statistics
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,17 @@ from serving_lab import Lab, Served, arrivals_of, fixed_sizes
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.layout import SERVICE_NAME
 
-__all__ = ["COLD", "REFRESH", "WARM", "Swap", "SwapRun", "measure_swaps", "swap_p99", "wait_until_alone"]
+__all__ = [
+    "COLD",
+    "REFRESH",
+    "WARM",
+    "Swap",
+    "SwapRun",
+    "measure_swaps",
+    "run_swaps",
+    "swap_p99",
+    "wait_until_alone",
+]
 
 COLD, WARM, REFRESH = "cold", "warm", "new weights"
 """A program that nobody has compiled; one whose code is in the bundle or the cache; the one that serves."""
@@ -36,8 +46,6 @@ COLD, WARM, REFRESH = "cold", "warm", "new weights"
 _LOAD = 0.6
 _TRAFFIC = fixed_sizes(500)
 _OUTSTANDING = 3
-_SLICE_SECONDS = 1.0
-"""Of a schedule; another follows until the versions are through."""
 
 _WATCH_SECONDS = 0.2
 _LOOK_SECONDS = 0.1
@@ -69,14 +77,14 @@ class SwapRun:
     """A server's requests while versions came and went."""
 
     swaps: Sequence[Swap]
-    played: Sequence[Played]
+    played: Played
     num_compiles: int
     """Programs that were compiled in the serving process meanwhile."""
 
     @property
     def num_failures(self) -> int:
         """Requests without scores."""
-        return sum(int((~part.is_ok).sum()) for part in self.played)
+        return int((~self.played.is_ok).sum())
 
     def latencies(self, swap: Swap | None = None) -> np.ndarray:
         """[A] seconds of the answered requests that were meant to start in a swap's window.
@@ -84,13 +92,12 @@ class SwapRun:
         Args:
           swap: None for those in no window.
         """
-        starts = np.concatenate([part.began_at + part.at[part.is_ok] for part in self.played])
-        values = np.concatenate([part.answered for part in self.played])
+        starts = self.played.began_at + self.played.at[self.played.is_ok]
         windows = self.swaps if swap is None else [swap]
         is_inside = np.zeros(len(starts), bool)
         for window in windows:
             is_inside |= (window.begin <= starts) & (starts < window.end)
-        return values[~is_inside if swap is None else is_inside]
+        return self.played.answered[~is_inside if swap is None else is_inside]
 
 
 def measure_swaps(
@@ -123,28 +130,49 @@ def measure_swaps(
     for place, (sequence, options) in enumerate(servers):
         tell(f"swaps, server {place + 1} of {len(servers)}")
         folder = lab.folder / f"swaps-{place}"
-        repository = _Repository(folder / "repository", first)
+        repository = Repository(folder / "repository", first)
         watch = ("--watch-seconds", _WATCH_SECONDS, *options)
         with (
             serving(repository.root, folder / "cache", *watch) as ready,
             lab.generator(first, _TRAFFIC, ready) as generator,
         ):
-            runs.append(_run(ready, generator, repository, sequence, quiet_seconds))
+            runs.append(run_swaps(ready, generator, repository, sequence, quiet_seconds, seed=place))
     return runs
 
 
-def _run(
+def run_swaps(
     ready: Mapping[str, Any],
     generator: LoadGenerator,
-    repository: _Repository,
+    repository: Repository,
     sequence: Sequence[tuple[str, Served]],
     quiet_seconds: float,
+    *,
+    seed: int,
 ) -> SwapRun:
+    """Publishes versions one after another while a server that watches the repository is under load.
+
+    Args:
+      ready: the server's ready line.
+      generator: sends it the traffic.
+      repository: has the version that it serves.
+      sequence: kinds of swaps, and what to publish.
+      quiet_seconds: before, between and after.
+      seed: of the arrivals.
+
+    Raises:
+      RuntimeError: if a version isn't served, or a request isn't answered.
+    """
     capacity = generator.closed_loop(
         range(len(_TRAFFIC.sizes)), outstanding=_OUTSTANDING, seconds=max(1.0, quiet_seconds)
     ).rate
+    longest = quiet_seconds + len(sequence) * (_MAX_SECONDS + quiet_seconds)  # load doesn't end before
+    rate = _LOAD * capacity
+    arrivals, choices = arrivals_of(_TRAFFIC, rate, math.ceil(rate * longest), seed=seed)
     swaps = []
-    with _watching(ready["grpc"], repository.model) as states, _load(generator, _LOAD * capacity) as played:
+    with (
+        _watching(ready["grpc"], repository.model) as states,
+        generator.playing([arrival.at for arrival in arrivals], choices) as played,
+    ):
         _look_for(quiet_seconds, states)
         for kind, build in sequence:
             begin = time.monotonic()
@@ -153,10 +181,11 @@ def _run(
             swaps.append(Swap(kind=kind, begin=begin, end=time.monotonic()))
             _look_for(quiet_seconds, states)
     (num_compiles,) = [v for name, _, v in server_samples(ready["http"]) if name == _COMPILES]
-    run = SwapRun(swaps, played, round(float(num_compiles)))
+    run = SwapRun(swaps, played[0], round(float(num_compiles)))
     if run.num_failures:
-        counts = sum((part.counts for part in played), Counter[str]())
-        raise RuntimeError(f"expected every request to be answered while versions swap, got {counts}")
+        raise RuntimeError(
+            f"expected every request to be answered while versions swap, got {run.played.counts}"
+        )
     return run
 
 
@@ -178,7 +207,7 @@ def swap_p99(runs: Sequence[SwapRun], *, how: str) -> Figure:
             f"{len(latencies)} requests, their p99 {1e3 * _p99(latencies):.2f} ms"
         )
     quiet = [run.latencies() for run in runs]
-    every = [np.concatenate([part.answered for part in run.played]) for run in runs]
+    every = [run.played.answered for run in runs]
     beside["without a swap"] = (
         f"p50 {1e3 * statistics.median(float(np.median(part)) for part in quiet):.2f} ms, p99 "
         f"{1e3 * statistics.median(map(_p99, quiet)):.2f} ms"
@@ -209,7 +238,7 @@ def _p99(latencies: np.ndarray) -> float:
     return float(np.quantile(latencies, 0.99))
 
 
-class _Repository:
+class Repository:
     """A folder that versions of a model are published into."""
 
     def __init__(self, root: Path, first: Served) -> None:
@@ -225,33 +254,6 @@ class _Repository:
         shutil.copytree(build.bundle, beside, copy_function=os.link)
         beside.rename(beside.with_name(str(self._last)))
         return self._last
-
-
-@contextlib.contextmanager
-def _load(generator: LoadGenerator, rate: float) -> Iterator[list[Played]]:
-    """Requests at so many a second from a thread of its own until the end of the context; then all of it."""
-    played: list[Played] = []
-    problems: list[Exception] = []
-    stop = threading.Event()
-
-    def play() -> None:
-        try:
-            while not stop.is_set():
-                num_requests = max(1, round(rate * _SLICE_SECONDS))
-                arrivals, choices = arrivals_of(_TRAFFIC, rate, num_requests, seed=len(played))
-                played.append(generator.play([arrival.at for arrival in arrivals], choices))
-        except Exception as error:
-            problems.append(error)
-
-    thread = threading.Thread(target=play, name="load")
-    thread.start()
-    try:
-        yield played
-    finally:
-        stop.set()
-        thread.join()
-    if problems:
-        raise problems[0]
 
 
 States = Callable[[], dict[int, tuple[str, str]]]

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 from open_loop import UNSENT, LoadGenerator, play, save_requests
 from serving_lab import arrivals_of, fixed_sizes, md1_latencies, mixed_sizes, small_sizes
+from serving_swaps import WARM, run_swaps
+from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.layout import SERVICE_NAME
+from xlarank_serving.metrics_http import MetricsServer
+from xlarank_serving.threads import on_threads
 
 
 class FakeClock:
@@ -109,6 +113,35 @@ def test_no_more_than_so_many_are_open():
     np.testing.assert_allclose(result.latencies[[0, 1, 3]], [0.3, 0.2, 0.0], atol=1e-9)
 
 
+def test_a_schedule_may_end_before_all_of_it_is_due():
+    """Told while the third request is under way: what was sent is answered, what is left isn't part of it."""
+    answers, num_sent = [], 0
+
+    class Open(FakeCall):
+        def add_done_callback(self, callback):
+            answers.append(lambda: callback(self))
+
+    def send(data, timeout):
+        nonlocal num_sent
+        num_sent += 1
+        return Open()
+
+    def is_over():
+        if num_sent < 3:
+            return False
+        while answers:
+            answers.pop()()
+        return True
+
+    clock = FakeClock()
+    at = [0.1 * place for place in range(10)]
+    result = play(send, [b"a"], at, [0] * 10, timeout=1, is_over=is_over, clock=clock, sleep=clock.sleep)
+    assert result.codes == ["OK"] * 3
+    np.testing.assert_array_equal(result.at, at[:3])
+    np.testing.assert_allclose(result.latencies, [0.3, 0.2, 0.1], atol=1e-9)
+    assert len(result.lags) == 3
+
+
 def test_gaps_are_exponential():
     """Kolmogorov and Smirnov: the distance at a level of 0.1%."""
     arrivals, choices = arrivals_of(mixed_sizes(), 50.0, 20_000, seed=3)
@@ -137,10 +170,11 @@ def test_an_m_d_1_queue_by_hand_and_in_the_mean():
 
 
 @contextlib.contextmanager
-def fake_server(answer, num_threads=8):
-    """A gRPC server whose ModelInfer is a function of the request's bytes."""
+def fake_server(answer, num_threads=8, **others):
+    """A gRPC server whose ModelInfer is a function of the request's bytes; other methods likewise."""
     server = grpc.server(futures.ThreadPoolExecutor(num_threads))
-    handlers = {"ModelInfer": grpc.unary_unary_rpc_method_handler(answer)}
+    methods = {"ModelInfer": answer, **others}
+    handlers = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -222,3 +256,85 @@ def test_an_answer_that_never_comes_has_a_status_too(requests):
         ended.set()
     assert result.counts == {"DEADLINE_EXCEEDED": 2}
     assert math.isnan(result.latency(0.5))
+
+
+def test_what_is_played_ends_with_the_context(requests):
+    """The schedule is of a quarter of an hour; the process does as it is told afterwards, too."""
+    seen = threading.Semaphore(0)
+
+    def answer(data, context):
+        seen.release()
+        return data
+
+    at = [0.01 * place for place in range(90_000)]
+    with fake_server(answer) as address, LoadGenerator(address, requests) as generator:
+        with generator.playing(at, [0] * len(at)) as played:
+            for _ in range(5):
+                seen.acquire()
+            assert not played
+        (result,) = played
+        with generator.playing([0.0], [1]) as one:  # ends by itself, or before it has begun
+            pass
+        again = generator.play([0.0, 0.01], [0, 1])
+    assert 5 <= len(result.at) < len(at)
+    np.testing.assert_array_equal(result.at, at[: len(result.at)])
+    assert result.counts == {"OK": len(result.at)}
+    assert len(one[0].at) <= 1
+    assert again.counts == {"OK": 2}
+
+
+class Published:
+    """A repository of one version, or of two."""
+
+    model = "feed"
+
+    def __init__(self):
+        self.last = 1
+
+    def publish(self, build):
+        self.last += 1
+        return self.last
+
+
+def test_load_stays_open_loop_while_a_version_stalls_the_server(tmp_path):
+    """Ranking stops when the version appears and goes on when it alone is there, two seconds later."""
+    repository, goes_on, looks = Published(), threading.Event(), iter(range(20))
+    begins, ends = [], []
+    goes_on.set()
+
+    def rank(data, context):
+        goes_on.wait()
+        threading.Event().wait(0.02)
+        return data
+
+    def index(data, context):
+        answer = messages.RepositoryIndexResponse()
+        answer.models.add(name="feed", version=str(repository.last), state="READY")
+        if repository.last == 2 and next(looks, None) is not None:
+            goes_on.clear()
+            begins.append(time.monotonic())
+            answer.models.add(name="feed", version="1", state="UNLOADING")
+        else:
+            ends.append(time.monotonic())
+            goes_on.set()
+        return answer.SerializeToString()
+
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(futures.ThreadPoolExecutor(1))
+        address = stack.enter_context(fake_server(rank, 1, RepositoryIndex=on_threads(index, pool)))
+        metrics = MetricsServer(lambda: b"xlarank_serving_compiles_total 0\n", host="127.0.0.1", port=0)
+        stack.enter_context(contextlib.closing(metrics))
+        save_requests(tmp_path / "requests.npz", [b"x"] * 16)
+        generator = stack.enter_context(LoadGenerator(address, tmp_path / "requests.npz"))
+        ready = {"grpc": address, "http": f"127.0.0.1:{metrics.port}"}
+        run = run_swaps(ready, generator, repository, [(WARM, None)], 0.5, seed=1)
+    (swap,), at = run.swaps, run.played.at
+    # One schedule from the first pause to the last: nothing has held a part of it back.
+    schedule = np.array([arrival.at for arrival in arrivals_of(fixed_sizes(1), 1.0, len(at), seed=1)[0]])
+    np.testing.assert_allclose(at / at[-1], schedule / schedule[-1])
+    assert run.played.began_at + at[-1] > swap.end
+    begin = begins[0] - run.played.began_at
+    end = min(when for when in ends if when > begins[0]) - run.played.began_at
+    stalled = (at > begin) & (at < end)
+    assert stalled.sum() > 5
+    assert (at + run.played.latencies)[stalled].min() >= end
