@@ -275,14 +275,18 @@ class Bench:
         self._tell("request_cpu_us")
         words = ["--turns", 2 * self._sizes.runs + 1, "--requests", self._sizes.cpu_requests]
         result = run_tool("request_cpu.py", served.bundle, *words)
-        turns = list(zip(result["server"], result["gather_execute"], result["parse"], strict=True))
-        values = [server - inside - echo for server, inside, echo in turns]
+
+        def less(echo: str) -> list[float]:
+            turns = zip(result["server"], result["gather_execute"], result[echo], strict=True)
+            return [server - inside - other for server, inside, other in turns]
+
+        values = less("parse")
         kilobytes, num_tensors = result["bytes_a_request"] / 1e3, result["num_tensors"]
         text = (
             f"CPU of the server's process a request (500 candidates, {kilobytes:.0f} KB in {num_tensors} "
             f"tensors, closed loop of 2), less that of gather and execute (of the thread that calls them, "
             f"while it does, and of XLA's own threads), less that of a gRPC server with the same threads "
-            f"that reads the same messages and answers as many scores; one CPU each, {len(turns)} turns of "
+            f"that reads the same messages and answers as many scores; one CPU each, {len(values)} turns of "
             f"{self._sizes.cpu_requests} requests or more (spread: lowest and highest turn)"
         )
         figure = Figure(
@@ -293,10 +297,11 @@ class Bench:
             spread=(min(values), max(values)),
             how=self._how(served, text),
             beside={
+                "less an echo's of the bytes, unparsed": f"{statistics.median(less('bytes')):.0f} us",
                 "us, medians": ", ".join(
                     f"{name} {statistics.median(result[name]):.0f}"
                     for name in ("server", "gather_execute", "parse", "bytes")
-                )
+                ),
             },
         )
         return [figure]

@@ -1,8 +1,8 @@
 """What every benchmark ends in: figures, each a measured value beside its target.
 
-A benchmark makes `Figure`s, usually of two interleaved series with `ratio_figure`, and calls `report` with
-them: a table for people, and a JSON list of ``{"figure", "value", "target", "spread", "how"}`` for programs,
-with ``"beside"`` where more was measured.
+A benchmark makes `Figure`s, usually of two interleaved series with `ratio_figure`, of tails with
+`quantile_figure`, and calls `report` with them: a table for people, and a JSON list of ``{"figure", "value",
+"target", "spread", "how"}`` for programs, with ``"beside"`` where more was measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Figure", "Goal", "command", "environment", "ratio_figure", "report", "run_tool"]
+__all__ = [
+    "Figure",
+    "Goal",
+    "command",
+    "environment",
+    "quantile_figure",
+    "ratio_figure",
+    "report",
+    "run_tool",
+]
 
 _ID = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -61,7 +70,7 @@ class Figure:
     """Better is more, or less."""
 
     spread: tuple[float, float]
-    """Lowest and highest that it came out at within the run; see `ratio_figure`."""
+    """Lowest and highest that it came out at within the run; see `ratio_figure` and `quantile_figure`."""
 
     how: str
     """Sizes, repeats and what was counted, in words, so that a stranger could measure it again."""
@@ -143,6 +152,57 @@ def ratio_figure(
         spread=(float(low), float(high)),
         how=how,
         beside=beside or {},
+    )
+
+
+def quantile_figure(
+    figure: str,
+    latencies: Sequence[np.ndarray],
+    yardsticks: Sequence[np.ndarray],
+    *,
+    quantile: float = 0.99,
+    target: float,
+    goal: Goal,
+    how: str,
+    beside: Mapping[str, str] | None = None,
+) -> Figure:
+    """A quantile of latencies over the same quantile of what they are held against.
+
+    The value is of the requests of all runs together: the 99th percentile of a few dozen is the longest one.
+    The spread is from the lowest to the highest of the runs' own ratios and of that; `beside` says how many
+    requests there were.
+
+    Args:
+      figure: id.
+      latencies: of each run, at least one of one request, in units that make runs alike.
+      yardsticks: of each run, in the same units.
+      quantile: in [0, 1].
+      target, goal, how, beside: see `Figure`.
+
+    Raises:
+      ValueError: if a run has no requests or no yardstick, or there is no run.
+    """
+    if len(latencies) != len(yardsticks) or not latencies or not all(map(len, (*latencies, *yardsticks))):
+        raise ValueError(
+            f"figure {figure!r}: expected runs with latencies and yardsticks, got "
+            f"{list(map(len, latencies))} and {list(map(len, yardsticks))}"
+        )
+    runs = [
+        float(np.quantile(measured, quantile) / np.quantile(yardstick, quantile))
+        for measured, yardstick in zip(latencies, yardsticks, strict=True)
+    ]
+    pooled = np.quantile(np.concatenate(latencies), quantile)
+    value = float(pooled / np.quantile(np.concatenate(yardsticks), quantile))
+    counts = list(map(len, latencies))
+    return Figure(
+        figure=figure,
+        value=value,
+        target=target,
+        goal=goal,
+        spread=(min(*runs, value), max(*runs, value)),
+        how=f"{how}; of the requests of all runs together (spread: of each run)",
+        beside={"requests, all and of each run": f"{sum(counts)}: {', '.join(map(str, counts))}"}
+        | dict(beside or {}),
     )
 
 

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from figures import Figure, Goal, ratio_figure
+from figures import Figure, Goal, quantile_figure
 from open_loop import LoadGenerator, Played
 from serving_lab import (
     HUGE_QUEUE,
@@ -67,8 +67,8 @@ class Point:
     means: ServerMeans
     """The server's own, of this run."""
 
-    md1: dict[float, float]
-    """Seconds by quantile of an M/D/1 queue with these arrivals, served in 1 / capacity."""
+    md1: np.ndarray
+    """[A] seconds in an M/D/1 queue with these arrivals, served in 1 / capacity."""
 
     pace: ServerPace
     """What capacity and lone requests say."""
@@ -128,7 +128,6 @@ def measure_points(
                 played = generator.play(at, choices, timeout=60)
                 if not played.is_ok.all():
                     raise RuntimeError(f"expected every request to be answered, got {played.counts}")
-                md1 = md1_latencies(at, 1 / capacity)
                 points.append(
                     Point(
                         load=load,
@@ -136,7 +135,7 @@ def measure_points(
                         alone=alone,
                         played=played,
                         means=means(),
-                        md1={q: float(np.quantile(md1, q)) for q in (0.5, 0.99)},
+                        md1=md1_latencies(at, 1 / capacity),
                         pace=pace,
                         simulated_mean=run_simulation(plan, arrivals, pace=pace).mean_latency,
                         idle_mean=run_simulation(plan, arrivals).mean_latency,
@@ -158,22 +157,27 @@ def p99_over_md1(heavy: Sequence[Point], light: Sequence[Point], *, how: str) ->
 
     def ratio(points: Iterable[Point], quantile: float) -> Figure:
         chosen = [point for point in points if point.load == MD1_LOADS[0]]
-        return ratio_figure(
+        return quantile_figure(
             "p99_over_md1",
-            [point.played.latency(quantile) for point in chosen],
-            [point.md1[quantile] for point in chosen],
+            [point.capacity * point.played.answered for point in chosen],  # in services
+            [point.capacity * point.md1 for point in chosen],
+            quantile=quantile,
             target=1.3,
             goal=Goal.AT_MOST,
             how=f"{how}; {MD1_LOADS[0]:.0%} of the capacity in closed loop of {_OUTSTANDING}, measured "
-            f"before each of {len(chosen)} runs; over an M/D/1 queue with the same arrivals, served in "
-            f"1 / capacity",
+            f"before each of {len(chosen)} runs with the generator on the same cores; over an M/D/1 queue "
+            f"with the same arrivals, served in 1 / capacity; latencies in such services",
         )
 
-    beside = {"p50": f"{ratio(heavy, 0.5).value:.3f}"}
-    beside |= {f"light model, p{q * 100:.0f}": f"{ratio(light, q).value:.3f}" for q in (0.5, 0.99)}
+    figure = ratio(heavy, 0.99)
+    beside = dict(figure.beside) | {"p50": f"{ratio(heavy, 0.5).value:.3f}"}
+    for quantile in (0.5, 0.99):
+        of_light = ratio(light, quantile)
+        (requests,) = of_light.beside.values()
+        beside[f"light model, p{quantile * 100:.0f}"] = f"{of_light.value:.3f}; requests {requests}"
     for name, points in (("heavy", heavy), ("light", light)):
         beside[f"{name} model, medians"] = _stages(points)
-    return dataclasses.replace(ratio(heavy, 0.99), beside=beside)
+    return dataclasses.replace(figure, beside=beside)
 
 
 def simulator_error(demo: Sequence[Point], others: Mapping[str, Sequence[Point]], *, how: str) -> Figure:

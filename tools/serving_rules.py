@@ -59,6 +59,9 @@ class Curves:
     seconds: dict[str, dict[float, list[dict[float, float]]]]
     """By rule, load, schedule of arrivals (alike for all rules) and quantile."""
 
+    num_requests: int
+    """Of a schedule."""
+
     def latency(self, rule: str, load: float, quantile: float) -> float:
         """Seconds: the median of all schedules."""
         return statistics.median(run[quantile] for run in self.seconds[rule][load])
@@ -78,30 +81,28 @@ def simulate_rules(served: Served, plan: BucketPlan, num_requests: int, *, is_pl
       num_requests: of each load of the figure, in several schedules.
       is_plotted: whether the loads between those of the figure are wanted too.
     """
-    capacity = _capacity(plan, num_requests)
+    capacity, num_arrivals = _capacity(plan, num_requests), num_requests // _SCHEDULES
     seconds: dict[str, dict[float, list[dict[float, float]]]] = {rule: {} for rule in RULES}
     for load in _PLOTTED if is_plotted else LOADS:
         for rule in RULES:
             seconds[rule][load] = []
         for seed in range(_SCHEDULES if load in LOADS else 1):
-            arrivals, _ = arrivals_of(_TRAFFIC, load * capacity, num_requests // _SCHEDULES, seed=seed)
+            arrivals, _ = arrivals_of(_TRAFFIC, load * capacity, num_arrivals, seed=seed)
             for rule in RULES:
                 result = run_simulation(plan, arrivals, make_batcher=batcher_of(rule))
                 seconds[rule][load].append({q: result.latency(q) for q in _QUANTILES})
-    return Curves(served.words, seconds)
+    return Curves(served.words, seconds, num_arrivals)
 
 
-def serve_rules(
-    lab: Lab, served: Served, *, turns: int, seconds: float
-) -> dict[str, list[dict[float, float]]]:
-    """Servers with each rule take turns at the same arrivals; seconds by rule, turn and quantile.
+def serve_rules(lab: Lab, served: Served, *, turns: int, seconds: float) -> dict[str, list[np.ndarray]]:
+    """Servers with each rule take turns at the same arrivals; latencies by rule and turn.
 
     Many short turns: what else the machine does moves a turn's p99 by a factor of two.
 
     Raises:
       RuntimeError: if a request isn't answered.
     """
-    latencies: dict[str, list[dict[float, float]]] = {rule: [] for rule in RULES}
+    latencies: dict[str, list[np.ndarray]] = {rule: [] for rule in RULES}
     with ExitStack() as stack:
         generators = {}
         for rule in RULES:
@@ -121,12 +122,12 @@ def serve_rules(
                 played = generators[rule].play([arrival.at for arrival in arrivals], chosen)
                 if not played.is_ok.all():
                     raise RuntimeError(f"expected every request to be answered, got {played.counts}")
-                latencies[rule].append({q: played.latency(q) for q in _QUANTILES})
+                latencies[rule].append(played.answered)
     return latencies
 
 
 def vs_fixed_delay(
-    curves: Sequence[Curves], light: Served, served: dict[str, list[dict[float, float]]], *, how: str
+    curves: Sequence[Curves], light: Served, served: dict[str, list[np.ndarray]], *, how: str
 ) -> Figure:
     """Triton's p99 over ours, the worst of all."""
     ratios, beside = [], {}
@@ -138,16 +139,24 @@ def vs_fixed_delay(
             beside[f"{curve.model}, {rule} us, simulated"] = (
                 ", ".join(f"{load:.0%} {ratio:.3f}" for load, ratio in mine.items()) + f"; p50 {medians}"
             )
+    of_turns = {
+        rule: {q: np.array([np.quantile(turn, q) for turn in turns]) for q in _QUANTILES}
+        for rule, turns in served.items()
+    }
+    pooled = {rule: np.quantile(np.concatenate(turns), 0.99) for rule, turns in served.items()}
+    ours_ms = 1e3 * np.median(of_turns[OURS][0.99])
     for rule in RULES[1:]:
-        pairs = list(zip(served[rule], served[OURS], strict=True))
-        by_quantile = {
-            q: statistics.median(theirs[q] / ours[q] for theirs, ours in pairs) for q in _QUANTILES
-        }
+        by_quantile = {q: float(np.median(of_turns[rule][q] / of_turns[OURS][q])) for q in _QUANTILES}
         ratios.append(by_quantile[0.99])
-        ours_ms = 1e3 * statistics.median(ours[0.99] for _, ours in pairs)
         beside[f"{light.words}, {rule} us, served at {_SERVED_LOAD:.0%}"] = (
-            f"{by_quantile[0.99]:.3f}; p50 {by_quantile[0.5]:.3f}; our p99 {ours_ms:.2f} ms"
+            f"{by_quantile[0.99]:.3f}; p50 {by_quantile[0.5]:.3f}; our p99 {ours_ms:.2f} ms; of the requests "
+            f"of all turns together {pooled[rule] / pooled[OURS]:.3f}"
         )
+    counts = list(map(len, served[OURS]))
+    beside["requests of a rule"] = (
+        f"simulated {', '.join(f'{_SCHEDULES} x {curve.num_requests}' for curve in curves)} at a load; "
+        f"served {sum(counts)}: {', '.join(map(str, counts))}"
+    )
     return Figure(
         figure="vs_fixed_delay",
         value=min(ratios),

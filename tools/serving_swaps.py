@@ -21,7 +21,7 @@ from typing import Any
 
 import grpc
 import numpy as np
-from figures import Figure, Goal
+from figures import Figure, Goal, quantile_figure
 from open_loop import LoadGenerator, Played
 from server_process import server_samples, serving
 from serving_lab import Lab, Served, arrivals_of, fixed_sizes
@@ -190,27 +190,41 @@ def run_swaps(
 
 
 def swap_p99(runs: Sequence[SwapRun], *, how: str) -> Figure:
-    """p99 in the windows of swaps over p99 without, the worse of cold and warm."""
+    """p99 in the windows of swaps over p99 without, the worst kind of swap."""
     swaps = [(run, swap) for run in runs for swap in run.swaps]
     kinds = [kind for kind in (COLD, WARM, REFRESH) if any(swap.kind == kind for _, swap in swaps)]
-    ratios = {
-        kind: [_p99(run.latencies(swap)) / _p99(run.latencies()) for run, swap in swaps if swap.kind == kind]
-        for kind in kinds
-    }
-    worst = max((COLD, WARM), key=lambda kind: statistics.median(ratios[kind]))
-    beside = {}
+    text = (
+        f"{how}; {_TRAFFIC.words}, Poisson arrivals at {_LOAD:.0%} of the capacity (closed loop of "
+        f"{_OUTSTANDING}, measured before each of {len(runs)} runs), open loop throughout, to `xlarank serve "
+        f"--watch-seconds {_WATCH_SECONDS}` on one device while versions are published; p99 of requests that "
+        f"start between the version's folder appearing and the version before having ended, over p99 of the "
+        f"same run outside of such windows; no request failed; the worst of {', '.join(kinds)}"
+    )
+    figures, beside = {}, {}
     for kind in kinds:
-        latencies = np.concatenate([run.latencies(swap) for run, swap in swaps if swap.kind == kind])
-        seconds = statistics.median(swap.seconds for _, swap in swaps if swap.kind == kind)
-        beside[f"{kind}, {len(ratios[kind])} swaps of {seconds:.1f} s"] = (
-            f"{statistics.median(ratios[kind]):.3f} ({min(ratios[kind]):.3f} to {max(ratios[kind]):.3f}); "
-            f"{len(latencies)} requests, their p99 {1e3 * _p99(latencies):.2f} ms"
+        chosen = [(run, swap) for run, swap in swaps if swap.kind == kind]
+        latencies = [run.latencies(swap) for run, swap in chosen]
+        figures[kind] = quantile_figure(
+            "swap_p99",
+            [seconds / _p99(run.latencies()) for seconds, (run, _) in zip(latencies, chosen, strict=True)],
+            [np.ones(1)] * len(chosen),
+            target=1.5,
+            goal=Goal.AT_MOST,
+            how=f"{text}: {kind}, {len(chosen)} swaps",
+        )
+        (requests,) = figures[kind].beside.values()
+        length = statistics.median(swap.seconds for _, swap in chosen)
+        low, high = figures[kind].spread
+        beside[f"{kind}, {len(chosen)} swaps of {length:.1f} s"] = (
+            f"{figures[kind].value:.3f} ({low:.3f} to {high:.3f}); requests {requests}; p99 "
+            f"{1e3 * _p99(np.concatenate(latencies)):.2f} ms"
         )
     quiet = [run.latencies() for run in runs]
     every = [run.played.answered for run in runs]
     beside["without a swap"] = (
         f"p50 {1e3 * statistics.median(float(np.median(part)) for part in quiet):.2f} ms, p99 "
-        f"{1e3 * statistics.median(map(_p99, quiet)):.2f} ms"
+        f"{1e3 * statistics.median(map(_p99, quiet)):.2f} ms; requests of each run "
+        f"{', '.join(str(len(part)) for part in quiet)}"
     )
     whole = statistics.median(_p99(a) / _p99(b) for a, b in zip(every, quiet, strict=True))
     beside["p99 of whole runs, swaps and pauses, over that without a swap"] = f"{whole:.3f}"
@@ -218,20 +232,7 @@ def swap_p99(runs: Sequence[SwapRun], *, how: str) -> Figure:
         f"{sum(run.num_failures for run in runs)} of {sum(map(len, every))} requests, "
         f"{sum(run.num_compiles for run in runs)} programs"
     )
-    return Figure(
-        figure="swap_p99",
-        value=statistics.median(ratios[worst]),
-        target=1.5,
-        goal=Goal.AT_MOST,
-        spread=(min(ratios[worst]), max(ratios[worst])),
-        how=f"{how}; {_TRAFFIC.words}, Poisson arrivals at {_LOAD:.0%} of the capacity (closed loop of "
-        f"{_OUTSTANDING}, measured before each of {len(runs)} runs) to `xlarank serve --watch-seconds "
-        f"{_WATCH_SECONDS}` on one device while versions with other programs are published; p99 of requests "
-        f"that start between the version's folder appearing and the version before having ended, over p99 of "
-        f"the same run outside of such windows: median of {len(ratios[worst])} swaps, the worse of compile "
-        f"cache cold and warm: {worst} (spread: all of them); no request failed",
-        beside=beside,
-    )
+    return dataclasses.replace(max(figures.values(), key=lambda figure: figure.value), beside=beside)
 
 
 def _p99(latencies: np.ndarray) -> float:

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import figures
+import numpy as np
 import pytest
-from figures import Figure, Goal, ratio_figure, report, run_tool
+from figures import Figure, Goal, quantile_figure, ratio_figure, report, run_tool
 from rich.console import Console
 
 pytestmark = pytest.mark.once
@@ -39,6 +40,27 @@ def test_a_ratio_is_the_median_over_neighbours_so_that_a_slow_moment_of_the_mach
     assert figure.value == 5.0  # of 4, 5, 6, 5, 7
     assert figure.spread == pytest.approx((4.4, 6.6))  # percentiles 10 and 90 of five, interpolated
     assert figure.is_met
+
+
+def test_a_quantile_is_of_the_requests_of_all_runs_together():
+    """Nine of a run are too few for a 99th percentile; the second run alone would have 12."""
+    runs = [np.arange(1.0, 10.0), np.array([12.0]), np.arange(1.0, 1000.0)]
+    held_against = [np.array([1.0, 2.0]), np.array([1.0]), np.array([2.0])]
+    figure = quantile_figure(
+        "tail", runs, held_against, quantile=0.5, target=1, goal=Goal.AT_MOST, how="x", beside={"more": "y"}
+    )
+    assert figure.value == pytest.approx(np.median(np.concatenate(runs)) / 1.5)
+    assert figure.spread == pytest.approx((5 / 1.5, figure.value))
+    assert figure.beside == {"requests, all and of each run": "1009: 9, 1, 999", "more": "y"}
+    assert figure.how == "x; of the requests of all runs together (spread: of each run)"
+
+
+@pytest.mark.parametrize("runs", [[], [np.ones(3)], [np.ones(3), np.ones(0)]])
+def test_a_run_without_requests_has_no_quantile(runs):
+    with pytest.raises(
+        ValueError, match=r"figure 'tail': expected runs with latencies and yardsticks, got \["
+    ):
+        quantile_figure("tail", runs, [np.ones(1)] * 2, target=1, goal=Goal.AT_MOST, how="x")
 
 
 def test_one_pair_is_its_own_spread():

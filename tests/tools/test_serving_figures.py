@@ -1,9 +1,11 @@
 """The serving benchmark's own arithmetic: windows of swaps, CPU of a process, names of groups."""
 
 import argparse
+import dataclasses
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from open_loop import Played
 from queue_server import OURS
 from request_cpu import process_cpu_seconds
 from serving_lab import ServerMeans
-from serving_latency import Point, simulator_error
-from serving_rules import Curves
+from serving_latency import Point, p99_over_md1, simulator_error
+from serving_overload import Overload, overload_figures
+from serving_rules import LOADS, Curves, vs_fixed_delay
 from serving_swaps import COLD, REFRESH, WARM, Swap, SwapRun, swap_p99, wait_until_alone
 
 from xlarank.cli.server_pace import ServerPace
@@ -39,7 +42,7 @@ def test_requests_belong_to_the_window_that_they_were_meant_to_start_in():
     assert not any(((s.begin <= outside) & (outside < s.end)).any() for s in (first, second))
 
 
-def test_the_figure_is_of_the_worse_kind_and_of_windows_alone():
+def test_the_figure_is_of_the_worst_kind_and_of_windows_alone():
     def latency(now):
         return 0.03 if 1020 <= now < 1030 else 0.02 if 1010 <= now < 1020 else 0.01
 
@@ -49,9 +52,12 @@ def test_the_figure_is_of_the_worse_kind_and_of_windows_alone():
         Swap(kind=REFRESH, begin=1020.0, end=1030.0),
     ]
     figure = swap_p99([run_of(swaps, latency)], how="x")
-    assert figure.value == pytest.approx(2.0)  # new weights are shown beside
-    assert "cold (spread" in figure.how
-    assert figure.beside["new weights, 1 swaps of 10.0 s"].startswith("3.000 ")
+    assert figure.value == pytest.approx(3.0)
+    assert "the worst of cold, warm, new weights: new weights, 1 swaps" in figure.how
+    assert figure.beside["cold, 1 swaps of 10.0 s"] == (
+        "2.000 (2.000 to 2.000); requests 1000: 1000; p99 20.00 ms"
+    )
+    assert figure.beside["without a swap"].endswith("; requests of each run 7500")
     assert figure.beside["p99 of whole runs, swaps and pauses, over that without a swap"] == "3.000"
 
 
@@ -96,10 +102,59 @@ def test_cpu_of_a_process_is_that_of_its_threads():
 def test_rules_are_compared_schedule_by_schedule():
     ours = [{0.5: 1.0, 0.99: 2.0}, {0.5: 2.0, 0.99: 10.0}, {0.5: 3.0, 0.99: 3.0}]
     theirs = [{0.5: 1.0, 0.99: 3.0}, {0.5: 2.0, 0.99: 12.0}, {0.5: 6.0, 0.99: 12.0}]
-    curves = Curves("light", {OURS: {0.5: ours}, "500": {0.5: theirs}})
+    curves = Curves("light", {OURS: {0.5: ours}, "500": {0.5: theirs}}, 3)
     assert curves.latency("500", 0.5, 0.99) == 12.0
     assert curves.ratio("500", 0.5) == 1.5  # the medians' own ratio would be 4
     assert curves.ratio("500", 0.5, 0.5) == 1.0
+
+
+def test_what_was_served_is_compared_turn_by_turn_and_told_with_its_requests():
+    ours = [np.full(50, 1.0), np.full(50, 1.0), np.full(60, 1.0)]
+    theirs = [np.full(50, 2.0), np.full(50, 1.5), np.full(60, 9.0)]
+    served = {OURS: ours, "500": theirs, "5000": theirs}
+    schedule = [{0.5: 1.0, 0.99: 2.0}] * 3
+    curves = Curves("light", {rule: dict.fromkeys(LOADS, schedule) for rule in served}, 700)
+    light = SimpleNamespace(words="light")
+    figure = vs_fixed_delay([curves, curves], light, served, how="x")
+    assert (figure.value, figure.spread) == (1.0, (1.0, 2.0))
+    assert figure.beside["light, 500 us, served at 50%"] == (
+        "2.000; p50 2.000; our p99 1000.00 ms; of the requests of all turns together 9.000"
+    )
+    assert (
+        figure.beside["requests of a rule"] == "simulated 3 x 700, 3 x 700 at a load; served 160: 50, 50, 60"
+    )
+
+
+def overload(latencies, *, service):
+    """One of a hundred seconds, a request each."""
+    at = np.arange(1.0, 101.0)
+    played = Played(at, latencies, ["OK"] * 90 + ["RESOURCE_EXHAUSTED"] * 10, np.zeros(100), 0.0)
+    return Overload(played=played, seconds=100.0, capacity=1.0, service=service)
+
+
+def test_overload_is_told_by_the_requests_of_all_runs():
+    """Of 100 requests 14 arrive while the queue fills, and 10 are refused."""
+    runs = [
+        overload(np.arange(1.0, 101.0), service=1.0),
+        overload(np.arange(2.0, 202.0, 2.0), service=2.0),
+        overload(np.full(100, 1000.0), service=1.0),
+    ]
+    _, p99 = overload_figures("", runs, target=1, how="x")
+    assert p99.value == pytest.approx(200.0)
+    assert p99.spread == pytest.approx((np.quantile(np.arange(15, 91) / 5, 0.99), 200.0))
+    assert p99.beside["requests, all and of each run"] == "228: 76, 76, 76"
+
+
+def test_the_tail_over_an_m_d_1_queue_is_of_all_runs_in_their_own_services():
+    """The machine is half as fast in the second run, which is no longer a queue for it."""
+    fast = point(0.7, 0.010, 0, 0)
+    slow = dataclasses.replace(point(0.7, 0.024, 0, 0), capacity=50.0, md1=np.full(1, 0.020))
+    fast = dataclasses.replace(fast, md1=np.full(1, 0.010))
+    figure = p99_over_md1([fast, slow], [fast, point(0.3, 9.0, 0, 0)], how="x")
+    assert figure.value == pytest.approx(np.quantile([1.0, 1.2], 0.99))
+    assert figure.spread == pytest.approx((1.0, 1.2))
+    assert figure.beside["requests, all and of each run"] == "2: 1, 1"
+    assert figure.beside["light model, p99"] == "1.000; requests 1: 1"
 
 
 def point(load, served, simulated, idle):
@@ -111,7 +166,7 @@ def point(load, served, simulated, idle):
         alone=0.006,
         played=Played(np.zeros(1), latencies, ["OK"], np.zeros(1), 0.0),
         means=ServerMeans(gather=0, execute=0, queue=0, respond=0, total=0, rows_a_batch=500),
-        md1={0.5: 1.0, 0.99: 1.0},
+        md1=np.ones(1),
         pace=ServerPace(slowdown=1.5, overhead_seconds=0.002),
         simulated_mean=simulated,
         idle_mean=idle,
