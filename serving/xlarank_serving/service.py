@@ -413,8 +413,8 @@ class InferenceService:
         if read.began_at > timeout_at:
             raise DeadlineError(
                 f"model {engine.spec.name!r}: expected an answer within the timeout of "
-                f"{timeout_seconds * 1e3:.1f} ms, the request had waited "
-                f"{(read.began_at - arrival.at) * 1e3:.1f} ms to be read"
+                f"{timeout_seconds * 1e3:g} ms, the request had waited "
+                f"{(read.began_at - arrival.at) * 1e3:.3f} ms to be read"
             )
         outputs = codec.requested_outputs(request, parameters)
         rank_request = codec.read(message, check=engine.check)
@@ -543,7 +543,7 @@ def _answer(call: RankCall) -> Answer:
         waited = time.monotonic() - call.arrival.at
         raise DeadlineError(
             f"model {call.engine.spec.name!r}: expected an answer within the timeout of "
-            f"{(call.timeout_at - call.arrival.at) * 1e3:.1f} ms, got none in {waited * 1e3:.1f} ms"
+            f"{(call.timeout_at - call.arrival.at) * 1e3:g} ms, got none in {waited * 1e3:.1f} ms"
         ) from None
 
 

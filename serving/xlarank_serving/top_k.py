@@ -18,6 +18,8 @@ INDICES = "top_k.indices"
 SCORES = "top_k.scores"
 """Output FP32 [k]: their scores."""
 
+_MAX_WEIGHT = float(np.finfo(np.float32).max)
+
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
@@ -39,6 +41,9 @@ class TopK:
 
         Returns:
           [k] int32 positions and [k] float32 scores, best first, k = min(k, N).
+
+        Raises:
+          RequestError: if float32 doesn't hold a weighted sum of finite scores.
         """
         values = self._values(scores)
         order = -values  # ascending: best first
@@ -57,15 +62,25 @@ class TopK:
         """[N] float32."""
         if len(self.weights) == 1 and self.weights[0][1] == 1:
             return scores[self.weights[0][0]]
+        terms = np.array([scores[task] for task, _ in self.weights], np.float64)  # [T, N]
+        weights = np.array([weight for _, weight in self.weights])
         with np.errstate(over="ignore", invalid="ignore"):
-            return sum((scores[task] * np.float32(weight) for task, weight in self.weights), np.float32(0))  # type: ignore[return-value]
+            sums = (weights[:, None] * terms).sum(axis=0)  # [N]; not a matmul, whose sums depend on the place
+            values = sums.astype(np.float32)
+        beyond = np.flatnonzero(~np.isfinite(values) & np.isfinite(terms).all(axis=0))
+        if beyond.size:
+            raise RequestError(
+                f"parameter 'top_k_weights': expected weighted sums that float32 holds, got "
+                f"{sums[beyond[0]]:g} for candidate {beyond[0]}"
+            )
+        return values
 
 
 def parse_weights(text: str) -> list[tuple[str, float]]:
     """Reads "click:1,like:0.5": names and weights.
 
     Raises:
-      RequestError: for anything else, a name that comes twice or a weight that isn't finite.
+      RequestError: for anything else, a name that comes twice or a weight that isn't finite as float32.
     """
     weights: dict[str, float] = {}
     for part in text.split(","):
@@ -75,10 +90,10 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
             weight = float(number)
         except ValueError:
             weight = math.nan
-        if not name or not math.isfinite(weight) or name in weights:
+        if not name or not abs(weight) <= _MAX_WEIGHT or name in weights:
             raise RequestError(
-                f"parameter 'top_k_weights': expected outputs and finite weights as in 'click:1,like:0.5', "
-                f"each output once, got {part[:100]!r}"
+                f"parameter 'top_k_weights': expected outputs and weights that are finite as float32, as in "
+                f"'click:1,like:0.5', each output once, got {part[:100]!r}"
             )
         weights[name] = weight
     return list(weights.items())

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import http.client
 import json
+import re
 import select
 import socket
 import threading
@@ -174,6 +175,17 @@ def test_parameters_and_top_k_by_hand(over, wire):
     }  # fmt: skip
     assert answer["parameters"]["total_us"] == 7000
     assert over.engine.options[-1].affinity_key == "7"
+
+
+@pytest.mark.parametrize(
+    "weights", ["finish:1e300", "share.score:1e39,finish:-1e39", "finish:3.4e38,share:1"]
+)
+def test_weights_beyond_float32_are_refused_in_words(over, wire, weights):
+    body = as_json(wire, n=5) | {"parameters": {"top_k": 2, "top_k_weights": weights}}
+    status, answer = over.infer(body)
+    told = "weights that are finite as float32|weighted sums that float32 holds, got .* for candidate 0"
+    assert status == 400
+    assert re.match(f"parameter 'top_k_weights': expected .*({told})", answer["error"])
 
 
 def test_binary_and_json_inputs_may_be_mixed_and_nested_lists_are_flat(over, wire):
@@ -446,9 +458,10 @@ def test_a_body_that_does_not_come_is_given_up(own):
         assert half.recv(4096).startswith(b"HTTP/1.1 408")
 
 
-def test_a_compressed_body_is_refused(over):
+def test_a_compressed_body_is_refused(over, wire):
     status, answer = over.infer(b"x", **{"Content-Encoding": "gzip"})
     assert (status, answer["error"]) == (415, "expected a body without Content-Encoding, got 'gzip'")
+    assert over.infer(as_json(wire), **{"Content-Encoding": "Identity"})[0] == 200
 
 
 def test_json_is_bounded_before_it_is_parsed(over, wire):

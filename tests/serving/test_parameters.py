@@ -1,6 +1,7 @@
 """Request parameters: what reaches the engine, what comes back, what is refused."""
 
 import math
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -101,7 +102,7 @@ def test_a_request_that_waits_for_a_thread_is_late_all_the_same(wire):
             pass
         running.engine.release()
         assert len(first.result(timeout=10).outputs) == 2
-        text = "expected an answer within the timeout of 1.0 ms, the request had waited "
+        text = "expected an answer within the timeout of 1 ms, the request had waited "
         assert text in refused.result(timeout=10)
     assert len(running.engine.requests) == 1
     running.channel.close()
@@ -109,12 +110,18 @@ def test_a_request_that_waits_for_a_thread_is_late_all_the_same(wire):
     running.server.stop(0)
 
 
+def test_a_timeout_of_a_microsecond_is_told_as_that(shared, wire):
+    request = with_parameters(wire, wire.raw(**wire.valid(1)), timeout=1)
+    told = shared.refusal(request, grpc.StatusCode.DEADLINE_EXCEEDED)
+    assert told.startswith("model 'feed': expected an answer within the timeout of 0.001 ms, ")
+
+
 def test_a_timeout_that_passes_is_told_and_cancels_the_request(serving, wire):
     serving.engine.hold()
     details = serving.refusal(
         with_parameters(wire, wire.raw(**wire.valid(1)), timeout=20_000), grpc.StatusCode.DEADLINE_EXCEEDED
     )
-    assert details.startswith("model 'feed': expected an answer within the timeout of 20.0 ms, got none in 2")
+    assert details.startswith("model 'feed': expected an answer within the timeout of 20 ms, got none in 2")
     ((future, _),) = serving.engine.held
     assert future.cancelled()
     assert serving.engine.metrics.statistics().num_failures == 1
@@ -168,9 +175,12 @@ def test_parameters_that_mean_nothing_here_are_let_pass(serving, wire):
         ({"top_k": 5, "top_k_task": "finish", "top_k_weights": "finish:1"}, "'top_k': .* got both"),
         ({"top_k_task": "finish"}, "'top_k_task': expected 'top_k' beside it"),
         ({"top_k_weights": "finish:1"}, "'top_k_weights': expected 'top_k' beside it"),
-        ({"top_k": 5, "top_k_weights": "finish"}, "'top_k_weights': expected outputs and finite weights"),
-        ({"top_k": 5, "top_k_weights": "finish:1,"}, "expected outputs and finite weights.* got ''"),
-        ({"top_k": 5, "top_k_weights": "finish:nan"}, "finite weights .* got 'finish:nan'"),
+        ({"top_k": 5, "top_k_weights": "finish"}, "'top_k_weights': expected outputs and weights that are "),
+        ({"top_k": 5, "top_k_weights": "finish:1,"}, "expected outputs and weights that.* got ''"),
+        ({"top_k": 5, "top_k_weights": "finish:nan"}, "finite as float32, .* got 'finish:nan'"),
+        ({"top_k": 5, "top_k_weights": "finish:-inf"}, "finite as float32, .* got 'finish:-inf'"),
+        ({"top_k": 5, "top_k_weights": "finish:1,share:1e39"}, "finite as float32, .* got 'share:1e39'"),
+        ({"top_k": 5, "top_k_weights": "finish:-1e300"}, "finite as float32, .* got 'finish:-1e300'"),
         ({"top_k": 5, "top_k_weights": "finish:1,finish:2"}, "each output once, got 'finish:2'"),
         ({"top_k": 5, "top_k_weights": "share:1,share.score:2"}, "each task once, got"),
         ({"top_k": 5, "top_k_weights": "finish:1,like:2"}, "has no output 'like'"),
@@ -220,7 +230,7 @@ def test_top_k_is_the_best_with_ties_by_position(n, k, num_levels):
     assert (indices.dtype, values.dtype) == (np.int32, np.float32)
     assert (indices.tolist(), values.tolist()) == naive_top_k(click.tolist(), k)
     indices, values = TopK(k, (("click", 0.5), ("like", -2.0))).select(scores)
-    mixed = click * np.float32(0.5) + like * np.float32(-2.0)
+    mixed = (click * 0.5 + like.astype(np.float64) * -2.0).astype(np.float32)
     assert (indices.tolist(), values.tolist()) == naive_top_k(mixed.tolist(), k)
 
 
@@ -230,6 +240,32 @@ def test_what_is_not_a_number_is_never_among_the_best():
     indices, values = TopK(4, (("click", 1.0),)).select(scores)
     assert indices.tolist()[:2] == [4, 1]
     assert len(values) == 4
+
+
+def test_a_sum_is_exact_where_its_terms_are_large():
+    scores = {name: np.array(values, np.float32) for name, values in (("a", [3, 1, 2]), ("b", [3, 2, 1]))}
+    indices, values = TopK(3, (("a", 3e38), ("b", -3e38))).select(scores)  # 9e38 is beyond float32
+    assert indices.tolist() == [2, 0, 1]
+    np.testing.assert_array_equal(values, np.array([3e38, 0, -3e38], np.float32))
+
+
+@pytest.mark.parametrize(("weight", "told"), [(3e38, "6e+38"), (-3e38, "-6e+38")])
+def test_a_sum_beyond_float32_is_refused_with_its_candidate(weight, told):
+    scores = {"a": np.array([1, np.inf, np.nan, 2], np.float32), "b": np.zeros(4, np.float32)}
+    with pytest.raises(
+        RequestError, match=rf"weighted sums that float32 holds, got {re.escape(told)} for candidate 3"
+    ):
+        TopK(1, (("a", weight), ("b", 1.0))).select(scores)
+
+
+def test_weights_whose_sums_overflow_are_the_callers_fault(shared, wire):
+    request = with_parameters(
+        wire, wire.raw(**wire.valid(3)), top_k=2, top_k_weights="finish:3.4e38,share.score:3.4e38"
+    )
+    told = (
+        "parameter 'top_k_weights': expected weighted sums that float32 holds, got 2.3919e+41 for candidate 0"
+    )
+    assert shared.refusal(request) == told
 
 
 def tensors_of(response):
