@@ -6,11 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from typing import Any, NoReturn
 
 import grpc
 
 from xlarank.errors import RequestError
+from xlarank_serving.refusals import Refusals
 from xlarank_serving.status import answering
 from xlarank_serving.threads import CountingThreadPool
 
@@ -19,7 +21,7 @@ __all__ = ["ReceiveWatch"]
 _log = logging.getLogger(__name__)
 
 _HURRY_SECONDS = 0.25
-"""What a request gets to arrive in while half of the threads wait like its own and calls wait for one."""
+"""What the oldest requests get to arrive in while half of the threads wait like theirs, and calls for one."""
 
 _LOOK_SECONDS = 0.05
 
@@ -32,21 +34,27 @@ class ReceiveWatch:
     """Ends calls whose request doesn't arrive.
 
     gRPC waits for a request's bytes on the thread that is to answer it, so as many requests as there are
-    threads, sent by half, would end all service. Here a request has `max_receive_seconds` to arrive, and far
-    less while that is what the threads are short for. The caller of one that is ended sees CANCELLED.
+    threads, sent by half, would end all service. Here a request has `max_receive_seconds` to arrive. While
+    that is what the threads are short for, as many of the oldest as calls wait for a thread have far less.
+    The caller of one that is ended sees CANCELLED.
     """
 
     def __init__(
         self,
         max_receive_seconds: float,
         threads: CountingThreadPool,
+        refusals: Refusals,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_seconds = max_receive_seconds
         self._threads = threads
+        self._refusals = refusals
         self._clock = clock
-        # Calls whose request is awaited, and since when. Single operations of a dict need no lock.
+        # Calls whose request is awaited on a thread, and since when, the oldest first. Single operations of a
+        # dict need no lock.
         self._since: dict[grpc.ServicerContext, float] = {}
+        # Those of them that were ended and still hold their thread; of who looks for late ones alone.
+        self._ending: set[grpc.ServicerContext] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="grpc-receive-watch", daemon=True)
         self._thread.start()
@@ -80,16 +88,23 @@ class ReceiveWatch:
 
     def end_late_calls(self) -> int:
         """Cancels the calls that have waited too long; returns how many."""
-        limit = self._max_seconds
-        if self._threads.is_short and 2 * len(self._since) >= self._threads.num_threads:
-            limit = min(limit, _HURRY_SECONDS)
-        before = self._clock() - limit
-        late = [context for context, since in list(self._since.items()) if since < before]
+        since = dict(self._since)
+        self._ending &= since.keys()
+        now = self._clock()
+        ages = {context: now - began for context, began in since.items() if context not in self._ending}
+        late = [context for context, age in ages.items() if age > self._max_seconds]
+        if 2 * len(since) >= self._threads.num_threads:
+            # Threads of calls that were ended are about to come free.
+            num_wanted = max(0, self._threads.num_waiting - len(self._ending) - len(late))
+            hurried = [c for c, age in ages.items() if _HURRY_SECONDS < age <= self._max_seconds]
+            late += hurried[:num_wanted]
         for context in late:
-            self._since.pop(context, None)
+            self._ending.add(context)
+            self._refusals.count(CancelledError())
             context.cancel()
         if late:
-            _log.warning("%d calls ended: their requests didn't arrive within %g s", len(late), limit)
+            least = min(ages[context] for context in late)
+            _log.warning("%d calls ended: their requests didn't arrive within %.3g s", len(late), least)
         return len(late)
 
     def close(self) -> None:

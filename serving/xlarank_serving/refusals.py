@@ -19,7 +19,7 @@ class Refusals(Collector):
     """Counts requests that failed before an engine had them, by the status that callers got. Any thread.
 
     `nv_inference_request_failure` is by model and version, which aren't known of a request that is malformed,
-    names no version that serves, or is refused unread.
+    names no version that serves, is refused unread, or doesn't arrive (CANCELLED).
     """
 
     def __init__(self) -> None:

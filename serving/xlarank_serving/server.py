@@ -128,7 +128,9 @@ class RankingServer:
                 self._unread,
                 max_idle_seconds=config.stream_idle_seconds or math.inf,
             )
-            self._receive_watch = ReceiveWatch(limits.max_receive_seconds, self._threads.rank)
+            self._receive_watch = ReceiveWatch(
+                limits.max_receive_seconds, self._threads.rank, self._service.refusals
+            )
             undo.callback(self._receive_watch.close)
             self._service.count_open(
                 lambda: self._threads.rank.num_open, lambda: self._receive_watch.num_stalled

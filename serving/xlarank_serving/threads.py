@@ -47,9 +47,9 @@ class CountingThreadPool(concurrent.futures.ThreadPoolExecutor):
         return self._num_open
 
     @property
-    def is_short(self) -> bool:
-        """Whether work waits for a thread."""
-        return self._num_open > self.num_threads
+    def num_waiting(self) -> int:
+        """Submitted and without a thread."""
+        return max(0, self._num_open - self.num_threads)
 
     def wait_until_idle(self, timeout_seconds: float) -> bool:
         """Waits until nothing is open; False when that took too long."""

@@ -20,6 +20,7 @@ from xlarank_serving.encoding import add_inputs
 from xlarank_serving.limits import check_message, check_request
 from xlarank_serving.parsing import read_infer_message
 from xlarank_serving.receiving import ReceiveWatch
+from xlarank_serving.refusals import Refusals
 from xlarank_serving.unread import UnreadAnswers
 
 from xlarank.errors import FeatureError, OverloadError, RequestError
@@ -274,6 +275,7 @@ def test_requests_sent_by_half_hold_no_thread(wire):
             client.wait_for_settings()
         for _ in range(3):
             assert len(running.infer(wire.raw(**wire.valid(3))).outputs) == 2
+        assert num_refused(running.server.refusals)["CANCELLED"] >= 2
 
 
 def test_answers_that_nobody_reads_hold_no_thread(wire):
@@ -393,32 +395,76 @@ def wait_until_waiting(watch, count):
         pass
 
 
+def watch_by_hand(num_threads):
+    """A watch whose thread has ended, its pool, its count of refusals, and the time."""
+    now, threads, refusals = [0.0], SimpleNamespace(num_waiting=0, num_threads=num_threads), Refusals()
+    watch = ReceiveWatch(10.0, threads, refusals, lambda: now[0])
+    watch.close()
+    return watch, threads, refusals, now
+
+
+def num_refused(refusals):
+    (family,) = refusals.collect()
+    return {sample.labels["status"]: sample.value for sample in family.samples}
+
+
 def test_a_request_has_long_to_arrive_unless_threads_are_short_for_that():
-    now = [0.0]
-    threads = SimpleNamespace(is_short=False, num_threads=4)
-    watch = ReceiveWatch(10.0, threads, lambda: now[0])
-    watch.close()  # its thread; looked at by hand here
+    watch, threads, refusals, now = watch_by_hand(num_threads=4)
     calls = [Call(watch)]
     wait_until_waiting(watch, 1)
     assert watch.num_stalled == 0
     now[0] = 9.9
     assert watch.num_stalled == 1
-    threads.is_short = True  # but three of four threads rank
+    threads.num_waiting = 1  # but three of four threads rank
     assert watch.end_late_calls() == 0
     calls.append(Call(watch))
     wait_until_waiting(watch, 2)
     assert watch.num_stalled == 1  # the other has just come
-    threads.is_short = False
+    threads.num_waiting = 0
     assert watch.end_late_calls() == 0
-    threads.is_short = True
+    threads.num_waiting = 1
     assert watch.end_late_calls() == 1
     assert [call.cancelled.is_set() for call in calls] == [True, False]
-    threads.is_short = False
+    threads.num_waiting = 0
     now[0] = 20.0
     assert watch.end_late_calls() == 1
     assert calls[1].cancelled.is_set()
     assert watch.end_late_calls() == 0
+    assert num_refused(refusals) == {"CANCELLED": 2}
     assert [call.end() for call in calls] == [[b"abab"], [b"abab"]]
+
+
+def test_of_the_late_ones_as_many_of_the_oldest_are_ended_as_calls_wait_for_a_thread(caplog):
+    watch, threads, refusals, now = watch_by_hand(num_threads=8)
+    calls = []
+    for number in range(8):
+        now[0] = number / 100
+        calls.append(Call(watch))
+        wait_until_waiting(watch, number + 1)
+
+    def ended():
+        return [call.cancelled.is_set() for call in calls]
+
+    now[0] = 0.3  # the first five have had more than 0.25 s
+    threads.num_waiting = 2
+    assert watch.end_late_calls() == 2
+    assert ended() == [True] * 2 + [False] * 6
+    assert caplog.messages == ["2 calls ended: their requests didn't arrive within 0.29 s"]
+    assert watch.end_late_calls() == 0  # the threads of these two are about to come free
+    threads.num_waiting = 3
+    assert watch.end_late_calls() == 1
+    calls[0].end()
+    threads.num_waiting = 2  # the thread of one took a call
+    assert watch.end_late_calls() == 0
+    threads.num_waiting = 100
+    assert watch.end_late_calls() == 2  # the others aren't late yet
+    assert ended() == [True] * 5 + [False] * 3
+    now[0] = 1.0
+    assert watch.end_late_calls() == 3
+    assert num_refused(refusals) == {"CANCELLED": 8}
+    for call in calls:
+        call.end()
+    assert watch.end_late_calls() == 0
 
 
 def test_connections_beyond_the_limit_are_closed_and_others_served(wire):
