@@ -116,6 +116,53 @@ assert os.waitpid(pid, 0)[1] == 0
 """
 
 
+# Each generation is a fork of the one before, makes rows of its own, and lets go of those that it inherits.
+GENERATIONS = """
+import os
+from xlarank.host import SharedRows
+from xlarank.host.memory import huge_empty
+
+
+def made():
+    return SharedRows(huge_empty(640, is_shared=True).reshape(10, 64))
+
+
+def num_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+table = made()
+num_open = num_files()
+for _ in range(5):
+    pid = os.fork()
+    if pid:
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) or table.count(1) != 1)
+    table = made()
+    assert num_files() == num_open, os.listdir("/proc/self/fd")
+"""
+
+
+LET_GO = """
+import fcntl, os
+from xlarank.host import SharedRows
+from xlarank.host.memory import huge_empty
+
+table = SharedRows(huge_empty(640, is_shared=True).reshape(10, 64))
+with table.writing():
+    pid = os.fork()
+    if not pid:
+        file = os.open(f"/proc/self/fd/{table._file}", os.O_RDWR)
+        del table  # and of what `writing` opened, the fork still has a copy
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+assert table.count(1) == 1
+"""
+
+
 def run(script):
     """In a process of its own, without threads: only such a one may be forked."""
     return subprocess.run(
@@ -137,6 +184,16 @@ def test_processes_that_are_killed_while_they_write_leave_no_half_row():
 
 def test_writers_of_two_tables_wait_for_their_own_table_alone():
     result = run(TWO_TABLES)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_fork_that_lets_go_of_rows_closes_its_file_of_them():
+    result = run(GENERATIONS)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_fork_that_lets_go_of_rows_takes_no_lock_from_who_writes_them():
+    result = run(LET_GO)
     assert result.returncode == 0, result.stderr
 
 

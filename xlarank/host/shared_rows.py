@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import time
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -48,6 +49,8 @@ class SharedRows:
         self.journal = memory[_HEADER_BYTES + 4 * _NUM_STAMPS :]
         self._times[0] = time.monotonic()
         self._file = os.memfd_create("xlarank-rows")  # never locked itself: forks share it
+        # Of this process alone: a fork's is its own, and locks belong to the files that `writing` opens.
+        weakref.finalize(self, os.close, self._file).atexit = False
 
     @property
     def state(self) -> tuple[int, int, float]:
