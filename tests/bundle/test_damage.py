@@ -1,6 +1,7 @@
 """No damaged bundle opens, whichever file it is and however it was damaged; the message names the file."""
 
 import dataclasses
+import os
 import pickle
 import re
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from xlarank.bundle import FileDigest, Verify, open_bundle
+from xlarank.bundle import Bundle, FileDigest, Verify, open_bundle
 from xlarank.bundle.digests import digest_of
 from xlarank.bundle.manifest_json import manifest_from_json, manifest_to_json
 from xlarank.errors import BundleError
@@ -44,6 +45,11 @@ def replace_by_folder(path):
     path.mkdir()
 
 
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES = {
     "first byte flipped": (lambda path: flip(path, 0), r"damaged|no JSON"),
     "middle byte flipped": (lambda path: flip(path, path.stat().st_size // 2), r"damaged|no JSON"),
@@ -54,7 +60,8 @@ DAMAGES = {
     "emptied": (lambda path: path.write_bytes(b""), r"truncated: expected \d+ bytes, got 0|: 0 bytes"),
     "one byte longer": (lambda path: path.write_bytes(path.read_bytes() + b" "), r"too long|damaged"),
     "removed": (remove, r"missing"),
-    "a folder instead": (replace_by_folder, r"expected a file|Is a directory"),
+    "a folder instead": (replace_by_folder, r"expected a file, found a folder"),
+    "a pipe instead": (replace_by_pipe, r"expected a file, found a pipe"),
 }  # fmt: skip
 
 
@@ -70,6 +77,25 @@ def test_a_damaged_file_is_refused_by_name_with_what_differs(bundle_path, file, 
     apply(bundle_path / file)
     with pytest.raises(BundleError, match=f"{re.escape(str(bundle_path / file))}: .*({what_differs})"):
         open_bundle(bundle_path)
+
+
+READS = {
+    "golden.safetensors": Bundle.golden,
+    "params.safetensors": Bundle.params,
+    "programs/4x1.bin": lambda bundle: bundle.program(bundle.manifest.programs[0]),
+    "programs/prepare.bin": Bundle.prepare,
+    "report.html": lambda bundle: bundle.text("report.html"),
+    "tables/items.npy": Bundle.tables,
+    "tables/items.npy.sha256": lambda bundle: bundle.table_files()["items"].check_chunk(0),
+}
+
+
+@pytest.mark.parametrize("file", READS)
+def test_no_reader_waits_for_what_is_no_file(bundle_path, file):
+    bundle = open_bundle(bundle_path)
+    replace_by_pipe(bundle_path / file)
+    with pytest.raises(BundleError, match=f"{file}: can't be read: expected a file, found a pipe"):
+        READS[file](bundle)
 
 
 def test_every_single_byte_of_the_manifest_counts(bundle_path):

@@ -281,6 +281,14 @@ def test_a_missing_file_is_named(path):
         FeatureFile.open(path / "nothing")
 
 
+@pytest.mark.parametrize("name", ["features.json", "index.bin", "records.bin"])
+def test_nobody_waits_for_a_pipe_in_place_of_a_file(path, name):
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(BundleError, match=f"{name}: can't be read: expected a file, found a pipe"):
+        FeatureFile.open(path)
+
+
 def slots_of(file):
     return file.index.copy().view([("id", "<i8"), ("place", "<u8")])
 

@@ -1,5 +1,6 @@
 """Versions that come, fail, are rolled back and vanish in a repository's folder, with real engines."""
 
+import os
 import queue
 import shutil
 import threading
@@ -102,6 +103,20 @@ def reason(repository, version):
 def values_of(metrics, name):
     lines = [line.rpartition(" ") for line in metrics.text().decode().splitlines()]
     return {series.removeprefix(name): float(value) for series, _, value in lines if series.startswith(name)}
+
+
+def test_a_version_with_a_pipe_in_place_of_a_file_fails_and_later_ones_are_served(publish, opened):
+    publish(1)
+    repository = opened()
+    for version, name in ((2, "manifest.json"), (3, "tables/topics.npy")):
+        file = publish(version) / name
+        file.unlink()
+        os.mkfifo(file)
+        repository.poll()
+        assert reason(repository, version) == f"{file}: can't be read: expected a file, found a pipe"
+    publish(4)
+    repository.poll()
+    assert scores(repository) == 4
 
 
 def test_the_watcher_finds_a_new_version_and_swaps_to_it(publish, opened):

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from xlarank.errors import BundleError, ConfigError
+from xlarank.spec.files import open_file
 
 __all__ = ["read_arrays", "write_arrays"]
 
@@ -74,6 +75,7 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
       BundleError: if the file is missing, truncated, not safetensors, or holds another dtype.
     """
     try:
+        open_file(path).close()  # safetensors opens whatever is there
         with safe_open(path, framework="numpy") as file:
             arrays: dict[str, np.ndarray] = {}
             for name in file.keys():  # noqa: SIM118 - the handle is no mapping

@@ -5,19 +5,19 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import os
-import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from xlarank.bundle.manifest import FileDigest
 from xlarank.errors import BundleError, ConfigError
+from xlarank.spec.files import check_kind, open_file
 
 __all__ = ["check_file", "check_files", "digest_of"]
 
 
 def digest_of(path: Path) -> FileDigest:
     """Size and sha256 of a file, read once. Raises OSError."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return FileDigest(sha256, file.tell())
 
@@ -32,8 +32,7 @@ def check_file(path: Path, expected: FileDigest, *, content: bool) -> None:
     """
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise BundleError(f"{path}: expected a file, found a folder or device")
+        check_kind(path, status.st_mode)
         if status.st_size != expected.bytes:
             kind = "truncated" if status.st_size < expected.bytes else "too long"
             raise BundleError(f"{path}: {kind}: expected {expected.bytes} bytes, got {status.st_size}")

@@ -28,6 +28,7 @@ from xlarank.bundle.requests import read_requests
 from xlarank.bundle.tables import TableFile, stored_form
 from xlarank.errors import BundleError
 from xlarank.spec import ModelSpec, RankRequest
+from xlarank.spec.files import read_file
 
 __all__ = ["Bundle", "Verify", "open_bundle"]
 
@@ -68,7 +69,7 @@ def open_bundle(
     path = Path(path)
     file = path / MANIFEST_FILE
     try:
-        data = file.read_bytes()
+        data = read_file(file)
     except FileNotFoundError:
         raise BundleError(f"{file}: missing: no bundle, or a damaged one") from None
     except OSError as error:
@@ -198,6 +199,6 @@ class Bundle:
 
     def _read(self, file: str) -> bytes:
         try:
-            return (self.path / file).read_bytes()
+            return read_file(self.path / file)
         except OSError as error:
             raise BundleError(f"{self.path / file}: can't be read: {error.strerror}") from error

@@ -20,6 +20,7 @@ import numpy as np
 
 from xlarank.errors import BundleError, ConfigError
 from xlarank.spec import RowFormat, TableSpec
+from xlarank.spec.files import open_file, read_file
 
 __all__ = ["ALIGNMENT", "TableFile", "digests_file", "stored_form", "write_array"]
 
@@ -223,7 +224,7 @@ class TableFile:
     def _digests(self) -> bytes:
         path = self.path.with_name(digests_file(self.path.name))
         try:
-            digests = path.read_bytes()
+            digests = read_file(path)
         except OSError as error:
             raise BundleError(f"{path}: can't be read: {error.strerror or error}") from error
         if len(digests) != self.num_chunks * _DIGEST_BYTES:
@@ -235,7 +236,7 @@ class TableFile:
 
     def _open(self) -> io.FileIO:
         try:
-            return open(self.path, "rb", buffering=0)
+            return open_file(self.path)
         except OSError as error:
             raise BundleError(f"{self.path}: can't be read: {error.strerror or error}") from error
 

@@ -33,6 +33,7 @@ from xlarank.errors import BundleError, ConfigError
 from xlarank.host.feature_columns import FeatureTable, encode_records, index_records
 from xlarank.host.feature_schema import FeatureSchema
 from xlarank.spec import Column
+from xlarank.spec.files import open_file, read_file
 
 __all__ = ["FeatureFile", "FeatureFileWriter"]
 
@@ -265,7 +266,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     """What features.json says, and its digest."""
     file = path / _MANIFEST
     try:
-        document = json.loads(file.read_bytes())
+        document = json.loads(read_file(file))
     except OSError as error:
         raise BundleError(
             f"{file}: can't be read: {error.strerror}; `xlarank features build` writes feature files"
@@ -293,7 +294,7 @@ def _schema(manifest: Mapping[str, Any]) -> FeatureSchema:
 def _map(path: Path, expected: Mapping[str, Any], maps: dict[str, mmap.mmap]) -> np.ndarray:
     """The bytes of a file, checked; its mapping is added to the others by its name."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             num_bytes = os.fstat(file.fileno()).st_size
             if num_bytes != expected["bytes"]:
                 kind = "truncated" if num_bytes < expected["bytes"] else "too long"
