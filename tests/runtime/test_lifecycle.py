@@ -26,8 +26,10 @@ from xlarank.runtime import (
     Policy,
     VersionLabel,
     VersionOptions,
+    lifecycle,
 )
 from xlarank.runtime.device_health import DeviceState
+from xlarank.runtime.version_loading import VersionLoader
 from xlarank.spec import FaultConfig
 from xlarank.spec.versions import VersionState, VersionStatus
 
@@ -520,6 +522,55 @@ def test_readiness_and_metrics_tell_of_devices_that_are_lost_and_of_those_that_c
     wait_for(DeviceState.HEALTHY, 0)
     assert told() == (True, [[1, 0, 1], [0, 1, 1]])
     assert scores(repository) == 1
+
+
+def test_a_close_leaves_a_version_behind_whose_files_never_come(publish, opened, monkeypatch, caplog):
+    publish(1)
+    looks = Looks()
+    repository = opened(stop=looks)
+    reading, gate, told = threading.Event(), threading.Event(), queue.SimpleQueue()
+
+    def hang(*_, **__):
+        reading.set()
+        gate.wait()
+        raise BundleError("the file system has gone")
+
+    def load():
+        try:
+            repository.load("linear")
+        except UnavailableError as error:
+            told.put(str(error))
+
+    monkeypatch.setattr(VersionLoader, "load", hang)
+    monkeypatch.setattr(lifecycle, "_LAST_CHANGE_SECONDS", 0.1)
+    publish(2)
+    looks._ends.put(False)
+    assert reading.wait(60)
+    threading.Thread(target=load, daemon=True).start()  # it waits for its turn
+    with repository.lease("linear") as engine:
+        accepted = engine.submit(engine.request(linear.features(5)))
+    try:
+        repository.close()
+        assert repository.has_left_work
+        assert told.get(timeout=60) == f"repository {repository._root} is shutting down"
+    finally:
+        gate.set()
+    np.testing.assert_allclose(accepted.result(60).scores["value"], linear.expected(5, 1), rtol=1e-6)
+    assert "left behind after 0.1 s, still loading: linear/2" in caplog.text
+    assert "the look at the repository failed" not in caplog.text
+
+
+def test_a_close_leaves_nothing_behind_that_ends_in_time(publish, opened):
+    publish(1)
+    repository = opened()
+    publish(2)
+    looking = threading.Thread(target=repository.poll)
+    looking.start()
+    looking.join()
+    repository.close()
+    assert not repository.has_left_work
+    with pytest.raises(UnavailableError, match="is shutting down"):
+        repository.poll()
 
 
 def test_a_version_that_hangs_a_device_is_not_served_and_the_device_comes_back(publish, opened, monkeypatch):

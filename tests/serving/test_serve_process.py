@@ -225,12 +225,60 @@ def test_a_stop_that_hangs_ends_all_the_same_and_says_where(folder):
     assert "in <lambda>" in err.partition("most recent call first")[2]
 
 
+UNREAD = """
+import threading
+from xlarank.cli import main
+from xlarank.runtime import lifecycle, version_loading
+lifecycle._LAST_CHANGE_SECONDS = 0.2
+read = version_loading.open_bundle
+
+
+def open_bundle(path, **options):
+    if path.name == "2":
+        print("version 2 is being read", flush=True)
+        threading.Event().wait()
+    return read(path, **options)
+
+
+version_loading.open_bundle = open_bundle
+main.run()
+"""
+
+
+def test_a_stop_waits_for_no_file_that_never_comes(folder):
+    first, models = folder / "models" / "linear" / "1", folder / "unread"
+    linear.publish(first, models, 1)
+    words = [str(models), "--compile-cache", str(folder / "cache"), "--watch-seconds", "0.05"]
+    words += ["--port", "0", "--http-port", "0", "--json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", UNREAD, "serve", *words], env=environment(), **pipes
+        ) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(process.kill)
+        ready = json.loads(process.stdout.readline())
+        linear.publish(first, models, 2)
+        read_until(process.stdout, "version 2 is being read")
+        with RankingClient(ready["grpc"]) as client:
+            scores = client.score("linear", features(9))["value"]
+        np.testing.assert_allclose(scores, expected(9, 1), rtol=1e-5, atol=1e-4)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "left behind after 0.2 s, still loading: linear/2" in err
+    assert json.loads(out.splitlines()[-1]) == ready
+
+
 def child_of(process):
-    """Process id of a server's only child, once it has one."""
+    """Process id of a server's only child, once it runs a program of its own."""
+    own = Path(f"/proc/{process.pid}/cmdline").read_bytes()
     while True:
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):  # has just ended
-                if int(stat.read_text().rpartition(")")[2].split()[1]) == process.pid:
+                parent = int(stat.read_text().rpartition(")")[2].split()[1])
+                if parent == process.pid and (stat.parent / "cmdline").read_bytes() not in (own, b""):
                     return int(stat.parent.name)
 
 

@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from xlarank.cli.sections import add_flags, config_text, options_of, read_sections
 from xlarank.cli.serve_config import ServeConfig, port_problems
@@ -122,7 +122,18 @@ def _serve_alone(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
         _announce(config, running.ready, is_json=is_json)
         running.stop.wait()
         bound_stop(config)
+    if running.repository.has_left_work:
+        _end_at_once(running.ready, is_json=is_json)
     return running.ready
+
+
+def _end_at_once(ready: dict[str, Any], *, is_json: bool) -> NoReturn:
+    """Everything is answered, and a thread is left that Python would wait for."""
+    if is_json:
+        print(json.dumps(ready), flush=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _announce(config: ServeConfig, ready: dict[str, Any], *, is_json: bool) -> None:

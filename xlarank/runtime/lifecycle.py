@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +25,7 @@ from xlarank.errors import (
 )
 from xlarank.host import FeatureOptions, TableMemory, native_available
 from xlarank.runtime.captures import Captures
+from xlarank.runtime.changes import Changes
 from xlarank.runtime.device_health import DeviceState
 from xlarank.runtime.engine import Engine
 from xlarank.runtime.features import stores_by_model
@@ -47,6 +48,9 @@ __all__ = ["ModelRepository"]
 _log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+_LAST_CHANGE_SECONDS = 5.0
+"""How long `close` waits for a version that is being loaded: its files may never come."""
 
 # Positions of requests without a key: multiples of the golden ratio fill [0, 1) most evenly, so that even a
 # few requests keep a label's share.
@@ -175,11 +179,12 @@ class ModelRepository:
         # By name; replaced whole by the thread that changes versions, read by any.
         self._models: dict[str, ModelVersions] = {}
         self._required: set[str] = set()  # models that have answered, or were there at the start
-        self._changes = ThreadPoolExecutor(1, thread_name_prefix="xlarank-versions")
+        self._changes = Changes("xlarank-versions")
         self._watcher: Watcher | None = None
         self._counter = itertools.count()
         self._stopping = stopping  # set once
         self._is_closed = False  # for `close` alone
+        self._has_left_work = False  # moves one way
         self._is_serving = False  # moves one way
         self._failed_elsewhere: tuple[VersionStatus, ...] = ()  # replaced whole
         self._is_listed = True  # whether the folder could be listed at the last look
@@ -199,6 +204,11 @@ class ModelRepository:
         """
         required = [m for m in self._models.values() if m.model in self._required and not m.is_unloaded]
         return not self._stopping.is_set() and bool(required) and all(m.is_ready for m in required)
+
+    @property
+    def has_left_work(self) -> bool:
+        """Whether `close` has left a thread behind that loads a version: Python's end would wait for it."""
+        return self._has_left_work
 
     @property
     def num_devices(self) -> int:
@@ -346,15 +356,26 @@ class ModelRepository:
         self._change(change)
 
     def close(self) -> None:
-        """Finishes what was accepted, then stops everything. Idempotent."""
+        """Finishes what was accepted, then stops everything. Idempotent.
+
+        A version that is being loaded is waited for a few seconds, then left behind; see `has_left_work`.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         self._stopping.set()
         self._loader.close()
+        if not self._changes.close(_LAST_CHANGE_SECONDS):
+            self._has_left_work = True
+            loading = [f"{s.model}/{s.version}" for s in self.index() if s.state is VersionState.LOADING]
+            _log.error(
+                "repository %s: left behind after %g s, still loading: %s",
+                self._root,
+                _LAST_CHANGE_SECONDS,
+                ", ".join(loading) or "none, the folder is looked at",
+            )
         if self._watcher is not None:
             self._watcher.stop()
-        self._changes.shutdown(cancel_futures=True)
         models = list(self._models.values())
         for model in models:
             for served in model.routes.versions.values():
@@ -369,7 +390,7 @@ class ModelRepository:
         self._required |= set(self._models)
         self._is_serving = True
         if self._versions.watch_seconds is not None:
-            self._watcher = Watcher(self.poll, self._versions.watch_seconds, stop)
+            self._watcher = Watcher(self._watch, self._versions.watch_seconds, stop)
 
     def _change(self, work: Callable[[], Result]) -> Result:
         """Does it in the one thread that changes versions, and waits.
@@ -378,11 +399,13 @@ class ModelRepository:
           UnavailableError: if the repository is closing.
         """
         try:
-            return self._changes.submit(work).result()
-        except (RuntimeError, CancelledError):
-            if not self._stopping.is_set():
-                raise
+            return self._changes.do(work)
+        except CancelledError:
             raise UnavailableError(f"repository {self._root} is shutting down") from None
+
+    def _watch(self) -> None:
+        with contextlib.suppress(UnavailableError):  # the repository is closing
+            self.poll()
 
     def _look(self) -> None:
         if not any(status.state is DeviceState.HEALTHY for status in self._pool.statuses()):
