@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,8 +102,13 @@ def parse_object(text: bytes) -> dict[str, Any]:
     """A JSON object; RequestError for anything else."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"expected JSON, got {len(text)} bytes that aren't: {error}") from None
+    except RecursionError:
+        raise RequestError("expected JSON, got lists and objects that are nested too deeply") from None
+    except ValueError:  # of int()
+        limit = sys.get_int_max_str_digits()
+        raise RequestError(f"expected JSON, got an integer of more than {limit:,} digits") from None
     return _object("the request", value)
 
 

@@ -48,7 +48,7 @@ class Certificates:
         try:
             # An encrypted key would have OpenSSL ask the terminal.
             context.load_cert_chain(certificate, key, password=lambda: b"")
-        except (ssl.SSLError, ValueError) as error:
+        except (OSError, ValueError) as error:  # ssl's, or a file has just gone
             raise ConfigError(
                 f"security: tls_certificate {certificate} and tls_key {key}: expected a PEM certificate and "
                 f"its unencrypted key, got: {error}"
@@ -59,7 +59,7 @@ class Certificates:
             client_ca = read_file("security: client_ca", security.client_ca)
             try:
                 context.load_verify_locations(security.client_ca)
-            except ssl.SSLError as error:
+            except OSError as error:
                 raise ConfigError(
                     f"security: client_ca {security.client_ca}: expected PEM certificates, got: {error}"
                 ) from error
@@ -120,13 +120,13 @@ def _check_handshake(server: ssl.SSLContext, certificate: Path) -> None:
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    client.load_verify_locations(certificate)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True)]
     try:
+        client.load_verify_locations(certificate)
         while ends:
             ends = [end for end in ends if not _is_done(end)]
-    except ssl.SSLError as error:
+    except OSError as error:
         reason = getattr(error, "verify_message", "") or str(error)
         raise ConfigError(
             f"security: tls_certificate {certificate}: expected one that clients accept now, got: {reason}"

@@ -172,6 +172,7 @@ def test_a_flag_goes_before_the_file_and_the_file_before_the_default(read):
         "[[wood.knots]]": "shop.toml: [[wood.knots]]: missing keys ['board']",
         "[[wood.knots]]\nboard = 'none'": "shop.toml: knot: no board",
         "[wood": "shop.toml: expected a TOML file: ",
+        f"a = {'[' * 5000}": "shop.toml: expected a TOML file: values are nested too deeply",
     }.items(),
 )
 def test_what_is_wrong_in_a_file_is_named(read, tmp_path, file, told):

@@ -17,7 +17,7 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
-from xlarank_serving import access, http_server
+from xlarank_serving import access, http_server, tls
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.access import Access, Authorizer, access_of, load_tokens
 from xlarank_serving.admin import AdminClient
@@ -205,6 +205,30 @@ def test_certificates_that_clients_would_refuse_are_refused_at_the_start(authori
     locked.write_text(encrypted(key.read_bytes()))
     told = refuse_certificates(SecurityConfig(tls_certificate=certificate, tls_key=locked))
     assert "expected a PEM certificate and its unencrypted key" in told
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2], ids=["certificate", "key", "client_ca"])
+def test_a_file_that_goes_while_it_is_read_again_leaves_the_last_certificates(
+    authorities, tmp_path, monkeypatch, caplog, gone
+):
+    paths = write_certificate(tmp_path, authorities[0])
+    names = ("tls_certificate", "tls_key", "client_ca")
+    server_tls = tls.ServerTls(SecurityConfig(**dict(zip(names, paths, strict=True))))
+    known = server_tls.certificates()
+    read = tls.read_file
+
+    def read_and_remove(what, path):
+        content = read(what, path)
+        if what == f"security: {names[gone]}":
+            path.unlink()
+        return content
+
+    write_certificate(tmp_path, authorities[1])
+    monkeypatch.setattr(tls, "read_file", read_and_remove)
+    assert server_tls.certificates() is known
+    assert "the last good version stays in use: security: " in caplog.text
+    assert f"{paths[gone]}" in caplog.text
+    assert "No such file or directory" in caplog.text
 
 
 def encrypted(pem):

@@ -250,6 +250,8 @@ def _document(file: Path | None) -> tuple[Mapping[str, Any], list[str]]:
         return {}, [f"{file}: no such config file"]
     except OSError as error:
         return {}, [f"{file}: expected a TOML file: {error.strerror}"]
+    except RecursionError:
+        return {}, [f"{file}: expected a TOML file: values are nested too deeply"]
     except ValueError as error:  # TOML's and UTF-8's are
         return {}, [f"{file}: expected a TOML file: {error}"]
 
