@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,12 +17,13 @@ from xlarank_serving.access import ADMIN_SERVICE_NAME as SERVICE_NAME
 from xlarank_serving.admin_features import FEATURE_RPCS, MAX_PART_BYTES, FeatureCalls, feature_methods
 from xlarank_serving.channel import ClientTls, open_channel, token_metadata
 from xlarank_serving.config import ConnectionConfig, LimitConfig
+from xlarank_serving.gate import AdminGate
 from xlarank_serving.layout import SERVICE_NAME as INFERENCE_SERVICE_NAME
 from xlarank_serving.parsing import unary_handler
 from xlarank_serving.repository_rpcs import ManagedRepository, RepositoryService, not_here
 from xlarank_serving.service import Engine, Repository
 from xlarank_serving.status import error_of_call
-from xlarank_serving.threads import CountingThreadPool
+from xlarank_serving.threads import AdminThreads, CountingThreadPool
 from xlarank_serving.transport import address_of, bind, hang_up, server_options, stop_listening
 
 __all__ = ["SERVICE_NAME", "AdminClient", "AdminServer", "handlers"]
@@ -38,19 +38,20 @@ _RPCS = {
 }
 
 _NUM_THREADS = 2
+"""For the index, and for calls that are refused."""
 
 _GRACE_SECONDS = 1.0
 
 
 def handlers(
     repository: Repository,
-    pool: concurrent.futures.ThreadPoolExecutor,
+    threads: AdminThreads,
     *,
     manager: ManagedRepository | None = None,
     is_one_of_many: bool = False,
     is_ending: Callable[[], bool] = lambda: False,
 ) -> dict[str, grpc.RpcMethodHandler]:
-    """A handler a method of the service, by name, run on the pool; who may call is another's affair.
+    """A handler a method of the service, by name; who may call is another's affair.
 
     In one of many processes on a port rows of tables are updated for all of them; feature stores and the
     choice of versions aren't, and are refused. One that others replace must not take updates any more: its
@@ -58,7 +59,7 @@ def handlers(
 
     Args:
       repository: whose models may be changed.
-      pool: threads.
+      threads: that they run on.
       manager: chooses versions; None where nobody does.
       is_one_of_many: whether other processes answer on the same port.
       is_ending: whether calls that come now are UNAVAILABLE.
@@ -87,7 +88,7 @@ def handlers(
         return checked
 
     return {
-        name: unary_handler(messages, name, unless_ending(method), pool, types=_RPCS[name])
+        name: unary_handler(messages, name, unless_ending(method), threads.pools[name], types=_RPCS[name])
         for name, method in methods.items()
     }
 
@@ -122,14 +123,16 @@ class AdminServer:
         """
         self._is_ending = False  # moves one way
         self._threads = CountingThreadPool(_NUM_THREADS, "grpc-admin")
+        self._changing = AdminThreads()
         self._server = grpc.server(
             self._threads,
             options=server_options(LimitConfig(), ConnectionConfig(), shares_port=is_one_of_many),
+            interceptors=[AdminGate(self._changing, self._threads)],
         )
         services = {
             SERVICE_NAME: handlers(
                 repository,
-                self._threads,
+                self._changing,
                 manager=manager,
                 is_one_of_many=is_one_of_many,
                 is_ending=lambda: self._is_ending,
@@ -137,7 +140,7 @@ class AdminServer:
         }
         if manager is not None:
             services[INFERENCE_SERVICE_NAME] = {
-                name: unary_handler(inference_messages, name, method)
+                name: unary_handler(inference_messages, name, method, self._changing.pools.get(name))
                 for name, method in RepositoryService(manager, manager=manager, is_one_of_many=is_one_of_many)
                 .methods()
                 .items()
@@ -148,7 +151,7 @@ class AdminServer:
         try:
             self.port = bind(self._server, "admin", _HOST, port)
         except ConfigError:
-            self._threads.shutdown()
+            self._end_threads()
             raise
         self._server.start()
 
@@ -165,9 +168,14 @@ class AdminServer:
         stop_listening(self.port)
         self._is_ending = True
         self._threads.wait_until_idle(_GRACE_SECONDS)
+        self._changing.wait_until_idle(_GRACE_SECONDS)
         hang_up(self.port)
         self._server.stop(_GRACE_SECONDS).wait()
+        self._end_threads()
+
+    def _end_threads(self) -> None:
         self._threads.shutdown()
+        self._changing.close()
 
     def __enter__(self) -> AdminServer:
         return self

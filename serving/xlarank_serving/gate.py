@@ -1,6 +1,9 @@
-"""Calls turned away before any thread is taken for them: `Gate`."""
+"""Calls turned away before any thread is taken for them: `Gate`, `AdminGate`."""
 
 from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable
 
 import grpc
 
@@ -9,9 +12,9 @@ from xlarank_serving.arrival import stamp_arrival
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.parsing import refusal_handler
 from xlarank_serving.service import InferenceService
-from xlarank_serving.threads import ServerThreads
+from xlarank_serving.threads import AdminThreads, ServerThreads
 
-__all__ = ["Gate"]
+__all__ = ["AdminGate", "Gate"]
 
 _UNARY = f"/{SERVICE_NAME}/ModelInfer"
 _STREAM = f"/{SERVICE_NAME}/ModelStreamInfer"
@@ -66,3 +69,27 @@ class Gate(grpc.GenericRpcHandler):
             )
         self._service.refusals.count(refusal)
         return refusal
+
+
+class AdminGate(grpc.ServerInterceptor):
+    """Turns administrative calls away while as many of their kind wait as may."""
+
+    def __init__(self, threads: AdminThreads, refusals: concurrent.futures.ThreadPoolExecutor) -> None:
+        """
+        Args:
+          threads: that such calls run on.
+          refusals: threads that say no.
+        """
+        self._threads = threads
+        self._refusals = refusals
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """The method's handler, or one that answers with the refusal."""
+        refusal = self._threads.refusal(handler_call_details.method.rpartition("/")[2])
+        if refusal is not None:
+            return refusal_handler(refusal, self._refusals)
+        return continuation(handler_call_details)

@@ -130,7 +130,7 @@ class _App:
 
         async def answer(request: Request) -> Response:
             message = getattr(messages, f"{method}Request")(**request.path_params)
-            return _response(method, await self._on_control(function, message))
+            return _response(method, await self._run(method, function, message))
 
         return Route(path, self._answering(method, answer), methods=["GET"])
 
@@ -142,7 +142,7 @@ class _App:
             async with self._bodies.received(request) as body:
                 if body:
                     _set_from_json(message, body)
-            return _response(method, await self._on_control(function, message))
+            return _response(method, await self._run(method, function, message))
 
         return Route(path, self._answering(method, answer), methods=["POST"])
 
@@ -190,9 +190,11 @@ class _App:
 
         return answer
 
-    async def _on_control(self, function: Callable[[Any, Any], Any], message: Any) -> Any:
+    async def _run(self, method: str, function: Callable[[Any, Any], Any], message: Any) -> Any:
+        if (refusal := self._threads.administration.refusal(method)) is not None:
+            raise refusal
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads.control, function, message, None)
+        return await loop.run_in_executor(self._threads.pool_of(method), function, message, None)
 
 
 class _Ranking:

@@ -17,7 +17,7 @@ from xlarank_serving import admin, health, reflection
 from xlarank_serving.access import Authorizer, Gatekeeper
 from xlarank_serving.config import ConnectionConfig, HttpConfig, LimitConfig, SecurityConfig, ServerConfig
 from xlarank_serving.extras import http_server_type
-from xlarank_serving.gate import Gate
+from xlarank_serving.gate import AdminGate, Gate
 from xlarank_serving.health import HealthService
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.metrics_http import MetricsServer
@@ -139,7 +139,10 @@ class RankingServer:
                 self._threads.rank,
                 options=server_options(limits, connections or ConnectionConfig(), shares_port=is_one_of_many),
                 maximum_concurrent_rpcs=limits.max_concurrent_rpcs + _MAX_OTHER_RPCS,
-                interceptors=[Gatekeeper(authorizer, self._threads)],
+                interceptors=[
+                    Gatekeeper(authorizer, self._threads),
+                    AdminGate(self._threads.administration, self._threads.refusals),
+                ],
             )
             undo.callback(lambda: self._server.stop(None).wait())
             self._is_one_of_many = is_one_of_many
@@ -244,7 +247,7 @@ class RankingServer:
         if authorizer.answers_administration:
             services[admin.SERVICE_NAME] = admin.handlers(
                 self._repository,
-                self._threads.control,
+                self._threads.administration,
                 manager=manager,
                 is_one_of_many=self._is_one_of_many,
                 is_ending=lambda: self._is_retiring,

@@ -265,21 +265,23 @@ class InferenceService:
           manager: loads and unloads models for callers; None where they may not.
           is_one_of_many: see `RepositoryService`.
         """
-        methods: dict[str, tuple[Callable[[Any, Any], Any], concurrent.futures.ThreadPoolExecutor]] = {
-            "ServerLive": (self.server_live, threads.control),
-            "ServerReady": (self.server_ready, threads.control),
-            "ModelReady": (self.model_ready, threads.control),
-            "ServerMetadata": (self.server_metadata, threads.control),
-            "ModelMetadata": (self.model_metadata, threads.control),
-            "ModelConfig": (self.model_config, threads.control),
-            "ModelStatistics": (self.model_statistics, threads.control),
-            "ModelInfer": (self.model_infer, threads.rank),
-        }
         administration = RepositoryService(self._repository, manager=manager, is_one_of_many=is_one_of_many)
-        methods |= {name: (method, threads.control) for name, method in administration.methods().items()}
+        methods: dict[str, Callable[[Any, Any], Any]] = {
+            "ServerLive": self.server_live,
+            "ServerReady": self.server_ready,
+            "ModelReady": self.model_ready,
+            "ServerMetadata": self.server_metadata,
+            "ModelMetadata": self.model_metadata,
+            "ModelConfig": self.model_config,
+            "ModelStatistics": self.model_statistics,
+            "ModelInfer": self.model_infer,
+            **administration.methods(),
+        }
         return {
-            name: unary_handler(messages, name, method, pool, read=bytes if name == "ModelInfer" else None)
-            for name, (method, pool) in methods.items()
+            name: unary_handler(
+                messages, name, method, threads.pool_of(name), read=bytes if name == "ModelInfer" else None
+            )
+            for name, method in methods.items()
         }
 
     def server_live(self, request: Any, context: grpc.ServicerContext) -> messages.ServerLiveResponse:

@@ -1,19 +1,27 @@
-"""Which threads run which RPCs: `ServerThreads`."""
+"""Which threads run which RPCs: `ServerThreads`, `AdminThreads`."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["CountingThreadPool", "ServerThreads", "on_threads"]
+from xlarank.errors import OverloadError
+
+__all__ = ["AdminThreads", "CountingThreadPool", "ServerThreads", "on_threads"]
 
 _NUM_CONTROL = 4
 _NUM_REFUSING = 2
 _NUM_REFLECTION = 2
 _MAX_STREAMS = 64
+_NUM_UPDATING = 2
+
+_MAX_ADMIN_CALLS = 64
+"""Administrative calls of a kind that run or wait; one more is refused."""
+
+_RETRY_ADMIN_SECONDS = 1.0
 
 
 class CountingThreadPool(concurrent.futures.ThreadPoolExecutor):
@@ -62,15 +70,61 @@ class CountingThreadPool(concurrent.futures.ThreadPoolExecutor):
             self._changed.notify_all()
 
 
+class AdminThreads:
+    """The thread pools of RPCs that change a server: which of them runs which, and how many calls may wait.
+
+    A load waits until versions are proven, for minutes. A rollback and an unload end the compiling that it
+    waits for, and rows are written meanwhile: none of these may wait for a thread that a load has.
+
+    Attributes:
+      pools: by the method that runs on it.
+    """
+
+    def __init__(self) -> None:
+        loads = CountingThreadPool(_MAX_ADMIN_CALLS, "grpc-load")
+        changes = CountingThreadPool(_MAX_ADMIN_CALLS, "grpc-change")
+        updates = CountingThreadPool(_NUM_UPDATING, "grpc-update")
+        self.pools = {
+            "RepositoryModelLoad": loads,
+            "RepositoryModelUnload": changes,
+            "Rollback": changes,
+            "UpdateRows": updates,
+            "UpdateFeatures": updates,
+            "RemoveFeatures": updates,
+            "FeatureMetadata": updates,
+        }
+
+    def refusal(self, method: str) -> OverloadError | None:
+        """What a call that comes now is refused with, unread; None if it is to run."""
+        pool = self.pools.get(method)
+        if pool is None or pool.num_open < _MAX_ADMIN_CALLS:
+            return None
+        return OverloadError(
+            f"{method}: the server has {_MAX_ADMIN_CALLS} calls of its kind in progress or waiting, its "
+            f"limit; try again when one has ended",
+            retry_after_seconds=_RETRY_ADMIN_SECONDS,
+        )
+
+    def wait_until_idle(self, timeout_seconds: float) -> bool:
+        """Waits until nothing is changed for anybody; False when that took too long."""
+        return _are_idle(set(self.pools.values()), timeout_seconds)
+
+    def close(self) -> None:
+        """Ends the threads once they have nothing left to do."""
+        for pool in set(self.pools.values()):
+            pool.shutdown()
+
+
 class ServerThreads:
     """The thread pools of a server.
 
     Probes and metadata have threads of their own, so that they are answered while every ranking thread
-    waits for a device. So have calls that are refused unread, of which there are many when it matters, and
-    so has reflection: it holds a thread for as long as its stream is open. An open ModelStreamInfer holds a
-    thread that writes and one that reads.
+    waits for a device, and every load for its model. So have calls that are refused unread, of which there
+    are many when it matters, and so has reflection: it holds a thread for as long as its stream is open. An
+    open ModelStreamInfer holds a thread that writes and one that reads.
 
     Attributes:
+      administration: those of RPCs that change the server.
       max_streams: how many ModelStreamInfer may be open.
     """
 
@@ -79,20 +133,25 @@ class ServerThreads:
     def __init__(self, num_rank_threads: int) -> None:
         self.rank = CountingThreadPool(num_rank_threads, "grpc-rank")
         self.control = concurrent.futures.ThreadPoolExecutor(_NUM_CONTROL, "grpc-control")
+        self.administration = AdminThreads()
         self.refusals = concurrent.futures.ThreadPoolExecutor(_NUM_REFUSING, "grpc-refusal")
         self.reflection = concurrent.futures.ThreadPoolExecutor(_NUM_REFLECTION, "grpc-reflection")
         self.streams = CountingThreadPool(self.max_streams, "grpc-stream")
         self.stream_readers = concurrent.futures.ThreadPoolExecutor(self.max_streams, "grpc-stream-reader")
 
+    def pool_of(self, method: str) -> concurrent.futures.ThreadPoolExecutor:
+        """That a method with one request and one answer runs on, by its name."""
+        if method == "ModelInfer":
+            return self.rank
+        return self.administration.pools.get(method, self.control)
+
     def wait_until_idle(self, timeout_seconds: float) -> bool:
         """Waits until nothing is ranked for anybody; False when that took too long."""
-        end = time.monotonic() + timeout_seconds
-        return self.rank.wait_until_idle(timeout_seconds) and self.streams.wait_until_idle(
-            max(0.0, end - time.monotonic())
-        )
+        return _are_idle([self.rank, self.streams], timeout_seconds)
 
     def close(self) -> None:
         """Ends the threads once they have nothing left to do."""
+        self.administration.close()
         for pool in (
             self.rank,
             self.control,
@@ -102,6 +161,11 @@ class ServerThreads:
             self.stream_readers,
         ):
             pool.shutdown()
+
+
+def _are_idle(pools: Iterable[CountingThreadPool], timeout_seconds: float) -> bool:
+    end = time.monotonic() + timeout_seconds
+    return all(pool.wait_until_idle(max(0.0, end - time.monotonic())) for pool in pools)
 
 
 def on_threads(function: Any, pool: concurrent.futures.ThreadPoolExecutor) -> Any:
