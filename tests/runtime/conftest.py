@@ -1,6 +1,8 @@
 """Bundles that the tests of this room share."""
 
 import functools
+import queue
+import subprocess
 
 import linear
 import pytest
@@ -35,3 +37,17 @@ def root(tmp_path):
 def publish(linear_version, root):
     """Publishes a version of `linear.Linear` into `root`, by its number; see `linear.publish`."""
     return functools.partial(linear.publish, linear_version, root)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Processes that are started from now on."""
+    started = queue.SimpleQueue()
+
+    class Started(subprocess.Popen):
+        def __init__(self, *words, **options):
+            super().__init__(*words, **options)
+            started.put(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    return started

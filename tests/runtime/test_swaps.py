@@ -2,7 +2,6 @@
 
 import logging
 import os
-import queue
 import select
 import signal
 import subprocess
@@ -311,20 +310,6 @@ def test_a_helper_process_that_fails_is_reported_with_what_it_said(publish, open
     assert "nonsense" in status.reason
 
 
-@pytest.fixture
-def started(monkeypatch):
-    """Processes that are started from now on."""
-    started = queue.SimpleQueue()
-
-    class Started(subprocess.Popen):
-        def __init__(self, *words, **options):
-            super().__init__(*words, **options)
-            started.put(self)
-
-    monkeypatch.setattr(subprocess, "Popen", Started)
-    return started
-
-
 def test_the_helper_process_stands_still_while_requests_run(publish, opened, started):
     publish(1, rows=[4])
     repository = opened()
@@ -339,43 +324,6 @@ def test_the_helper_process_stands_still_while_requests_run(publish, opened, sta
     polling.join(120)
     assert process.returncode == 0
     assert ask(repository, 3) == 2
-
-
-def test_a_rollback_does_not_wait_for_a_version_that_is_being_compiled(publish, opened, started):
-    """And leaves the version that answered when it was asked."""
-    publish(1, rows=[4])
-    publish(2, rows=[4])
-    repository = opened()
-    assert ask(repository, 3) == 2
-    publish(3, rows=[16])
-    polling = threading.Thread(target=repository.poll)
-    polling.start()
-    process = started.get(timeout=60)
-    process.send_signal(signal.SIGSTOP)  # it would take for ever
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-    repository._loader.interrupt("another model")
-    assert process.poll() is None
-    assert repository.rollback("linear") == 1
-    polling.join(60)
-    assert process.returncode == -signal.SIGKILL
-    assert ask(repository, 3) == 1
-    repository.poll()
-    assert ask(repository, 3) == 1
-
-
-def test_an_unload_does_not_wait_for_a_version_that_is_being_compiled(publish, opened, started):
-    publish(1, rows=[4])
-    repository = opened()
-    publish(2, rows=[16])
-    polling = threading.Thread(target=repository.poll)
-    polling.start()
-    process = started.get(timeout=60)
-    process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-    repository.unload("linear")
-    polling.join(60)
-    assert process.returncode == -signal.SIGKILL
-    assert not repository.models()
 
 
 def test_a_rollback_is_of_the_version_that_answered_when_it_was_asked(publish, opened):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -181,6 +182,7 @@ class ModelVersions:
           ConfigError: under policy specific, which says itself what is served.
           ModelNotFoundError: if there is no such older version.
           ModelError: if it fails; says why. Nothing has changed then.
+          UnavailableError: if its load is given up for what was asked later. Nothing has changed then.
         """
         if self._policy.policy is Policy.SPECIFIC:
             raise ConfigError(
@@ -215,13 +217,19 @@ class ModelVersions:
         with self._lock:
             self._failed = {v: blocked for v, blocked in self._failed.items() if v != target}
             self._rolled_back = {v: b for v, b in self._rolled_back.items() if v != target} | marks
-        if target not in self._loaded and not self._load_one(target, strict=False):
-            why = self._failed[target].reason
+        try:
+            if target not in self._loaded and not self._load_one(target, strict=False):
+                why = self._failed[target].reason
+                raise ModelError(f"model {self.model!r}: rollback to version {target} failed: {why}")
+        except XlarankError:
             with self._lock:
                 self._failed, self._rolled_back = before
-            raise ModelError(f"model {self.model!r}: rollback to version {target} failed: {why}")
+            raise
         self._swap(None)
-        self.follow(on_disk)
+        with contextlib.suppress(
+            UnavailableError
+        ):  # it is done; others that are wanted come at the next look
+            self.follow(on_disk)
         return target
 
     def wait_until_drained(self, timeout: float | None = None) -> bool:
