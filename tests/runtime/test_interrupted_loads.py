@@ -1,8 +1,10 @@
 """Rollbacks and unloads that are asked for while a version compiles, in a real helper process."""
 
 import contextlib
+import dataclasses
 import os
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import linear
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 
 from xlarank.errors import ModelNotFoundError, UnavailableError
-from xlarank.runtime import ModelRepository, VersionOptions
+from xlarank.runtime import Metrics, ModelPolicy, ModelRepository, VersionOptions, version_loading
+
+OTHER = dataclasses.replace(linear.SPEC, name="other")
 
 
 @pytest.fixture
@@ -18,8 +22,9 @@ def repository(root):
     """A function that opens it; closed at the end."""
     with contextlib.ExitStack() as stack:
 
-        def opened():
-            repository = ModelRepository.open(root, num_devices=2, versions=VersionOptions(warm_share=1.0))
+        def opened(*policies, metrics=None):
+            versions = VersionOptions(warm_share=1.0, models=policies)
+            repository = ModelRepository.open(root, num_devices=2, versions=versions, metrics=metrics)
             return stack.enter_context(contextlib.closing(repository))
 
         yield opened
@@ -89,8 +94,104 @@ def test_a_rollback_that_is_given_up_for_another_has_changed_nothing(publish, re
     stopped(started)
     with pytest.raises(ModelNotFoundError, match="rollback: expected version 9 below 2"):
         repository.rollback("linear", 9)
-    with pytest.raises(UnavailableError, match=f"^{path}: not compiled: a rollback or an unload came first$"):
+    with pytest.raises(UnavailableError, match=f"^{path}: not loaded: a rollback or an unload came first$"):
         first.result(60)
     repository.poll()
     assert version_of(repository) == 2
     assert states(repository) == {1: "UNAVAILABLE", 2: "READY"}
+
+
+def compiled_by(process):
+    """Model and version."""
+    *_, model, version = process.args[-1].split("/")
+    return model, int(version)
+
+
+def test_a_version_gives_way_to_changes_of_another_model_and_is_tried_again_by_itself(
+    publish, repository, started, pool
+):
+    publish(1, rows=[4])
+    publish(1, spec=OTHER)
+    publish(2, rows=[4], spec=OTHER)
+    metrics = Metrics()
+    repository = repository(metrics=metrics)
+    publish(2, rows=[16])
+    polled = pool.submit(repository.poll)
+    process = stopped(started)
+    assert repository.rollback("other") == 1
+    assert version_of(repository, "other") == 1
+    polled.result(60)
+    assert version_of(repository) == 2
+    assert process.returncode == -signal.SIGKILL
+    after = [started.get(timeout=60), started.get(timeout=60)]
+    assert [compiled_by(each) for each in (process, *after)] == [("linear", 2), ("other", 1), ("linear", 2)]
+    assert 'xlarank_model_load_failures_total{model="linear"} 0.0' in metrics.text().decode()
+
+
+def test_a_version_whose_turn_has_not_come_says_so(publish, repository, started, pool):
+    publish(1, rows=[4])
+    repository = repository(ModelPolicy(num_versions=2))
+    publish(2, rows=[16])
+    publish(3, rows=[16])
+    polled = pool.submit(repository.poll)
+    stopped(started)
+    reasons = {status.version: (status.state, status.reason) for status in repository.index()}
+    assert reasons == {1: ("READY", ""), 2: ("UNAVAILABLE", "waits to be loaded"), 3: ("LOADING", "")}
+    repository.unload("linear")
+    polled.result(60)
+
+
+def test_a_version_that_is_being_read_is_not_compiled_before_a_rollback(
+    publish, repository, started, pool, monkeypatch
+):
+    publish(1, rows=[4])
+    publish(2, rows=[4])
+    repository = repository()
+    publish(3, rows=[16])
+    is_reading, has_given_way, open_bundle = threading.Event(), threading.Event(), version_loading.open_bundle
+    give_way = repository._loader.give_way
+
+    def read(*words, **options):
+        is_reading.set()
+        assert has_given_way.wait(60)
+        return open_bundle(*words, **options)
+
+    def note(order):
+        give_way(order)
+        has_given_way.set()
+
+    monkeypatch.setattr(version_loading, "open_bundle", read)
+    monkeypatch.setattr(repository._loader, "give_way", note)
+    polled = pool.submit(repository.poll)
+    assert is_reading.wait(60)
+    assert repository.rollback("linear") == 1
+    polled.result(60)
+    assert version_of(repository) == 1
+    assert started.empty() or compiled_by(started.get()) == ("linear", 1)
+    assert started.empty()
+
+
+def test_a_load_goes_on_after_a_change_of_another_model(publish, repository, started, pool):
+    publish(1, rows=[4])
+    publish(1, rows=[4], spec=OTHER)
+    repository = repository()
+    publish(2, rows=[16])
+    load = pool.submit(repository.load, "linear")
+    process = stopped(started)
+    repository.unload("other")
+    load.result(60)
+    assert process.returncode == -signal.SIGKILL
+    assert version_of(repository) == 2
+
+
+def test_a_load_does_not_undo_what_was_asked_of_its_model_later(publish, repository, started, pool):
+    publish(1, rows=[4])
+    repository = repository()
+    path = publish(2, rows=[16])
+    load = pool.submit(repository.load, "linear")
+    stopped(started)
+    repository.unload("linear")
+    with pytest.raises(UnavailableError, match=f"^{path}: not loaded: a rollback or an unload came first$"):
+        load.result(60)
+    assert repository.models() == []
+    assert states(repository) == {1: "UNAVAILABLE", 2: "UNAVAILABLE"}

@@ -245,7 +245,7 @@ def test_a_swap_that_must_compile_compiles_nothing_in_the_process_that_serves(pu
     # A helper compiled them: row programs of two buckets for two devices.
     assert sum("xlarank_program" in file.name for file in set(cold_cache.iterdir()) - files) == 4
     # Going back needs no helper: the programs are in the cache.
-    repository._loader._helper.close()
+    repository._loader._helper.compile = None
     assert repository.rollback("linear") == 1
     assert ask(repository, 4) == 1
     assert device.num_compiled() == before
@@ -330,16 +330,16 @@ def test_a_rollback_is_of_the_version_that_answered_when_it_was_asked(publish, o
     publish(1)
     publish(2)
     repository = opened()
-    model, change = repository._models["linear"], repository._change
+    model, change = repository._models["linear"], repository._change_first
 
-    def change_after_a_swap(work):
+    def change_after_a_swap(*words):
         publish(3)
-        repository._change = change
+        repository._change_first = change
         repository.poll()
         assert ask(repository, 3) == 3
-        return change(work)
+        return change(*words)
 
-    repository._change = change_after_a_swap
+    repository._change_first = change_after_a_swap
     assert repository.rollback("linear") == 1
     assert sorted(model.routes.versions) == [1]
     assert ask(repository, 3) == 1
@@ -379,7 +379,7 @@ def test_a_repository_that_closes_ends_the_helper_process(linear_version, cold_c
     helper.close()
     compiling.join(60)
     assert process.returncode == -signal.SIGKILL
-    assert failed == [f"{linear_version}: not compiled: the server is stopping"]
+    assert failed == [f"{linear_version}: not loaded: the server is stopping"]
 
 
 SERVER = """

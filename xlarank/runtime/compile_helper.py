@@ -1,4 +1,5 @@
-"""Compiling in a process of its own, so that LLVM never runs in one that serves: `CompileHelper`."""
+"""Compiling in a process of its own, so that LLVM never runs in one that serves: `CompileHelper`,
+`InterruptedLoadError`."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from xlarank.errors import ModelError, UnavailableError
 from xlarank.runtime.yielding import IdleSignal, YieldingProcess
 from xlarank.spec import PlatformOptions
 
-__all__ = ["CompileHelper"]
+__all__ = ["CompileHelper", "InterruptedLoadError"]
 
 _MAX_REASON = 2000
 """Bytes of what the process said last."""
@@ -38,6 +39,10 @@ runpy.run_module("xlarank.runtime.warming", run_name="__main__", alter_sys=True)
 """
 """What comes before JAX's import, which takes seconds of CPU: the lowest priority, and a way to end. Once it
 has written a byte nothing is left of it when this process is killed, also if it is stopped."""
+
+
+class InterruptedLoadError(UnavailableError):
+    """A version wasn't loaded, as what was asked later goes first."""
 
 
 class CompileHelper:
@@ -68,8 +73,7 @@ class CompileHelper:
         self._lock = threading.Lock()
         # All below guarded by _lock.
         self._process: subprocess.Popen[bytes] | None = None
-        self._path = Path()  # of the version that it compiles
-        self._is_interrupted = False
+        self._first: set[object] = set()  # what goes before any compiling
         self._is_closed = False  # moves one way
 
     def compile(self, path: Path, environment: Mapping[str, str] | None = None) -> float:
@@ -81,7 +85,7 @@ class CompileHelper:
 
         Raises:
           ModelError: if the process fails; with the end of what it said.
-          UnavailableError: if `close` or `interrupt` ended it.
+          UnavailableError: as `check`, before it or after.
         """
         start = time.monotonic()
         command = [sys.executable, "-c", _START, str(os.getpid())]
@@ -90,9 +94,7 @@ class CompileHelper:
         variables = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **(environment or {})}
         with tempfile.TemporaryFile() as said:
             with self._lock:
-                if self._is_closed:
-                    raise UnavailableError(f"{path}: not compiled: the server is stopping")
-                self._path, self._is_interrupted = path, False
+                self.check(path)
                 process = self._process = subprocess.Popen(
                     command,
                     env=variables,
@@ -103,10 +105,7 @@ class CompileHelper:
             status = self._wait(process)
             with self._lock:
                 self._process = None
-                if self._is_closed:
-                    raise UnavailableError(f"{path}: not compiled: the server is stopping")
-                if self._is_interrupted and status:
-                    raise UnavailableError(f"{path}: not compiled: a rollback or an unload came first")
+                self.check(path)
             if status:
                 said.seek(max(0, said.seek(0, os.SEEK_END) - _MAX_REASON))
                 reason = said.read().decode(errors="replace").strip()
@@ -123,12 +122,29 @@ class CompileHelper:
         with self._idle.told(yielding.on_idle):
             return yielding.wait()
 
-    def interrupt(self, model: str) -> None:
-        """Ends the process, if it compiles a version of a model: what is asked now goes before it."""
+    def check(self, path: Path) -> None:
+        """Says whether a version may be loaded now.
+
+        Raises:
+          InterruptedLoadError: between `give_way` and `go_on`.
+          UnavailableError: after `close`.
+        """
+        if self._is_closed:
+            raise UnavailableError(f"{path}: not loaded: the server is stopping")
+        if self._first:
+            raise InterruptedLoadError(f"{path}: not loaded: a rollback or an unload came first")
+
+    def give_way(self, order: object) -> None:
+        """Ends the process, if one runs, and starts none before `go_on` with the same object."""
         with self._lock:
-            if self._process is not None and self._path.parent.name == model:
-                self._is_interrupted = True
+            self._first.add(order)
+            if self._process is not None:
                 self._process.kill()
+
+    def go_on(self, order: object) -> None:
+        """What `give_way` was for is at work. Idempotent."""
+        with self._lock:
+            self._first.discard(order)
 
     def close(self) -> None:
         """Ends the process, if one runs, and starts no more."""

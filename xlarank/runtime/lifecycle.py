@@ -26,6 +26,7 @@ from xlarank.errors import (
 from xlarank.host import FeatureOptions, TableMemory, native_available
 from xlarank.runtime.captures import Captures
 from xlarank.runtime.changes import Changes
+from xlarank.runtime.compile_helper import InterruptedLoadError
 from xlarank.runtime.device_health import DeviceState
 from xlarank.runtime.engine import Engine
 from xlarank.runtime.features import stores_by_model
@@ -60,7 +61,8 @@ _GOLDEN = 0.6180339887498949
 class ModelRepository:
     """The models in a folder, each in the versions that its policy says, on shared devices.
 
-    Any thread may call it. Versions are loaded and swapped one at a time, in one thread.
+    Any thread may call it. Versions are loaded and swapped one at a time, in one thread. A rollback and an
+    unload don't wait for compiling: that load, and those that wait for their turn, begin anew behind them.
     """
 
     @classmethod
@@ -180,6 +182,7 @@ class ModelRepository:
         self._models: dict[str, ModelVersions] = {}
         self._required: set[str] = set()  # models that have answered, or were there at the start
         self._changes = Changes("xlarank-versions")
+        self._orders: dict[str, object] = {}  # by model, the last rollback or unload; set by any thread
         self._watcher: Watcher | None = None
         self._counter = itertools.count()
         self._stopping = stopping  # set once
@@ -301,7 +304,9 @@ class ModelRepository:
         Raises:
           ModelNotFoundError: if the folder has no such model.
           ModelError: if a version of it can't be served; says why.
+          UnavailableError: if a rollback or an unload of it that was asked later came first.
         """
+        order = self._orders.get(name)
 
         def load() -> None:
             found = list_versions(self._root)
@@ -310,7 +315,7 @@ class ModelRepository:
             self._model(name).load(found.get(name, ()))
             self._required.add(name)
 
-        self._change(load)
+        self._change(load, lambda: self._orders.get(name) is not order)
 
     def unload(self, name: str) -> None:
         """Ends a model until `load`; when this returns what it had accepted is answered.
@@ -319,20 +324,15 @@ class ModelRepository:
           ModelNotFoundError: if there is no such model.
         """
         model = self._known(name)
-        self._loader.interrupt(name)
-        for thread in self._change(model.unload):
+        for thread in self._change_first(name, model.unload):
             thread.join()
 
     def rollback(self, name: str, version: int | None = None) -> int:
-        """Goes back to an older version than the one that answers now; see `ModelVersions.roll_back`.
-
-        One that is being compiled isn't waited for.
-        """
+        """Goes back to an older version than the one that answers now; see `ModelVersions.roll_back`."""
         model = self._known(name)
         below = max(model.routes.versions, default=None)
-        self._loader.interrupt(name)
-        return self._change(
-            lambda: model.roll_back(list_versions(self._root).get(name, ()), version, below=below)
+        return self._change_first(
+            name, lambda: model.roll_back(list_versions(self._root).get(name, ()), version, below=below)
         )
 
     def set_policy(self, policy: ModelPolicy) -> None:
@@ -392,16 +392,34 @@ class ModelRepository:
         if self._versions.watch_seconds is not None:
             self._watcher = Watcher(self._watch, self._versions.watch_seconds, stop)
 
-    def _change(self, work: Callable[[], Result]) -> Result:
-        """Does it in the one thread that changes versions, and waits.
+    def _change(
+        self, work: Callable[[], Result], is_overridden: Callable[[], bool] = lambda: False
+    ) -> Result:
+        """Does it in the one thread that changes versions, and waits; anew if it had to give way.
 
         Raises:
+          InterruptedLoadError: if it had to give way to what overrides it.
           UnavailableError: if the repository is closing.
         """
-        try:
-            return self._changes.do(work)
-        except CancelledError:
-            raise UnavailableError(f"repository {self._root} is shutting down") from None
+        while True:
+            try:
+                return self._changes.do(work)
+            except InterruptedLoadError:
+                if is_overridden():
+                    raise
+            except CancelledError:
+                raise UnavailableError(f"repository {self._root} is shutting down") from None
+
+    def _change_first(self, name: str, work: Callable[[], Result]) -> Result:
+        """`_change` of a model that other loads give way to."""
+        order = self._orders[name] = object()
+        self._loader.give_way(order)
+
+        def first() -> Result:
+            self._loader.go_on(order)
+            return work()
+
+        return self._change(first, lambda: self._orders[name] is not order)
 
     def _watch(self) -> None:
         with contextlib.suppress(UnavailableError):  # the repository is closing
@@ -418,8 +436,12 @@ class ModelRepository:
             self._is_listed = False
             return
         self._is_listed = True
-        with contextlib.suppress(UnavailableError):  # the repository is closing
+        try:
             self._follow(found, strict=False)
+        except InterruptedLoadError:
+            raise
+        except UnavailableError:  # the repository is closing
+            return
 
     def _follow(self, found: dict[str, list[int]], *, strict: bool) -> None:
         for name in sorted({*found, *self._models}):

@@ -226,9 +226,8 @@ class ModelVersions:
                 self._failed, self._rolled_back = before
             raise
         self._swap(None)
-        with contextlib.suppress(
-            UnavailableError
-        ):  # it is done; others that are wanted come at the next look
+        # It is done; what else is wanted and was interrupted comes at the next look.
+        with contextlib.suppress(UnavailableError):
             self.follow(on_disk)
         return target
 
@@ -300,7 +299,7 @@ class ModelVersions:
             self._loading = version
         try:
             engine = self._load(version, [served.engine for served in self._loaded.values()])
-        except UnavailableError:  # the repository is closing
+        except UnavailableError:  # the repository is closing, or something else goes first: no failure
             raise
         except Exception as error:
             if strict:
@@ -401,4 +400,6 @@ class ModelVersions:
             return blocked.reason
         if version not in self._on_disk:
             return f"{self._folder / str(version)}: expected a version, found none"
+        if version in self._wanted():
+            return "waits to be loaded"
         return f"not served under policy {self._policy.policy.value}"

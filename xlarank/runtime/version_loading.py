@@ -128,8 +128,10 @@ class VersionLoader:
           is_beside: whether anything serves meanwhile.
 
         Raises:
+          InterruptedLoadError: if it has to give way.
           XlarankError: if it can't be served; says why, naming the file where one is at fault.
         """
+        self._helper.check(path)
         before = device.num_compiled()
         held = self._options.held
         tables = None if held is None else held.take(path.parent.name, int(path.name))
@@ -175,9 +177,13 @@ class VersionLoader:
         """Lets go of a version that has ended."""
         self._metrics.remove(model, version)
 
-    def interrupt(self, model: str) -> None:
-        """Ends the compiling of a version of a model, if one is at it; its `load` raises UnavailableError."""
-        self._helper.interrupt(model)
+    def give_way(self, order: object) -> None:
+        """Ends the compiling, if one is at it, and begins no load before `go_on` with the same object."""
+        self._helper.give_way(order)
+
+    def go_on(self, order: object) -> None:
+        """What `give_way` was for is at work. Idempotent."""
+        self._helper.go_on(order)
 
     def close(self) -> None:
         """Ends what `load` waits for."""
