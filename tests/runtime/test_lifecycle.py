@@ -4,6 +4,7 @@ import os
 import queue
 import shutil
 import threading
+from pathlib import Path
 
 import linear
 import numpy as np
@@ -338,6 +339,40 @@ def test_a_version_that_was_changed_under_its_number_is_named_and_goes_on(publis
     repository.poll()
     assert scores(repository) == 1
     assert "linear/1: was changed; what was loaded goes on serving" in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_keeps_nobody_else_away(publish, opened, root, caplog, monkeypatch):
+    """lost+found of a volume, say, which is root's."""
+    publish(1)
+    (root / "lost+found").mkdir()
+    iterdir = Path.iterdir
+
+    def refusing(path):
+        if path.name in refused:
+            raise PermissionError(13, "Permission denied")
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refusing)
+    refused = {"lost+found"}
+    repository = opened()
+    for _ in range(2):
+        repository.poll()
+    publish(2)
+    repository.poll()
+    assert scores(repository) == 2
+    text = (
+        f"the repository can't be looked at, what is loaded goes on serving: {root / 'lost+found'}: can't be"
+    )
+    assert caplog.text.count(text) == 1
+    refused = {"lost+found", "linear"}
+    publish(3)
+    repository.poll()
+    assert scores(repository) == 2
+    with pytest.raises(BundleError, match="linear: can't be listed: Permission denied"):
+        repository.load("linear")
+    refused = set()
+    repository.poll()
+    assert scores(repository) == 3
 
 
 def test_a_repository_that_cannot_be_listed_changes_nothing(publish, opened, root, caplog):

@@ -14,11 +14,18 @@ __all__ = ["latest_version", "list_versions", "resolve_bundle", "version_of", "v
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 
-def list_versions(repository: Path | str) -> dict[str, list[int]]:
+def list_versions(
+    repository: Path | str, unreadable: dict[str, BundleError] | None = None
+) -> dict[str, list[int]]:
     """Models of a repository and their versions, both ascending.
 
     Hidden folders (a writer's unfinished ones among them), folders that are no plain integer >= 1 and
     models without a version are left out.
+
+    Args:
+      repository: the folder.
+      unreadable: takes, by name, why folders in it can't be listed (lost+found, say); they are left out. By
+        default the first of them raises.
 
     Raises:
       BundleError: if the folder can't be listed.
@@ -28,7 +35,14 @@ def list_versions(repository: Path | str) -> dict[str, list[int]]:
         folders = sorted(p for p in repository.iterdir() if p.is_dir() and not p.name.startswith("."))
     except OSError as error:
         raise BundleError(f"{repository}: no repository: {error.strerror}") from error
-    versions = {folder.name: versions_in(folder) for folder in folders}
+    versions: dict[str, list[int]] = {}
+    for folder in folders:
+        try:
+            versions[folder.name] = versions_in(folder)
+        except BundleError as error:
+            if unreadable is None:
+                raise
+            unreadable[folder.name] = error
     return {model: found for model, found in versions.items() if found}
 
 

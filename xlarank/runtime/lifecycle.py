@@ -39,7 +39,7 @@ from xlarank.runtime.routes import ServedVersion
 from xlarank.runtime.tables import HeldTables, TableBytes
 from xlarank.runtime.version_loading import LoadOptions, VersionLoader
 from xlarank.runtime.version_metrics import VersionMetrics
-from xlarank.runtime.watching import Stop, Watcher
+from xlarank.runtime.watching import Listing, Stop, Watcher
 from xlarank.spec import PlatformOptions
 from xlarank.spec.serving import FaultConfig, QueueConfig
 from xlarank.spec.versions import ModelPolicy, VersionOptions, VersionState, VersionStatus
@@ -190,7 +190,7 @@ class ModelRepository:
         self._has_left_work = False  # moves one way
         self._is_serving = False  # moves one way
         self._failed_elsewhere: tuple[VersionStatus, ...] = ()  # replaced whole
-        self._is_listed = True  # whether the folder could be listed at the last look
+        self._listing = Listing(self._root)
         self._version_metrics = VersionMetrics(
             lambda: self.index(with_idle=False), lambda: loader.num_serving_compiles
         )
@@ -309,7 +309,7 @@ class ModelRepository:
         order = self._orders.get(name)
 
         def load() -> None:
-            found = list_versions(self._root)
+            found = self._found(name)
             if name not in found and name not in self._models:
                 raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
             self._model(name).load(found.get(name, ()))
@@ -332,7 +332,7 @@ class ModelRepository:
         model = self._known(name)
         below = max(model.routes.versions, default=None)
         return self._change_first(
-            name, lambda: model.roll_back(list_versions(self._root).get(name, ()), version, below=below)
+            name, lambda: model.roll_back(self._found(name).get(name, ()), version, below=below)
         )
 
     def set_policy(self, policy: ModelPolicy) -> None:
@@ -348,7 +348,7 @@ class ModelRepository:
         def change() -> None:
             others = [other for other in self._versions.models if other.name != policy.name]
             self._versions = dataclasses.replace(self._versions, models=(*others, policy))
-            found = list_versions(self._root)
+            found = self._found(policy.name)
             for name, model in self._models.items():
                 model.set_policy(self._versions.policy_of(name))
             self._follow(found, strict=False)
@@ -428,14 +428,9 @@ class ModelRepository:
     def _look(self) -> None:
         if not any(status.state is DeviceState.HEALTHY for status in self._pool.statuses()):
             return  # nothing can be proven now: a version would be found to fail that does not
-        try:
-            found = list_versions(self._root)
-        except BundleError as error:
-            if self._is_listed:
-                _log.error("the repository can't be looked at, what is loaded goes on serving: %s", error)
-            self._is_listed = False
+        found = self._listing.look()
+        if found is None:
             return
-        self._is_listed = True
         try:
             self._follow(found, strict=False)
         except InterruptedLoadError:
@@ -459,6 +454,14 @@ class ModelRepository:
             elif model.is_gone:
                 self._models = {other: m for other, m in self._models.items() if other != name}
                 self._required.discard(name)
+
+    def _found(self, name: str) -> dict[str, list[int]]:
+        """Versions by model; BundleError if those of this one can't be looked at."""
+        unreadable: dict[str, BundleError] = {}
+        found = list_versions(self._root, unreadable)
+        if name in unreadable:
+            raise unreadable[name]
+        return found
 
     def _model(self, name: str) -> ModelVersions:
         if name not in self._models:
@@ -504,7 +507,10 @@ def _models_in(root: Path, *, may_be_empty: bool) -> dict[str, list[int]]:
     """Versions by model; ConfigError for a folder that can't be a repository."""
     if not root.is_dir():
         raise ConfigError(f"repository {root}: expected a folder of models, found none")
-    found = list_versions(root)
+    unreadable: dict[str, BundleError] = {}
+    found = list_versions(root, unreadable)
+    for error in unreadable.values():
+        _log.error("a folder of the repository can't be looked at, and isn't served: %s", error)
     if not found and any(path.name.isdigit() for path in (root.resolve(), *root.iterdir())):
         raise ConfigError(f"repository {root}: expected a folder of models, found a model; serve its parent")
     if not found and not may_be_empty:

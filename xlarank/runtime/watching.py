@@ -1,4 +1,4 @@
-"""Looking at a repository's folder now and then: `Watcher`, `folder_stamp`."""
+"""Looking at a repository's folder now and then: `Watcher`, `Listing`, `folder_stamp`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["Stop", "Watcher", "folder_stamp"]
+from xlarank.bundle import list_versions
+from xlarank.errors import BundleError
+
+__all__ = ["Listing", "Stop", "Watcher", "folder_stamp"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +61,28 @@ class Watcher:
                 self._look()
             except Exception:
                 _log.exception("the look at the repository failed; the next one comes in %g s", self._seconds)
+
+
+class Listing:
+    """Lists a repository again and again, and says once what can't be looked at. One thread at a time."""
+
+    def __init__(self, root: Path) -> None:
+        """`root`: folder of ``<model>/<version>``."""
+        self._root = root
+        self._told: set[str] = set()
+
+    def look(self) -> dict[str, list[int]] | None:
+        """Versions by model, without the models whose folders can't be looked at; None if all can't."""
+        unreadable: dict[str, BundleError] = {}
+        try:
+            found = list_versions(self._root, unreadable)
+        except BundleError as error:
+            found, unreadable = None, {"": error}
+        reasons = set(map(str, unreadable.values()))
+        for reason in sorted(reasons - self._told):
+            _log.error("the repository can't be looked at, what is loaded goes on serving: %s", reason)
+        self._told = reasons
+        return found
 
 
 def folder_stamp(folder: Path) -> str | None:

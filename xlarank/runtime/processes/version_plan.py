@@ -7,10 +7,8 @@ import logging
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from xlarank.bundle import list_versions
-from xlarank.errors import BundleError
 from xlarank.runtime.processes.messages import Version
-from xlarank.runtime.watching import folder_stamp
+from xlarank.runtime.watching import Listing, folder_stamp
 from xlarank.spec.versions import Policy, VersionOptions, VersionState, VersionStatus
 
 __all__ = ["VersionPlan"]
@@ -40,7 +38,7 @@ class VersionPlan:
         self._root = root
         self._options = options
         self._blocked: dict[Version, _Blocked] = {}
-        self._is_listed = True
+        self._listing = Listing(root)
 
     def wanted(self, served: Collection[Version]) -> tuple[Version, ...] | None:
         """What is to be served now, sorted; None if the folder can't be looked at.
@@ -48,14 +46,9 @@ class VersionPlan:
         Args:
           served: what is served now.
         """
-        try:
-            found = list_versions(self._root)
-        except BundleError as error:
-            if self._is_listed:
-                _log.error("the repository can't be looked at, what is loaded goes on serving: %s", error)
-            self._is_listed = False
+        found = self._listing.look()
+        if found is None:
             return None
-        self._is_listed = True
         self._forget_changed()
         wanted: list[Version] = []
         for model in sorted({*found, *(model for model, _ in served)}):
