@@ -2,12 +2,14 @@
 
 import socket
 import subprocess
+import sys
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
 import pytest
 
 from xlarank.errors import ModelError
+from xlarank.runtime.processes import supervisor
 from xlarank.runtime.processes.messages import Failed, FailedVersions, SuccessorEnded
 from xlarank.runtime.processes.scrapes import Worker
 from xlarank.runtime.processes.supervisor import Supervisor
@@ -178,3 +180,37 @@ def test_a_process_that_does_not_answer_is_asked_once_and_killed(told):
     assert not silent.poll(0), "it was asked again"
     link.close()
     silent.close()
+
+
+HALF_A_MESSAGE = """
+import os, socket, sys, time
+from multiprocessing.connection import Connection
+from xlarank.runtime.processes.messages import Hello
+link = socket.socket(socket.AF_UNIX)
+link.connect(sys.argv[1])
+if len(sys.argv) > 2:
+    Connection(os.dup(link.fileno())).send(Hello(int(sys.argv[2]), os.getpid(), 0))
+link.sendall(bytes(2))
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("has_greeted", [False, True])
+def test_a_process_that_stands_still_in_the_middle_of_a_message_is_killed(
+    told, tmp_path, monkeypatch, has_greeted
+):
+    monkeypatch.setattr(supervisor, "_MESSAGE_SECONDS", 0.2)
+    generation = begin(told)
+    words = [str(generation.number)] if has_greeted else []
+    command = [sys.executable, "-c", HALF_A_MESSAGE, str(tmp_path / "own" / "link"), *words]
+    with subprocess.Popen(command) as process:
+        try:
+            told.supervisor._accept()
+            if has_greeted:
+                (link,) = told.supervisor._links
+                assert generation.workers[process.pid].link is link
+                told.supervisor._hear(link)
+            assert process.wait(30) == -9
+            assert not told.supervisor._links
+        finally:
+            process.kill()

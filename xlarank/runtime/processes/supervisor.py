@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -51,6 +52,9 @@ _BEAT_SECONDS = 5.0
 
 _HUNG_SECONDS = 30.0
 """A worker that hasn't answered for so long is killed, and started again."""
+
+_MESSAGE_SECONDS = 10.0
+"""How long the rest of a message may take once it has begun, and the first of a new process."""
 
 _MOST_DEATHS = 3
 """So many starts in a row in which a process died for no reason that is known: it may be what it loads."""
@@ -293,9 +297,11 @@ class Supervisor:
 
     def _accept(self) -> None:
         accepted, _ = self._listening.accept()
+        timeout = struct.pack("ll", int(_MESSAGE_SECONDS), round(_MESSAGE_SECONDS % 1 * 1e6))
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
         link = Connection(accepted.detach())
         try:
-            hello: Hello = link.recv()
+            hello: Hello = _receive(link)
         except (EOFError, OSError):
             link.close()
             return
@@ -315,7 +321,7 @@ class Supervisor:
     def _hear(self, link: Connection) -> None:
         hear = self._links[link]
         try:
-            message = link.recv()
+            message = _receive(link)
         except (EOFError, OSError):
             del self._links[link]
             link.close()
@@ -465,6 +471,23 @@ def _listening_at(path: Path) -> socket.socket:
     listening.bind(str(path))
     listening.listen()
     return listening
+
+
+def _receive(link: Connection) -> Any:
+    """The message that has begun to come.
+
+    Raises:
+      EOFError, OSError: if there is none. A process that stands still in the middle of one is killed, as this
+        one must go on.
+    """
+    try:
+        return link.recv()
+    except BlockingIOError:
+        with socket.socket(fileno=os.dup(link.fileno())) as own:
+            pid, _, _ = struct.unpack("3i", own.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        _log.error("a process (pid %d) stands still in the middle of a message and is killed", pid)
+        _kill(pid)
+        raise
 
 
 def _kill(pid: int) -> None:
