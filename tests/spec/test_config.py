@@ -61,6 +61,8 @@ def test_every_table_is_read():
         (HEAD + "tables = 3\n", "", r"tables must be a list of tables, \[\[tables\]\]; was 3"),
         (HEAD + "data = 3\n", "", "data must be a table; was 3"),
         (HEAD + "not toml", "", "expected a TOML file"),
+        (f"a = {'[' * 5000}", "", "expected a TOML file: values are nested too deeply"),
+        (f"a = {'9' * 5000}", "", "expected a TOML file"),
         (HEAD, "[buckets]\nrow = [1]\n", r"\[buckets\]: unknown keys \['row'\]; expected of \['rows'\]"),
         (HEAD, "[buckets]\nrows = []\n", r"buckets.rows must be ascending integers >= 1; was \[\]"),
         (HEAD, "[buckets]\nrows = [8, 8]\n", r"ascending integers >= 1; was \[8, 8\]"),

@@ -181,7 +181,9 @@ def parse_config(text: str, path: Path, *, allow_reader_code: bool = False) -> M
     """
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: expected a TOML file: values are nested too deeply") from None
+    except ValueError as error:  # TOML's, and Python's for integers without end
         raise ConfigError(f"{path}: expected a TOML file: {error}") from error
     _check_keys(document, _KEYS, str(path))
     for key in ("name", "features", "tasks", "model"):

@@ -189,7 +189,7 @@ from xlarank.runtime.processes.messages import Hello
 link = socket.socket(socket.AF_UNIX)
 link.connect(sys.argv[1])
 if len(sys.argv) > 2:
-    Connection(os.dup(link.fileno())).send(Hello(int(sys.argv[2]), os.getpid(), 0))
+    Connection(os.dup(link.fileno())).send(Hello(generation=int(sys.argv[2]), pid=os.getpid(), index=0))
 link.sendall(bytes(2))
 time.sleep(600)
 """
