@@ -125,7 +125,7 @@ class Batch(Generic[Item]):
     @property
     def num_rows(self) -> int:
         """Valid rows; the rest of the bucket is padding."""
-        return sum(part.num_rows for part in self.parts)
+        return _num_rows(self.parts)
 
 
 class Batcher(Generic[Item]):
@@ -386,7 +386,7 @@ class Batcher(Generic[Item]):
     ) -> tuple[int, Sequence[Part[Item]]]:
         """Rows of the next run and who joins the head in it, so that all of them take the least time: of the
         runs that make nobody in them late, where there are any (all are, at the default `now`)."""
-        total = head.num_rows + sum(part.num_rows for part in company)
+        total = head.num_rows + _num_rows(company)
         best: tuple[int, Sequence[Part[Item]]] = (0, company)
         best_seconds, least_gain, best_is_late, last = math.inf, 0.0, True, None
         # Of capacities that hold everything, the first does for all.
@@ -396,7 +396,7 @@ class Batcher(Generic[Item]):
                 run = (capacity, ())
             else:
                 chosen = _fill(head, company, capacity, plan, oldest)
-                run = (head.num_rows + sum(part.num_rows for part in chosen), chosen)
+                run = (head.num_rows + _num_rows(chosen), chosen)
             shape = (run[0], 1 + len(run[1]))
             if shape == last:
                 continue
@@ -437,7 +437,7 @@ class Batcher(Generic[Item]):
 
     def _defers(self, parts: Sequence[Part[Item]], now: float, plan: BucketPlan) -> bool:
         """Whether the device waits for company: only if it may, under high load, short of the knee."""
-        num_rows = sum(part.num_rows for part in parts)
+        num_rows = _num_rows(parts)
         if (
             not self.config.max_defer_ms
             or num_rows >= plan.knee_rows
@@ -547,7 +547,7 @@ def _widened(
     for capacity in plan.row_counts[bisect.bisect_right(plan.row_counts, limit) :]:
         chosen = _fill(head, peers, capacity, plan, oldest)
         run = [head, *chosen]
-        num_rows = sum(part.num_rows for part in run)
+        num_rows = _num_rows(run)
         if not limit < num_rows <= capacity:
             continue
         seconds = plan.run_seconds(num_rows, len(run))
@@ -570,7 +570,7 @@ def _seconds_within(parts: Sequence[Part], plan: BucketPlan, oldest: float) -> f
     while parts:
         head, *rest = parts
         chosen = _fill(head, rest, _limit(head, plan), plan, oldest)
-        seconds += plan.seconds(head.num_rows + sum(part.num_rows for part in chosen), 1 + len(chosen))
+        seconds += plan.seconds(head.num_rows + _num_rows(chosen), 1 + len(chosen))
         gone = {part.ticket for part in chosen}  # one part of a ticket at most is in a run
         parts = [part for part in rest if part.ticket not in gone]
     return seconds

@@ -44,6 +44,7 @@ class DevicePool:
     Devices that fail are taken out of service as `DeviceHealth` says.
 
     Attributes:
+      num_devices: of it.
       idle: whether no request waits or runs.
     """
 
@@ -241,9 +242,7 @@ class DevicePool:
         while (task := self._next_task(index)) is not None:
             try:
                 task()
-            except (
-                Exception
-            ):  # a defect of ours; without its thread the device would look well and do nothing
+            except Exception:  # a defect of ours; without its thread the device looks well and does nothing
                 _log.exception("device %d: what followed a batch, or stood between two, failed", index)
             del task  # it refers to a model, whose memory must not wait for this device's next task
 
