@@ -1,9 +1,9 @@
 """Version swaps under load: `swap_p99`.
 
 A real `xlarank serve` watches a repository at 60% of its capacity, open loop, while versions are published
-into it; one schedule is of all swaps and the pauses between. A swap's window is from the version's folder
-appearing to the version before having ended: reading, compiling, proving, timing, swapping and draining are
-all in it.
+into it; one schedule is of all swaps and the pauses between, each as long as the swap before it. A swap's
+window is from the version's folder appearing to the version before having ended: reading, compiling, proving,
+timing, swapping and draining are all in it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ _OUTSTANDING = 3
 _WATCH_SECONDS = 0.2
 _LOOK_SECONDS = 0.1
 _COMPILES = "xlarank_serving_compiles_total"
+_NUM_REFRESHES = 6
+"""They are short."""
+
 _MAX_SECONDS = 120
 """Of a swap."""
 
@@ -116,14 +119,14 @@ def measure_swaps(
       builds: the first is served at the start; at least two.
       num_warm: servers that take code from bundles.
       num_cold: servers that take none, and find no compiled code but that of the first; at least one.
-      quiet_seconds: between swaps.
+      quiet_seconds: before the first swap, and at least after each.
       tell: what is being done.
 
     Raises:
       RuntimeError: if a version isn't served.
     """
     first, *others = builds
-    warm = [(REFRESH, first), *((WARM, build) for build in others), (REFRESH, others[-1]), (WARM, first)]
+    warm = [*((WARM, build) for build in others), *[(REFRESH, others[-1])] * _NUM_REFRESHES, (WARM, first)]
     cold = [*((COLD, build) for build in others), (WARM, first)]
     servers = [(warm, ())] * num_warm + [(cold, ("--no-bundle-code",))] * num_cold
     runs = []
@@ -156,7 +159,8 @@ def run_swaps(
       generator: sends it the traffic.
       repository: has the version that it serves.
       sequence: kinds of swaps, and what to publish.
-      quiet_seconds: before, between and after.
+      quiet_seconds: before the first swap, and at least after each: as long as it took, so that what else the
+        machine does meets both alike.
       seed: of the arrivals.
 
     Raises:
@@ -165,7 +169,7 @@ def run_swaps(
     capacity = generator.closed_loop(
         range(len(_TRAFFIC.sizes)), outstanding=_OUTSTANDING, seconds=max(1.0, quiet_seconds)
     ).rate
-    longest = quiet_seconds + len(sequence) * (_MAX_SECONDS + quiet_seconds)  # load doesn't end before
+    longest = quiet_seconds + 2 * len(sequence) * _MAX_SECONDS  # load doesn't end before
     rate = _LOAD * capacity
     arrivals, choices = arrivals_of(_TRAFFIC, rate, math.ceil(rate * longest), seed=seed)
     swaps = []
@@ -178,8 +182,9 @@ def run_swaps(
             begin = time.monotonic()
             version = repository.publish(build)
             wait_until_alone(version, states)
-            swaps.append(Swap(kind=kind, begin=begin, end=time.monotonic()))
-            _look_for(quiet_seconds, states)
+            swap = Swap(kind=kind, begin=begin, end=time.monotonic())
+            swaps.append(swap)
+            _look_for(max(quiet_seconds, swap.seconds), states)
     (num_compiles,) = [v for name, _, v in server_samples(ready["http"]) if name == _COMPILES]
     run = SwapRun(swaps, played[0], round(float(num_compiles)))
     if run.num_failures:
@@ -198,7 +203,8 @@ def swap_p99(runs: Sequence[SwapRun], *, how: str) -> Figure:
         f"{_OUTSTANDING}, measured before each of {len(runs)} runs), open loop throughout, to `xlarank serve "
         f"--watch-seconds {_WATCH_SECONDS}` on one device while versions are published; p99 of requests that "
         f"start between the version's folder appearing and the version before having ended, over p99 of the "
-        f"same run outside of such windows; no request failed; the worst of {', '.join(kinds)}"
+        f"same run outside of such windows, in pauses as long as the swaps before them; no request failed; "
+        f"the worst of {', '.join(kinds)}"
     )
     figures, beside = {}, {}
     for kind in kinds:

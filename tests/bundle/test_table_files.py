@@ -65,6 +65,24 @@ def test_any_size_of_chunk_will_do(tmp_path, monkeypatch, chunk_bytes):
     np.testing.assert_array_equal(memory.view(np.float32).reshape(37, 15), table)
 
 
+def test_one_thread_reads_at_the_pace_that_it_is_given(tmp_path):
+    table = random_table()
+    file = write(tmp_path, table)
+    memory, log = np.zeros(file.num_bytes, np.uint8), []
+
+    def pace(work):
+        log.append("begins")
+        num_bytes = work()
+        log.append(num_bytes)
+        return num_bytes
+
+    file.read_into(memory, pace=pace, on_bytes=lambda num_bytes: log.append(f"{num_bytes} told"))
+    assert log[:3] == ["begins", CHUNK - 128, f"{CHUNK - 128} told"]
+    assert log[3] == "begins"
+    assert len(log) == 3 * file.num_chunks
+    np.testing.assert_array_equal(memory.view(np.float32).reshape(37, 15), table)
+
+
 def test_a_changed_byte_anywhere_is_found_and_only_in_its_chunk(tmp_path):
     file = write(tmp_path, random_table())
     memory = np.zeros(file.num_bytes, np.uint8)

@@ -72,6 +72,22 @@ def test_the_report_is_of_what_the_kernel_gave():
     assert str(HugePages(16 * MIB, 6 * MIB)) == "6 of 16 MiB in huge pages"
 
 
+def test_a_look_at_the_pages_finds_what_the_list_of_all_mappings_tells(monkeypatch):
+    """The former needs Linux 6.7; before it both are the latter."""
+    monkeypatch.setattr(memory_module, "_NUM_REGIONS", 2)
+    memory = huge_empty(40 * MIB)
+    # Runs of one page and of two, each apart from the next: more than one call returns.
+    for page in (0, 3, 4, 7, 9, 11, 12, 18):
+        memory[2 * MIB * page : 2 * MIB * (page + 1)] = 1
+    seen = [huge_pages_of(part) for part in (memory, memory[: 7 * MIB], memory[9 * MIB :], memory[:0])]
+    monkeypatch.setattr(memory_module, "_PAGEMAP", Path("nowhere"))
+    assert seen[0] == huge_pages_of(memory)
+    assert seen[3] == HugePages(0, 0)
+    if seen[0].got == 16 * MIB:
+        assert seen[1] == HugePages(7 * MIB, 3 * MIB)
+        assert seen[2] == HugePages(31 * MIB, 11 * MIB)
+
+
 SMAPS = """\
 7f0000000000-7f0000a00000 rw-p 00000000 00:00 0
 Rss:               10240 kB
@@ -86,6 +102,7 @@ def test_a_mapping_that_neighbours_share_counts_no_more_than_the_array_s_own_byt
     begin = memory.ctypes.data
     text = SMAPS.replace("7f0000000000-7f0000a00000", f"{begin - 2 * MIB:x}-{begin + 8 * MIB:x}")
     smaps = tmp_path / "smaps"
+    monkeypatch.setattr(memory_module, "_PAGEMAP", tmp_path / "none")
     monkeypatch.setattr(memory_module, "_SMAPS", smaps)
     smaps.write_text(text.format(huge=10240))
     assert huge_pages_of(memory) == HugePages(4 * MIB, 4 * MIB)

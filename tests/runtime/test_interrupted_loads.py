@@ -13,6 +13,7 @@ import pytest
 
 from xlarank.errors import ModelNotFoundError, UnavailableError
 from xlarank.runtime import Metrics, ModelPolicy, ModelRepository, VersionOptions, version_loading
+from xlarank.runtime.version_loading import VersionLoader
 
 OTHER = dataclasses.replace(linear.SPEC, name="other")
 
@@ -136,7 +137,9 @@ def test_a_version_whose_turn_has_not_come_says_so(publish, repository, started,
     polled = pool.submit(repository.poll)
     stopped(started)
     reasons = {status.version: (status.state, status.reason) for status in repository.index()}
-    assert reasons == {1: ("READY", ""), 2: ("UNAVAILABLE", "waits to be loaded"), 3: ("LOADING", "")}
+    assert reasons == {1: ("READY", ""), 2: ("LOADING", "waits to be loaded"), 3: ("LOADING", "")}
+    with pytest.raises(UnavailableError, match=r"version 2 is not at ready state: waits to be loaded$"):
+        repository.engine("linear", "2")
     repository.unload("linear")
     polled.result(60)
 
@@ -169,6 +172,46 @@ def test_a_version_that_is_being_read_is_not_compiled_before_a_rollback(
     assert version_of(repository) == 1
     assert started.empty() or compiled_by(started.get()) == ("linear", 1)
     assert started.empty()
+
+
+@pytest.mark.parametrize("step", ["tables", "compile", "replay", "profile"])
+def test_a_rollback_does_not_wait_for_a_version_that_is_being_read_or_proven(
+    publish, repository, started, pool, monkeypatch, caplog, step
+):
+    """It comes before its next piece."""
+    caplog.set_level("INFO", "xlarank")
+    publish(1, rows=[4])
+    publish(2, rows=[4])
+    repository = repository()
+    publish(3, rows=[16])
+    steps = []
+    is_at_step, has_given_way, between = threading.Event(), threading.Event(), VersionLoader._between
+    give_way = repository._loader.give_way
+
+    def piece(self, path, pace, work, /):
+        if steps[-1:] == [step]:
+            is_at_step.set()
+            assert has_given_way.wait(60)
+        return between(self, path, pace, work)
+
+    def note(order):
+        give_way(order)
+        has_given_way.set()
+
+    monkeypatch.setattr(VersionLoader, "_between", piece)
+    options = dataclasses.replace(
+        repository._loader._options, on_progress=lambda text: steps.append(text.split()[-1])
+    )
+    monkeypatch.setattr(repository._loader, "_options", options)
+    monkeypatch.setattr(repository._loader, "give_way", note)
+    polled = pool.submit(repository.poll)
+    assert is_at_step.wait(60)
+    assert repository.rollback("linear") == 1
+    polled.result(60)
+    assert version_of(repository) == 1
+    assert "model linear: versions [1] answer, before [2]" in caplog.messages
+    repository.poll()
+    assert version_of(repository) == 1
 
 
 def test_a_load_goes_on_after_a_change_of_another_model(publish, repository, started, pool):

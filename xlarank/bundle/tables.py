@@ -128,13 +128,15 @@ class TableFile:
         memory: np.ndarray,
         *,
         num_threads: int = 1,
+        pace: Callable[[Callable[[], int]], int] = lambda work: work(),
         on_bytes: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Reads the values, and checks every byte as it comes.
 
         Args:
           memory: [num_bytes] uint8, written.
-          num_threads: threads that read and check; >= 1.
+          num_threads: threads that read and check; >= 1. With one it is the caller's.
+          pace: what has that one read each 4 MiB, when there is time for it.
           on_bytes: told, in the caller's thread, the size of each part that is read and right.
 
         Raises:
@@ -145,7 +147,12 @@ class TableFile:
                 f"{self.path}: expected memory of uint8 [{self.num_bytes}], got {memory.dtype} of shape "
                 f"{list(memory.shape)}"
             )
-        with self._open() as file, concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+        with self._open() as file:
+            if num_threads == 1:
+                for chunk in range(self.num_chunks):
+                    on_bytes(pace(functools.partial(self._read_chunk, file.fileno(), chunk, memory)))
+                return
+            pool = concurrent.futures.ThreadPoolExecutor(num_threads)
             try:
                 checks = [
                     pool.submit(self._read_chunk, file.fileno(), chunk, memory)

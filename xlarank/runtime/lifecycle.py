@@ -367,7 +367,8 @@ class ModelRepository:
         self._loader.close()
         if not self._changes.close(_LAST_CHANGE_SECONDS):
             self._has_left_work = True
-            loading = [f"{s.model}/{s.version}" for s in self.index() if s.state is VersionState.LOADING]
+            begun = [s for s in self.index() if s.state is VersionState.LOADING and not s.reason]
+            loading = [f"{s.model}/{s.version}" for s in begun]
             _log.error(
                 "repository %s: left behind after %g s, still loading: %s",
                 self._root,

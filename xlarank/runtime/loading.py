@@ -179,7 +179,7 @@ class Loader:
           library: programs that are compiled already.
           paces: by index of the device, what makes the runs that prove and time; given where others serve
             meanwhile, and then tables are read by one thread of low priority.
-          host_pace: what reads each program from the compilation cache.
+          host_pace: what reads each piece of the tables, and each program from the compilation cache.
           can_prove: by index of the device, whether the version is proven and timed there; everywhere without
             it, or where it says no of all.
           profiles: by device, of the same programs on the same devices; they are timed without it.
@@ -271,7 +271,7 @@ class Loader:
         if self._paces is None:
             loaded = load(num_threads=self._host_threads)
         else:
-            loaded = in_background(lambda: load(num_threads=1))
+            loaded = in_background(lambda: load(num_threads=1, pace=self._host_pace))
         if self._on_progress is not None and loaded.memory:
             self._on_progress(f"{self._bundle.spec.name} {self._bundle.manifest.version}: {loaded}")
         return loaded

@@ -110,10 +110,12 @@ class ModelVersions:
         with self._lock:
             known = set(self._loaded) | set(self._draining) | set(self._failed) | set(self._rolled_back)
             known |= {self._loading} if self._loading is not None else set()
-            wanted = set(self._policy.versions) | {label.version for label in self._policy.labels}
+            awaited = set() if self._is_unloaded else set(self._wanted()) & set(self._on_disk)
+            known |= awaited
+            named = set(self._policy.versions) | {label.version for label in self._policy.labels}
             if with_idle:
-                known |= set(self._on_disk) | wanted
-            return [self._status(version) for version in sorted(known)]
+                known |= set(self._on_disk) | named
+            return [self._status(version, version in awaited) for version in sorted(known)]
 
     def follow(self, on_disk: Sequence[int], *, strict: bool = False) -> None:
         """Loads, swaps and drains by what there is now.
@@ -377,7 +379,7 @@ class ModelVersions:
         statuses = self.statuses(with_idle=False)
         return {s.version: s.reason for s in statuses if s.state is not VersionState.READY}
 
-    def _status(self, version: int) -> VersionStatus:
+    def _status(self, version: int, is_awaited: bool) -> VersionStatus:
         """Under _lock."""
         reason = ""
         if version in self._loaded:
@@ -388,6 +390,8 @@ class ModelVersions:
             state = VersionState.UNLOADING
         elif version == self._loading:
             state = VersionState.LOADING
+        elif is_awaited:  # no failure: whoever waits for it goes on waiting
+            state, reason = VersionState.LOADING, "waits to be loaded"
         else:
             state, reason = VersionState.UNAVAILABLE, self._why_not(version)
         return VersionStatus(self.model, version, state, reason)
@@ -400,6 +404,4 @@ class ModelVersions:
             return blocked.reason
         if version not in self._on_disk:
             return f"{self._folder / str(version)}: expected a version, found none"
-        if version in self._wanted():
-            return "waits to be loaded"
         return f"not served under policy {self._policy.policy.value}"

@@ -24,6 +24,13 @@ _HOST_SHARE = 0.2
 _MAX_HOST_REST_SECONDS = 1.0
 """What has queued up is answered within that."""
 
+_IDLE_SECONDS = 0.05
+"""Without a request for so long, nothing has queued up. At half of the load that a device takes, or more,
+there are no such pauses."""
+
+_IDLE_LOOK_SECONDS = 0.01
+"""How often that is looked for."""
+
 _LOOK_SECONDS = 1.0
 """How often one who waits for a device looks whether that still has a point."""
 
@@ -63,11 +70,19 @@ class PacedRuns:
     def beside(self, work: Callable[[], Result], /) -> Result:
         """Does a piece of the host's work here, then waits until that was a fifth of the time.
 
-        At most a second. What has queued up meanwhile is answered before the next piece. A `device.Pace`.
+        At most a second, and only while there are requests. What has queued up meanwhile is answered before
+        the next piece. A `device.Pace`.
+
+        Raises:
+          UnavailableError: if nobody needs it any more.
         """
         start = self._clock()
         result = work()
-        self._wait(min(_rest(self._clock() - start, _HOST_SHARE), _MAX_HOST_REST_SECONDS))
+        done = self._clock()
+        end = done + min(_rest(done - start, _HOST_SHARE), _MAX_HOST_REST_SECONDS)
+        while (rest := end - self._clock()) > 0 and self._pool.idle.seconds < _IDLE_SECONDS:
+            if self._wait(min(rest, _IDLE_LOOK_SECONDS)):
+                raise _stopping()
         return result
 
     def on(self, device_index: int) -> device.Pace:
@@ -91,10 +106,14 @@ class PacedRuns:
             if self._pool.is_away(device_index):
                 raise ExecutionError(f"device {device_index} hangs in a golden replay of it")
             if self._wait(0.0):
-                raise UnavailableError("the server is stopping")
+                raise _stopping()
         result, seconds = done.result()
         self._wait(_rest(seconds, self._share))
         return result
+
+
+def _stopping() -> UnavailableError:
+    return UnavailableError("the server is stopping")
 
 
 def _rest(seconds: float, share: float) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from xlarank import device
 from xlarank.bundle import Bundle, TableFile
 from xlarank.errors import ConfigError
 from xlarank.host import HostTable, HugePages, TableMemory, huge_empty
@@ -80,6 +81,7 @@ def load_tables(
     num_threads: int,
     platforms: Sequence[str] = (),
     num_processes: int = 1,
+    pace: device.Pace = device.at_once,
     on_bytes: TableBytes | None = None,
     available: Callable[[], AvailableMemory] = available_memory,
     is_for_forks: bool = False,
@@ -94,6 +96,7 @@ def load_tables(
       platforms: of each device that will hold the bundle's rows of tables, such as "cpu": their copies are
         counted too.
       num_processes: each with such devices, and copies, of its own.
+      pace: what has a single thread read each piece.
       on_bytes: told of progress in the caller's thread.
       available: how much memory there is.
       is_for_forks: whether this process looks nothing up, and those that it forks do: rows of updatable
@@ -129,7 +132,7 @@ def load_tables(
     if read:
         shared = updatable if is_for_forks else []
         own, pages = _read(
-            {name: files[name] for name in read}, shared, num_threads, on_bytes or (lambda _d, _t: None)
+            {name: files[name] for name in read}, shared, num_threads, pace, on_bytes or (lambda _d, _t: None)
         )
         arrays |= own
         _log.info("tables of %s: %s", bundle.path, pages)
@@ -243,7 +246,11 @@ def _gib(num_bytes: float) -> str:
 
 
 def _read(
-    files: Mapping[str, TableFile], shared: Collection[str], num_threads: int, on_bytes: TableBytes
+    files: Mapping[str, TableFile],
+    shared: Collection[str],
+    num_threads: int,
+    pace: device.Pace,
+    on_bytes: TableBytes,
 ) -> tuple[dict[str, np.ndarray], HugePages]:
     """Tables by name, and what was had of huge pages; those named as shared in memory of that kind."""
     arrays: dict[str, np.ndarray] = {}
@@ -264,7 +271,7 @@ def _read(
         memory = huge_empty(begins.pop(""), is_shared=is_shared)
         for name, file in own.items():
             rows = memory[begins[name] : begins[name] + file.num_bytes]
-            file.read_into(rows, num_threads=num_threads, on_bytes=advance)
+            file.read_into(rows, num_threads=num_threads, pace=pace, on_bytes=advance)
             arrays[name] = rows.view(file.dtype).reshape(file.shape)
         pages = huge_pages_of(memory)
         asked, got = asked + pages.asked, got + pages.got

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from xlarank import device
 from xlarank.bundle import Bundle, Verify, open_bundle
@@ -31,6 +32,8 @@ if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers d
     from jaxlib._jax import Device
 
 __all__ = ["LoadOptions", "VersionLoader"]
+
+Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
@@ -153,8 +156,10 @@ class VersionLoader:
             on_progress=options.on_progress,
             on_table_bytes=options.on_table_bytes,
             library=self._library,
-            paces=self._paced.on if is_beside else None,
-            host_pace=self._paced.beside if is_beside else device.at_once,
+            paces=functools.partial(self._on, path) if is_beside else None,
+            host_pace=functools.partial(self._between, path, self._paced.beside)
+            if is_beside
+            else device.at_once,
             can_prove=self._paced.can_prove if is_beside else None,
             profiles=None if twin is None else twin.profiles,
             tables=tables,
@@ -188,6 +193,14 @@ class VersionLoader:
     def close(self) -> None:
         """Ends what `load` waits for."""
         self._helper.close()
+
+    def _on(self, path: Path, device_index: int) -> device.Pace:
+        return functools.partial(self._between, path, self._paced.on(device_index))
+
+    def _between(self, path: Path, pace: device.Pace, work: Callable[[], Result], /) -> Result:
+        """A piece of a load, unless what came first has been asked for meanwhile."""
+        self._helper.check(path)
+        return pace(work)
 
     def _open(self, path: Path, is_beside: bool) -> Bundle:
         def read() -> Bundle:

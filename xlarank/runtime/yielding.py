@@ -18,9 +18,16 @@ _LEAST_SHARE = 0.2
 class IdleSignal:
     """Whether no request waits or runs, for whoever is to keep out of their way."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        """
+        Args:
+          clock: seconds, monotonic.
+        """
+        self._clock = clock
         self._lock = threading.Lock()
-        self._is_idle = True  # guarded by _lock, as the next
+        # All below guarded by _lock.
+        self._is_idle = True
+        self._since = clock()
         self._listener: Callable[[bool], None] | None = None
 
     def update(self, is_idle: bool) -> None:
@@ -28,8 +35,15 @@ class IdleSignal:
         with self._lock:
             if is_idle != self._is_idle:
                 self._is_idle = is_idle
+                self._since = self._clock()
                 if self._listener is not None:
                     self._listener(is_idle)
+
+    @property
+    def seconds(self) -> float:
+        """For how long no request has waited or run."""
+        with self._lock:
+            return self._clock() - self._since if self._is_idle else 0.0
 
     @contextlib.contextmanager
     def told(self, listener: Callable[[bool], None]) -> Iterator[None]:

@@ -240,7 +240,7 @@ class VersionState(enum.StrEnum):
     """It answers."""
 
     LOADING = "LOADING"
-    """It is being loaded, proven and warmed."""
+    """It is being loaded, proven and warmed, or waits for that, as the reason then says."""
 
     UNLOADING = "UNLOADING"
     """It finishes what it accepted."""
@@ -263,4 +263,4 @@ class VersionStatus:
     """What it does."""
 
     reason: str = ""
-    """Of UNAVAILABLE."""
+    """Of UNAVAILABLE, and of LOADING that hasn't begun."""
