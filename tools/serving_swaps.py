@@ -21,7 +21,7 @@ from typing import Any
 
 import grpc
 import numpy as np
-from figures import Figure, Goal, quantile_figure
+from figures import Figure, Goal, ratio_figure
 from open_loop import LoadGenerator, Played
 from server_process import server_samples, serving
 from serving_lab import Lab, Served, arrivals_of, fixed_sizes
@@ -59,7 +59,7 @@ _MAX_SECONDS = 120
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Swap:
-    """From the version's folder appearing to the version before having ended."""
+    """From the version's folder appearing to the version before having ended, and the pause after that."""
 
     kind: str
     """`COLD`, `WARM` or `REFRESH`."""
@@ -68,6 +68,10 @@ class Swap:
     """On the clock of `Played.began_at`, as the next."""
 
     end: float
+    """Of the swap: there the pause begins."""
+
+    pause_end: float
+    """The pause is as long as the swap, or longer."""
 
     @property
     def seconds(self) -> float:
@@ -89,18 +93,10 @@ class SwapRun:
         """Requests without scores."""
         return int((~self.played.is_ok).sum())
 
-    def latencies(self, swap: Swap | None = None) -> np.ndarray:
-        """[A] seconds of the answered requests that were meant to start in a swap's window.
-
-        Args:
-          swap: None for those in no window.
-        """
+    def latencies(self, begin: float, end: float) -> np.ndarray:
+        """[A] seconds of the answered requests that were meant to start from one time on, before another."""
         starts = self.played.began_at + self.played.at[self.played.is_ok]
-        windows = self.swaps if swap is None else [swap]
-        is_inside = np.zeros(len(starts), bool)
-        for window in windows:
-            is_inside |= (window.begin <= starts) & (starts < window.end)
-        return self.played.answered[~is_inside if swap is None else is_inside]
+        return self.played.answered[(begin <= starts) & (starts < end)]
 
 
 def measure_swaps(
@@ -182,9 +178,9 @@ def run_swaps(
             begin = time.monotonic()
             version = repository.publish(build)
             wait_until_alone(version, states)
-            swap = Swap(kind=kind, begin=begin, end=time.monotonic())
-            swaps.append(swap)
-            _look_for(max(quiet_seconds, swap.seconds), states)
+            end = time.monotonic()
+            _look_for(max(quiet_seconds, end - begin), states)
+            swaps.append(Swap(kind=kind, begin=begin, end=end, pause_end=time.monotonic()))
     (num_compiles,) = [v for name, _, v in server_samples(ready["http"]) if name == _COMPILES]
     run = SwapRun(swaps, played[0], round(float(num_compiles)))
     if run.num_failures:
@@ -195,50 +191,48 @@ def run_swaps(
 
 
 def swap_p99(runs: Sequence[SwapRun], *, how: str) -> Figure:
-    """p99 in the windows of swaps over p99 without, the worst kind of swap."""
+    """p99 in the windows of swaps over p99 in the pauses after them, the worst kind of swap."""
     swaps = [(run, swap) for run in runs for swap in run.swaps]
     kinds = [kind for kind in (COLD, WARM, REFRESH) if any(swap.kind == kind for _, swap in swaps)]
     text = (
         f"{how}; {_TRAFFIC.words}, Poisson arrivals at {_LOAD:.0%} of the capacity (closed loop of "
         f"{_OUTSTANDING}, measured before each of {len(runs)} runs), open loop throughout, to `xlarank serve "
         f"--watch-seconds {_WATCH_SECONDS}` on one device while versions are published; p99 of requests that "
-        f"start between the version's folder appearing and the version before having ended, over p99 of the "
-        f"same run outside of such windows, in pauses as long as the swaps before them; no request failed; "
-        f"the worst of {', '.join(kinds)}"
+        f"start between the version's folder appearing and the version before having ended, over p99 of "
+        f"those that start in the pause after it, at least as long; no request failed; median of swaps "
+        f"(spread: 10th and 90th percentile), the worst of {', '.join(kinds)}"
     )
     figures, beside = {}, {}
     for kind in kinds:
         chosen = [(run, swap) for run, swap in swaps if swap.kind == kind]
-        latencies = [run.latencies(swap) for run, swap in chosen]
-        figures[kind] = quantile_figure(
+        inside = [run.latencies(swap.begin, swap.end) for run, swap in chosen]
+        after = [run.latencies(swap.end, swap.pause_end) for run, swap in chosen]
+        figures[kind] = figure = ratio_figure(
             "swap_p99",
-            [seconds / _p99(run.latencies()) for seconds, (run, _) in zip(latencies, chosen, strict=True)],
-            [np.ones(1)] * len(chosen),
+            list(map(_p99, inside)),
+            list(map(_p99, after)),
             target=1.5,
             goal=Goal.AT_MOST,
-            how=f"{text}: {kind}, {len(chosen)} swaps",
+            how=f"{text}: {kind}",
         )
-        (requests,) = figures[kind].beside.values()
         length = statistics.median(swap.seconds for _, swap in chosen)
-        low, high = figures[kind].spread
+        low, high = figure.spread
+        pooled, pooled_after = np.concatenate(inside), np.concatenate(after)
         beside[f"{kind}, {len(chosen)} swaps of {length:.1f} s"] = (
-            f"{figures[kind].value:.3f} ({low:.3f} to {high:.3f}); requests {requests}; p99 "
-            f"{1e3 * _p99(np.concatenate(latencies)):.2f} ms"
+            f"{figure.value:.3f} ({low:.3f} to {high:.3f}); all together {_words(pooled)}, after them "
+            f"{_words(pooled_after)}"
         )
-    quiet = [run.latencies() for run in runs]
-    every = [run.played.answered for run in runs]
-    beside["without a swap"] = (
-        f"p50 {1e3 * statistics.median(float(np.median(part)) for part in quiet):.2f} ms, p99 "
-        f"{1e3 * statistics.median(map(_p99, quiet)):.2f} ms; requests of each run "
-        f"{', '.join(str(len(part)) for part in quiet)}"
-    )
-    whole = statistics.median(_p99(a) / _p99(b) for a, b in zip(every, quiet, strict=True))
-    beside["p99 of whole runs, swaps and pauses, over that without a swap"] = f"{whole:.3f}"
+    num_requests = sum(len(run.played.answered) for run in runs)
     beside["failures, compiles in the server"] = (
-        f"{sum(run.num_failures for run in runs)} of {sum(map(len, every))} requests, "
+        f"{sum(run.num_failures for run in runs)} of {num_requests} requests, "
         f"{sum(run.num_compiles for run in runs)} programs"
     )
     return dataclasses.replace(max(figures.values(), key=lambda figure: figure.value), beside=beside)
+
+
+def _words(latencies: np.ndarray) -> str:
+    p50, p99 = 1e3 * np.quantile(latencies, (0.5, 0.99))
+    return f"p50 {p50:.2f} and p99 {p99:.2f} ms of {len(latencies)} requests"
 
 
 def _p99(latencies: np.ndarray) -> float:

@@ -138,7 +138,10 @@ class VersionLoader:
         before = device.num_compiled()
         held = self._options.held
         tables = None if held is None else held.take(path.parent.name, int(path.name))
-        bundle = self._open(path, is_beside)
+        host_pace = (
+            functools.partial(self._between, path, self._paced.beside) if is_beside else device.at_once
+        )
+        bundle = self._open(path, is_beside, host_pace)
         key = program_key(bundle)
         if is_beside and key not in self._in_cache:
             seconds = self._helper.compile(path)
@@ -157,9 +160,7 @@ class VersionLoader:
             on_table_bytes=options.on_table_bytes,
             library=self._library,
             paces=functools.partial(self._on, path) if is_beside else None,
-            host_pace=functools.partial(self._between, path, self._paced.beside)
-            if is_beside
-            else device.at_once,
+            host_pace=host_pace,
             can_prove=self._paced.can_prove if is_beside else None,
             profiles=None if twin is None else twin.profiles,
             tables=tables,
@@ -202,16 +203,17 @@ class VersionLoader:
         self._helper.check(path)
         return pace(work)
 
-    def _open(self, path: Path, is_beside: bool) -> Bundle:
+    def _open(self, path: Path, is_beside: bool, pace: device.Pace) -> Bundle:
         def read() -> Bundle:
             # First the little that tells another model's bundle from a damaged one.
-            name = open_bundle(path, verify=Verify.SIZES).spec.name
+            name = pace(lambda: open_bundle(path, verify=Verify.SIZES)).spec.name
             if name != path.parent.name:
                 raise ConfigError(
                     f"repository {path.parent.parent}: folder {path.parent.name!r} holds model {name!r}; "
                     f"clients ask by folder and metrics count by name, so the two must be equal"
                 )
-            return open_bundle(path, verify=Verify.ALL_BUT_TABLES, num_threads=1 if is_beside else None)
+            num_threads = 1 if is_beside else None
+            return pace(lambda: open_bundle(path, verify=Verify.ALL_BUT_TABLES, num_threads=num_threads))
 
         return in_background(read) if is_beside else read()
 
