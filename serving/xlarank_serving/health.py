@@ -43,7 +43,7 @@ class HealthService:
             self._refresh()
             return self._servicer.Watch(request, context, send_response_callback)
 
-        # An open Watch holds no thread: the servicer calls back when there is news.
+        # An open Watch holds no thread once its request has come: the servicer calls back when there is news.
         watch.experimental_non_blocking = True  # type: ignore[attr-defined]
         codec: dict[str, Any] = {
             "request_deserializer": health_pb2.HealthCheckRequest.FromString,
@@ -51,7 +51,7 @@ class HealthService:
         }
         return {
             "Check": grpc.unary_unary_rpc_method_handler(on_threads(check, threads.control), **codec),
-            "Watch": grpc.unary_stream_rpc_method_handler(on_threads(watch, threads.control), **codec),
+            "Watch": grpc.unary_stream_rpc_method_handler(on_threads(watch, threads.health_watches), **codec),
         }
 
     def stop(self) -> None:

@@ -33,10 +33,10 @@ that are never sent would keep all others away."""
 class ReceiveWatch:
     """Ends calls whose request doesn't arrive.
 
-    gRPC waits for a request's bytes on the thread that is to answer it, so as many requests as there are
-    threads, sent by half, would end all service. Here a request has `max_receive_seconds` to arrive. While
-    that is what the threads are short for, as many of the oldest as calls wait for a thread have far less.
-    The caller of one that is ended sees CANCELLED.
+    gRPC waits for a request's bytes on the thread that is to answer it, so as many requests as a pool has
+    threads, sent by half, would end all service of that pool. Here a request has `max_receive_seconds` to
+    arrive. While that is what the threads are short for, as many of the oldest as calls wait for a thread
+    have far less. The caller of one that is ended sees CANCELLED.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ReceiveWatch:
         method = handler.unary_unary
         assert method is not None
 
-        def receive_and_call(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+        def receive_and_call(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
             self._since[context] = self._clock()
             try:
                 request = next(requests, None)
@@ -77,7 +77,7 @@ class ReceiveWatch:
         pool = getattr(method, "experimental_thread_pool", None)
         receive_and_call.experimental_thread_pool = pool  # type: ignore[attr-defined]
         return grpc.stream_unary_rpc_method_handler(
-            receive_and_call, response_serializer=handler.response_serializer
+            receive_and_call, handler.request_deserializer, handler.response_serializer
         )
 
     @property

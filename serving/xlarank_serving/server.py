@@ -26,7 +26,7 @@ from xlarank_serving.refusals import Refusals
 from xlarank_serving.request_record import Observer
 from xlarank_serving.service import InferenceService, Repository
 from xlarank_serving.streams import InferStreams
-from xlarank_serving.threads import ServerThreads
+from xlarank_serving.threads import CountingThreadPool, ServerThreads
 from xlarank_serving.tls import ServerTls
 from xlarank_serving.transport import (
     address_of,
@@ -128,13 +128,17 @@ class RankingServer:
                 self._unread,
                 max_idle_seconds=config.stream_idle_seconds or math.inf,
             )
-            self._receive_watch = ReceiveWatch(
-                limits.max_receive_seconds, self._threads.rank, self._service.refusals
-            )
-            undo.callback(self._receive_watch.close)
-            self._service.count_open(
-                lambda: self._threads.rank.num_open, lambda: self._receive_watch.num_stalled
-            )
+            # By the pool whose threads wait; the service's refusals are of ranking requests alone.
+            self._receive_watches: dict[CountingThreadPool, ReceiveWatch] = {}
+            for pool, refusals in (
+                (self._threads.rank, self._service.refusals),
+                (self._threads.control, Refusals()),
+            ):
+                watch = ReceiveWatch(limits.max_receive_seconds, pool, refusals)
+                undo.callback(watch.close)
+                self._receive_watches[pool] = watch
+            ranking = self._receive_watches[self._threads.rank]
+            self._service.count_open(lambda: self._threads.rank.num_open, lambda: ranking.num_stalled)
             self._server = grpc.server(
                 self._threads.rank,
                 options=server_options(limits, connections or ConnectionConfig(), shares_port=is_one_of_many),
@@ -221,7 +225,8 @@ class RankingServer:
             self._on_drained()
             self._repository.close()
         finally:
-            self._receive_watch.close()
+            for watch in self._receive_watches.values():
+                watch.close()
             self._threads.close()
             if self._http is not None:
                 self._http.close()
@@ -237,11 +242,7 @@ class RankingServer:
             self._threads, manager=manager, is_one_of_many=self._is_one_of_many
         )
         services = {
-            SERVICE_NAME: inference
-            | {
-                "ModelInfer": self._receive_watch.watched(inference["ModelInfer"]),
-                "ModelStreamInfer": self._streams.handler(),
-            },
+            SERVICE_NAME: inference | {"ModelStreamInfer": self._streams.handler()},
             health.SERVICE_NAME: self._health.handlers(self._threads),
         }
         if authorizer.answers_administration:
@@ -254,11 +255,19 @@ class RankingServer:
             )
         services[reflection.SERVICE_NAME] = reflection.reflection_handlers(services, self._threads)
         for name, handlers in services.items():
-            handlers = {method: self._unread.watched(each) for method, each in handlers.items()}
+            handlers = {
+                method: self._unread.watched(self._watched(each)) for method, each in handlers.items()
+            }
             generic = grpc.method_handlers_generic_handler(name, handlers)
             if name == SERVICE_NAME:
                 generic = Gate(self._service, handlers, self._threads)
             self._server.add_generic_rpc_handlers((generic,))
+
+    def _watched(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        """A unary method that waits for its request no longer than others may be kept from its thread."""
+        pool: Any = getattr(handler.unary_unary, "experimental_thread_pool", None)
+        watch = self._receive_watches.get(pool)
+        return handler if watch is None else watch.watched(handler)
 
 
 def metrics_server(

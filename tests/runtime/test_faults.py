@@ -87,7 +87,11 @@ def nothing(bucket, leaves, scores):
     return None
 
 
-MALFORMED = [too_few_rows, two_columns, other_tasks, no_tasks, doubles, nothing]
+def lists(bucket, leaves, scores):
+    return {task: values.tolist() for task, values in scores.items()}
+
+
+MALFORMED = [too_few_rows, two_columns, other_tasks, no_tasks, doubles, nothing, lists]
 
 
 @pytest.mark.parametrize("fault", [broken, all_nan, *MALFORMED])
@@ -254,7 +258,8 @@ def test_requests_whose_deadline_passes_while_the_fault_is_looked_for_are_not_ru
         (other_tasks, r"model 'shop', .*, got \{'other click': 'float32\[8\]'"),
         (no_tasks, r"model 'shop', .*, got \{\}"),
         (doubles, r"model 'shop', .*, got \{'click': 'float64\[8\]'"),
-        (nothing, "'NoneType'"),
+        (nothing, r"model 'shop', .*, got NoneType"),
+        (lists, r"model 'shop', .*, got \{'click': 'list', 'spend': 'list'\}"),
     ],
 )
 def test_a_lone_device_that_fails_its_golden_replay_is_quarantined_and_the_server_says_why(

@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 import stored
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from raw_http2 import RawClient
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.codec import ModelCodec
@@ -276,6 +277,31 @@ def test_requests_sent_by_half_hold_no_thread(wire):
         for _ in range(3):
             assert len(running.infer(wire.raw(**wire.valid(3))).outputs) == 2
         assert num_refused(running.server.refusals)["CANCELLED"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/inference.GRPCInferenceService/ServerLive", messages.ServerLiveRequest()),
+        ("/inference.GRPCInferenceService/ModelReady", messages.ModelReadyRequest(name="feed")),
+        ("/grpc.health.v1.Health/Check", health_pb2.HealthCheckRequest(service="feed")),
+        ("/grpc.health.v1.Health/Watch", health_pb2.HealthCheckRequest(service="feed")),
+    ],
+)
+def test_probes_sent_by_half_keep_no_others_away(wire, path, message):
+    data = message.SerializeToString() or b"\x0a\x00"
+    with running_server(wire) as running, contextlib.ExitStack() as stack:
+        for _ in range(6):  # more than there are threads for them
+            client = stack.enter_context(contextlib.closing(RawClient(running.server.address)))
+            client.call(path, data, num_sent=len(data) // 2)
+            client.wait_for_settings()
+        for _ in range(3):
+            assert running.call("ServerLive", messages.ServerLiveRequest()).live
+        with grpc.insecure_channel(running.server.address) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            status = check(health_pb2.HealthCheckRequest(), timeout=60).status
+        assert status == health_pb2.HealthCheckResponse.SERVING
+        assert num_refused(running.server.refusals) == {}
 
 
 def test_answers_that_nobody_reads_hold_no_thread(wire):

@@ -21,7 +21,6 @@ import functools
 import inspect
 import json
 import textwrap
-import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -30,6 +29,7 @@ from typing import Any, TypeVar
 
 from xlarank.errors import ConfigError
 from xlarank.spec.fields import check_keys, from_mapping
+from xlarank.spec.files import parse_toml
 
 __all__ = ["Option", "add_flags", "config_text", "options_of", "read_sections"]
 
@@ -245,15 +245,15 @@ def _document(file: Path | None) -> tuple[Mapping[str, Any], list[str]]:
     if file is None:
         return {}, []
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8")), []
+        return parse_toml(file.read_text(encoding="utf-8"), file), []
     except FileNotFoundError:
         return {}, [f"{file}: no such config file"]
     except OSError as error:
         return {}, [f"{file}: expected a TOML file: {error.strerror}"]
-    except RecursionError:
-        return {}, [f"{file}: expected a TOML file: values are nested too deeply"]
-    except ValueError as error:  # TOML's and UTF-8's are
+    except UnicodeDecodeError as error:
         return {}, [f"{file}: expected a TOML file: {error}"]
+    except ConfigError as error:
+        return {}, [str(error)]
 
 
 def _table_values(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -116,7 +116,7 @@ class Execution:
         scores = self._executors[device_index].run(bucket, leaves)
         spec = self._gatherer.spec
         expected = {task.name: ((bucket.rows,), _FLOAT32) for task in spec.tasks}
-        got = {task: (values.shape, values.dtype) for task, values in scores.items()}
+        got = _form(scores)
         if got != expected:
             raise ExecutionError(
                 f"model {spec.name!r}, bucket {bucket}: expected {_words(expected)}, got {_words(got)}"
@@ -124,5 +124,17 @@ class Execution:
         return scores
 
 
-def _words(forms: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> str:
-    return str({task: f"{dtype}{list(shape)}" for task, (shape, dtype) in forms.items()})
+def _form(values: object) -> Any:
+    """Shape and dtype of an array, those of a mapping's arrays by task, and of anything else its type."""
+    if isinstance(values, Mapping):
+        return {task: _form(own) for task, own in values.items()}
+    return (values.shape, values.dtype) if isinstance(values, np.ndarray) else type(values)
+
+
+def _words(form: Any) -> str:
+    if isinstance(form, Mapping):
+        return str({task: _words(own) for task, own in form.items()})
+    if isinstance(form, type):
+        return form.__name__
+    shape, dtype = form
+    return f"{dtype}{list(shape)}"

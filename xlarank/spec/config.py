@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from xlarank.errors import ConfigError
 from xlarank.spec.buckets import DEFAULT_ROWS
+from xlarank.spec.files import parse_toml
 from xlarank.spec.model import ModelSpec
 
 __all__ = ["DataConfig", "Metric", "ModelConfig", "TrainingConfig", "load_config", "parse_config"]
@@ -179,12 +179,7 @@ def parse_config(text: str, path: Path, *, allow_reader_code: bool = False) -> M
     Raises:
       ConfigError: when the text isn't TOML, or a key is missing, unknown or wrong.
     """
-    try:
-        document = tomllib.loads(text)
-    except RecursionError:
-        raise ConfigError(f"{path}: expected a TOML file: values are nested too deeply") from None
-    except ValueError as error:  # TOML's, and Python's for integers without end
-        raise ConfigError(f"{path}: expected a TOML file: {error}") from error
+    document = parse_toml(text, path)
     _check_keys(document, _KEYS, str(path))
     for key in ("name", "features", "tasks", "model"):
         if key not in document:

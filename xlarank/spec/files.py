@@ -1,4 +1,4 @@
-"""Files that others have put where they are: `open_file`, `read_file`, `check_kind`."""
+"""Files that others have put where they are: `open_file`, `read_file`, `check_kind`, `parse_toml`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import errno
 import io
 import os
 import stat
+import tomllib
 from pathlib import Path
+from typing import Any
 
-__all__ = ["check_kind", "open_file", "read_file"]
+from xlarank.errors import ConfigError
+
+__all__ = ["check_kind", "open_file", "parse_toml", "read_file"]
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -47,3 +51,13 @@ def read_file(path: Path) -> bytes:
     """The bytes of a file; raises as `open_file`."""
     with open_file(path) as file:
         return file.readall()
+
+
+def parse_toml(text: str, path: Path) -> dict[str, Any]:
+    """The document of a config file's text; ConfigError, which names the file, if it isn't TOML."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(f"{path}: expected a TOML file: values are nested too deeply") from None
+    except ValueError as error:  # TOML's, and Python's for integers without end
+        raise ConfigError(f"{path}: expected a TOML file: {error}") from error
