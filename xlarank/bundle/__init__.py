@@ -5,7 +5,7 @@ from xlarank.bundle.manifest import FileDigest, Manifest, ProgramEntry, TableErr
 from xlarank.bundle.reader import Bundle, Verify, open_bundle
 from xlarank.bundle.repository import latest_version, list_versions, resolve_bundle, versions_in
 from xlarank.bundle.requests import read_requests, write_requests
-from xlarank.bundle.tables import TableFile, stored_form
+from xlarank.bundle.tables import ReadPace, TableFile, stored_form
 from xlarank.bundle.writer import BundleWriter
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "FileDigest",
     "Manifest",
     "ProgramEntry",
+    "ReadPace",
     "TableError",
     "TableFile",
     "Verify",

@@ -22,10 +22,13 @@ from xlarank.errors import BundleError, ConfigError
 from xlarank.spec import RowFormat, TableSpec
 from xlarank.spec.files import open_file, read_file
 
-__all__ = ["ALIGNMENT", "TableFile", "digests_file", "stored_form", "write_array"]
+__all__ = ["ALIGNMENT", "ReadPace", "TableFile", "digests_file", "stored_form", "write_array"]
 
 ALIGNMENT = 64
 """Bytes: a cache line, and what XLA and the native kernel ask of host arrays."""
+
+ReadPace = Callable[[Callable[[], int]], int]
+"""Has a part of a file read when there is time for it, and returns what that does: its bytes."""
 
 _MAGIC = b"\x93NUMPY\x01\x00"
 _CHUNK_BYTES = 4 << 20
@@ -128,7 +131,7 @@ class TableFile:
         memory: np.ndarray,
         *,
         num_threads: int = 1,
-        pace: Callable[[Callable[[], int]], int] = lambda work: work(),
+        pace: ReadPace = lambda read: read(),
         on_bytes: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Reads the values, and checks every byte as it comes.

@@ -8,8 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from xlarank import device
-from xlarank.bundle import Bundle, TableFile
+from xlarank.bundle import Bundle, ReadPace, TableFile
 from xlarank.errors import ConfigError
 from xlarank.host import HostTable, HugePages, TableMemory, huge_empty
 from xlarank.host.memory import AvailableMemory, available_memory, huge_pages_enabled, huge_pages_of
@@ -81,7 +80,7 @@ def load_tables(
     num_threads: int,
     platforms: Sequence[str] = (),
     num_processes: int = 1,
-    pace: device.Pace = device.at_once,
+    pace: ReadPace = lambda read: read(),
     on_bytes: TableBytes | None = None,
     available: Callable[[], AvailableMemory] = available_memory,
     is_for_forks: bool = False,
@@ -249,7 +248,7 @@ def _read(
     files: Mapping[str, TableFile],
     shared: Collection[str],
     num_threads: int,
-    pace: device.Pace,
+    pace: ReadPace,
     on_bytes: TableBytes,
 ) -> tuple[dict[str, np.ndarray], HugePages]:
     """Tables by name, and what was had of huge pages; those named as shared in memory of that kind."""
