@@ -247,7 +247,7 @@ class Bench:
     def _overload_of(self, name: str, suffix: str, target: float, seconds: float) -> list[Figure]:
         served = self._model(name)
         self._tell(f"overload of the {name} model")
-        runs = overload_of(self._lab, served, runs=self._sizes.runs, seconds=seconds)
+        runs = overload_of(self._lab, served, runs=2 * self._sizes.runs - 1, seconds=seconds)
         return overload_figures(suffix, runs, target=target, how=self._how(served))
 
     def _swaps(self) -> list[Figure]:
