@@ -55,13 +55,13 @@ class Point:
     """One run at one load."""
 
     load: float
-    """Of the capacity."""
+    """Of the capacity right before."""
 
     capacity: float
-    """Requests a second in closed loop, measured right before."""
+    """Requests a second in closed loop, measured right before and after: the machine's speed changes."""
 
     alone: float
-    """Seconds of a request that comes when nothing else is there, likewise."""
+    """Seconds of a request that comes when nothing else is there, measured right before."""
 
     played: Played
     means: ServerMeans
@@ -108,18 +108,9 @@ def measure_points(
         plan = BucketPlan(served.ladder, served.profile)
         for run in range(runs):
             for load in loads if run % 2 == 0 else reversed(loads):
-                capacity = generator.closed_loop(
-                    range(len(_TRAFFIC.sizes)), outstanding=_OUTSTANDING, seconds=max(1.0, seconds / 8)
-                ).rate
-                alone = _seconds_alone(generator, _ALONE_SERVICES / capacity, seconds / 4)
-                pace = observed_pace(
-                    [plan],
-                    QueueConfig(**HUGE_QUEUE),
-                    _TRAFFIC.sizes * _SATURATING,
-                    capacity=capacity,
-                    alone_seconds=alone,
-                )
-                rate = load * capacity
+                before = _capacity(generator, seconds)
+                alone = _seconds_alone(generator, _ALONE_SERVICES / before, seconds / 4)
+                rate = load * before
                 arrivals, choices = arrivals_of(
                     _TRAFFIC, rate, max(_MIN_REQUESTS, round(rate * seconds)), seed=run
                 )
@@ -128,13 +119,22 @@ def measure_points(
                 played = generator.play(at, choices, timeout=60)
                 if not played.is_ok.all():
                     raise RuntimeError(f"expected every request to be answered, got {played.counts}")
+                in_run = means()
+                capacity = statistics.harmonic_mean([before, _capacity(generator, seconds)])
+                pace = observed_pace(
+                    [plan],
+                    QueueConfig(**HUGE_QUEUE),
+                    _TRAFFIC.sizes * _SATURATING,
+                    capacity=capacity,
+                    alone_seconds=alone,
+                )
                 points.append(
                     Point(
                         load=load,
                         capacity=capacity,
                         alone=alone,
                         played=played,
-                        means=means(),
+                        means=in_run,
                         md1=md1_latencies(at, 1 / capacity),
                         pace=pace,
                         simulated_mean=run_simulation(plan, arrivals, pace=pace).mean_latency,
@@ -142,6 +142,12 @@ def measure_points(
                     )
                 )
     return points
+
+
+def _capacity(generator: LoadGenerator, seconds: float) -> float:
+    """Requests a second in closed loop, measured beside a run of so many seconds."""
+    seconds = max(1.0, seconds / 8)
+    return generator.closed_loop(range(len(_TRAFFIC.sizes)), outstanding=_OUTSTANDING, seconds=seconds).rate
 
 
 def _seconds_alone(generator: LoadGenerator, spacing: float, seconds: float) -> float:
@@ -165,8 +171,8 @@ def p99_over_md1(heavy: Sequence[Point], light: Sequence[Point], *, how: str) ->
             target=1.3,
             goal=Goal.AT_MOST,
             how=f"{how}; {MD1_LOADS[0]:.0%} of the capacity in closed loop of {_OUTSTANDING}, measured "
-            f"before each of {len(chosen)} runs with the generator on the same cores; over an M/D/1 queue "
-            f"with the same arrivals, served in 1 / capacity; latencies in such services",
+            f"before and after each of {len(chosen)} runs with the generator on the same cores; over an M/D/1 "
+            f"queue with the same arrivals, served in 1 / capacity; latencies in such services",
         )
 
     figure = ratio(heavy, 0.99)
@@ -214,8 +220,8 @@ def simulator_error(demo: Sequence[Point], others: Mapping[str, Sequence[Point]]
         goal=Goal.AT_MOST,
         spread=(min(off), max(off)),
         how=f"{how}; mean latency of the simulator over the served one, with the bundle's own times, as "
-        f"--capacity what the server did in closed loop of {_OUTSTANDING} right before, as --alone-ms the "
-        f"latency of requests {_ALONE_SERVICES} services apart, and the arrivals of the run: how far from 1, "
+        f"--capacity what the server did in closed loop of {_OUTSTANDING} right before and after, as "
+        f"--alone-ms the latency of requests {_ALONE_SERVICES} services apart, and the arrivals of the run: how far from 1, "
         f"the worst of {', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} of that capacity "
         f"(spread: over loads), medians of runs",
         beside=beside,

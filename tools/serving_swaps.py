@@ -49,6 +49,8 @@ _OUTSTANDING = 3
 
 _WATCH_SECONDS = 0.2
 _LOOK_SECONDS = 0.1
+_SETTLE_SECONDS = 1.0
+"""After a swap, until what it has delayed is answered: such requests count neither as in it nor as after it."""
 _COMPILES = "xlarank_serving_compiles_total"
 _NUM_REFRESHES = 6
 """They are short."""
@@ -68,10 +70,11 @@ class Swap:
     """On the clock of `Played.began_at`, as the next."""
 
     end: float
-    """Of the swap: there the pause begins."""
+    """Of the swap."""
 
+    pause_begin: float
     pause_end: float
-    """The pause is as long as the swap, or longer."""
+    """The pause after it is as long as the swap, or longer."""
 
     @property
     def seconds(self) -> float:
@@ -179,8 +182,11 @@ def run_swaps(
             version = repository.publish(build)
             wait_until_alone(version, states)
             end = time.monotonic()
+            _look_for(_SETTLE_SECONDS, states)
+            pause = time.monotonic()
             _look_for(max(quiet_seconds, end - begin), states)
-            swaps.append(Swap(kind=kind, begin=begin, end=end, pause_end=time.monotonic()))
+            swap = Swap(kind=kind, begin=begin, end=end, pause_begin=pause, pause_end=time.monotonic())
+            swaps.append(swap)
     (num_compiles,) = [v for name, _, v in server_samples(ready["http"]) if name == _COMPILES]
     run = SwapRun(swaps, played[0], round(float(num_compiles)))
     if run.num_failures:
@@ -199,14 +205,14 @@ def swap_p99(runs: Sequence[SwapRun], *, how: str) -> Figure:
         f"{_OUTSTANDING}, measured before each of {len(runs)} runs), open loop throughout, to `xlarank serve "
         f"--watch-seconds {_WATCH_SECONDS}` on one device while versions are published; p99 of requests that "
         f"start between the version's folder appearing and the version before having ended, over p99 of "
-        f"those that start in the pause after it, at least as long; no request failed; median of swaps "
+        f"those that start in a pause {_SETTLE_SECONDS:g} s after it, at least as long; no request failed; median of swaps "
         f"(spread: 10th and 90th percentile), the worst of {', '.join(kinds)}"
     )
     figures, beside = {}, {}
     for kind in kinds:
         chosen = [(run, swap) for run, swap in swaps if swap.kind == kind]
         inside = [run.latencies(swap.begin, swap.end) for run, swap in chosen]
-        after = [run.latencies(swap.end, swap.pause_end) for run, swap in chosen]
+        after = [run.latencies(swap.pause_begin, swap.pause_end) for run, swap in chosen]
         figures[kind] = figure = ratio_figure(
             "swap_p99",
             list(map(_p99, inside)),

@@ -44,14 +44,14 @@ def test_the_figure_is_of_the_worst_kind_and_of_each_swap_over_its_own_pause():
         return slower * (0.03 if 1020 <= now < 1030 else 0.02 if now % 20 < 10 and now < 1090 else 0.01)
 
     def swap(kind, begin):
-        return Swap(kind=kind, begin=begin, end=begin + 10, pause_end=begin + 20)
+        return Swap(kind=kind, begin=begin, end=begin + 9, pause_begin=begin + 10, pause_end=begin + 20)
 
     swaps = [swap(COLD, 1000.0), swap(REFRESH, 1020.0), swap(COLD, 1040.0), swap(COLD, 1060.0)]
     figure = swap_p99([run_of([*swaps, swap(WARM, 1080.0)], latency)], how="x")
     assert figure.value == pytest.approx(3.0)
     assert "the worst of cold, warm, new weights: new weights" in figure.how
-    assert figure.beside["cold, 3 swaps of 10.0 s"] == (
-        "2.000 (2.000 to 2.000); all together p50 20.00 and p99 200.00 ms of 3000 requests, after them "
+    assert figure.beside["cold, 3 swaps of 9.0 s"] == (
+        "2.000 (2.000 to 2.000); all together p50 20.00 and p99 200.00 ms of 2700 requests, after them "
         "p50 10.00 and p99 100.00 ms of 3000 requests"
     )
     assert figure.beside["failures, compiles in the server"] == "0 of 10000 requests, 0 programs"
