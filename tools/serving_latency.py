@@ -171,8 +171,8 @@ def p99_over_md1(heavy: Sequence[Point], light: Sequence[Point], *, how: str) ->
             target=1.3,
             goal=Goal.AT_MOST,
             how=f"{how}; {MD1_LOADS[0]:.0%} of the capacity in closed loop of {_OUTSTANDING}, measured "
-            f"before and after each of {len(chosen)} runs with the generator on the same cores; over an M/D/1 "
-            f"queue with the same arrivals, served in 1 / capacity; latencies in such services",
+            f"before and after each of {len(chosen)} runs with the generator on the same cores; over an "
+            f"M/D/1 queue with the same arrivals, served in 1 / capacity; latencies in such services",
         )
 
     figure = ratio(heavy, 0.99)
@@ -221,8 +221,8 @@ def simulator_error(demo: Sequence[Point], others: Mapping[str, Sequence[Point]]
         spread=(min(off), max(off)),
         how=f"{how}; mean latency of the simulator over the served one, with the bundle's own times, as "
         f"--capacity what the server did in closed loop of {_OUTSTANDING} right before and after, as "
-        f"--alone-ms the latency of requests {_ALONE_SERVICES} services apart, and the arrivals of the run: how far from 1, "
-        f"the worst of {', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} of that capacity "
+        f"--alone-ms the latency of requests {_ALONE_SERVICES} services apart, and the arrivals of the run: "
+        f"how far from 1, the worst of {', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} of that capacity "
         f"(spread: over loads), medians of runs",
         beside=beside,
     )

@@ -50,7 +50,7 @@ _OUTSTANDING = 3
 _WATCH_SECONDS = 0.2
 _LOOK_SECONDS = 0.1
 _SETTLE_SECONDS = 1.0
-"""After a swap, until what it has delayed is answered: such requests count neither as in it nor as after it."""
+"""After a swap, until what it has delayed is answered: such requests are neither in it nor in the pause."""
 _COMPILES = "xlarank_serving_compiles_total"
 _NUM_REFRESHES = 6
 """They are short."""
@@ -205,8 +205,8 @@ def swap_p99(runs: Sequence[SwapRun], *, how: str) -> Figure:
         f"{_OUTSTANDING}, measured before each of {len(runs)} runs), open loop throughout, to `xlarank serve "
         f"--watch-seconds {_WATCH_SECONDS}` on one device while versions are published; p99 of requests that "
         f"start between the version's folder appearing and the version before having ended, over p99 of "
-        f"those that start in a pause {_SETTLE_SECONDS:g} s after it, at least as long; no request failed; median of swaps "
-        f"(spread: 10th and 90th percentile), the worst of {', '.join(kinds)}"
+        f"those that start in a pause {_SETTLE_SECONDS:g} s after it, at least as long; no request failed; "
+        f"median of swaps (spread: 10th and 90th percentile), the worst of {', '.join(kinds)}"
     )
     figures, beside = {}, {}
     for kind in kinds:
