@@ -222,8 +222,8 @@ def simulator_error(demo: Sequence[Point], others: Mapping[str, Sequence[Point]]
         how=f"{how}; mean latency of the simulator over the served one, with the bundle's own times, as "
         f"--capacity what the server did in closed loop of {_OUTSTANDING} right before and after, as "
         f"--alone-ms the latency of requests {_ALONE_SERVICES} services apart, and the arrivals of the run: "
-        f"how far from 1, the worst of {', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} of that capacity "
-        f"(spread: over loads), medians of runs",
+        f"how far from 1, the worst of {', '.join(f'{load:.0%}' for load in SIMULATED_LOADS)} of that "
+        f"capacity (spread: over loads), medians of runs",
         beside=beside,
     )
 
