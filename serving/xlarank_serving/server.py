@@ -294,6 +294,10 @@ def metrics_server(
     )
 
 
+SIGNAL_SECONDS = 1.0
+"""How long a wait of the main thread may go without running handlers of signals."""
+
+
 class StopRequest:
     """Set by a signal handler, waited for by the main thread.
 
@@ -320,10 +324,16 @@ class StopRequest:
         return self._is_set
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits for so many seconds, or for ever; whether it was set."""
+        """Waits for so many seconds, or for ever; whether it was set.
+
+        A signal that comes to another thread, or as the system call begins, doesn't end the call, and Python
+        runs the handler when it is over: so none lasts longer than a second.
+        """
         poll = select.poll()  # select() takes no file from the 1024th on
         poll.register(self._reader, select.POLLIN)
-        poll.poll(None if timeout is None else math.ceil(1e3 * timeout))  # goes on after a handler has run
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while not self._is_set and (left := end - time.monotonic()) > 0:
+            poll.poll(math.ceil(1e3 * min(left, SIGNAL_SECONDS)))
         return self._is_set
 
     def close(self) -> None:

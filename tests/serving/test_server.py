@@ -571,6 +571,29 @@ def test_a_signal_ends_the_wait_wherever_in_it_it_comes():
     subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True)
 
 
+SIGNAL_TO_ANOTHER_THREAD = """
+import os, signal, threading
+from pathlib import Path
+from xlarank_serving.server import stop_on_signals
+
+def send():
+    where = Path(f"/proc/self/task/{os.getpid()}/wchan")
+    while (channel := where.read_text()) != "0" and "poll" not in channel:  # "0": the system doesn't say
+        pass
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+with stop_on_signals() as stop:
+    threading.Thread(target=send).start()
+    assert stop.wait()
+"""
+
+
+def test_a_signal_that_does_not_end_the_system_call_ends_the_wait():
+    """As it comes to another thread, or in the moment before the call: Python runs the handler after it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", SIGNAL_TO_ANOTHER_THREAD], env=environment, timeout=60, check=True)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "text", "reason"),
     [

@@ -242,7 +242,7 @@ def _work(
     """What a worker runs."""
     if config.processes.devices:
         os.environ[_VISIBLE_DEVICES] = config.processes.devices[index]
-    from xlarank_serving.server import StopRequest
+    from xlarank_serving.server import SIGNAL_SECONDS, StopRequest
 
     from xlarank.cli.serve_start import bound_stop, running_server
 
@@ -263,7 +263,8 @@ def _work(
                 retire=retire,
             )
             say_ready()
-            wait([running.stop.fileno(), retire.fileno()])
+            while not (running.stop.is_set() or retire.is_set()):
+                wait([running.stop.fileno(), retire.fileno()], SIGNAL_SECONDS)
             if not running.stop.is_set():
                 running.retire(running.stop.wait)
             bound_stop(config)
