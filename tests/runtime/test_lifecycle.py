@@ -192,7 +192,7 @@ def test_the_index_tells_of_versions_that_failed_in_other_processes(publish, ope
         VersionStatus(model, version, VersionState.UNAVAILABLE, "golden replay")
         for model, version in (("a", 7), ("linear", 1), ("linear", 2))
     ]
-    repository.show_failed(elsewhere)
+    repository.show_elsewhere(elsewhere)
     index = [(status.model, status.version, status.state, status.reason) for status in repository.index()]
     assert index == [
         ("a", 7, UNAVAILABLE, "golden replay"),
@@ -200,7 +200,7 @@ def test_the_index_tells_of_versions_that_failed_in_other_processes(publish, ope
         ("linear", 2, UNAVAILABLE, "golden replay"),
     ]
     assert [status.version for status in repository.index(with_idle=False)] == [1]
-    repository.show_failed([])
+    repository.show_elsewhere([])
     assert [(status.model, status.version) for status in repository.index()] == [("linear", 1)]
 
 

@@ -258,7 +258,7 @@ def _work(
             supervised.start(
                 running.ready,
                 running.metrics.text,
-                running.repository.show_failed,
+                running.repository.show_elsewhere,
                 stop=running.stop,
                 retire=retire,
             )

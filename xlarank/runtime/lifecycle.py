@@ -189,7 +189,7 @@ class ModelRepository:
         self._is_closed = False  # for `close` alone
         self._has_left_work = False  # moves one way
         self._is_serving = False  # moves one way
-        self._failed_elsewhere: tuple[VersionStatus, ...] = ()  # replaced whole
+        self._elsewhere: tuple[VersionStatus, ...] = ()  # replaced whole
         self._listing = Listing(self._root)
         self._version_metrics = VersionMetrics(
             lambda: self.index(with_idle=False), lambda: loader.num_serving_compiles
@@ -231,27 +231,27 @@ class ModelRepository:
         """Every version on disk or in memory, as of the last look: by model, then by version.
 
         Args:
-          with_idle: with those on disk that nobody asked for, and those that failed in other processes, which
-            count them themselves.
+          with_idle: with those on disk that nobody asked for, and those of other processes, which count them
+            themselves.
         """
         models = sorted(self._models.items())
         own = [status for _, model in models for status in model.statuses(with_idle=with_idle)]
-        if not with_idle or not self._failed_elsewhere:
+        if not with_idle or not self._elsewhere:
             return own
-        by_version = {(status.model, status.version): status for status in self._failed_elsewhere}
+        by_version = {(status.model, status.version): status for status in self._elsewhere}
         for status in own:
             if status.state is not VersionState.UNAVAILABLE:
                 by_version[status.model, status.version] = status
             by_version.setdefault((status.model, status.version), status)
         return [status for _, status in sorted(by_version.items())]
 
-    def show_failed(self, statuses: Sequence[VersionStatus]) -> None:
-        """Has the index tell of versions that failed in other processes of the same server.
+    def show_elsewhere(self, statuses: Sequence[VersionStatus]) -> None:
+        """Has the index tell of versions that failed in other processes of the server, or are loaded there.
 
         Args:
           statuses: all of them, in the place of those told before.
         """
-        self._failed_elsewhere = tuple(statuses)
+        self._elsewhere = tuple(statuses)
 
     def overload(self, num_arriving: int) -> OverloadError | None:
         """See `DevicePool.overload`."""

@@ -1,5 +1,7 @@
 """What a supervisor makes of what it hears, with a clock and processes that the test makes up."""
 
+import itertools
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 
 from xlarank.errors import ModelError
 from xlarank.runtime.processes import supervisor
-from xlarank.runtime.processes.messages import Failed, FailedVersions, SuccessorEnded
+from xlarank.runtime.processes.messages import Failed, SuccessorEnded, VersionsElsewhere
 from xlarank.runtime.processes.scrapes import Worker
 from xlarank.runtime.processes.supervisor import Supervisor
 from xlarank.spec.versions import VersionState, VersionStatus
@@ -142,14 +144,47 @@ def test_workers_are_told_of_versions_that_failed_when_they_serve_and_when_it_ch
         first.workers[index] = Worker(index, 2**30 + index, link, is_ready=not index)
     status = VersionStatus(*NEW, VersionState.UNAVAILABLE, "golden replay")
     told.plan.failed = [status]
-    told.supervisor._tell_failed_versions()
-    told.supervisor._tell_failed_versions()
-    assert sent == {0: [FailedVersions((status,))], 1: []}
+    told.supervisor._tell_versions_elsewhere()
+    told.supervisor._tell_versions_elsewhere()
+    assert sent == {0: [VersionsElsewhere((status,))], 1: []}
     first.workers[1].is_ready = True
-    told.supervisor._tell_failed_versions()
+    told.supervisor._tell_versions_elsewhere()
     told.plan.failed = []
-    told.supervisor._tell_failed_versions()
-    assert sent == {index: [FailedVersions((status,)), FailedVersions(())] for index in (0, 1)}
+    told.supervisor._tell_versions_elsewhere()
+    assert sent == {index: [VersionsElsewhere((status,)), VersionsElsewhere(())] for index in (0, 1)}
+
+
+def test_a_start_that_takes_long_is_in_the_log_and_in_the_index(told, caplog):
+    first = serve(told)
+    messages = []
+    first.workers[0] = Worker(0, 2**30, SimpleNamespace(send=messages.append), is_ready=True)
+    told.plan.versions = (OLD, NEW)
+    second = begin(told)
+    second.workers[1] = Worker(0, 2**30 + 1, is_ready=True)
+    told.supervisor._tell_versions_elsewhere()
+    assert messages == [VersionsElsewhere((VersionStatus(*NEW, VersionState.LOADING),))]
+    for seconds in (59.0, 2.0, 58.0, 2.0):
+        told.now += seconds
+        told.supervisor._beat()
+    assert [message for message in caplog.messages if "starting" in message] == [
+        f"processes for versions {second.versions} have been starting for {seconds} s; 1 of 2 are ready, and "
+        f"no other change comes before they are"
+        for seconds in (61, 121)
+    ]
+    told.supervisor._see_complete(second)
+    told.supervisor._tell_versions_elsewhere()
+    assert messages[-1] == VersionsElsewhere(())
+
+
+def test_a_holder_that_does_not_end_is_killed(told):
+    first = serve(told)
+    with subprocess.Popen(["sleep", "600"]) as hung:
+        first.holder, first.holder_pid = SimpleNamespace(send=lambda message: None), hung.pid
+        first.workers[0] = Worker(0, 2**30)  # without a link: it has ended
+        told.supervisor._has_children = True
+        told.supervisor._clock = itertools.count(1000.0, 4.0).__next__
+        told.supervisor._end()
+        assert hung.wait(60) == -signal.SIGKILL
 
 
 def test_a_socket_that_was_cleaned_away_is_made_again(told, tmp_path):

@@ -15,7 +15,6 @@ __all__ = [
     "AskMetrics",
     "Complete",
     "Failed",
-    "FailedVersions",
     "Hello",
     "LastMetrics",
     "MetricsText",
@@ -25,6 +24,7 @@ __all__ = [
     "Stop",
     "SuccessorEnded",
     "Version",
+    "VersionsElsewhere",
     "WorkerEnded",
     "WorkerStarted",
     "open_link",
@@ -138,8 +138,8 @@ class LastMetrics:
 
 
 @dataclasses.dataclass(frozen=True)
-class FailedVersions:
-    """To a worker: all versions that aren't served because they failed, for its index."""
+class VersionsElsewhere:
+    """To a worker, for its index: all versions that failed, and those that new processes are loading."""
 
     statuses: tuple[VersionStatus, ...]
 

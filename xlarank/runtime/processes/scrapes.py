@@ -38,8 +38,8 @@ class Worker:
     text: bytes = b""
     """What it last said of itself."""
 
-    told_failed: tuple[VersionStatus, ...] = ()
-    """Versions that it knows to have failed elsewhere."""
+    told_elsewhere: tuple[VersionStatus, ...] = ()
+    """Of versions that it knows to have failed elsewhere, or to be loaded there."""
 
     asked_at: float | None = None
     """Since when it owes an answer; None for not."""

@@ -14,11 +14,11 @@ from prometheus_client.registry import Collector
 
 from xlarank.runtime.processes.messages import (
     AskMetrics,
-    FailedVersions,
     LastMetrics,
     MetricsText,
     Ready,
     Retire,
+    VersionsElsewhere,
 )
 from xlarank.spec.versions import VersionStatus
 
@@ -57,7 +57,7 @@ class Supervised:
         self,
         ready: Mapping[str, Any],
         metrics_text: Callable[[], bytes],
-        on_failed_versions: Callable[[Sequence[VersionStatus]], None],
+        on_versions_elsewhere: Callable[[Sequence[VersionStatus]], None],
         *,
         stop: Request,
         retire: Request,
@@ -67,14 +67,14 @@ class Supervised:
         Args:
           ready: what its ready line says.
           metrics_text: what its /metrics says.
-          on_failed_versions: told all versions that failed in other processes, whenever they change.
+          on_versions_elsewhere: told all versions that failed in other processes, whenever they change.
           stop: asked for when it is to answer what it has accepted, and end.
           retire: asked for when it is to let its clients go first.
         """
         self.tell(Ready(ready))
         threading.Thread(
             target=self._listen,
-            args=(metrics_text, on_failed_versions, stop, retire),
+            args=(metrics_text, on_versions_elsewhere, stop, retire),
             name="xlarank-supervised",
             daemon=True,
         ).start()
@@ -94,7 +94,7 @@ class Supervised:
     def _listen(
         self,
         metrics_text: Callable[[], bytes],
-        on_failed_versions: Callable[[Sequence[VersionStatus]], None],
+        on_versions_elsewhere: Callable[[Sequence[VersionStatus]], None],
         stop: Request,
         retire: Request,
     ) -> None:
@@ -108,8 +108,8 @@ class Supervised:
                 return
             if isinstance(message, AskMetrics):
                 self.tell(MetricsText(metrics_text()))
-            elif isinstance(message, FailedVersions):
-                on_failed_versions(message.statuses)
+            elif isinstance(message, VersionsElsewhere):
+                on_versions_elsewhere(message.statuses)
             elif isinstance(message, Retire):
                 retire.set()
             else:

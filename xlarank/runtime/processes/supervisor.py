@@ -22,7 +22,6 @@ from xlarank.runtime.processes.holder import Backoff
 from xlarank.runtime.processes.messages import (
     Complete,
     Failed,
-    FailedVersions,
     Hello,
     LastMetrics,
     MetricsText,
@@ -32,11 +31,13 @@ from xlarank.runtime.processes.messages import (
     Stop,
     SuccessorEnded,
     Version,
+    VersionsElsewhere,
     WorkerEnded,
     WorkerStarted,
 )
 from xlarank.runtime.processes.scrapes import Scrapes, Worker
 from xlarank.runtime.processes.version_plan import VersionPlan
+from xlarank.spec.versions import VersionState, VersionStatus
 
 __all__ = ["StopSignal", "Supervisor"]
 
@@ -52,6 +53,9 @@ _BEAT_SECONDS = 5.0
 
 _HUNG_SECONDS = 30.0
 """A worker that hasn't answered for so long is killed, and started again."""
+
+_SLOW_SECONDS = 60.0
+"""A start that takes longer is in the log, and again after as long: tables may be large, or it may hang."""
 
 _MESSAGE_SECONDS = 10.0
 """How long the rest of a message may take once it has begun, and the first of a new process."""
@@ -79,6 +83,9 @@ class _Generation:
     number: int
     versions: tuple[Version, ...]
     started_at: float
+    slow_at: float
+    """When the log says next that it is still starting."""
+
     holder: Connection | None = None
     holder_pid: int = 0
     workers: dict[int, Worker] = dataclasses.field(default_factory=dict)
@@ -186,7 +193,9 @@ class Supervisor:
         if wanted is None or (serving is not None and wanted == served and not is_lost):
             return
         number = next(self._numbers)
-        self._starting = self._generations[number] = _Generation(number, wanted, self._clock())
+        self._starting = self._generations[number] = _Generation(
+            number, wanted, self._clock(), self._clock() + _SLOW_SECONDS
+        )
         order = Order(
             generation=number,
             versions=wanted,
@@ -255,7 +264,7 @@ class Supervisor:
     # What happens
 
     def _step(self, until: float, stop: StopSignal | None = None) -> None:
-        self._tell_failed_versions()
+        self._tell_versions_elsewhere()
         watched: list[Any] = [self._listening, self._scrapes.file, *self._links]
         if stop is not None:
             watched.append(stop)
@@ -270,13 +279,17 @@ class Supervisor:
         if self._clock() >= self._beat_at:
             self._beat()
 
-    def _tell_failed_versions(self) -> None:
-        """A worker loads what its holder has, and would know of no version that failed in another process."""
-        failed = tuple(self._plan.statuses())
+    def _tell_versions_elsewhere(self) -> None:
+        """A worker loads what its holder has, and would know of no version that failed in another process, or
+        is loaded there."""
+        elsewhere = tuple(self._plan.statuses())
+        if self._starting is not None and self._serving is not None:
+            new = sorted({*self._starting.versions} - {*self._serving.versions})
+            elsewhere += tuple(VersionStatus(*version, VersionState.LOADING) for version in new)
         for worker in self._workers():
-            if worker.link is not None and worker.is_ready and worker.told_failed != failed:
-                worker.told_failed = failed
-                self._tell(worker.link, FailedVersions(failed))
+            if worker.link is not None and worker.is_ready and worker.told_elsewhere != elsewhere:
+                worker.told_elsewhere = elsewhere
+                self._tell(worker.link, VersionsElsewhere(elsewhere))
 
     def _beat(self) -> None:
         """Looks after workers that hang, and after the socket: folders for temporary files are cleaned up."""
@@ -284,6 +297,16 @@ class Supervisor:
         if not self._path.exists():
             self._listening.close()
             self._listening = _listening_at(self._path)
+        if (starting := self._starting) is not None and self._clock() >= starting.slow_at:
+            starting.slow_at = self._clock() + _SLOW_SECONDS
+            _log.warning(
+                "processes for versions %s have been starting for %.0f s; %d of %d are ready, and no other "
+                "change comes before they are",
+                starting.versions,
+                self._clock() - starting.started_at,
+                sum(worker.is_ready for worker in starting.workers.values()),
+                self._num_workers,
+            )
         for worker in self._workers():
             worker.ask(self._clock())
             if worker.silent_seconds(self._clock()) >= _HUNG_SECONDS:
@@ -463,6 +486,10 @@ class Supervisor:
             if worker.link is not None:
                 _log.error("process %d (pid %d) didn't end in time and is killed", worker.index, worker.pid)
                 _kill(worker.pid)
+        for generation in self._generations.values():
+            if generation.holder is not None:
+                _log.error("the process that holds the tables (pid %d) is killed", generation.holder_pid)
+                _kill(generation.holder_pid)
 
 
 def _listening_at(path: Path) -> socket.socket:
