@@ -1,5 +1,6 @@
 """What a supervisor makes of what it hears, with a clock and processes that the test makes up."""
 
+import contextlib
 import itertools
 import signal
 import socket
@@ -178,7 +179,8 @@ def test_a_start_that_takes_long_is_in_the_log_and_in_the_index(told, caplog):
 
 def test_a_holder_that_does_not_end_is_killed(told):
     first = serve(told)
-    with subprocess.Popen(["sleep", "600"]) as hung:
+    with subprocess.Popen(["sleep", "600"]) as hung, contextlib.ExitStack() as stack:
+        stack.callback(hung.kill)
         first.holder, first.holder_pid = SimpleNamespace(send=lambda message: None), hung.pid
         first.workers[0] = Worker(0, 2**30)  # without a link: it has ended
         told.supervisor._has_children = True
