@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import jax
@@ -301,6 +302,14 @@ def test_metrics_count_rows_and_padding(repository):
     assert samples["xlarank_batch_rows_total"] == 5
     assert samples["xlarank_padding_rows_total"] == 3
     assert samples["nv_inference_count"] == 5
+
+
+def test_who_has_an_answer_finds_it_counted(engine):
+    before = engine.metrics.statistics().num_successes
+    seen = Future()
+    answer = engine.submit(random_requests(shop.SPEC, 1, num_candidates=5)[0])
+    answer.add_done_callback(lambda _: seen.set_result(engine.metrics.statistics().num_successes))
+    assert seen.result(60) == before + 1
 
 
 def test_the_numpy_gather_serves_the_same_scores(repository, engine):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 import numpy as np
@@ -87,8 +87,13 @@ class Pending:
             self._rows_left -= len(next(iter(scores.values())))
             return self._rows_left == 0
 
-    def answer(self, now: float) -> Answer | None:
-        """Answers the caller with what has come; None if that has been done, or the caller has left."""
+    def answer(self, now: float, tell: Callable[[Answer], object] = lambda _: None) -> Answer | None:
+        """Answers the caller with what has come; None if that has been done, or the caller has left.
+
+        Args:
+          now: seconds, monotonic.
+          tell: told of the answer before the caller is, who finds in the metrics what it was answered.
+        """
         if not self._claim():
             return None
         timings = Timings(
@@ -98,7 +103,10 @@ class Pending:
             total=now - self.queued_at,
         )
         answer = Answer(self._scores, timings)
-        self.future.set_result(answer)
+        try:
+            tell(answer)
+        finally:
+            self.future.set_result(answer)
         return answer
 
     def fail(self, error: BaseException) -> bool:

@@ -129,10 +129,12 @@ class ModelWorkload:
 
     def respond(self, pending: Pending) -> None:
         """Answers a request all of whose scores have come."""
-        answer = pending.answer(time.monotonic())
+        num_candidates = pending.bound.num_candidates
+        answer = pending.answer(
+            time.monotonic(), lambda answer: self._metrics.record_success(num_candidates, answer.timings)
+        )
         if answer is None:
             return
-        self._metrics.record_success(pending.bound.num_candidates, answer.timings)
         if self._captures.is_slow(answer.timings.total):
             self._captures.keep_slow(
                 self._name, self._version, pending.bound.request, answer.timings, answer.scores
