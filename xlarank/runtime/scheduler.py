@@ -13,8 +13,9 @@ Contract
     its home is busy and another device has nothing of its own to do, or once it has waited `max_skip_ms`.
     Where devices differ, the home is the right one if it finishes no later than `max_skip_ms` after the
     soonest.
-  - Models that share devices take turns by the device time that they have used. One that had nothing queued
-    starts level with the others, so that it can neither hoard turns nor pay for old ones.
+  - Models that share a device take turns by the time of it that they have used (start-time fair queueing,
+    Goyal et al. 1996). One that had nothing for it begins level with the one that ran there last, so that it
+    can neither hoard turns nor pay for others than its last.
   - Admission is by prediction: a request that would finish after its deadline, or find the queue longer than
     allowed, is refused before any work is done for it. What runs take is learnt (`Slowdown`), and fades.
 """
@@ -51,6 +52,9 @@ _LEAST_RETRY_SECONDS = 0.001
 _MOST_ROWS_TIMES = 4
 """A request counts as this many times the mean rows at most in it: an odd one must not close the door."""
 
+_MOST_TIMES_EXPECTED = 4.0
+"""A turn counts as this many times what was expected of it at most: others must not go first for a stall."""
+
 _RECENT_SECONDS = 60.0
 """For so long a priority that came is expected again."""
 
@@ -71,8 +75,8 @@ class ModelQueue(Generic[Item]):
     slowdowns: Sequence[Slowdown] = ()
     """By device: what was learnt of this model's runs on it."""
 
-    used_seconds: float = 0.0
-    """Device time since it was attached; one that was idle is brought level with the least served."""
+    used_seconds: list[float] = dataclasses.field(default_factory=list)
+    """By device: of its time, those that were used, from the level on at which the model began."""
 
     mean_rows: float = 0.0
     """Of the requests that were taken lately."""
@@ -116,6 +120,7 @@ class _Device:
         self.is_suspended = False
         self.is_aside = False
         self.turn: Turn | None = None
+        self.level_seconds = 0.0  # the greatest `used_seconds` that a turn began at
         self.slowdown = Slowdown()  # of all models' runs, to be shown
         self.num_turns = 0
         self.busy_seconds = 0.0
@@ -184,7 +189,7 @@ class Scheduler(Generic[Item]):
     def attach(
         self, name: str, plans: Sequence[BucketPlan], config: QueueConfig, *, version: int = 0
     ) -> ModelQueue[Item]:
-        """A queue for a model; it starts level with the least served one.
+        """A queue for a model.
 
         Args:
           name: for messages and metrics.
@@ -195,8 +200,7 @@ class Scheduler(Generic[Item]):
         assert len(plans) == len(self._devices)
         fastest = min(plans, key=lambda plan: plan.seconds_a_row)
         batcher: Batcher[Item] = self._make_batcher(fastest, config, num_devices=len(plans))
-        queue = ModelQueue(name, batcher, plans, version, [Slowdown() for _ in plans])
-        queue.used_seconds = min((other.used_seconds for other in self._queues), default=0.0)
+        queue = ModelQueue(name, batcher, plans, version, [Slowdown() for _ in plans], [0.0] * len(plans))
         self._queues.append(queue)
         return queue
 
@@ -230,7 +234,6 @@ class Scheduler(Generic[Item]):
         self._admit(queue, num_rows, options.priority, deadline, now)
         before = queue.mean_rows or num_rows
         queue.mean_rows = before + _ADAPT * (min(num_rows, _MOST_ROWS_TIMES * before) - before)
-        self._level(queue)
         home = None if options.affinity_key is None else self._home(options.affinity_key)
         spread: list[int] = []
         if config.policy is DispatchPolicy.SPREAD:
@@ -251,7 +254,7 @@ class Scheduler(Generic[Item]):
         assert device.turn is None
         if not device.is_available:
             return None
-        for queue in sorted(self._queues, key=lambda queue: queue.used_seconds):
+        for queue in sorted(self._queues, key=lambda queue: _level(queue, device)):
             batch = self._next_batch(queue, device, now)
             if batch is not None:
                 return self._begin(queue, batch, device, now)
@@ -272,7 +275,8 @@ class Scheduler(Generic[Item]):
     ) -> Turn[Item]:
         assert device.turn is None
         seconds = queue.plans[device.index].run_seconds(batch.num_rows, len(batch.parts))
-        queue.used_seconds += seconds
+        device.level_seconds = _level(queue, device)
+        queue.used_seconds[device.index] = device.level_seconds + seconds
         expected = queue.slowdowns[device.index].seconds(seconds, now)
         for slowdown in (device.slowdown, queue.slowdowns[device.index]):
             slowdown.begin(now)
@@ -285,10 +289,11 @@ class Scheduler(Generic[Item]):
         Not from a retry's: what fails may take longer, or no time.
         """
         device = self._devices[turn.device]
-        if device.turn is turn:
-            device.turn = None
         seconds = now - turn.started_at
-        turn.queue.used_seconds += seconds - turn.predicted_seconds
+        if device.turn is turn:  # and has not been given up
+            device.turn = None
+            charge = min(seconds, _MOST_TIMES_EXPECTED * turn.expected_seconds)
+            turn.queue.used_seconds[turn.device] += charge - turn.predicted_seconds
         price = 0.0 if turn.is_retry else turn.predicted_seconds
         for slowdown in (device.slowdown, turn.queue.slowdowns[turn.device]):
             slowdown.end(now, price=price, taken=seconds)
@@ -486,18 +491,6 @@ class Scheduler(Generic[Item]):
         price = queue.plans[device_index].seconds(num_rows)
         return queue.slowdowns[device_index].seconds(price, now)
 
-    def _level(self, queue: ModelQueue[Item]) -> None:
-        """A model that asked for nothing must not have saved up turns meanwhile."""
-        busy = {device.turn.queue for device in self._devices if device.turn is not None}
-        if queue.batcher.num_queued_requests or queue in busy:
-            return
-        others = [
-            other.used_seconds
-            for other in self._queues
-            if other is not queue and (other in busy or other.batcher.num_queued_requests)
-        ]
-        queue.used_seconds = max([queue.used_seconds, *([min(others)] if others else [])])
-
     def _home(self, key: str) -> int | None:
         """Rendezvous hashing: a device more or less moves only the keys that it wins or loses."""
         if len(self._devices) == 1:
@@ -557,3 +550,8 @@ class Scheduler(Generic[Item]):
             if choice == device.index:
                 here.add(part.ticket)
         return here
+
+
+def _level(queue: ModelQueue, device: _Device) -> float:
+    """What a model's turn on a device begins at: what wasn't used while others were isn't made up for."""
+    return max(queue.used_seconds[device.index], device.level_seconds)
