@@ -5,7 +5,7 @@ import random
 import pytest
 
 from xlarank.runtime.bucket_plan import BucketPlan
-from xlarank.runtime.scheduler import Scheduler
+from xlarank.runtime.scheduler import Scheduler, Turn
 from xlarank.spec import Bucket, BucketLadder, LatencyProfile, RequestOptions
 from xlarank.spec.serving import QueueConfig
 
@@ -99,7 +99,8 @@ def test_of_models_that_always_have_something_queued_each_gets_its_share_of_ever
     scheduler, (first, second, guest) = scheduler_of(3, plans)
     slowness = {queue: rng.choice((0.5, 1.0, 2.0)) for queue in (first, second, guest)}
     used = {(queue, device): 0.0 for queue in slowness for device in (0, 1)}
-    ends, running = [0.0, 0.0], [None, None]
+    ends: list[float] = [0.0, 0.0]
+    running: list[Turn | None] = [None, None]
     for _ in range(600):
         device = ends.index(min(ends))
         now = ends[device]

@@ -120,6 +120,7 @@ class _Device:
         self.is_suspended = False
         self.is_aside = False
         self.turn: Turn | None = None
+        self.look_at = math.inf  # when to ask again for it: a deferral ends, or another is overdue
         self.level_seconds = 0.0  # the greatest `used_seconds` that a turn began at
         self.slowdown = Slowdown()  # of all models' runs, to be shown
         self.num_turns = 0
@@ -162,9 +163,12 @@ class Scheduler(Generic[Item]):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether any device that waits does for whatever is queued, so that waking one is enough."""
+        """Whether any device that waits does for whatever is queued, so that waking one is enough.
+
+        One that defers may take something else meanwhile, and then another must look after what it deferred.
+        """
         return not any(map(self._has_preferences, self._queues)) and all(
-            device.is_available for device in self._devices
+            device.is_available and device.look_at == math.inf for device in self._devices
         )
 
     def _has_preferences(self, queue: ModelQueue[Item]) -> bool:
@@ -254,10 +258,14 @@ class Scheduler(Generic[Item]):
         assert device.turn is None
         if not device.is_available:
             return None
+        device.look_at = math.inf
         for queue in sorted(self._queues, key=lambda queue: _level(queue, device)):
+            if not queue.batcher.num_queued_requests:
+                continue
             batch = self._next_batch(queue, device, now)
             if batch is not None:
                 return self._begin(queue, batch, device, now)
+            device.look_at = min(device.look_at, queue.batcher.deferred_until)
         return None
 
     def retry(self, turn: Turn[Item], device_index: int, now: float) -> Turn[Item]:
@@ -274,6 +282,7 @@ class Scheduler(Generic[Item]):
         is_retry: bool = False,
     ) -> Turn[Item]:
         assert device.turn is None
+        device.look_at = math.inf
         seconds = queue.plans[device.index].run_seconds(batch.num_rows, len(batch.parts))
         device.level_seconds = _level(queue, device)
         queue.used_seconds[device.index] = device.level_seconds + seconds
@@ -352,7 +361,8 @@ class Scheduler(Generic[Item]):
 
     def wake_at(self) -> float:
         """When to call `take_late`, or `next_turn` for every free device, though nothing happens; or inf."""
-        return min((queue.batcher.wake_at for queue in self._queues), default=math.inf)
+        times = [device.look_at for device in self._devices if device.is_available]
+        return min([*times, *(queue.batcher.wake_at for queue in self._queues)])
 
     def overload(self, num_arriving: int, now: float) -> OverloadError | None:
         """What a request that comes now would be refused with, before anything is known of it.
@@ -503,8 +513,6 @@ class Scheduler(Generic[Item]):
 
     def _next_batch(self, queue: ModelQueue[Item], device: _Device, now: float) -> Batch[Item] | None:
         batcher, plan = queue.batcher, queue.plans[device.index]
-        if not batcher.num_queued_requests:
-            return None
         if not self._has_preferences(queue):
             return batcher.next_batch(device.index, now, plan=plan)
         if queue.has_kinds or self._has_costs:

@@ -1,0 +1,118 @@
+"""What a device defers, or leaves to another, is looked at again in time, whatever is asked meanwhile."""
+
+import math
+
+import pytest
+
+from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.scheduler import Scheduler
+from xlarank.runtime.simulation import Arrival, simulate
+from xlarank.spec import BucketLadder, LatencyProfile, RequestOptions
+from xlarank.spec.serving import QueueConfig
+
+LADDER = BucketLadder.of_rows((8, 64))
+
+
+def plan_of(seconds, seconds_a_row=0.01):
+    profile = LatencyProfile({b: seconds + seconds_a_row * b.rows for b in LADDER.buckets})
+    return BucketPlan(LADDER, profile, seconds_a_run=0.0)
+
+
+PLAN, SLOW = plan_of(0.1), plan_of(5.0)
+
+
+def attach(scheduler, *plans, **config):
+    return scheduler.attach("feed", plans, QueueConfig(**{"max_queue_ms": 1e9, "max_defer_ms": 500} | config))
+
+
+def ask(scheduler, queue, item, rows=3, now=1.0, **options):
+    scheduler.submit(queue, item, rows, RequestOptions(**options), now)
+
+
+def load(scheduler, queue, now=1.0):
+    """So much has run just now that a device may defer."""
+    for i in range(20):
+        ask(scheduler, queue, i, 64, now)
+        for device in range(len(queue.plans)):
+            if (turn := scheduler.next_turn(device, now)) is not None:
+                scheduler.finished(turn, now)
+
+
+def key_of(device):
+    scheduler = Scheduler(2)
+    queue = attach(scheduler, PLAN, PLAN)
+    for number in range(100):
+        ask(scheduler, queue, number, affinity_key=str(number))
+        (part,) = queue.batcher.waiting()
+        if part.ticket.home == device:
+            return str(number)
+        queue.batcher.drop(number)
+    raise AssertionError("no key lives there")
+
+
+@pytest.mark.parametrize(
+    ("plans", "config", "options"),
+    [
+        ((PLAN, PLAN), {}, {"affinity_key": key_of(0)}),
+        ((PLAN, SLOW), {}, {}),
+    ],
+    ids=["home", "faster"],
+)
+def test_what_one_device_defers_is_not_lost_when_another_that_may_not_take_it_looks(plans, config, options):
+    scheduler = Scheduler(2)
+    queue = attach(scheduler, *plans, **config)
+    load(scheduler, queue)
+    ask(scheduler, queue, "last", **options)
+    assert [scheduler.next_turn(device, 1.0) for device in (0, 1)] == [None, None]
+    assert 1.0 < scheduler.wake_at() <= 1.5
+    turn = scheduler.next_turn(0, scheduler.wake_at())
+    assert [part.item for part in turn.batch.parts] == ["last"]
+    assert scheduler.wake_at() == math.inf
+
+
+def test_a_device_that_defers_and_then_takes_something_else_leaves_the_look_to_the_others():
+    scheduler = Scheduler(2)
+    queue, other = attach(scheduler, PLAN, PLAN), attach(scheduler, PLAN, PLAN, max_defer_ms=0)
+    load(scheduler, queue)
+    ask(scheduler, queue, "deferred")
+    assert scheduler.is_uniform
+    assert scheduler.next_turn(0, 1.0) is None
+    assert not scheduler.is_uniform  # waking the one that defers is not enough
+    ask(scheduler, other, "at once")
+    turn = scheduler.next_turn(0, 1.0)
+    assert turn.queue is other
+    assert scheduler.next_turn(1, 1.0) is None
+    until = scheduler.wake_at()
+    assert 1.0 < until <= 1.5
+    assert scheduler.next_turn(1, until).queue is queue
+    assert scheduler.wake_at() == math.inf  # both are at work
+
+
+def test_a_device_that_takes_nothing_is_not_asked_again_for_what_it_deferred():
+    scheduler = Scheduler(1)
+    queue = attach(scheduler, PLAN)
+    load(scheduler, queue)
+    ask(scheduler, queue, "deferred")
+    for hold in (scheduler.set_suspended, scheduler.set_aside):
+        assert scheduler.next_turn(0, 1.0) is None
+        assert scheduler.wake_at() < math.inf
+        hold(0, True)
+        assert scheduler.wake_at() == math.inf
+        hold(0, False)
+    queue.batcher.drop("deferred")
+    assert scheduler.next_turn(0, 1.0) is None
+    assert scheduler.wake_at() == math.inf
+
+
+def test_a_simulation_goes_on_while_a_device_runs_another_model_than_it_defers():
+    scheduler = Scheduler(1)
+    queues = [
+        attach(scheduler, plan_of(1e-3, 1e-4), max_defer_ms=5),
+        attach(scheduler, plan_of(5e-2, 1e-4), max_defer_ms=0),
+    ]
+    arrivals = [Arrival(1 + 0.008 * i, 64, 0) for i in range(250)]  # one ends before the next comes
+    at = 1 + 0.008 * 250
+    arrivals += [Arrival(at, 3, 0), Arrival(at + 0.001, 3, 1), Arrival(at + 0.1, 3, 1)]
+    result = simulate(scheduler, queues, arrivals)
+    assert result.is_answered.all()
+    assert result.latencies[-3] > 0.05  # it was deferred, and waited for the other model's run
