@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from xlarank.errors import DeadlineError
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.scheduler import Scheduler
 from xlarank.runtime.simulation import Arrival, simulate
@@ -116,3 +117,47 @@ def test_a_simulation_goes_on_while_a_device_runs_another_model_than_it_defers()
     result = simulate(scheduler, queues, arrivals)
     assert result.is_answered.all()
     assert result.latencies[-3] > 0.05  # it was deferred, and waited for the other model's run
+
+
+@pytest.mark.parametrize("costs", [None, (2.0, 1.0), (1.0, 2.0)])
+def test_a_slower_device_takes_over_soon_from_one_that_hangs(costs):
+    scheduler = Scheduler(2, costs=costs)
+    queue = attach(scheduler, PLAN, SLOW, max_defer_ms=0)
+    ask(scheduler, queue, "hangs", 8, deadline=2.0)
+    turn = scheduler.next_turn(0, 1.0)
+    assert [part.item for part in turn.batch.parts] == ["hangs"]
+    ask(scheduler, queue, "next", 8)
+    assert scheduler.next_turn(1, 1.0) is None  # the faster one is expected to be free in 0.18 s
+    now, looks = 1.0, 0
+    while (turn := scheduler.next_turn(1, now)) is None:
+        assert scheduler.wake_at() > now
+        now, looks = scheduler.wake_at(), looks + 1
+    assert [part.item for part in turn.batch.parts] == ["next"]
+    assert now <= 1.0 + PLAN.seconds(8) + 2 * SLOW.seconds(8)
+    assert looks <= 3
+
+
+def test_a_turn_that_is_overdue_is_predicted_to_last_as_long_again():
+    scheduler = Scheduler(1)
+    queue = attach(scheduler, PLAN)
+    ask(scheduler, queue, "hangs", 8)
+    due = 1.0 + scheduler.next_turn(0, 1.0).expected_seconds
+    for now, free in ((1.0, due), (due, due), (due + 2.0, due + 4.0)):
+        assert scheduler.predicted_start(queue, now) == pytest.approx(free)
+    with pytest.raises(
+        DeadlineError, match=r"the answer would come in 2180\.0 ms, the deadline is in 1000\.0 ms"
+    ):
+        ask(scheduler, queue, "hurried", 8, due + 2.0, deadline=due + 3.0)
+
+
+def test_a_simulated_hang_holds_up_one_request():
+    scheduler = Scheduler(2)
+    queue = attach(scheduler, PLAN, SLOW, max_defer_ms=0)
+    result = simulate(
+        scheduler,
+        [queue],
+        [Arrival(1.0, 8), Arrival(1.01, 8)],
+        service_seconds=lambda turn: 1000.0 if turn.device == 0 else turn.predicted_seconds,
+    )
+    assert result.latencies[0] == pytest.approx(1000.0)
+    assert result.latencies[1] < 3 * SLOW.seconds(8)

@@ -8,7 +8,8 @@ Contract
   - Where devices differ, a request goes to the cheapest device whose predicted finish meets its deadline,
     else to the one that finishes soonest (ELSA, arXiv 2202.13481), counting what is ahead of it in the queue.
     So a free device is left idle only for requests that a cheaper one, busy now, still finishes in time, or a
-    faster one sooner; no other case leaves a device idle while rows are queued.
+    faster one sooner; no other case leaves a device idle while rows are queued. A turn that is overdue is
+    expected to last as long again, so that others soon take over from a device that hangs.
   - A request with an affinity key has a home device, by rendezvous hashing of the key; it runs elsewhere when
     its home is busy and another device has nothing of its own to do, or once it has waited `max_skip_ms`.
     Where devices differ, the home is the right one if it finishes no later than `max_skip_ms` after the
@@ -132,10 +133,17 @@ class _Device:
         return self.is_healthy and not self.is_suspended and not self.is_aside
 
     def free_at(self, now: float) -> float:
-        """When it is predicted to be free."""
-        if self.turn is None:
-            return now
-        return max(now, self.turn.started_at + self.turn.expected_seconds)
+        """When it is predicted to be free: what is overdue is expected to be so for as long again."""
+        return now if self.turn is None else max(self._due_at, 2 * now - self._due_at)
+
+    def doubt_at(self, now: float, patience: float) -> float:
+        """When to ask again whether its turn is worth waiting for; inf without one."""
+        return math.inf if self.turn is None else max(self._due_at + patience, self.free_at(now))
+
+    @property
+    def _due_at(self) -> float:
+        assert self.turn is not None
+        return self.turn.started_at + self.turn.expected_seconds
 
 
 class Scheduler(Generic[Item]):
@@ -517,7 +525,14 @@ class Scheduler(Generic[Item]):
             return batcher.next_batch(device.index, now, plan=plan)
         if queue.has_kinds or self._has_costs:
             chosen = self._soonest_here(queue, device, now)
-            return batcher.next_batch(device.index, now, plan=plan, claims=lambda part: part.ticket in chosen)
+            batch = batcher.next_batch(
+                device.index, now, plan=plan, claims=lambda part: part.ticket in chosen
+            )
+            if batch is None:  # left to others, one of which may hang
+                patience = plan.seconds(1)
+                doubts = [other.doubt_at(now, patience) for other in self._devices if other.is_available]
+                device.look_at = min([device.look_at, *doubts])
+            return batch
         skip = batcher.config.max_skip_ms / 1e3
 
         def is_own(part: Part[Item]) -> bool:
