@@ -120,3 +120,19 @@ def test_of_models_that_always_have_something_queued_each_gets_its_share_of_ever
     for device, plan in enumerate(plans):
         assert abs(used[first, device] - used[second, device]) <= 4 * plan.seconds(8)
         assert used[guest, device] <= used[first, device] + 4 * plan.seconds(8)
+
+
+@pytest.mark.parametrize("num_models", [1, 2, 3, 6])
+def test_with_many_models_a_request_begins_when_predicted_to_within_a_turn_of_each(num_models):
+    scheduler, (queue, *others) = scheduler_of(num_models)
+    for other in others:
+        ask(scheduler, other, 0.0, 200)
+    ask(scheduler, queue, 0.0, 3)
+    predicted = scheduler.predicted_start(queue, 0.0)
+    assert predicted == pytest.approx(3.0 + (3.0 + 1.0) * len(others))
+    ask(scheduler, queue, 0.0)
+    now = 0.0
+    for _ in range(4):
+        before = now + turns_until(scheduler, queue, now)
+        now = before + 1.0
+    assert predicted - len(others) <= before <= predicted

@@ -429,12 +429,12 @@ class Scheduler(Generic[Item]):
         The work ahead of it, and that of what is arriving, fills the devices up to a common level, each from
         when it is free on.
         """
-        ahead = queue.batcher.seconds_ahead(now, priority) + arriving_seconds
+        ahead = own = queue.batcher.seconds_ahead(now, priority) + arriving_seconds
         own_ratio = self._ratio(queue, now)
         for other in self._queues:
             if other is not queue:  # it gets as many turns as this one, and may be the first
                 scale = self._ratio(other, now) / own_ratio
-                most = ahead + scale * other.batcher.plan.knee_seconds
+                most = own + scale * other.batcher.plan.knee_seconds
                 ahead += min(scale * other.batcher.queued_seconds, most)
         fastest = queue.batcher.plan.seconds_a_row
 
