@@ -1,6 +1,7 @@
 """What a device defers, or leaves to another, is looked at again in time, whatever is asked meanwhile."""
 
 import math
+import random
 
 import pytest
 
@@ -161,3 +162,36 @@ def test_a_simulated_hang_holds_up_one_request():
     )
     assert result.latencies[0] == pytest.approx(1000.0)
     assert result.latencies[1] < 3 * SLOW.seconds(8)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_comes_time_goes_on_and_everything_is_answered(seed):
+    """Models that defer, devices that differ, cost, are overdue; keys, shares and deadlines."""
+    rng = random.Random(seed)
+    speeds = [rng.choice((1e-3, 1e-3, 4e-3)) for _ in range(rng.randint(1, 3))]
+    by_speed = {speed: plan_of(speed, speed / 10) for speed in speeds}
+    plans = [by_speed[speed] for speed in speeds]
+    scheduler = Scheduler(len(plans), costs=rng.choice((None, [rng.choice((1.0, 2.0)) for _ in plans])))
+    queues = [
+        attach(scheduler, *plans, max_defer_ms=rng.choice((0, 5)), policy=rng.choice(("affinity", "spread")))
+        for _ in range(rng.randint(1, 3))
+    ]
+    gap = 0.01 / len(plans)
+    arrivals = [
+        Arrival(
+            1 + i * gap * rng.uniform(0.9, 1.0),
+            rng.choice((1, 3, 64, 200)),
+            rng.randrange(len(queues)),
+            timeout=rng.choice((math.inf, 0.1)),
+            affinity_key=rng.choice((None, "a", "b")),
+        )
+        for i in range(300)
+    ]
+    arrivals.sort(key=lambda arrival: arrival.at)
+    result = simulate(
+        scheduler,
+        queues,
+        arrivals,
+        service_seconds=lambda turn: turn.predicted_seconds * rng.choice((0.5, 1.0, 1.0, 20.0)),
+    )
+    assert result.is_answered.sum() + result.num_refused + result.num_late == len(arrivals)
