@@ -90,8 +90,8 @@ class FixedDelayBatcher(Generic[Item]):
 
     @property
     def wake_at(self) -> float:
-        """When to ask again though nothing happens."""
-        return -math.inf if self._late else min(self.next_deadline, self._deferred_until)
+        """When to call `take_late` though nothing happens."""
+        return -math.inf if self._late else self.next_deadline
 
     def waiting(self) -> Iterator[Part[Item]]:
         """What is queued, in order."""

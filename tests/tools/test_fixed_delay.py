@@ -40,13 +40,13 @@ def test_a_lone_request_waits_for_the_delay():
     batcher = queue()
     batcher.add("a", 3, now=1.0)
     assert batcher.next_batch(0, 1.0) is None
-    assert batcher.deferred_until == batcher.wake_at == 1.0 + DELAY
+    assert batcher.deferred_until == 1.0 + DELAY
     assert batcher.next_batch(0, 1.0 + DELAY / 2) is None
-    batch = batcher.next_batch(0, batcher.wake_at)
+    batch = batcher.next_batch(0, batcher.deferred_until)
     assert items(batch) == ["a"]
     assert batch.bucket == Bucket(8, 1)
     assert batcher.num_queued_requests == batcher.num_queued_rows == 0
-    assert batcher.wake_at == math.inf
+    assert batcher.deferred_until == batcher.wake_at == math.inf
 
 
 def test_a_full_batch_and_one_that_the_next_does_not_fit_go_at_once():

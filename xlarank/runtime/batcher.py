@@ -187,8 +187,8 @@ class Batcher(Generic[Item]):
 
     @property
     def wake_at(self) -> float:
-        """When to ask again though nothing happens: a deadline, the end of a deferral; -inf for late ones."""
-        return -math.inf if self._late else min(self.next_deadline, self._deferred_until)
+        """When to call `take_late` though nothing happens: a deadline; -inf for late ones."""
+        return -math.inf if self._late else self.next_deadline
 
     def waiting(self) -> Iterator[Part[Item]]:
         """What is queued, in order; what is left of a request that a device has begun is pinned to it."""

@@ -8,13 +8,15 @@ Contract
   - Where devices differ, a request goes to the cheapest device whose predicted finish meets its deadline,
     else to the one that finishes soonest (ELSA, arXiv 2202.13481), counting what is ahead of it in the queue.
     So a free device is left idle only for requests that a cheaper one, busy now, still finishes in time, or a
-    faster one sooner; no other case leaves a device idle while rows are queued.
+    faster one sooner; no other case leaves a device idle while rows are queued. A turn that is overdue is
+    expected to last as long again, so that others soon take over from a device that hangs.
   - A request with an affinity key has a home device, by rendezvous hashing of the key; it runs elsewhere when
     its home is busy and another device has nothing of its own to do, or once it has waited `max_skip_ms`.
     Where devices differ, the home is the right one if it finishes no later than `max_skip_ms` after the
     soonest.
-  - Models that share devices take turns by the device time that they have used. One that had nothing queued
-    starts level with the others, so that it can neither hoard turns nor pay for old ones.
+  - Models that share a device take turns by the time of it that they have used (start-time fair queueing,
+    Goyal et al. 1996). One that had nothing for it begins level with the one that ran there last, so that it
+    can neither hoard turns nor pay for others than its last.
   - Admission is by prediction: a request that would finish after its deadline, or find the queue longer than
     allowed, is refused before any work is done for it. What runs take is learnt (`Slowdown`), and fades.
 """
@@ -51,6 +53,9 @@ _LEAST_RETRY_SECONDS = 0.001
 _MOST_ROWS_TIMES = 4
 """A request counts as this many times the mean rows at most in it: an odd one must not close the door."""
 
+_MOST_TIMES_EXPECTED = 4.0
+"""A turn counts as this many times what was expected of it at most: others must not go first for a stall."""
+
 _RECENT_SECONDS = 60.0
 """For so long a priority that came is expected again."""
 
@@ -71,8 +76,8 @@ class ModelQueue(Generic[Item]):
     slowdowns: Sequence[Slowdown] = ()
     """By device: what was learnt of this model's runs on it."""
 
-    used_seconds: float = 0.0
-    """Device time since it was attached; one that was idle is brought level with the least served."""
+    used_seconds: list[float] = dataclasses.field(default_factory=list)
+    """By device: of its time, those that were used, from the level on at which the model began."""
 
     mean_rows: float = 0.0
     """Of the requests that were taken lately."""
@@ -116,6 +121,8 @@ class _Device:
         self.is_suspended = False
         self.is_aside = False
         self.turn: Turn | None = None
+        self.look_at = math.inf  # when to ask again for it: a deferral ends, or another is overdue
+        self.level_seconds = 0.0  # the greatest `used_seconds` that a turn began at
         self.slowdown = Slowdown()  # of all models' runs, to be shown
         self.num_turns = 0
         self.busy_seconds = 0.0
@@ -126,10 +133,17 @@ class _Device:
         return self.is_healthy and not self.is_suspended and not self.is_aside
 
     def free_at(self, now: float) -> float:
-        """When it is predicted to be free."""
-        if self.turn is None:
-            return now
-        return max(now, self.turn.started_at + self.turn.expected_seconds)
+        """When it is predicted to be free: what is overdue is expected to be so for as long again."""
+        return now if self.turn is None else max(self._due_at, 2 * now - self._due_at)
+
+    def doubt_at(self, now: float, patience: float) -> float:
+        """When to ask again whether its turn is worth waiting for; inf without one."""
+        return math.inf if self.turn is None else max(self._due_at + patience, self.free_at(now))
+
+    @property
+    def _due_at(self) -> float:
+        assert self.turn is not None
+        return self.turn.started_at + self.turn.expected_seconds
 
 
 class Scheduler(Generic[Item]):
@@ -157,9 +171,12 @@ class Scheduler(Generic[Item]):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether any device that waits does for whatever is queued, so that waking one is enough."""
+        """Whether any device that waits does for whatever is queued, so that waking one is enough.
+
+        One that defers may take something else meanwhile, and then another must look after what it deferred.
+        """
         return not any(map(self._has_preferences, self._queues)) and all(
-            device.is_available for device in self._devices
+            device.is_available and device.look_at == math.inf for device in self._devices
         )
 
     def _has_preferences(self, queue: ModelQueue[Item]) -> bool:
@@ -184,7 +201,7 @@ class Scheduler(Generic[Item]):
     def attach(
         self, name: str, plans: Sequence[BucketPlan], config: QueueConfig, *, version: int = 0
     ) -> ModelQueue[Item]:
-        """A queue for a model; it starts level with the least served one.
+        """A queue for a model.
 
         Args:
           name: for messages and metrics.
@@ -195,8 +212,7 @@ class Scheduler(Generic[Item]):
         assert len(plans) == len(self._devices)
         fastest = min(plans, key=lambda plan: plan.seconds_a_row)
         batcher: Batcher[Item] = self._make_batcher(fastest, config, num_devices=len(plans))
-        queue = ModelQueue(name, batcher, plans, version, [Slowdown() for _ in plans])
-        queue.used_seconds = min((other.used_seconds for other in self._queues), default=0.0)
+        queue = ModelQueue(name, batcher, plans, version, [Slowdown() for _ in plans], [0.0] * len(plans))
         self._queues.append(queue)
         return queue
 
@@ -230,7 +246,6 @@ class Scheduler(Generic[Item]):
         self._admit(queue, num_rows, options.priority, deadline, now)
         before = queue.mean_rows or num_rows
         queue.mean_rows = before + _ADAPT * (min(num_rows, _MOST_ROWS_TIMES * before) - before)
-        self._level(queue)
         home = None if options.affinity_key is None else self._home(options.affinity_key)
         spread: list[int] = []
         if config.policy is DispatchPolicy.SPREAD:
@@ -251,10 +266,14 @@ class Scheduler(Generic[Item]):
         assert device.turn is None
         if not device.is_available:
             return None
-        for queue in sorted(self._queues, key=lambda queue: queue.used_seconds):
+        device.look_at = math.inf
+        for queue in sorted(self._queues, key=lambda queue: _level(queue, device)):
+            if not queue.batcher.num_queued_requests:
+                continue
             batch = self._next_batch(queue, device, now)
             if batch is not None:
                 return self._begin(queue, batch, device, now)
+            device.look_at = min(device.look_at, queue.batcher.deferred_until)
         return None
 
     def retry(self, turn: Turn[Item], device_index: int, now: float) -> Turn[Item]:
@@ -271,8 +290,10 @@ class Scheduler(Generic[Item]):
         is_retry: bool = False,
     ) -> Turn[Item]:
         assert device.turn is None
+        device.look_at = math.inf
         seconds = queue.plans[device.index].run_seconds(batch.num_rows, len(batch.parts))
-        queue.used_seconds += seconds
+        device.level_seconds = _level(queue, device)
+        queue.used_seconds[device.index] = device.level_seconds + seconds
         expected = queue.slowdowns[device.index].seconds(seconds, now)
         for slowdown in (device.slowdown, queue.slowdowns[device.index]):
             slowdown.begin(now)
@@ -285,10 +306,11 @@ class Scheduler(Generic[Item]):
         Not from a retry's: what fails may take longer, or no time.
         """
         device = self._devices[turn.device]
-        if device.turn is turn:
-            device.turn = None
         seconds = now - turn.started_at
-        turn.queue.used_seconds += seconds - turn.predicted_seconds
+        if device.turn is turn:  # and has not been given up
+            device.turn = None
+            charge = min(seconds, _MOST_TIMES_EXPECTED * turn.expected_seconds)
+            turn.queue.used_seconds[turn.device] += charge - turn.predicted_seconds
         price = 0.0 if turn.is_retry else turn.predicted_seconds
         for slowdown in (device.slowdown, turn.queue.slowdowns[turn.device]):
             slowdown.end(now, price=price, taken=seconds)
@@ -347,7 +369,8 @@ class Scheduler(Generic[Item]):
 
     def wake_at(self) -> float:
         """When to call `take_late`, or `next_turn` for every free device, though nothing happens; or inf."""
-        return min((queue.batcher.wake_at for queue in self._queues), default=math.inf)
+        times = [device.look_at for device in self._devices if device.is_available]
+        return min([*times, *(queue.batcher.wake_at for queue in self._queues)])
 
     def overload(self, num_arriving: int, now: float) -> OverloadError | None:
         """What a request that comes now would be refused with, before anything is known of it.
@@ -406,12 +429,12 @@ class Scheduler(Generic[Item]):
         The work ahead of it, and that of what is arriving, fills the devices up to a common level, each from
         when it is free on.
         """
-        ahead = queue.batcher.seconds_ahead(now, priority) + arriving_seconds
+        ahead = own = queue.batcher.seconds_ahead(now, priority) + arriving_seconds
         own_ratio = self._ratio(queue, now)
         for other in self._queues:
             if other is not queue:  # it gets as many turns as this one, and may be the first
                 scale = self._ratio(other, now) / own_ratio
-                most = ahead + scale * other.batcher.plan.knee_seconds
+                most = own + scale * other.batcher.plan.knee_seconds
                 ahead += min(scale * other.batcher.queued_seconds, most)
         fastest = queue.batcher.plan.seconds_a_row
 
@@ -486,18 +509,6 @@ class Scheduler(Generic[Item]):
         price = queue.plans[device_index].seconds(num_rows)
         return queue.slowdowns[device_index].seconds(price, now)
 
-    def _level(self, queue: ModelQueue[Item]) -> None:
-        """A model that asked for nothing must not have saved up turns meanwhile."""
-        busy = {device.turn.queue for device in self._devices if device.turn is not None}
-        if queue.batcher.num_queued_requests or queue in busy:
-            return
-        others = [
-            other.used_seconds
-            for other in self._queues
-            if other is not queue and (other in busy or other.batcher.num_queued_requests)
-        ]
-        queue.used_seconds = max([queue.used_seconds, *([min(others)] if others else [])])
-
     def _home(self, key: str) -> int | None:
         """Rendezvous hashing: a device more or less moves only the keys that it wins or loses."""
         if len(self._devices) == 1:
@@ -510,13 +521,18 @@ class Scheduler(Generic[Item]):
 
     def _next_batch(self, queue: ModelQueue[Item], device: _Device, now: float) -> Batch[Item] | None:
         batcher, plan = queue.batcher, queue.plans[device.index]
-        if not batcher.num_queued_requests:
-            return None
         if not self._has_preferences(queue):
             return batcher.next_batch(device.index, now, plan=plan)
         if queue.has_kinds or self._has_costs:
             chosen = self._soonest_here(queue, device, now)
-            return batcher.next_batch(device.index, now, plan=plan, claims=lambda part: part.ticket in chosen)
+            batch = batcher.next_batch(
+                device.index, now, plan=plan, claims=lambda part: part.ticket in chosen
+            )
+            if batch is None:  # left to others, one of which may hang
+                patience = plan.seconds(1)
+                doubts = [other.doubt_at(now, patience) for other in self._devices if other.is_available]
+                device.look_at = min([device.look_at, *doubts])
+            return batch
         skip = batcher.config.max_skip_ms / 1e3
 
         def is_own(part: Part[Item]) -> bool:
@@ -557,3 +573,8 @@ class Scheduler(Generic[Item]):
             if choice == device.index:
                 here.add(part.ticket)
         return here
+
+
+def _level(queue: ModelQueue, device: _Device) -> float:
+    """What a model's turn on a device begins at: what wasn't used while others were isn't made up for."""
+    return max(queue.used_seconds[device.index], device.level_seconds)

@@ -220,7 +220,7 @@ class _Run:
         """Lets everything happen that does before a time."""
         while True:
             next_end = self._ends[0][0] if self._ends else math.inf
-            wake_at = max(self._now, self._scheduler.wake_at())
+            wake_at = self._scheduler.wake_at()
             event = min(next_end, wake_at)
             if event > until or event == math.inf:
                 break
@@ -284,6 +284,7 @@ class _Run:
         while any(list(self._starts())):
             pass
         self._tell_late()
+        assert self._scheduler.wake_at() > self._now  # all that was due has been seen to: time goes on
 
     def _starts(self) -> Iterator[bool]:
         for device in sorted(self._free):
