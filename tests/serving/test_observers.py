@@ -6,13 +6,14 @@ import json
 import os
 import re
 import resource
+import socket
 import time
 from pathlib import Path
 
 import grpc
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from xlarank_serving import access_log
+from xlarank_serving import access_log, tracing
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.access_log import AccessLog, line_of
 from xlarank_serving.config import AccessLogConfig, ServerConfig, TracingConfig
@@ -20,6 +21,8 @@ from xlarank_serving.request_record import RequestRecord
 from xlarank_serving.server import RankingServer
 from xlarank_serving.tracing import Tracer
 
+from xlarank.cli import serve_start
+from xlarank.cli.serve_config import ServeConfig
 from xlarank.errors import ConfigError, OverloadError
 from xlarank.runtime import Timings
 
@@ -310,3 +313,23 @@ def test_stages_last_as_long_as_they_did():
         "respond": 0.5,
     }
     assert milliseconds == pytest.approx(expected, abs=1e-2)
+
+
+def test_a_collector_that_does_not_answer_does_not_hold_up_the_end(caplog, monkeypatch):
+    monkeypatch.setattr(tracing, "_CLOSE_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        tracer = Tracer(TracingConfig(endpoint=endpoint, share=1.0))
+        tracer(record())
+        tracer.close()
+    assert "the collector didn't take the last spans in time; they are lost" in caplog.text
+
+
+def test_the_tracer_which_may_take_longest_is_closed_last(tmp_path):
+    config = ServeConfig(
+        access_log=AccessLogConfig(path=tmp_path / "access.log"),
+        tracing=TracingConfig(endpoint="http://127.0.0.1:9"),
+    )
+    with contextlib.ExitStack() as stack:
+        observers = [stack.enter_context(contextlib.closing(each)) for each in serve_start._observers(config)]
+    assert [type(each) for each in observers] == [Tracer, AccessLog]
