@@ -75,7 +75,7 @@ def test_a_rollback_is_refused_likewise_and_by_the_policy_as_asked_wrong(refusin
     repository.error = error_type("rollback to version 1 failed")
     with (
         AdminClient(server.address, token=TOKEN) as admin,
-        pytest.raises(told, match="^rollback to version 1 failed$") as caught,
+        pytest.raises(told, match=r"^rollback to version 1 failed$") as caught,
     ):
         admin.rollback("feed")
     assert type(caught.value) is told
