@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
 import os
 import queue
-import sys
 import threading
-from typing import TextIO
+import time
 
 from xlarank.errors import ConfigError
 from xlarank_serving.config import AccessLogConfig
@@ -22,6 +22,11 @@ _log = logging.getLogger(__name__)
 _MAX_WAITING = 8192
 """Lines that wait for the disk; beyond that they are dropped and counted, requests don't wait."""
 
+_CLOSE_SECONDS = 5.0
+"""How long the lines that wait may take at the end."""
+
+_STDOUT = 1
+
 _SHARE_STEP = 0.6180339887498949
 """Multiples of the golden ratio fill [0, 1) most evenly: so does a share of the requests."""
 
@@ -30,7 +35,8 @@ class AccessLog:
     """Writes lines on a thread of its own until closed. A `RequestRecord` observer; any thread.
 
     Requests that fail are always written; of the others the share that the config says, spread evenly. The
-    file is opened anew when it has been moved away or replaced, so that it can be rotated.
+    file is opened anew when it has been moved away or replaced, so that it can be rotated. Lines that can't
+    be written, or come faster than they can, are lost; once there is room, a line says how many.
     """
 
     def __init__(self, config: AccessLogConfig) -> None:
@@ -43,10 +49,14 @@ class AccessLog:
         """
         assert config.path is not None
         self._path, self._share = config.path, config.share
+        self._is_file = str(self._path) != "-"
         self._position = 0.0  # races between threads only shift the sample
-        self._num_dropped = 0  # likewise
+        self._num_lost = 0  # likewise
         self._lines: queue.Queue[str | None] = queue.Queue(_MAX_WAITING)
+        # Used by _thread alone from here on. Without a buffer: one would keep lines that a full disk refused,
+        # and refuse to be closed.
         self._file = self._open()
+        self._is_cut = False  # within a line
         self._thread = threading.Thread(target=self._write, name="access-log", daemon=True)
         self._thread.start()
 
@@ -59,47 +69,66 @@ class AccessLog:
         try:
             self._lines.put_nowait(line_of(record))
         except queue.Full:
-            self._num_dropped += 1
+            self._num_lost += 1
 
     def close(self) -> None:
-        """Writes what waits."""
-        self._lines.put(None)
-        self._thread.join()
-        if self._file is not sys.stdout:
-            self._file.close()
+        """Writes what waits, for some seconds at most; the log says how many lines are lost then."""
+        end = time.monotonic() + _CLOSE_SECONDS
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=_CLOSE_SECONDS)
+        self._thread.join(max(0.0, end - time.monotonic()))
+        if num_lost := self._num_lost + self._lines.qsize():
+            _log.warning("access log: %d lines were lost", num_lost)
 
-    def _open(self) -> TextIO:
-        if str(self._path) == "-":
-            return sys.stdout
+    def _open(self) -> int:
+        if not self._is_file:
+            return _STDOUT
         try:
-            return self._path.open("a", buffering=1, encoding="utf-8")
+            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise ConfigError(f"access log {self._path}: {error.strerror or error}") from error
 
     def _write(self) -> None:
+        is_failing = False
         while (line := self._lines.get()) is not None:
             try:
                 self._reopen_if_moved()
-                self._file.write(line + "\n")
-                if self._num_dropped:
-                    dropped, self._num_dropped = self._num_dropped, 0
-                    self._file.write(json.dumps({"dropped_lines": dropped}) + "\n")
-                if self._file is sys.stdout:
-                    self._file.flush()
-            except (OSError, ConfigError) as error:
-                _log.warning("access log: a line is lost: %s", error)
+                if num_lost := self._num_lost:
+                    self._append(json.dumps({"dropped_lines": num_lost}))
+                    self._num_lost -= num_lost
+                self._append(line)
+                is_failing = False
+            except Exception as error:  # whatever it is, a later line may be written
+                self._num_lost += 1
+                if not is_failing:
+                    _log.warning("access log: lines are lost: %s", error)
+                is_failing = True
+        if self._is_file:
+            _close(self._file)
+
+    def _append(self, line: str) -> None:
+        data = f"{line}\n".encode()
+        if self._is_cut:
+            data = b"\n" + data
+        while data:
+            data = data[os.write(self._file, data) :]
+            self._is_cut = bool(data)
 
     def _reopen_if_moved(self) -> None:
-        if self._file is sys.stdout:
+        if not self._is_file:
             return
         try:
-            is_same = os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+            is_same = os.path.samestat(os.stat(self._path), os.fstat(self._file))
         except FileNotFoundError:
             is_same = False
         if not is_same:
-            file = self._open()  # first: where that fails, the old one stays open
-            self._file.close()
-            self._file = file
+            before, self._file, self._is_cut = self._file, self._open(), False
+            _close(before)
+
+
+def _close(file: int) -> None:
+    with contextlib.suppress(OSError):  # the file is closed all the same
+        os.close(file)
 
 
 def line_of(record: RequestRecord) -> str:

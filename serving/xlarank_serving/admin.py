@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 from google.protobuf.message import Message
 
-from xlarank.errors import ConfigError, RequestError, UnavailableError, UnsupportedError
+from xlarank.errors import BundleError, ConfigError, RequestError, UnavailableError, UnsupportedError
 from xlarank.host import checked_update
 from xlarank_serving._proto import admin_pb2 as messages
 from xlarank_serving._proto import grpc_service_pb2 as inference_messages
@@ -20,7 +20,12 @@ from xlarank_serving.config import ConnectionConfig, LimitConfig
 from xlarank_serving.gate import AdminGate
 from xlarank_serving.layout import SERVICE_NAME as INFERENCE_SERVICE_NAME
 from xlarank_serving.parsing import unary_handler
-from xlarank_serving.repository_rpcs import ManagedRepository, RepositoryService, not_here
+from xlarank_serving.repository_rpcs import (
+    ManagedRepository,
+    RepositoryService,
+    not_here,
+    refused_as_model,
+)
 from xlarank_serving.service import Engine, Repository
 from xlarank_serving.status import error_of_call
 from xlarank_serving.threads import AdminThreads, CountingThreadPool
@@ -314,7 +319,7 @@ class AdminClient:
           UnsupportedError: if the server has several processes; says what to do instead.
           AccessError: for a missing token, or one that may not do this.
           UnavailableError: if there is no server, or it is stopping.
-          XlarankError: if the version can't be served; says why. Nothing has changed then.
+          ModelError: if the version can't be served; says why. Nothing has changed then.
         """
         request = messages.RollbackRequest(model_name=model_name, version=version or 0)
         return self._call("Rollback", request).version
@@ -356,7 +361,8 @@ def _rollback(manager: ManagedRepository | None, request: messages.RollbackReque
     if manager is None:
         raise not_here("rolled back")
     try:
-        version = manager.rollback(request.model_name, request.version or None)
+        with refused_as_model(BundleError):
+            version = manager.rollback(request.model_name, request.version or None)
     except ConfigError as error:  # of the server, which the caller asks to do what its config rules out
         raise RequestError(str(error)) from None
     return messages.RollbackResponse(version=version)

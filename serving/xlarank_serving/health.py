@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
@@ -15,6 +16,10 @@ __all__ = ["SERVICE_NAME", "HealthService"]
 
 SERVICE_NAME = health.SERVICE_NAME
 
+_log = logging.getLogger(__name__)
+
+_REFRESH_SECONDS = 1.0
+
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -22,8 +27,8 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class HealthService:
     """Health of the server (service "") and of each model (its name).
 
-    A model serves when one of its versions is ready. The repository is asked at every Check and at the
-    start of every Watch; watchers also hear of changes that a Check of anybody's brings up.
+    A model serves when one of its versions is ready. The repository is asked at every Check, at the start of
+    every Watch and, for those that watch, every second by a thread of its own, until `stop`.
     """
 
     def __init__(self, repository: Repository) -> None:
@@ -31,6 +36,9 @@ class HealthService:
         self._lock = threading.Lock()
         self._statuses: dict[str, Any] = {}  # guarded by _lock; last told to _servicer
         self._servicer = health.HealthServicer()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="health", daemon=True)
+        self._thread.start()
 
     def handlers(self, threads: ServerThreads) -> dict[str, grpc.RpcMethodHandler]:
         """A handler a method, by name."""
@@ -56,7 +64,16 @@ class HealthService:
 
     def stop(self) -> None:
         """From now on nothing serves, and every watcher hears it."""
+        self._stopping.set()
         self._servicer.enter_graceful_shutdown()
+        self._thread.join(_REFRESH_SECONDS)
+
+    def _follow(self) -> None:
+        while not self._stopping.wait(_REFRESH_SECONDS):
+            try:
+                self._refresh()
+            except Exception:  # watchers would hear of nothing any more
+                _log.exception("health: the repository can't be asked")
 
     def _refresh(self) -> None:
         ready: dict[str, bool] = {"": self._repository.is_ready}

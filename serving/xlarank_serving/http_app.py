@@ -185,6 +185,8 @@ class _App:
                 raise
             except ClientDisconnect:
                 return Response(status_code=499)  # nobody reads it
+            except asyncio.CancelledError:  # by the server's stop, after its grace
+                return refusing(UnavailableError("the server is stopping"))
             except Exception as error:
                 return _error_response(error)
 

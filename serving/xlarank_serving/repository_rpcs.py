@@ -8,15 +8,31 @@ the wire is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grpc
 
-from xlarank.errors import AccessError, RequestError, UnsupportedError
+from xlarank.errors import (
+    AccessError,
+    BundleError,
+    ConfigError,
+    ModelError,
+    RequestError,
+    UnsupportedError,
+    XlarankError,
+)
 from xlarank_serving._proto import grpc_service_pb2 as messages
 
-__all__ = ["IndexedRepository", "ManagedRepository", "RepositoryService", "VersionState", "not_here"]
+__all__ = [
+    "IndexedRepository",
+    "ManagedRepository",
+    "RepositoryService",
+    "VersionState",
+    "not_here",
+    "refused_as_model",
+]
 
 _READY = "READY"
 
@@ -53,7 +69,8 @@ class ManagedRepository(IndexedRepository, Protocol):
     """Models that come and go as callers say."""
 
     def load(self, name: str) -> None:
-        """Loads a model, or looks for new versions of it; returns when it is ready. ModelNotFoundError."""
+        """Loads a model, or looks for new versions of it; returns when it is ready. ModelNotFoundError;
+        ModelError, ConfigError or BundleError, which say why it can't be served."""
         ...
 
     def unload(self, name: str) -> None:
@@ -62,7 +79,8 @@ class ManagedRepository(IndexedRepository, Protocol):
 
     def rollback(self, name: str, version: int | None = None) -> int:
         """Goes back to an older version, the next one by default, and returns it. ModelNotFoundError;
-        ConfigError where the policy names versions; ModelError, which says why it can't be served."""
+        ConfigError where the policy names versions; ModelError or BundleError, which say why it can't be
+        served."""
         ...
 
 
@@ -114,7 +132,8 @@ class RepositoryService:
         manager = self._manager_for("load")
         _check_repository(request.repository_name)
         _check_parameters(request.parameters)
-        manager.load(_checked_name(request.model_name))
+        with refused_as_model(BundleError, ConfigError):
+            manager.load(_checked_name(request.model_name))
         return messages.RepositoryModelLoadResponse()
 
     def unload(
@@ -145,6 +164,15 @@ def not_here(done: str) -> AccessError:
         f"(`xlarank serve --admin-port`)",
         is_known_caller=True,
     )
+
+
+@contextlib.contextmanager
+def refused_as_model(*errors: type[XlarankError]) -> Iterator[None]:
+    """Has a caller told of these errors as of a version that fails its proof: ModelError."""
+    try:
+        yield
+    except errors as error:
+        raise ModelError(str(error)) from None
 
 
 def _check_repository(name: str) -> None:

@@ -117,8 +117,9 @@ class RankingServer:
             default_timeout_seconds=default_timeout_seconds,
             observers=observers,
         )
-        self._health = HealthService(repository)
         with contextlib.ExitStack() as undo:
+            self._health = HealthService(repository)
+            undo.callback(self._health.stop)
             self._threads = ServerThreads(config.num_threads)
             undo.callback(self._threads.close)
             self._unread = UnreadAnswers()

@@ -13,6 +13,7 @@ import grpc
 from xlarank.errors import (
     AccessError,
     DeadlineError,
+    ModelError,
     ModelNotFoundError,
     OverloadError,
     RequestError,
@@ -40,6 +41,7 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (ModelNotFoundError, grpc.StatusCode.NOT_FOUND),
     (UnsupportedError, grpc.StatusCode.UNIMPLEMENTED),
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (ModelError, grpc.StatusCode.FAILED_PRECONDITION),  # of loads: ranking raises none
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (OverloadError, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -52,6 +54,7 @@ _ACCESS_CODES = {True: grpc.StatusCode.PERMISSION_DENIED, False: grpc.StatusCode
 _ERRORS: dict[grpc.StatusCode, Callable[[str], XlarankError]] = {
     grpc.StatusCode.NOT_FOUND: ModelNotFoundError,
     grpc.StatusCode.INVALID_ARGUMENT: RequestError,
+    grpc.StatusCode.FAILED_PRECONDITION: ModelError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadError,
@@ -64,6 +67,7 @@ _ERRORS: dict[grpc.StatusCode, Callable[[str], XlarankError]] = {
 _HTTP_CODES = {
     grpc.StatusCode.NOT_FOUND: 404,
     grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.FAILED_PRECONDITION: 400,
     grpc.StatusCode.UNAUTHENTICATED: 401,
     grpc.StatusCode.PERMISSION_DENIED: 403,
     grpc.StatusCode.UNIMPLEMENTED: 501,

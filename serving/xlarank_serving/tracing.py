@@ -7,6 +7,10 @@ a `traceparent`. Requests that aren't sampled cost one decision.
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Callable
+
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
@@ -21,7 +25,15 @@ from xlarank_serving.request_record import RequestRecord
 
 __all__ = ["Tracer"]
 
+_log = logging.getLogger(__name__)
+
 _NANOSECONDS = 1e9
+
+_CLOSE_SECONDS = 2.0
+"""How long the spans that are left may take at the end."""
+
+_LAST_SECONDS = 0.5
+"""Then how long the exporter may take to end what it has under way."""
 
 
 class Tracer:
@@ -36,10 +48,11 @@ class Tracer:
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(config.share)),
             resource=Resource.create({"service.name": "xlarank"}),
+            shutdown_on_exit=False,
         )
         is_plain = not (config.endpoint or "").startswith("https://")
-        exporter = exporter or OTLPSpanExporter(endpoint=config.endpoint, insecure=is_plain)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._exporter = exporter or OTLPSpanExporter(endpoint=config.endpoint, insecure=is_plain)
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("xlarank")
         self._propagator = TraceContextTextMapPropagator()
 
@@ -69,8 +82,11 @@ class Tracer:
         span.end(_nanoseconds(end))
 
     def close(self) -> None:
-        """Sends what is left."""
-        self._provider.shutdown()
+        """Sends what is left, for some seconds at most; the log says what a collector that doesn't answer
+        hasn't got."""
+        if not _ends_within(_CLOSE_SECONDS, self._provider.shutdown):
+            _log.warning("tracing: the collector didn't take the last spans in time; they are lost")
+            _ends_within(_LAST_SECONDS, self._exporter.shutdown)  # what still tries is told to stop
 
     def _add_stages(self, span: trace.Span, record: RequestRecord, begin: float, end: float) -> None:
         if record.decode_seconds is None:
@@ -89,3 +105,12 @@ class Tracer:
 
 def _nanoseconds(seconds: float) -> int:
     return int(seconds * _NANOSECONDS)
+
+
+def _ends_within(seconds: float, function: Callable[[], object]) -> bool:
+    """Whether a function does, on a thread that is left behind otherwise. OpenTelemetry's shutdown waits 30 s
+    for its own thread, and its flush heeds no timeout."""
+    thread = threading.Thread(target=function, name="tracer-close", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -168,6 +169,20 @@ def test_rollbacks_that_wait_are_bounded_and_hold_up_no_update(wire):
         assert admin.update_rows("feed", "videos", [1], np.ones((1, 4))) == 7
         repository.go_on.set()
         assert {rollback.result() for rollback in rollbacks} == {2}
+
+
+def test_a_load_over_http_that_a_stop_cuts_short_is_told_so_in_json(wire, tmp_path, caplog):
+    repository = Slow(wire, "load")
+    with ThreadPoolExecutor(2) as pool, served(repository, tmp_path) as server:
+        asked = pool.submit(ask, server.rest.address, "POST", "/v2/repository/models/feed/load")
+        repository.wait_for(1)
+        stopped = pool.submit(server.stop, 0)
+        status, headers, text = asked.result()
+        repository.go_on.set()
+        stopped.result()
+    assert (status, json.loads(text)) == (503, {"error": "the server is stopping"})
+    assert headers["connection"] == "close"
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_every_administrative_rpc_has_its_threads():

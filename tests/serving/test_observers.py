@@ -1,12 +1,19 @@
 """Access log and traces of real calls to a server."""
 
+import contextlib
 import itertools
 import json
+import os
+import re
+import resource
+import socket
 import time
+from pathlib import Path
 
 import grpc
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from xlarank_serving import access_log, tracing
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.access_log import AccessLog, line_of
 from xlarank_serving.config import AccessLogConfig, ServerConfig, TracingConfig
@@ -14,6 +21,8 @@ from xlarank_serving.request_record import RequestRecord
 from xlarank_serving.server import RankingServer
 from xlarank_serving.tracing import Tracer
 
+from xlarank.cli import serve_start
+from xlarank.cli.serve_config import ServeConfig
 from xlarank.errors import ConfigError, OverloadError
 from xlarank.runtime import Timings
 
@@ -142,12 +151,89 @@ def test_a_log_whose_folder_goes_and_comes_back_goes_on(tmp_path, caplog):
     folder.rename(tmp_path / "away")
     log(record(id="lost"))
     deadline = time.monotonic() + 30
-    while "a line is lost" not in caplog.text and time.monotonic() < deadline:
+    while "access log: lines are lost: " not in caplog.text and time.monotonic() < deadline:
         pass
     folder.mkdir()
     log(record(id="after"))
     log.close()
-    assert "after" in (folder / "access.log").read_text()
+    lost, after = map(json.loads, (folder / "access.log").read_text().splitlines())
+    assert (lost, after["id"]) == ({"dropped_lines": 1}, "after")
+
+
+def test_a_log_goes_on_when_a_full_disk_was_rotated_away(tmp_path, caplog):
+    path = tmp_path / "access.log"
+    path.symlink_to("/dev/full")
+    log = AccessLog(AccessLogConfig(path=path))
+    for _ in range(3):
+        log(record(id="lost"))
+    deadline = time.monotonic() + 30
+    while log._num_lost < 3 and time.monotonic() < deadline:
+        pass
+    path.unlink()
+    log(record(id="after"))
+    log.close()
+    lost, after = map(json.loads, path.read_text().splitlines())
+    assert (lost, after["id"]) == ({"dropped_lines": 3}, "after")
+    assert [r.getMessage() for r in caplog.records] == [
+        "access log: lines are lost: [Errno 28] No space left on device"
+    ]
+
+
+def test_a_log_on_a_full_disk_is_closed_and_says_what_is_lost(tmp_path, caplog):
+    path = tmp_path / "access.log"
+    path.symlink_to("/dev/full")
+    log = AccessLog(AccessLogConfig(path=path))
+    log(record())
+    log.close()
+    assert not log._thread.is_alive()
+    assert "access log: 1 lines were lost" in caplog.text
+
+
+def test_closing_a_log_whose_file_takes_no_more_ends(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(access_log, "_CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(access_log, "_MAX_WAITING", 4)
+    path = tmp_path / "access.log"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # which doesn't read
+    writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b"x" * 1024):
+            pass
+    os.close(writer)
+    log = AccessLog(AccessLogConfig(path=path))
+    for _ in range(6):
+        log(record())
+    log.close()
+    assert re.search(r"access log: [56] lines were lost", caplog.text)  # 5 if it was fast to take the first
+    assert log._thread.is_alive()
+    os.close(reader)  # which ends the thread
+
+
+def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path):
+    """A disk takes the begin of a line, has no room for the rest, and then has room again."""
+    path = tmp_path / "access.log"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = AccessLog(AccessLogConfig(path=path))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        log(record(id="cut"))
+        deadline = time.monotonic() + 30
+        while not log._num_lost and time.monotonic() < deadline:
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log(record(id="after"))
+    log.close()
+    cut, lost, after = path.read_text().splitlines()
+    assert (cut, json.loads(lost)) == (line_of(record(id="cut"))[:10], {"dropped_lines": 1})
+    assert json.loads(after)["id"] == "after"
+
+
+def test_a_log_on_the_standard_output(capfd):
+    log = AccessLog(AccessLogConfig(path=Path("-")))
+    log(record(id="out"))
+    log.close()
+    assert json.loads(capfd.readouterr().out)["id"] == "out"
 
 
 def test_a_line_is_json_with_times_in_milliseconds():
@@ -227,3 +313,23 @@ def test_stages_last_as_long_as_they_did():
         "respond": 0.5,
     }
     assert milliseconds == pytest.approx(expected, abs=1e-2)
+
+
+def test_a_collector_that_does_not_answer_does_not_hold_up_the_end(caplog, monkeypatch):
+    monkeypatch.setattr(tracing, "_CLOSE_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        tracer = Tracer(TracingConfig(endpoint=endpoint, share=1.0))
+        tracer(record())
+        tracer.close()
+    assert "the collector didn't take the last spans in time; they are lost" in caplog.text
+
+
+def test_the_tracer_which_may_take_longest_is_closed_last(tmp_path):
+    config = ServeConfig(
+        access_log=AccessLogConfig(path=tmp_path / "access.log"),
+        tracing=TracingConfig(endpoint="http://127.0.0.1:9"),
+    )
+    with contextlib.ExitStack() as stack:
+        observers = [stack.enter_context(contextlib.closing(each)) for each in serve_start._observers(config)]
+    assert [type(each) for each in observers] == [Tracer, AccessLog]

@@ -375,8 +375,9 @@ def test_a_server_swaps_to_a_version_that_is_published_while_it_serves(folder):
             answer()
         with pytest.raises(
             triton.InferenceServerException, match="failed to load 'linear': version 3: model"
-        ):
+        ) as caught:
             admin.load_model("linear")
+        assert caught.value.status() == "StatusCode.FAILED_PRECONDITION"
         assert answer() == 2
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)

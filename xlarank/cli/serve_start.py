@@ -83,8 +83,8 @@ def running_server(
     with contextlib.ExitStack() as outer:
         outer.callback(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(_SWITCH_SECONDS)
-        captures = outer.enter_context(contextlib.closing(Captures(config.captures)))
         observers = [outer.enter_context(contextlib.closing(each)) for each in _observers(config)]
+        captures = outer.enter_context(contextlib.closing(Captures(config.captures)))
         repository = _open_repository(config, metrics, captures, held)
         if held is not None:
             held.loading = None  # what fails from now on is no version's fault
@@ -130,16 +130,16 @@ def bound_stop(config: ServeConfig) -> None:
 
 
 def _observers(config: ServeConfig) -> list[AccessLog | Tracer]:
-    """Logs and traces that are asked for, open."""
+    """Logs and traces that are asked for, open; the last is to be closed first."""
     observers: list[AccessLog | Tracer] = []
+    if config.tracing.endpoint is not None:  # whose collector may not answer
+        from xlarank_serving.extras import tracer_type
+
+        observers.append(tracer_type()(config.tracing))
     if config.access_log.path is not None:
         from xlarank_serving.access_log import AccessLog
 
         observers.append(AccessLog(config.access_log))
-    if config.tracing.endpoint is not None:
-        from xlarank_serving.extras import tracer_type
-
-        observers.append(tracer_type()(config.tracing))
     return observers
 
 
