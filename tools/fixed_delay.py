@@ -15,8 +15,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar, cast
 
 from xlarank.errors import BucketError
-from xlarank.runtime.batcher import Batch, Part, Ticket
+from xlarank.runtime.batcher import Batch
 from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.part_queue import Part, Ticket
 from xlarank.runtime.scheduler import BatcherMaker
 from xlarank.spec import DEFAULT_PRIORITY
 from xlarank.spec.serving import QueueConfig

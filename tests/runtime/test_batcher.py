@@ -338,6 +338,65 @@ def test_a_higher_level_goes_first_in_time_however_long_the_queue_of_lower_ones(
     assert LINEAR.run_seconds(first.num_rows, len(first.parts)) <= 3.0
 
 
+def test_whoever_makes_a_run_longer_by_being_one_more_waits():
+    """Merged at 2, of the same rows; alone it takes 1."""
+    ladder = BucketLadder((Bucket(64, 1), Bucket(64, 8)))
+    batcher = batcher_of(plan_of(ladder, lambda bucket: 1.0 if bucket.requests == 1 else 2.0))
+    fill(batcher, ("urgent", 30), deadline=1.5)
+    fill(batcher, ("bulk", 30))
+    assert [run(batcher), run(batcher, now=1.0)] == [[("urgent", 0, 30)], [("bulk", 0, 30)]]
+    assert batcher.take_late() == []
+
+
+def test_shares_of_one_request_that_a_look_finds_late_make_no_run():
+    ladder = BucketLadder((Bucket(2, 1), Bucket(2, 2), Bucket(8, 1), Bucket(8, 2)))
+    prices = {(2, 1): 0.7, (2, 2): 0.7, (8, 1): 1.0, (8, 2): 1.4}
+    batcher = batcher_of(plan_of(ladder, lambda bucket: prices[bucket.rows, bucket.requests]), num_devices=3)
+    fill(batcher, ("first", 3), deadline=1.2)
+    fill(batcher, ("spread", 7), deadline=0.9, spread_over=(0, 1, 2))
+    fill(batcher, ("a", 1), ("b", 1), deadline=0.99)
+    batcher.release(1)
+    batcher.release(2)
+    assert run(batcher) == [("first", 0, 3)]
+    assert batcher.take_late() == ["spread"]
+    assert [part.item for part in batcher.waiting()] == ["a", "b"]
+    assert batcher.num_queued_rows == 2
+
+
+def test_a_split_request_that_the_least_runs_finish_in_time_runs_at_once():
+    """In runs of 3; one of 6 first ends 1% later, which is within what measurements differ by."""
+    ladder = BucketLadder((Bucket(3, 1), Bucket(6, 1)))
+    batcher = batcher_of(plan_of(ladder, lambda bucket: {3: 1.0, 6: 2.04}[bucket.rows]))
+    looks = collections.Counter()
+
+    def claims(part):
+        looks[part.item] += 1
+        return True
+
+    fill(batcher, *((f"{number}", 12) for number in range(300)), deadline=4.01)
+    assert run(batcher, claims=claims) == [("0", 0, 3)]
+    assert looks["0"] == 1
+
+
+def test_looks_are_bounded_where_each_leaves_one_out():
+    """Each of these is in time alone, a little late with the one row, and larger than the one before it."""
+    rows = range(1, 101)
+    ladder = BucketLadder(tuple(Bucket(n, q) for n in rows for q in (1, 2) if q <= n))
+    batcher = batcher_of(plan_of(ladder, lambda bucket: 100.0 + bucket.rows + bucket.requests))
+    fill(batcher, ("bulk", 1))
+    for number in rows[:80]:
+        fill(batcher, (f"{number}", number), deadline=102.5 + number)
+    looks = collections.Counter()
+
+    def claims(part):
+        looks[part.item] += 1
+        return True
+
+    assert run(batcher, claims=claims) == [("bulk", 0, 1)]
+    assert 10 < looks["bulk"] <= 16
+    assert batcher.take_late() == []
+
+
 def test_of_a_long_queue_those_that_a_full_run_makes_late_are_left_out():
     batcher = batcher_of(LINEAR)
     fill(batcher, ("first", 8), ("second", 8), deadline=3.0)
@@ -349,19 +408,26 @@ def test_of_a_long_queue_those_that_a_full_run_makes_late_are_left_out():
     assert batcher.take_late() == ["first", "second"]
 
 
+@pytest.mark.parametrize("a_request", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("seed", range(20))
-def test_what_comes_out_is_in_time_and_something_does_as_long_as_it_can_be(seed):
+def test_what_comes_out_is_in_time_and_something_does_as_long_as_it_can_be(seed, a_request):
     rng = random.Random(seed)
-    ladder = BucketLadder.of_rows(sorted(rng.sample((4, 8, 16, 64, 128, 256), 3)))
+    rows = sorted(rng.sample((4, 8, 16, 64, 128, 256), 3))
+    ladder = BucketLadder(tuple(Bucket(n, q) for n in rows for q in (1, 2, 4, 8) if q <= n))
     fixed, slope = rng.uniform(0.1, 2), rng.uniform(0.001, 0.05)
-    plan = plan_of(ladder, lambda bucket: fixed + slope * bucket.rows)
+    plan = plan_of(ladder, lambda bucket: fixed + slope * bucket.rows + a_request * bucket.requests)
     batcher, now, deadlines, ended = batcher_of(plan), 0.0, {}, {}
     for number in range(400):
         now += rng.expovariate(0.8)
         if rng.random() < 0.7 or batcher.num_queued_requests == 0:
             deadline = math.inf if rng.random() < 0.3 else now + rng.uniform(0.5, 4) * plan.knee_seconds
             deadlines[str(number)] = deadline
-            fill(batcher, (str(number), rng.randint(1, 300)), now=now, deadline=deadline)
+            fill(
+                batcher,
+                (str(number), rng.choice((rng.randint(1, 30), rng.randint(1, 300)))),
+                now=now,
+                deadline=deadline,
+            )
             continue
         batch = batcher.next_batch(0, now)
         if batch is None:
@@ -507,6 +573,16 @@ def test_what_is_ahead_of_a_request_depends_on_its_level():
     assert batcher.seconds_ahead(0.0, 2) == batcher.queued_seconds > 0
     assert batcher.seconds_ahead(0.0, 1) == pytest.approx(0.0)
     assert batcher.seconds_ahead(0.2, 1) == batcher.queued_seconds  # they have aged
+
+
+def test_equal_levels_are_peers_though_times_are_rounded():
+    """0.1 s later than one time is an ulp more than 0.1 s later than another."""
+    for came in (0.3, 7.9, 8.1, 1e6 + 0.7):
+        batcher = batcher_of(UNEVEN, max_skip_ms=1e9, ageing_ms=100)
+        for place in range(3):
+            fill(batcher, (f"r{place}", 20), now=came + place / 7)
+        assert len({part.ticket.head_start for part in batcher.waiting()}) == 1
+        assert len(run(batcher, now=came + 1)) == 3
 
 
 def test_a_request_without_rows_is_refused():

@@ -79,6 +79,14 @@ def test_the_smallest_bucket_that_holds_a_batch_runs_and_costs_no_more_than_a_la
     assert plan.run_seconds(17, 1) == math.inf
 
 
+def test_of_buckets_that_hold_a_batch_the_cheapest_runs():
+    """The smallest may hold more requests, which cost; what is planned at a price is run at it."""
+    plan = plan_of({(64, 8): 5.0, (128, 1): 1.0})
+    assert plan.bucket(30, 1) == Bucket(128, 1)
+    assert plan.run_seconds(30, 1) == plan.seconds(30) == 1.0
+    assert plan.bucket(30, 2) == Bucket(64, 8)
+
+
 def test_requests_that_no_bucket_holds_at_once_are_priced_in_parts():
     plan = plan_of({(8, 1): 1.0, (8, 2): 2.0})
     assert plan.bucket(6, 3) is None

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from xlarank.runtime.batcher import Part
 from xlarank.runtime.isolation import FaultSearch
+from xlarank.runtime.part_queue import Part
 
 
 def part_of(name, rows=1):

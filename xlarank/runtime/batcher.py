@@ -40,15 +40,19 @@ from typing import Generic, TypeVar
 
 from xlarank.errors import BucketError
 from xlarank.runtime.bucket_plan import LEAST_GAIN, BucketPlan
+from xlarank.runtime.part_queue import Part, PartQueue, Ticket
 from xlarank.spec import DEFAULT_PRIORITY, Bucket
 from xlarank.spec.serving import QueueConfig
 
-__all__ = ["Batch", "Batcher", "Part", "Ticket"]
+__all__ = ["Batch", "Batcher"]
 
 Item = TypeVar("Item", bound=Hashable)
 
 _MAX_LOOK = 256
 """Queued parts that are looked at for one batch: bounds the time under the owner's lock."""
+
+_MAX_LOOKS = 16
+"""Looks for one batch, but for those that find late ones: most often one or two are enough."""
 
 _LEAST_SAVING = 0.1
 """Share of the time that a run beyond the knee must save over runs within it: it answers all at its end."""
@@ -58,58 +62,6 @@ _MOST_KNEES = 2.5
 
 _HIGH_LOAD = 0.7
 """Share of the devices' time that is asked for; from there on a batch may be deferred."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Ticket(Generic[Item]):
-    """A queued request."""
-
-    item: Item
-    queued_at: float
-    deadline: float
-    order: tuple[float, int]
-    """Place in the queue: time of arrival, later by the ageing of its priority level; then a count."""
-
-    home: int | None = None
-    """The device that it prefers; None for any."""
-
-    is_spread: bool = False
-    """Whether devices have a share of it each."""
-
-    @property
-    def is_tied(self) -> bool:
-        """Whether it matters which device comes for it first."""
-        return self.home is not None or self.is_spread
-
-    @property
-    def head_start(self) -> float:
-        """Seconds that the highest level has over this one's."""
-        return self.order[0] - self.queued_at
-
-
-@dataclasses.dataclass(frozen=True)
-class Part(Generic[Item]):
-    """Rows ``[begin, end)`` of one request."""
-
-    ticket: Ticket[Item]
-    begin: int
-    end: int
-    pin: int | None = None
-    """The only device that may run it; None for any."""
-
-    @property
-    def item(self) -> Item:
-        """The request's name."""
-        return self.ticket.item
-
-    @property
-    def num_rows(self) -> int:
-        """Rows in it."""
-        return self.end - self.begin
-
-    def may_run_on(self, device: int) -> bool:
-        """Whether a device isn't ruled out."""
-        return self.pin is None or self.pin == device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +93,7 @@ class Batcher(Generic[Item]):
         self.plan = plan
         self.config = config or QueueConfig()
         self._num_devices = num_devices
-        self._queue: list[Part[Item]] = []  # ascending by order
+        self._queue: PartQueue[Item] = PartQueue()
         self._open: dict[Item, list[Part[Item]]] = {}  # what is in _queue; never an empty list
         # A heap of deadlines and places of arrival; may name requests long gone, but holds none of them.
         self._deadlines: list[tuple[float, int]] = []
@@ -150,7 +102,6 @@ class Batcher(Generic[Item]):
         self._count = itertools.count()
         self._load = _Load()
         self._num_queued_rows = self._num_tied = 0
-        self._queued_seconds = 0.0
         self._deferred_until = math.inf
 
     @property
@@ -171,7 +122,7 @@ class Batcher(Generic[Item]):
     @property
     def queued_seconds(self) -> float:
         """Device time that they will take, by the plan."""
-        return self._queued_seconds
+        return self._queue.seconds
 
     @property
     def deferred_until(self) -> float:
@@ -219,8 +170,9 @@ class Batcher(Generic[Item]):
         if num_rows < 1:
             raise BucketError(f"expected a request of at least one row, got {num_rows}")
         assert item not in self._open
-        order = (self._order_at(now, priority), next(self._count))
-        ticket = Ticket(item, now, deadline, order, home, is_spread=bool(spread_over))
+        head_start = self._head_start(priority)
+        order = (now + head_start, next(self._count))
+        ticket = Ticket(item, now, deadline, order, home, bool(spread_over), head_start)
         self._load.add(self.plan.work_seconds(num_rows), now)
         devices = spread_over[:num_rows]
         if not devices:
@@ -270,11 +222,7 @@ class Batcher(Generic[Item]):
 
     def seconds_ahead(self, now: float, priority: int) -> float:
         """Device time of all that a request of this level would find before it, if it came now."""
-        order = (self._order_at(now, priority), math.inf)
-        if not self._queue or self._queue[-1].ticket.order < order:
-            return self._queued_seconds
-        place = bisect.bisect_left(self._queue, order, key=_order)
-        return max(0.0, self._queued_seconds - sum(self._work(part) for part in self._queue[place:]))
+        return self._queue.seconds_before(now + self._head_start(priority))
 
     def next_batch(
         self,
@@ -298,11 +246,13 @@ class Batcher(Generic[Item]):
         left_out: set[Ticket[Item]] = set()
         least_deadline = -math.inf
         quick: tuple[Part[Item], int, Sequence[Part[Item]]] | None = None
+        num_looks = 0
         while True:
             head, company, others, late = self._choose(device, now, plan, claims, left_out, least_deadline)
             for ticket in late:
                 self._set_late(ticket)
-            if late:  # who was chosen may be among them, and there may be more behind
+            if late:  # whoever was chosen, in this look or before, may be among them; more may be behind
+                left_out, least_deadline, quick = set(), -math.inf, None
                 continue
             if head is None and quick is not None:  # there are only those who would be late for a longer run
                 head, num_rows, chosen = quick
@@ -320,6 +270,10 @@ class Batcher(Generic[Item]):
                 num_rows, chosen = first
                 break
             quick = quick or (head, *first)
+            num_looks += 1
+            if num_looks == _MAX_LOOKS:
+                head, num_rows, chosen = quick
+                break
             left_out.update(hurt)
             least_deadline = max(least_deadline, now + plan.run_seconds(num_rows, 1 + len(chosen)))
         for part in (head, *chosen):
@@ -384,8 +338,8 @@ class Batcher(Generic[Item]):
         oldest: float,
         now: float = -math.inf,
     ) -> tuple[int, Sequence[Part[Item]]]:
-        """Rows of the next run and who joins the head in it, so that all of them take the least time: of the
-        runs that make nobody in them late, where there are any (all are, at the default `now`)."""
+        """Rows of the next run and who joins the head in it, so that all of them take the least time; with
+        `now`, of the runs that make nobody in them late. There is one, as a head can be run in time alone."""
         total = head.num_rows + _num_rows(company)
         best: tuple[int, Sequence[Part[Item]]] = (0, company)
         best_seconds, least_gain, best_is_late, last = math.inf, 0.0, True, None
@@ -395,7 +349,7 @@ class Batcher(Generic[Item]):
             if capacity < head.num_rows:
                 run = (capacity, ())
             else:
-                chosen = _fill(head, company, capacity, plan, oldest)
+                chosen = _fill(head, company, capacity, plan, oldest, now)
                 run = (head.num_rows + _num_rows(chosen), chosen)
             shape = (run[0], 1 + len(run[1]))
             if shape == last:
@@ -421,15 +375,17 @@ class Batcher(Generic[Item]):
 
         What counts is the highest level among these: lower ones wait.
         """
+        num_rows, company = first
+        gone = {run[0].ticket, *(part.ticket for part in company)}
+        in_run = {part.ticket for part in run}
+        if in_run <= gone:
+            return True
         level = min(ticket.head_start for ticket in hurt)
         seen = itertools.islice(self._queue, _MAX_LOOK)
         peers = [p for p in seen if p.ticket.head_start <= level and p.ticket.deadline < math.inf]
-        in_run = {part.ticket for part in run}
         behind = [part for part in peers if part.ticket not in in_run]
         if _num_rows(behind) >= plan.knee_rows or len(behind) >= plan.max_requests:
             return False  # of a long queue others would pay for a run that isn't full
-        num_rows, company = first
-        gone = {run[0].ticket, *(part.ticket for part in company)}
         rest = [part for part in peers if part.ticket in in_run - gone]
         end = now + plan.run_seconds(num_rows, len(gone)) + plan.seconds(_num_rows(rest), max(1, len(rest)))
         lost = [part for part in rest if end > part.ticket.deadline]
@@ -463,21 +419,17 @@ class Batcher(Generic[Item]):
         if self.drop(ticket.item):
             self._late.append(ticket.item)
 
-    def _order_at(self, now: float, priority: int) -> float:
-        return now + (priority - 1) * self.config.ageing_ms / 1e3
-
-    def _work(self, part: Part[Item]) -> float:
-        return self.plan.work_seconds(part.num_rows)
+    def _head_start(self, priority: int) -> float:
+        return (priority - 1) * self.config.ageing_ms / 1e3
 
     def _insert(self, part: Part[Item]) -> None:
-        bisect.insort(self._queue, part, key=_order)
+        self._queue.insert(part, self.plan.work_seconds(part.num_rows))
         parts = self._open.setdefault(part.item, [])
         self._num_tied += part.ticket.is_tied and not parts
         parts.append(part)
         if part.ticket.deadline < math.inf:
             self._hurried[part.ticket.order[1]] = part.ticket
         self._num_queued_rows += part.num_rows
-        self._queued_seconds += self._work(part)
 
     def _remove(self, part: Part[Item]) -> None:
         parts = self._open[part.item]
@@ -487,11 +439,7 @@ class Batcher(Generic[Item]):
             self._num_tied -= part.ticket.is_tied
             self._hurried.pop(part.ticket.order[1], None)
         self._num_queued_rows -= part.num_rows
-        self._queued_seconds = max(0.0, self._queued_seconds - self._work(part)) if self._open else 0.0
-        place = bisect.bisect_left(self._queue, _order(part), key=_order)
-        while self._queue[place] is not part:  # parts of one request share a place
-            place += 1
-        del self._queue[place]
+        self._queue.remove(part)
 
 
 class _Load:
@@ -520,10 +468,6 @@ def _late_for(
 
 def _num_rows(parts: Iterable[Part]) -> int:
     return sum(part.num_rows for part in parts)
-
-
-def _order(part: Part) -> tuple[float, int]:
-    return part.ticket.order
 
 
 def _limit(head: Part, plan: BucketPlan) -> int:
@@ -577,22 +521,30 @@ def _seconds_within(parts: Sequence[Part], plan: BucketPlan, oldest: float) -> f
 
 
 def _fill(
-    head: Part, company: Sequence[Part], capacity: int, plan: BucketPlan, oldest: float
+    head: Part,
+    company: Sequence[Part],
+    capacity: int,
+    plan: BucketPlan,
+    oldest: float,
+    now: float = -math.inf,
 ) -> Sequence[Part]:
-    """Those of the company, in order, that fit beside the head; no two of one request, and none behind one
-    that doesn't fit and has been queued since `oldest`."""
+    """Those of the company, in order, that fit beside the head and make nobody late, from `now` on; no two of
+    one request, and none behind one that doesn't fit and has been queued since `oldest`."""
     chosen: list[Part] = []
     tickets = {head.ticket}
-    num_rows = head.num_rows
+    num_rows, deadline = head.num_rows, head.ticket.deadline
     for part in company:
+        seconds = plan.run_seconds(num_rows + part.num_rows, 2 + len(chosen))
         if (
             num_rows + part.num_rows <= capacity
             and part.ticket not in tickets
-            and plan.bucket(num_rows + part.num_rows, 2 + len(chosen)) is not None
+            and seconds < math.inf
+            and now + seconds <= min(deadline, part.ticket.deadline)
         ):
             chosen.append(part)
             tickets.add(part.ticket)
             num_rows += part.num_rows
+            deadline = min(deadline, part.ticket.deadline)
         elif part.ticket.queued_at <= oldest and part.ticket not in tickets:
             break
     return chosen

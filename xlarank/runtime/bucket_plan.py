@@ -7,7 +7,7 @@ import functools
 import math
 
 from xlarank.errors import BucketError
-from xlarank.spec import BucketLadder, LatencyProfile
+from xlarank.spec import Bucket, BucketLadder, LatencyProfile
 from xlarank.spec.serving import QueueConfig
 
 __all__ = ["LEAST_GAIN", "SECONDS_A_RUN", "BucketPlan"]
@@ -71,7 +71,7 @@ class BucketPlan:
         merged = [bucket for bucket in ladder.buckets if bucket.rows <= limit] or [ladder.buckets[0]]
         self.seconds_a_row = min(self._seconds[bucket] / bucket.rows for bucket in merged)
         self.knee_seconds = self.seconds_a_row * limit
-        self.bucket = functools.cache(ladder.smallest)
+        self.bucket = functools.cache(self._bucket)
         self.run_seconds = functools.cache(self._run_seconds)
 
     @classmethod
@@ -79,8 +79,13 @@ class BucketPlan:
         """With a queue's limit, where it is below the ladder's own."""
         return cls(ladder, profile, max_batch_rows=min(config.max_batch_rows, ladder.max_rows) or None)
 
+    def _bucket(self, num_rows: int, num_requests: int) -> Bucket | None:
+        """The cheapest that holds them, of equals the smallest: what is less never takes longer."""
+        holding = [bucket for bucket in self.ladder.buckets if bucket.holds(num_rows, num_requests)]
+        return min(holding, key=self._seconds.__getitem__, default=None)
+
     def _run_seconds(self, num_rows: int, num_requests: int) -> float:
-        """Of one run of the smallest bucket that holds them; inf when none does."""
+        """Of one run of the bucket that they take; inf when none holds them."""
         bucket = self.bucket(num_rows, num_requests)
         return math.inf if bucket is None else self._seconds[bucket]
 

@@ -17,8 +17,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from xlarank.runtime.batcher import Part
 from xlarank.runtime.device_health import Suspicion
+from xlarank.runtime.part_queue import Part
 
 __all__ = ["Culprit", "FaultSearch", "Step"]
 

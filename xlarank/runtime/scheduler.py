@@ -32,8 +32,9 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 from xlarank.errors import DeadlineError, OverloadError, UnavailableError
-from xlarank.runtime.batcher import Batch, Batcher, Part, Ticket
+from xlarank.runtime.batcher import Batch, Batcher
 from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.part_queue import Part, Ticket
 from xlarank.runtime.slowdown import Slowdown
 from xlarank.spec import DEFAULT_PRIORITY, RequestOptions
 from xlarank.spec.serving import DispatchPolicy, QueueConfig

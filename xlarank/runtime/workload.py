@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from xlarank.errors import DeadlineError, ExecutionError
-from xlarank.runtime.batcher import Batch, Part
+from xlarank.runtime.batcher import Batch
 from xlarank.runtime.captures import Captures
 from xlarank.runtime.execution import Executed, Execution
 from xlarank.runtime.isolation import Culprit
 from xlarank.runtime.metrics import ModelMetrics
+from xlarank.runtime.part_queue import Part
 from xlarank.runtime.pending import Pending
 from xlarank.spec import BucketLadder
 
