@@ -371,7 +371,7 @@ class Scheduler(Generic[Item]):
     def wake_at(self) -> float:
         """When to call `take_late`, or `next_turn` for every free device, though nothing happens; or inf."""
         times = [device.look_at for device in self._devices if device.is_available]
-        return min([*times, *(queue.batcher.wake_at for queue in self._queues)])
+        return min([*times, *(queue.batcher.wake_at for queue in self._queues)], default=math.inf)
 
     def overload(self, num_arriving: int, now: float) -> OverloadError | None:
         """What a request that comes now would be refused with, before anything is known of it.
