@@ -1,7 +1,9 @@
 """Bad data and the watchdog, in real pools on a clock that the test sets."""
 
+import contextlib
 import math
 import os
+import random
 import threading
 from types import SimpleNamespace
 
@@ -72,10 +74,10 @@ class Data:
 class Served:
     """A pool, a model that does as `data` says, and time."""
 
-    def __init__(self, num_devices):
+    def __init__(self, num_devices, probe_seconds):
         self.clock, self.data = Clock(), Data()
         self.gates = []  # open at the end
-        faults = FaultConfig(watchdog_seconds=WATCHDOG_SECONDS, probe_seconds=1e6)
+        faults = FaultConfig(watchdog_seconds=WATCHDOG_SECONDS, probe_seconds=probe_seconds)
         self.pool = DevicePool(num_devices, faults=faults, clock=self.clock)
         config = QueueConfig(max_queue_ms=1e12)
         self.queue = self.pool.attach(self.data, "feed", [PLAN] * num_devices, config)
@@ -105,7 +107,13 @@ class Served:
             gate.set()
 
     def pass_time(self, seconds):
-        """Lets time pass and the watchdog look."""
+        """Lets time pass, in steps so small that the watchdog sees them."""
+        while seconds > 0:
+            self.jump(min(seconds, WATCHDOG_SECONDS / 10))
+            seconds -= WATCHDOG_SECONDS / 10
+
+    def jump(self, seconds):
+        """Lets time pass at once, and the watchdog look."""
         with self.pool._lock:
             self.clock.now += seconds
             self.pool._timer_at = -math.inf
@@ -127,8 +135,8 @@ class Served:
 def serve():
     opened = []
 
-    def serve(num_devices=1):
-        opened.append(Served(num_devices))
+    def serve(num_devices=1, probe_seconds=1e6):
+        opened.append(Served(num_devices, probe_seconds))
         return opened[-1]
 
     yield serve
@@ -272,3 +280,180 @@ def test_a_second_run_of_nothing_says_nothing(serve, caplog):
     assert results == []
     assert data.num_probes == 1
     assert not any("not again" in record.getMessage() for record in caplog.records)
+
+
+class Puppet:
+    """Holds every run and golden replay until it is told how they end."""
+
+    def __init__(self, served):
+        self.pool, self.is_free = served.pool, False
+        self.held = {}  # by device: the gate, and how it ends
+        served.data.on_run = lambda _, device_index: self.hold(device_index)
+        served.data.probe = self.hold
+
+    def hold(self, device_index):
+        if self.is_free:
+            return
+        held = self.held[device_index] = [threading.Event(), None]
+        assert held[0].wait(60)
+        if held[1] is not None:
+            raise held[1]
+
+    def release(self, device_index, error=None):
+        held = self.held.pop(device_index)
+        held[1] = error
+        held[0].set()
+
+    def rest(self):
+        """Until every device is held, or waits."""
+        while True:
+            with self.pool._lock:
+                if len(self.held) + len(self.pool._work._waiters) == self.pool.num_devices:
+                    return
+            os.sched_yield()
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(8))
+def test_nobody_waits_for_ever_in_whatever_order_devices_fail_hang_and_come_back(serve, seed, num_devices):
+    rng, served = random.Random(seed), serve(num_devices, probe_seconds=1.0)
+    puppet, accepted = Puppet(served), []
+    for number in range(40):
+        event = rng.random()
+        if event < 0.35:
+            with contextlib.suppress(UnavailableError):
+                served.submit(number)
+                accepted.append(number)
+        elif event < 0.75 and puppet.held:
+            error = RuntimeError("overflow") if rng.random() < 0.4 else None
+            puppet.release(rng.choice(sorted(puppet.held)), error)
+        else:
+            served.pass_time(WATCHDOG_SECONDS * rng.choice((0.3, 1.1)))
+        puppet.rest()
+    puppet.is_free = True
+    for index in sorted(puppet.held):
+        puppet.release(index)
+    served.data.wait_for(*accepted)
+    served.jump(100)
+    served.wait_for_states(*[DeviceState.HEALTHY] * num_devices)
+
+
+def test_what_hung_is_run_by_its_own_device_when_that_came_back_and_the_other_hangs(serve):
+    served = serve(2, probe_seconds=1.0)
+    puppet = Puppet(served)
+    served.submit("first")
+    puppet.rest()
+    (first,) = puppet.held
+    served.pass_time(0.6 * WATCHDOG_SECONDS)
+    served.submit("second")
+    puppet.rest()
+    served.pass_time(0.5 * WATCHDOG_SECONDS)
+    assert served.states()[first] is DeviceState.QUARANTINED
+    puppet.release(first)
+    served.jump(1)  # a probe is due
+    while first not in puppet.held:
+        os.sched_yield()
+    puppet.release(first)
+    served.wait_for_states(*[DeviceState.HEALTHY] * 2)
+    puppet.is_free = True
+    served.pass_time(0.5 * WATCHDOG_SECONDS)
+    served.data.wait_for("first", "second")
+    assert set(served.data.outcomes.values()) == {"answered"}
+    puppet.release(1 - first)
+
+
+def fail(*_):
+    raise RuntimeError("illegal address")
+
+
+def test_devices_that_all_fail_with_whatever_they_run_are_quarantined(serve):
+    served = serve(2)
+    data = served.data
+    data.run, data.probe = fail, fail
+    served.submit(0)
+    data.wait_for(0)
+    assert isinstance(data.outcomes[0], UnavailableError)
+    why = "illegal address; golden replay: illegal address"
+    assert served.pool.fault == f"no device is healthy (0: {why}; 1: {why})"
+
+
+def test_devices_that_all_break_while_they_serve_are_found_by_the_second_request(serve):
+    served = serve(2)
+    data = served.data
+    served.submit_together()
+    data.wait_for("holds 0", "holds 1")
+    data.run, data.probe = fail, fail
+    served.submit("first")  # of which their last runs say that it is at fault
+    data.wait_for("first")
+    served.wait_for_states(DeviceState.HEALTHY, DeviceState.HEALTHY)
+    served.submit("second")
+    data.wait_for("second")
+    assert data.outcomes["first"] == "accused"
+    assert isinstance(data.outcomes["second"], UnavailableError)
+
+
+def test_bad_data_alone_has_each_device_replayed_once_a_second_and_beside_good_data_none(serve):
+    served = serve(2)
+    data = served.data
+    data.bad = set(range(10))
+    served.submit_together(0)
+    data.wait_for(0)
+    assert data.num_probes == 0
+    served.submit(*range(1, 10))
+    data.wait_for(*range(10))
+    assert 1 <= data.num_probes <= 2
+    assert {data.outcomes[item] for item in range(10)} == {"accused"}
+    assert sum(status.num_quarantines for status in served.pool.statuses()) == 0
+
+
+def test_a_pause_of_the_process_is_nobodys_hang(serve):
+    served = serve(2)
+    puppet = Puppet(served)
+    served.submit(0)
+    puppet.rest()
+    (index,) = puppet.held
+    served.jump(2 * WATCHDOG_SECONDS)
+    served.pass_time(0.8 * WATCHDOG_SECONDS)
+    assert served.states() == [DeviceState.HEALTHY] * 2
+    puppet.is_free = True
+    served.pass_time(0.2 * WATCHDOG_SECONDS)
+    assert served.states()[index] is DeviceState.QUARANTINED
+    served.data.wait_for(0)
+    puppet.release(index)
+
+
+def test_the_timer_sleeps_while_a_probe_runs(serve):
+    served = serve(1, probe_seconds=1.0)
+    data, puppet = served.data, Puppet(served)
+    data.run = fail
+    served.submit(0)
+    puppet.rest()
+    puppet.release(0, RuntimeError("broken"))
+    data.wait_for(0)
+    served.jump(5)
+    while not puppet.held:
+        os.sched_yield()
+    with served.pool._lock:
+        assert served.pool._wake_at() > served.clock.now
+    puppet.release(0)
+
+
+def test_what_fails_while_the_pool_closes_is_judged_by_another_device(serve):
+    served = serve(2)
+    puppet = Puppet(served)
+    served.submit(0)
+    puppet.rest()
+    (index,) = puppet.held
+    closing = threading.Thread(target=served.pool.close, daemon=True)
+    closing.start()
+    while not served.pool._is_closed:
+        os.sched_yield()
+    other = served.pool._threads[1 - index]
+    while other.is_alive() and not served.pool._work._waiters:
+        os.sched_yield()
+    puppet.is_free = True
+    puppet.release(index, RuntimeError("overflow"))
+    served.data.wait_for(0)
+    closing.join(30)
+    assert not closing.is_alive()
+    assert served.data.outcomes == {0: "answered"}

@@ -4,12 +4,14 @@ Contract
   - Pure: no threads, no clock. The pool serialises the calls and hands in the time.
   - A device whose batch failed, or gave scores that aren't finite, is *suspect* and gets no work until
     another device has run the same batch. Fine there: the first is quarantined. The same there: it's the
-    data; both are fine, and the batch is taken apart to find the requests at fault. Without another device,
-    a golden replay decides instead, or one that succeeded within the last second, and then a second run.
-  - A device that hasn't come back from a batch in `watchdog_seconds`, or from a probe or a run of a version
-    that is being proven, is quarantined, and another gets the batch. What it brings back later is thrown
-    away. A batch that two devices hung in, or that fails on the second, is given up: it won't take down a
-    third. Each run of the search for bad data is a batch of its own, and what hangs in it is given up alone.
+    data, if that device can be believed (see `Suspicions`) or golden requests run on it; both are fine then,
+    and the batch is taken apart to find the requests at fault. Without another device, a golden replay
+    decides instead, or one that succeeded within the last second, and then a second run.
+  - A device that hasn't come back from a batch in `watchdog_seconds` (see `Watchdog`), or from a probe or a
+    run of a version that is being proven, is quarantined, and another gets the batch. What it brings back
+    later is thrown away. A batch that two devices hung in, or that fails on the second, is given up: it won't
+    take down a third. Each run of the search for bad data is a batch of its own, and what hangs in it is
+    given up alone.
   - A quarantined device is probed by golden replay, at first after `probe_seconds`, then at intervals that
     double up to `_MAX_PROBE_SECONDS`, and returns to service when a probe succeeds.
 """
@@ -70,11 +72,17 @@ class Suspicion:
         """What happened, in words."""
         return str(self.error) or type(self.error).__name__
 
+    @property
+    def items(self) -> list[Any]:
+        """Whose requests are in the batch."""
+        return [part.item for part in self.turn.batch.parts]
+
 
 class _Device:
     def __init__(self) -> None:
         self.state = DeviceState.HEALTHY
         self.reason = ""
+        self.suspicion: Suspicion | None = None  # what makes it a suspect
         self.num_quarantines = 0
         self.probe_at = math.inf
         self.probe_wait = 0.0
@@ -107,15 +115,19 @@ class DeviceHealth:
         """Of one device."""
         return self._devices[index].state
 
-    def suspect(self, index: int, reason: str) -> None:
-        """Its last batch failed; another device will tell."""
-        device = self._devices[index]
-        device.state, device.reason = DeviceState.SUSPECT, reason
+    def suspect(self, suspicion: Suspicion) -> None:
+        """A device's last batch failed; another device will tell."""
+        device = self._devices[suspicion.turn.device]
+        device.state, device.reason, device.suspicion = DeviceState.SUSPECT, suspicion.reason, suspicion
+
+    def suspicion(self, index: int) -> Suspicion | None:
+        """What makes a device a suspect; None if it is none."""
+        return self._devices[index].suspicion
 
     def acquit(self, index: int) -> None:
         """It was the data, or a probe succeeded: the device gets work again."""
         device = self._devices[index]
-        device.state, device.reason, device.probe_at = DeviceState.HEALTHY, "", math.inf
+        device.state, device.reason, device.suspicion = DeviceState.HEALTHY, "", None
 
     def quarantine(self, index: int, reason: str, now: float, *, is_away: bool = False) -> None:
         """Takes a device out of service until a probe succeeds.
@@ -128,7 +140,7 @@ class DeviceHealth:
         """
         device = self._devices[index]
         device.num_quarantines += device.state is not DeviceState.QUARANTINED  # it may be so, and hang now
-        device.state, device.reason = DeviceState.QUARANTINED, reason
+        device.state, device.reason, device.suspicion = DeviceState.QUARANTINED, reason, None
         device.is_away = is_away
         device.probe_wait = self._config.probe_seconds
         device.probe_at = now + device.probe_wait
@@ -148,16 +160,8 @@ class DeviceHealth:
         device.probe_wait = min(2 * device.probe_wait, _MAX_PROBE_SECONDS)
         device.probe_at = now + device.probe_wait
 
-    def should_probe(self, index: int, now: float) -> bool:
-        """Whether it's time to try a quarantined device."""
+    def probe_at(self, index: int) -> float:
+        """When it's time to try a device; inf for one that isn't quarantined, or hangs."""
         device = self._devices[index]
-        return device.state is DeviceState.QUARANTINED and not device.is_away and now >= device.probe_at
-
-    def wake_at(self) -> float:
-        """When the next probe is due; inf for none."""
-        due = [
-            device.probe_at
-            for device in self._devices
-            if device.state is DeviceState.QUARANTINED and not device.is_away
-        ]
-        return min(due, default=math.inf)
+        is_due = device.state is DeviceState.QUARANTINED and not device.is_away
+        return device.probe_at if is_due else math.inf

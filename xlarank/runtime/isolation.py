@@ -16,9 +16,12 @@ import collections
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
+from xlarank.runtime.batcher import Batch
 from xlarank.runtime.device_health import Suspicion
 from xlarank.runtime.part_queue import Part
+from xlarank.runtime.scheduler import Turn
 
 __all__ = ["Culprit", "FaultSearch", "Step"]
 
@@ -59,6 +62,23 @@ class Step:
     until: float = math.inf
     """When the rows that are left will do."""
 
+    @property
+    def workload(self) -> Any:
+        """The pool's, of the model."""
+        return self.suspicion.workload
+
+    @property
+    def items(self) -> list[Any]:
+        """Whose requests the parts are."""
+        return [part.item for part in self.parts]
+
+    def turn_on(self, index: int) -> Turn[Any]:
+        """What a device is to run."""
+        first = self.suspicion.turn
+        bucket = first.queue.plans[index].bucket(sum(part.num_rows for part in self.parts), len(self.parts))
+        assert bucket is not None  # it held more
+        return dataclasses.replace(first, batch=Batch(bucket, self.parts))
+
 
 class FaultSearch:
     """See the contract at the top of the file."""
@@ -72,6 +92,18 @@ class FaultSearch:
     def num_steps(self) -> int:
         """That are to be taken."""
         return len(self._requests) + len(self._rows)
+
+    def put_back(self, step: Step) -> None:
+        """Has a step that was taken wait again."""
+        (self._requests if step.culprit is None else self._rows).appendleft(step)
+
+    def take_back(self, step: Step) -> bool:
+        """Takes a step that was put back; False if it has been taken."""
+        for steps in (self._requests, self._rows):
+            if step in steps:
+                steps.remove(step)
+                return True
+        return False
 
     def begin(
         self, suspicion: Suspicion, parts: Sequence[Part], error: Exception, now: float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
@@ -13,12 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from xlarank.errors import DeadlineError, ExecutionError, OverloadError, UnavailableError
-from xlarank.runtime.batcher import Batch, Batcher
+from xlarank.runtime.batcher import Batcher
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.device_health import DeviceHealth, DeviceState, DeviceStatus, Suspicion
-from xlarank.runtime.isolation import FaultSearch, Step
-from xlarank.runtime.pool_metrics import REFUSALS, DeviceSnapshot, PoolSnapshot, QueueSnapshot
+from xlarank.runtime.isolation import Culprit, FaultSearch, Step
+from xlarank.runtime.pool_metrics import REFUSALS, PoolSnapshot, snapshot_of
 from xlarank.runtime.scheduler import BatcherMaker, ModelQueue, Scheduler, Turn
+from xlarank.runtime.suspicions import Suspicions
+from xlarank.runtime.watchdog import Watchdog
 from xlarank.runtime.work import Workload
 from xlarank.runtime.yielding import IdleSignal
 from xlarank.spec import FaultConfig, RequestOptions
@@ -31,9 +32,8 @@ _log = logging.getLogger(__name__)
 _LEAST_TICK_SECONDS = 0.001
 _DEFECT_SECONDS = 1.0
 
-_PROVEN_SECONDS = 1.0
-"""For so long a golden replay speaks for a device: bad data that comes again and again must not have it
-replayed each time."""
+_Stranded = tuple[Workload, list[Any], Exception | None]
+"""Requests of a model that won't be run, and why; None for want of a device."""
 
 _REFUSAL_OF = {OverloadError: "queue_full", DeadlineError: "deadline", UnavailableError: "no_device"}
 
@@ -71,16 +71,14 @@ class DevicePool:
         self._timer = threading.Condition(self._lock)  # the time to wake may have come nearer
         # All below guarded by _lock.
         self._scheduler: Scheduler[Any] = Scheduler(num_devices, costs=costs, make_batcher=make_batcher)
-        self._health = DeviceHealth(num_devices, faults or FaultConfig())
-        self._suspicions: list[Suspicion] = []  # to be judged
-        self._accused: dict[Turn, int] = {}  # whom a turn that judges is about
+        faults = faults or FaultConfig()
+        self._health = DeviceHealth(num_devices, faults)
+        self._watchdog = Watchdog(faults.watchdog_seconds)
+        self._suspicions = Suspicions(self._health)
         self._search = FaultSearch()
-        # By device: the model whose golden requests it ran last when it was suspected, and when.
-        self._proven: list[tuple[ModelQueue | None, float]] = [(None, -math.inf)] * num_devices
         self._workloads: dict[ModelQueue, Workload] = {}
         self._refusals: dict[ModelQueue, Counter[str]] = {}
         self._errands: list[deque[Callable[[], None]]] = [deque() for _ in range(num_devices)]
-        self._asides = [math.inf] * num_devices  # since when a device does something that is no turn
         self._timer_at = math.inf  # when the timer wakes by itself
         self._num_turned_away = 0
         self._was_uniform = True  # at the last change
@@ -199,23 +197,8 @@ class DevicePool:
     def snapshot(self) -> PoolSnapshot:
         """For metrics."""
         with self._lock:
-            now = self._clock()
-            queues = [
-                QueueSnapshot(
-                    queue.name,
-                    queue.version,
-                    queue.batcher.num_queued_rows,
-                    queue.batcher.num_queued_requests,
-                    queue.batcher.queued_seconds,
-                    dict(self._refusals[queue]),
-                )
-                for queue in self._scheduler.queues
-            ]
-            devices = [
-                DeviceSnapshot(status, *self._scheduler.use_of(index, now))
-                for index, status in enumerate(self._health.statuses())
-            ]
-        return PoolSnapshot(queues, devices, self._num_turned_away)
+            health, counts = self._health.statuses(), (self._refusals, self._num_turned_away)
+            return snapshot_of(self._scheduler, health, *counts, self._clock())
 
     def close(self) -> None:
         """Finishes what is queued, then stops the threads; one that hangs is left behind."""
@@ -266,17 +249,20 @@ class DevicePool:
                     workload = self._workloads[turn.queue]
                     task = lambda turn=turn, workload=workload: self._run(turn, workload)  # noqa: E731
                 task = task or self._step(index, now, is_idle=True)
-                self._tell_change()
                 if task is not None:
+                    self._watchdog.begin(index, now)
                     self._on_change()
+                    self._tell_change()
                     return task
+                self._tell_change()
                 if self._is_closed and not self._has_more():
                     return None
                 self._work.wait()
 
     def _has_more(self) -> bool:
         """Whether there is something that some device has yet to run."""
-        return bool(self._scheduler.num_queued_requests or self._suspicions or self._search.num_steps)
+        has_waiting = self._scheduler.num_queued_requests or len(self._suspicions) or self._search.num_steps
+        return bool(has_waiting or self._scheduler.turns())  # what runs may fail, and be run again
 
     def _aside(self, index: int, now: float) -> Callable[[], None] | None:
         """A probe or an errand, if there is one."""
@@ -285,9 +271,9 @@ class DevicePool:
             task = self._errands[index].popleft()
         return None if task is None else self._put_aside(index, now, task)
 
-    def _put_aside(self, index: int, now: float, task: Callable[[], None]) -> Callable[[], None]:
+    def _put_aside(self, index: int, now: float, task: Callable[[], object]) -> Callable[[], None]:
         """A task as if it were a turn: the device is not free, and may hang in it."""
-        self._asides[index] = now
+        self._watchdog.begin(index, now)
         self._scheduler.set_aside(index, True)
 
         def run() -> None:
@@ -295,9 +281,8 @@ class DevicePool:
                 task()
             finally:
                 with self._lock:
-                    self._asides[index] = math.inf
                     self._scheduler.set_aside(index, False)
-                    self._health.back(index)
+                    self._back(index)
                     self._work.notify_all()
 
         return run
@@ -307,11 +292,10 @@ class DevicePool:
         try:
             result = workload.run(turn.batch, turn.device)
         except Exception as error:  # the boundary of a device's thread: a batch may fail, the thread not
-            if self._end(turn):
+            if self._suspect(Suspicion(turn, workload, error, has_hung=False)):
                 _log.exception("device %d: a batch of model %s failed", turn.device, turn.queue.name)
-                self._suspect(turn, workload, error)
             return
-        if self._end(turn):
+        if self._ran(turn, result):
             self._answer(turn, workload, result)
 
     def _answer(self, turn: Turn, workload: Workload, result: Any) -> None:
@@ -319,75 +303,71 @@ class DevicePool:
             workload.answer(result)
         except Exception as error:  # nobody must wait for ever
             _log.exception("model %s: a batch has run, but can't be answered", turn.queue.name)
-            self._fail(turn.batch, workload, ExecutionError(f"model {turn.queue.name!r}: {error}"))
-
-    def _fail(self, batch: Batch, workload: Workload, error: Exception) -> None:
-        workload.fail([part.item for part in batch.parts], error)
+            items = [part.item for part in turn.batch.parts]
+            workload.fail(items, ExecutionError(f"model {turn.queue.name!r}: {error}"))
 
     def _end(self, turn: Turn) -> bool:
         """Frees the turn's device; False if the watchdog has given it up meanwhile, and its batch away."""
+        is_own = self._scheduler.turn_of(turn.device) is turn
+        self._scheduler.finished(turn, self._clock())
+        self._back(turn.device)
+        self._suspicions.end(turn)
+        self._on_change()
+        return is_own
+
+    def _back(self, index: int) -> None:
+        self._watchdog.end(index)
+        self._health.back(index)
+
+    def _ran(self, turn: Turn, result: Any) -> bool:
+        """As `_end`, of a turn that didn't fail."""
         with self._lock:
-            is_own = self._scheduler.turn_of(turn.device) is turn
-            self._scheduler.finished(turn, self._clock())
-            self._health.back(turn.device)
-            self._accused.pop(turn, None)
-            self._on_change()
+            is_own = self._end(turn)
+            if is_own and result is not None:
+                self._suspicions.ran(turn.queue, turn.device, self._clock())
             return is_own
 
-    def _suspect(self, turn: Turn, workload: Workload, error: Exception) -> None:
-        """Whose fault was it? Another device will tell, or this one alone."""
-        suspicion = Suspicion(turn, workload, error, has_hung=False)
+    def _suspect(self, suspicion: Suspicion) -> bool:
+        """As `_end`, of a turn that failed. Another device will tell whose fault it was, or this one."""
+        turn = suspicion.turn
         with self._lock:
-            self._health.suspect(turn.device, suspicion.reason)
-            self._scheduler.set_suspended(turn.device, True)
-            self._suspicions.append(suspicion)
-            self._work.notify_all()
+            is_own = self._end(turn)
+            if is_own:
+                self._health.suspect(suspicion)
+                self._scheduler.set_suspended(turn.device, True)
+                self._suspicions.add(suspicion)
+                self._work.notify_all()
+            return is_own
 
     def _judgement(self, index: int, now: float) -> Callable[[], None] | None:
         """A suspicion that this device clears up: as another one that works, or because none is left."""
-        for suspicion in self._suspicions:
-            accused, state = suspicion.turn.device, self._health.state(index)
-            if index == accused:
-                if state is not DeviceState.SUSPECT or self._health.num_healthy or suspicion.has_hung:
-                    continue
-                if not self._is_proven(suspicion, now):
-                    return self._put_aside(index, now, functools.partial(self._prove, suspicion))
-                self._clear(index)
-            elif state is not DeviceState.HEALTHY:
-                continue
-            self._suspicions.remove(suspicion)
-            turn = self._scheduler.retry(suspicion.turn, index, now)
-            self._accused[turn] = accused
-            return lambda: self._judge(suspicion, turn)
-        return None
+        suspicion = self._suspicions.next_for(index)
+        if suspicion is None:
+            return None
+        if self._health.suspicion(index) is suspicion:
+            if not self._suspicions.has_replayed(index, suspicion, now):
+                return self._put_aside(index, now, functools.partial(self._prove, suspicion, index))
+            self._clear(suspicion)
+        self._suspicions.take(suspicion)
+        turn = self._scheduler.retry(suspicion.turn, index, now)
+        self._suspicions.begin(suspicion, turn)
+        return lambda: self._judge(suspicion, turn)
 
-    def _is_proven(self, suspicion: Suspicion, now: float) -> bool:
-        """Whether a suspect without another device ran golden requests well: since, or just before."""
-        queue, at = self._proven[suspicion.turn.device]
-        since = min(suspicion.turn.started_at, now - _PROVEN_SECONDS)
-        return queue is suspicion.turn.queue and at >= since
+    def _prove(self, suspicion: Suspicion, index: int) -> bool:
+        """Has a device run golden requests, as no other one will tell whether it works.
 
-    def _prove(self, suspicion: Suspicion) -> None:
-        """Has a suspect run golden requests, as no other device will tell whether it works.
-
-        If it does, its batch gets the second run that another device would have given it: what fails but once
-        is nobody's fault.
+        If a suspect does, its batch gets the second run that another device would have given it: what fails
+        but once is nobody's fault.
         """
-        index = suspicion.turn.device
         try:
             suspicion.workload.probe(index)
         except Exception as error:
             _log.exception("device %d: golden replay failed", index)
-            with self._lock:
-                is_waiting = suspicion in self._suspicions  # for nobody else has judged it, or given it up
-                if is_waiting:
-                    self._suspicions.remove(suspicion)
             self._quarantine(index, f"{suspicion.reason}; golden replay: {error}")
-            if is_waiting:
-                self._give_up([part.item for part in suspicion.turn.batch.parts], suspicion.workload)
-            return
+            return False
         with self._lock:
-            self._proven[index] = suspicion.turn.queue, self._clock()
+            self._suspicions.replayed(suspicion.turn.queue, index, self._clock())
+        return True
 
     def _judge(self, suspicion: Suspicion, turn: Turn) -> None:
         """Runs a batch that failed or hung once more."""
@@ -396,34 +376,73 @@ class DevicePool:
             result = workload.run(turn.batch, turn.device)
         except Exception as error:
             _log.warning("device %d: the batch that device %d failed with failed too", turn.device, accused)
-            if not self._end(turn):
-                return  # it has been given up
             if suspicion.has_hung:
-                both = ExecutionError(f"{suspicion.reason}; on another device: {error}")
-                self._fail(turn.batch, workload, both)
-                return
-            with self._lock:
-                self._clear(accused)
-                culprit = self._search.begin(suspicion, turn.batch.parts, error, self._clock())
-                self._work.notify_all()
-            if culprit is not None:
-                workload.accuse(culprit)
+                with self._lock:
+                    is_own = self._end(turn)
+                if is_own:
+                    both = ExecutionError(f"{suspicion.reason}; on device {turn.device}: {error}")
+                    workload.fail(suspicion.items, both)
+            else:
+                self._blame(turn, Step(suspicion, tuple(turn.batch.parts)), error, is_judging=True)
             return
-        if self._end(turn):
+        if self._ran(turn, result):
             is_whole = result is not None and result.is_whole
             if is_whole and accused == turn.device:
                 _log.warning("device %d: a batch failed once, and not again: %s", accused, suspicion.reason)
-            elif is_whole and not suspicion.has_hung:
+            elif is_whole and self._health.suspicion(accused) is suspicion:
                 self._quarantine(accused, suspicion.reason)
             else:  # what is no longer waited for may have been at fault: its next batch will tell
                 with self._lock:
-                    self._clear(accused)
+                    self._clear(suspicion)
             self._answer(turn, workload, result)
 
-    def _clear(self, index: int) -> None:
-        """A device is no longer a suspect, if it is one: it may have been given up meanwhile."""
-        if self._health.state(index) is DeviceState.SUSPECT:
-            self._back_in_service(index)
+    def _clear(self, suspicion: Suspicion) -> None:
+        """A device is no longer a suspect because of this, if it is: it may have been given up meanwhile."""
+        if self._health.suspicion(suspicion.turn.device) is suspicion:
+            self._back_in_service(suspicion.turn.device)
+
+    def _blame(self, turn: Turn, step: Step, error: Exception, *, is_judging: bool = False) -> None:
+        """Data failed again: its fault, if the device is believed, or else once that has proven itself."""
+        confirm = culprit = None
+        with self._lock:
+            now = self._clock()
+            if not self._end(turn):
+                return  # it has been given up
+            learn = functools.partial(self._learn, step, error, now - turn.started_at)
+            if self._suspicions.is_believed(turn.device, step.suspicion, now):
+                culprit = learn()
+            else:  # meanwhile another one may take it
+                self._suspicions.add(step.suspicion) if is_judging else self._search.put_back(step)
+                task = functools.partial(self._confirm, turn.device, step, learn)
+                confirm = self._put_aside(turn.device, now, task)
+            self._work.notify_all()
+        if confirm is not None:
+            confirm()
+        self._accuse(step, culprit)
+
+    def _confirm(self, index: int, step: Step, learn: Callable[[], Culprit | None]) -> None:
+        if not self._prove(step.suspicion, index):
+            return
+        with self._lock:
+            is_healthy = self._health.state(index) is DeviceState.HEALTHY  # else it came back late
+            is_own = is_healthy and (self._suspicions.take(step.suspicion) or self._search.take_back(step))
+            culprit = learn() if is_own else None
+        self._accuse(step, culprit)
+
+    def _learn(self, step: Step, error: Exception | None, seconds: float) -> Culprit | None:
+        """How a run of the search ended; who is known to be at fault."""
+        now = self._clock()
+        self._clear(step.suspicion)
+        culprit = self._search.ran(step, error, now, seconds)
+        if culprit is not None:
+            self._suspicions.accused(step.suspicion.turn.queue, now)
+        self._work.notify_all()
+        return culprit
+
+    @staticmethod
+    def _accuse(step: Step, culprit: Culprit | None) -> None:
+        if culprit is not None:
+            step.suspicion.workload.accuse(culprit)
 
     def _step(self, index: int, now: float, *, is_idle: bool = False) -> Callable[[], None] | None:
         """Of the search for bad data: each is a turn, watched and counted by itself."""
@@ -432,11 +451,7 @@ class DevicePool:
         step = self._search.take(now, is_idle=is_idle)
         if step is None:
             return None
-        first = step.suspicion.turn
-        bucket = first.queue.plans[index].bucket(sum(part.num_rows for part in step.parts), len(step.parts))
-        assert bucket is not None  # it held more
-        again = dataclasses.replace(first, batch=Batch(bucket, step.parts))
-        turn = self._scheduler.retry(again, index, now)
+        turn = self._scheduler.retry(step.turn_on(index), index, now)
         return lambda: self._run_step(step, turn)
 
     def _run_step(self, step: Step, turn: Turn) -> None:
@@ -444,40 +459,34 @@ class DevicePool:
         try:
             result = workload.run(turn.batch, turn.device)
         except Exception as error:
-            if self._end(turn):
-                self._learn(step, turn, error)
+            self._blame(turn, step, error)
             return
-        if self._end(turn) and result is not None:  # None: nobody waits for it any more
+        if self._ran(turn, result) and result is not None:  # None: nobody waits for it any more
             if step.culprit is None:
                 self._answer(turn, workload, result)
-            self._learn(step, turn, None)
-
-    def _learn(self, step: Step, turn: Turn, error: Exception | None) -> None:
-        with self._lock:
-            now = self._clock()
-            culprit = self._search.ran(step, error, now, now - turn.started_at)
-            self._work.notify_all()
-        if culprit is not None:
-            step.suspicion.workload.accuse(culprit)
+            with self._lock:
+                culprit = self._learn(step, None, self._clock() - turn.started_at)
+            self._accuse(step, culprit)
 
     def _probing(self, index: int, now: float) -> Callable[[], None] | None:
-        if self._is_closed or not self._health.should_probe(index, now):
+        if self._is_closed or now < self._health.probe_at(index):
             return None
-        workloads = list(self._workloads.values())
+        workloads = list(self._workloads.items())
         return lambda: self._probe(index, workloads)
 
-    def _probe(self, index: int, workloads: Sequence[Workload]) -> None:
+    def _probe(self, index: int, workloads: Sequence[tuple[ModelQueue, Workload]]) -> None:
         try:
-            for workload in workloads:
+            for _, workload in workloads:
                 workload.probe(index)
         except Exception as error:
             _log.warning("device %d: still quarantined: %s", index, error)
             with self._lock:
                 self._health.probe_failed(index, str(error), self._clock())
-                self._tell_change()
             return
         _log.warning("device %d: works again", index)
         with self._lock:
+            for queue, _ in workloads:
+                self._suspicions.replayed(queue, index, self._clock())
             self._back_in_service(index)
 
     def _back_in_service(self, index: int) -> None:
@@ -486,28 +495,30 @@ class DevicePool:
         self._scheduler.set_healthy(index, True)
         self._work.notify_all()
 
-    def _quarantine(self, index: int, reason: str, *, is_away: bool = False) -> None:
-        _log.error("device %d is quarantined: %s", index, reason)
-        stranded: list[tuple[Workload, list[Any]]] = []
+    def _quarantine(self, index: int, reason: str) -> None:
         with self._lock:
-            self._health.quarantine(index, reason, self._clock(), is_away=is_away)
-            self._scheduler.set_suspended(index, False)
-            self._scheduler.set_healthy(index, False)
-            if not self._scheduler.num_healthy:  # nobody is left to run what is queued
-                stranded = [(self._workloads[queue], items) for queue, items in self._scheduler.clear()]
-                for suspicion in self._suspicions:
-                    items = [part.item for part in suspicion.turn.batch.parts]
-                    stranded.append((suspicion.workload, items))
-                self._suspicions.clear()
-                for step in self._search.clear():
-                    stranded.append((step.suspicion.workload, [part.item for part in step.parts]))
-            self._work.notify_all()
-            self._tell_change()
-        for workload, items in stranded:
-            self._give_up(items, workload)
+            stranded = self._exclude(index, reason)
+        self._tell_excluded(index, reason, stranded)
 
-    def _give_up(self, items: Sequence[Any], workload: Workload) -> None:
-        workload.fail(items, UnavailableError(self.fault or "the device failed; try again"))
+    def _exclude(self, index: int, reason: str, *, is_away: bool = False) -> list[_Stranded]:
+        """Quarantines a device. Returns what nobody is left to run."""
+        self._watchdog.end(index)
+        self._health.quarantine(index, reason, self._clock(), is_away=is_away)
+        self._scheduler.set_suspended(index, False)
+        self._scheduler.set_healthy(index, False)
+        stranded: list[_Stranded] = []
+        if not self._scheduler.num_healthy:
+            stranded += [(self._workloads[queue], items, None) for queue, items in self._scheduler.clear()]
+            for waiting in (*self._suspicions.clear(), *self._search.clear()):
+                stranded.append((waiting.workload, waiting.items, None))
+        self._work.notify_all()
+        self._tell_change()
+        return stranded
+
+    def _tell_excluded(self, index: int, reason: str, stranded: Sequence[_Stranded]) -> None:
+        _log.error("device %d is quarantined: %s", index, reason)
+        for workload, items, error in stranded:
+            workload.fail(items, error or UnavailableError(self.fault or "the device failed; try again"))
 
     def _on_change(self) -> None:
         """Which device may take what may depend on what the others do.
@@ -521,10 +532,10 @@ class DevicePool:
 
     # The timer's thread
     def _wake_at(self) -> float:
-        starts = [turn.started_at for turn in self._scheduler.turns()]
-        starts += [since for index, since in enumerate(self._asides) if not self._health.is_away(index)]
-        hang_at = min(starts, default=math.inf) + self._health.config.watchdog_seconds
-        return min(self._scheduler.wake_at(), self._health.wake_at(), hang_at)
+        # A device that does something looks by itself once it is through.
+        idle = [i for i in range(self.num_devices) if not (self._is_closed or self._watchdog.is_running(i))]
+        probe_at = min(map(self._health.probe_at, idle), default=math.inf)
+        return min(self._scheduler.wake_at(), probe_at, self._watchdog.wake_at)
 
     def _tell_change(self) -> None:
         """To the timer, and to who keeps out of requests' way."""
@@ -543,21 +554,15 @@ class DevicePool:
                     self._refusals[queue]["late"] += 1
                 if taken:  # more may be in sight behind them
                     self._work.notify_all()
-                since = now - self._health.config.watchdog_seconds
-                hung = [turn for turn in self._scheduler.turns() if turn.started_at <= since]
-                stuck = [
-                    i for i, at in enumerate(self._asides) if at <= since and not self._health.is_away(i)
-                ]
-                if not late and not hung and not stuck:
+                hung = [(index, *self._on_hang(index)) for index in self._watchdog.look(now)]
+                if not late and not hung:
                     if self._is_closed and all(map(self._has_ended, range(self.num_devices))):
                         return
                     self._wait(now)
             for workload, item in late:
                 workload.fail_late(item)
-            for turn in hung:
-                self._on_hang(turn)
-            for index in stuck:
-                self._on_stuck(index)
+            for index, reason, stranded in hung:
+                self._tell_excluded(index, reason, stranded)
 
     def _wait(self, now: float) -> None:
         self.idle.update(self._scheduler.is_idle)
@@ -568,32 +573,26 @@ class DevicePool:
             seconds = _LEAST_TICK_SECONDS
         if self._is_closed:
             seconds = min(seconds, 0.1)
+        self._watchdog.rest(now + seconds)
         self._timer_at = wake_at
         self._timer.wait(None if seconds == math.inf else seconds)
         self._timer_at = -math.inf  # looks again before it waits again
 
-    def _on_stuck(self, index: int) -> None:
-        """A device hasn't come back from a probe, or from a run of a version that is being proven."""
-        reason = f"a golden replay took more than {self._health.config.watchdog_seconds:g} s"
-        with self._lock:
-            if self._asides[index] == math.inf:
-                return  # it has just come back
-        self._quarantine(index, reason, is_away=True)
-
-    def _on_hang(self, turn: Turn) -> None:
-        """A device hasn't come back from its batch: it goes to another, once."""
-        reason = f"a batch took more than {self._health.config.watchdog_seconds:g} s"
-        with self._lock:
-            if self._scheduler.turn_of(turn.device) is not turn:
-                return  # it has just come back
-            if (accused := self._accused.pop(turn, None)) is not None:
-                self._clear(accused)  # nobody will tell any more
-            workload = self._workloads.get(turn.queue)  # None: its callers have left, and it was closed
-            may_retry = not turn.is_retry and self._scheduler.num_healthy > 1
-            if workload is not None and may_retry:
-                hang = Suspicion(turn, workload, ExecutionError(reason), has_hung=True)
-                self._suspicions.append(hang)
-        self._quarantine(turn.device, reason, is_away=True)
+    def _on_hang(self, index: int) -> tuple[str, list[_Stranded]]:
+        """A device hasn't come back: its batch goes to another, once. Gives the reason, and what is lost."""
+        turn, seconds = self._scheduler.turn_of(index), self._watchdog.seconds
+        if turn is None:  # a probe, or a run of a version that is being proven
+            reason = f"a golden replay took more than {seconds:g} s"
+            return reason, self._exclude(index, reason, is_away=True)
+        reason = f"a batch took more than {seconds:g} s"
+        if (suspicion := self._suspicions.end(turn)) is not None:
+            self._clear(suspicion)  # nobody will tell any more
+        workload = self._workloads.get(turn.queue)  # None: its callers have left, and it was closed
+        may_retry = not turn.is_retry and self._scheduler.num_healthy > 1
+        if workload is not None and may_retry:
+            self._suspicions.add(Suspicion(turn, workload, ExecutionError(reason), has_hung=True))
+        stranded = self._exclude(index, reason, is_away=True)
         if workload is not None and not may_retry:
             items = [part.item for part in turn.batch.parts]
-            workload.fail(items, ExecutionError(f"model {turn.queue.name!r}: {reason}"))
+            stranded.append((workload, items, ExecutionError(f"model {turn.queue.name!r}: {reason}")))
+        return reason, stranded

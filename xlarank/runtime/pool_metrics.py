@@ -19,14 +19,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from xlarank.runtime.device_health import DeviceState, DeviceStatus
+from xlarank.runtime.scheduler import ModelQueue, Scheduler
 
-__all__ = ["REFUSALS", "DeviceSnapshot", "PoolMetrics", "PoolSnapshot", "QueueSnapshot"]
+__all__ = ["REFUSALS", "DeviceSnapshot", "PoolMetrics", "PoolSnapshot", "QueueSnapshot", "snapshot_of"]
 
 
 REFUSALS = ("queue_full", "deadline", "late", "canceled", "no_device")
@@ -71,6 +73,29 @@ class PoolSnapshot:
     devices: Sequence[DeviceSnapshot]
     num_turned_away: int = 0
     """Requests refused before they were read, so that their model isn't known."""
+
+
+def snapshot_of(
+    scheduler: Scheduler[Any],
+    statuses: Sequence[DeviceStatus],
+    refusals: Mapping[ModelQueue[Any], Mapping[str, int]],
+    num_turned_away: int,
+    now: float,
+) -> PoolSnapshot:
+    """What a pool knows of its devices and queues."""
+    queues = [
+        QueueSnapshot(
+            queue.name,
+            queue.version,
+            queue.batcher.num_queued_rows,
+            queue.batcher.num_queued_requests,
+            queue.batcher.queued_seconds,
+            dict(refusals[queue]),
+        )
+        for queue in scheduler.queues
+    ]
+    devices = [DeviceSnapshot(status, *scheduler.use_of(index, now)) for index, status in enumerate(statuses)]
+    return PoolSnapshot(queues, devices, num_turned_away)
 
 
 class PoolMetrics(Collector):
