@@ -3,6 +3,7 @@
 import functools
 import queue
 import subprocess
+import threading
 
 import linear
 import pytest
@@ -37,6 +38,25 @@ def root(tmp_path):
 def publish(linear_version, root):
     """Publishes a version of `linear.Linear` into `root`, by its number; see `linear.publish`."""
     return functools.partial(linear.publish, linear_version, root)
+
+
+@pytest.fixture
+def queued(monkeypatch):
+    """A function of a repository: a semaphore, released when a change has got its place in the queue."""
+
+    def queued(repository):
+        queued, thread = threading.Semaphore(0), repository._changes._thread
+        submit = thread.submit
+
+        def note(*words):
+            future = submit(*words)
+            queued.release()
+            return future
+
+        monkeypatch.setattr(thread, "submit", note)
+        return queued
+
+    return queued
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,14 @@ import numpy as np
 import pytest
 
 from xlarank.errors import ModelNotFoundError, UnavailableError
-from xlarank.runtime import Metrics, ModelPolicy, ModelRepository, VersionOptions, version_loading
+from xlarank.runtime import (
+    Metrics,
+    ModelPolicy,
+    ModelRepository,
+    Policy,
+    VersionOptions,
+    version_loading,
+)
 from xlarank.runtime.version_loading import VersionLoader
 
 OTHER = dataclasses.replace(linear.SPEC, name="other")
@@ -238,3 +246,104 @@ def test_a_load_does_not_undo_what_was_asked_of_its_model_later(publish, reposit
         load.result(60)
     assert repository.models() == []
     assert states(repository) == {1: "UNAVAILABLE", 2: "UNAVAILABLE"}
+
+
+def test_a_policy_that_gave_way_does_not_undo_one_that_was_set_later(
+    publish, repository, started, pool, queued
+):
+    publish(1, rows=[4])
+    publish(2, rows=[16])
+    publish(1, rows=[4], spec=OTHER)
+    first, second = (ModelPolicy(name="linear", policy=Policy.SPECIFIC, versions=(v,)) for v in (1, 2))
+    repository = repository(first)
+    to_second = pool.submit(repository.set_policy, second)
+    stopped(started)
+    queued = queued(repository)
+    to_first = pool.submit(repository.set_policy, first)
+    assert queued.acquire(timeout=60)
+    repository.unload("other")
+    for change in (to_first, to_second):
+        change.result(120)
+    assert repository.models() == [("linear", 1, True)]
+
+
+def test_a_rollback_that_gave_way_goes_before_loads_once_more(publish, repository, started, pool):
+    """Whoever asks for it may take a while to be told that it gave way: nothing begins meanwhile."""
+    third = dataclasses.replace(linear.SPEC, name="third")
+    publish(1, rows=[16])
+    publish(2, rows=[4])
+    publish(1, rows=[4], spec=OTHER)
+    publish(1, rows=[4], spec=third)
+    repository = repository()
+    publish(2, rows=[4, 16], spec=third)
+    do, is_asked_again, may_go_on = repository._changes.do, threading.Event(), threading.Event()
+
+    def slow(work):
+        try:
+            return do(work)
+        except UnavailableError:
+            if threading.current_thread() is asking:
+                is_asked_again.set()
+                assert may_go_on.wait(60)
+            raise
+
+    repository._changes.do = slow
+    asking = threading.Thread(target=repository.rollback, args=("linear",))
+    asking.start()
+    processes = [stopped(started)]
+    load = pool.submit(repository.load, "third")
+    repository.unload("other")
+    assert is_asked_again.wait(60)
+    given_up = threading.Event()
+    check = repository._loader._helper.check
+
+    def note(path):
+        try:
+            check(path)
+        except UnavailableError:
+            given_up.set()
+            raise
+
+    repository._loader._helper.check = note
+    assert given_up.wait(60)  # the load's turn came, and it gave way
+    may_go_on.set()
+    asking.join(120)
+    load.result(120)
+    while not started.empty():
+        processes.append(started.get())
+    assert [compiled_by(process) for process in processes] == [("linear", 1), ("linear", 1), ("third", 2)]
+    assert repository.models() == [("linear", 1, True), ("third", 2, True)]
+
+
+def test_rollbacks_of_two_models_that_give_way_to_each_other_both_end(publish, repository, started, pool):
+    """The one that was asked last goes first; the other doesn't interrupt it in turn."""
+    for spec in (linear.SPEC, OTHER):
+        publish(1, rows=[16] if spec is OTHER else [4, 16], spec=spec)
+        publish(2, rows=[4], spec=spec)
+    repository = repository()
+    first = pool.submit(repository.rollback, "linear")
+    processes = [stopped(started)]
+    assert repository.rollback("other") == 1
+    assert first.result(120) == 1
+    while not started.empty():
+        processes.append(started.get())
+    assert [compiled_by(each) for each in processes] == [("linear", 1), ("other", 1), ("linear", 1)]
+
+
+def test_a_load_that_is_given_up_forgets_no_rollback(publish, repository, started, pool):
+    for version in (1, 2, 3):
+        publish(version, rows=[4])
+    repository = repository()
+    assert repository.rollback("linear") == 2
+    publish(4, rows=[16])
+    load = pool.submit(repository.load, "linear")
+    stopped(started)
+    with pytest.raises(ModelNotFoundError, match="rollback: expected version 9 below 2"):
+        repository.rollback("linear", 9)
+    with pytest.raises(UnavailableError, match=r"not loaded: a rollback or an unload came first$"):
+        load.result(60)
+    reasons = {status.version: status.reason for status in repository.index()}
+    assert reasons[3] == "rolled back from, to version 2"
+    shutil.rmtree(repository._root / "linear" / "4")
+    repository.poll()
+    assert version_of(repository) == 2

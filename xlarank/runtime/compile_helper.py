@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from xlarank.errors import ModelError, UnavailableError
@@ -73,7 +74,8 @@ class CompileHelper:
         self._lock = threading.Lock()
         # All below guarded by _lock.
         self._process: subprocess.Popen[bytes] | None = None
-        self._first: set[object] = set()  # what goes before any compiling
+        self._first: set[int] = set()  # orders of what waits for its turn, and goes before any compiling
+        self._turn = 0  # the order of what is at work, if it is one of those
         self._is_closed = False  # moves one way
 
     def compile(self, path: Path, environment: Mapping[str, str] | None = None) -> float:
@@ -126,23 +128,47 @@ class CompileHelper:
         """Says whether a version may be loaded now.
 
         Raises:
-          InterruptedLoadError: between `give_way` and `go_on`.
+          InterruptedLoadError: if something goes first: what `give_way` was for, unless it was asked before
+            what is at work.
           UnavailableError: after `close`.
         """
         if self._is_closed:
             raise UnavailableError(f"{path}: not loaded: the server is stopping")
-        if self._first:
+        if max(self._first, default=0) > self._turn:
             raise InterruptedLoadError(f"{path}: not loaded: a rollback or an unload came first")
 
-    def give_way(self, order: object) -> None:
-        """Ends the process, if one runs, and starts none before `go_on` with the same object."""
+    def give_way(self, order: int) -> None:
+        """Ends the process, if one runs, and starts none before the `turn` of the same order.
+
+        Args:
+          order: greater than those before.
+        """
         with self._lock:
             self._first.add(order)
             if self._process is not None:
                 self._process.kill()
 
-    def go_on(self, order: object) -> None:
-        """What `give_way` was for is at work. Idempotent."""
+    @contextlib.contextmanager
+    def turn(self, order: int) -> Iterator[None]:
+        """What `give_way` was for is at work, one at a time; it gives way to greater orders alone.
+
+        If it has to, it goes first again: nothing begins before its next turn.
+        """
+        with self._lock:
+            self._first.discard(order)
+            self._turn = order
+        try:
+            yield
+        except InterruptedLoadError:
+            with self._lock:
+                self._first.add(order)
+            raise
+        finally:
+            with self._lock:
+                self._turn = 0
+
+    def go_on(self, order: int) -> None:
+        """What `give_way` was for has been done, or is given up. Idempotent."""
         with self._lock:
             self._first.discard(order)
 

@@ -182,7 +182,8 @@ class ModelRepository:
         self._models: dict[str, ModelVersions] = {}
         self._required: set[str] = set()  # models that have answered, or were there at the start
         self._changes = Changes("xlarank-versions")
-        self._orders: dict[str, object] = {}  # by model, the last rollback or unload; set by any thread
+        self._orders: dict[str, int] = {}  # by model, of the last rollback or unload; set by any thread
+        self._order_counter = itertools.count(1)
         self._watcher: Watcher | None = None
         self._counter = itertools.count()
         self._stopping = stopping  # set once
@@ -315,7 +316,7 @@ class ModelRepository:
             self._model(name).load(found.get(name, ()))
             self._required.add(name)
 
-        self._change(load, lambda: self._orders.get(name) is not order)
+        self._change(load, lambda: self._orders.get(name) != order)
 
     def unload(self, name: str) -> None:
         """Ends a model until `load`; when this returns what it had accepted is answered.
@@ -345,15 +346,16 @@ class ModelRepository:
           policy: of one model, or, without a name, of all that have none of their own.
         """
 
-        def change() -> None:
+        def put() -> None:
+            self._found(policy.name)
             others = [other for other in self._versions.models if other.name != policy.name]
             self._versions = dataclasses.replace(self._versions, models=(*others, policy))
-            found = self._found(policy.name)
             for name, model in self._models.items():
                 model.set_policy(self._versions.policy_of(name))
-            self._follow(found, strict=False)
 
-        self._change(change)
+        self._change(put)
+        # A change of its own: what gives way is done anew, and may not undo a policy that was set since.
+        self._change(lambda: self._follow(self._found(policy.name), strict=False))
 
     def close(self) -> None:
         """Finishes what was accepted, then stops everything. Idempotent.
@@ -413,14 +415,17 @@ class ModelRepository:
 
     def _change_first(self, name: str, work: Callable[[], Result]) -> Result:
         """`_change` of a model that other loads give way to."""
-        order = self._orders[name] = object()
+        order = self._orders[name] = next(self._order_counter)
         self._loader.give_way(order)
 
         def first() -> Result:
-            self._loader.go_on(order)
-            return work()
+            with self._loader.turn(order):
+                return work()
 
-        return self._change(first, lambda: self._orders[name] is not order)
+        try:
+            return self._change(first, lambda: self._orders[name] != order)
+        finally:
+            self._loader.go_on(order)
 
     def _watch(self) -> None:
         with contextlib.suppress(UnavailableError):  # the repository is closing

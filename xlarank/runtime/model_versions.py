@@ -141,20 +141,29 @@ class ModelVersions:
 
         Raises:
           ModelError: if a wanted version fails; says why. Those that served go on.
+          ModelNotFoundError: if there is none. What was unloaded stays so.
+          UnavailableError: if it is given up for what was asked later. It forgets nothing then.
         """
         with self._lock:
-            self._is_unloaded = False
-            self._failed.clear()
-            self._rolled_back.clear()
-        self.follow(on_disk)
+            before = self._failed, self._rolled_back, self._is_unloaded
+            self._failed, self._rolled_back, self._is_unloaded = {}, {}, False
+        try:
+            self.follow(on_disk)
+            if not self._loaded and not self._failed:
+                raise self._none_available()
+        except (ModelNotFoundError, UnavailableError):
+            with self._lock:
+                self._failed, self._rolled_back, was_unloaded = before
+                self._is_unloaded = was_unloaded and not self._loaded
+            raise
         if self._failed:
             why = "; ".join(f"version {v}: {blocked.reason}" for v, blocked in sorted(self._failed.items()))
             raise ModelError(f"failed to load '{self.model}': {why}")
         if not self.is_ready:
-            raise ModelNotFoundError(f"Request for unknown model: '{self.model}' has no available versions")
+            raise self._none_available()
 
     def unload(self) -> list[threading.Thread]:
-        """Ends every version; the model stays so until `load`.
+        """Ends every version; the model stays so until `load`, or a rollback that was waiting for its turn.
 
         Returns:
           What drains them.
@@ -170,7 +179,7 @@ class ModelVersions:
         """Serves an older version; newer ones that are there now are left alone until their folder changes.
 
         This holds for as long as the process runs: to make it last, remove the newer folders or set the
-        policy.
+        policy. A model that was unloaded while this waited for its turn serves again: this was asked last.
 
         Args:
           on_disk: versions in the folder, ascending.
@@ -194,7 +203,7 @@ class ModelVersions:
         self._look(on_disk)
         newest = max(self.routes.versions, default=None) if below is None else below
         if newest is None:
-            raise ModelNotFoundError(f"Request for unknown model: '{self.model}' has no available versions")
+            raise self._none_available()
         there = set(on_disk) | set(self._loaded)
         older = [
             v for v in there if v < newest and (v == version or (version is None and v not in self._failed))
@@ -227,6 +236,8 @@ class ModelVersions:
             with self._lock:
                 self._failed, self._rolled_back = before
             raise
+        with self._lock:
+            self._is_unloaded = False
         self._swap(None)
         # It is done; what else is wanted and was interrupted comes at the next look.
         with contextlib.suppress(UnavailableError):
@@ -371,6 +382,9 @@ class ModelVersions:
             with self._lock:
                 del self._draining[version]
             _log.info("model %s version %d has ended", self.model, version)
+
+    def _none_available(self) -> ModelNotFoundError:
+        return ModelNotFoundError(f"Request for unknown model: '{self.model}' has no available versions")
 
     def _others(self) -> dict[int, str]:
         """Versions that don't answer though somebody could expect it, and why."""

@@ -8,6 +8,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -183,12 +184,16 @@ class VersionLoader:
         """Lets go of a version that has ended."""
         self._metrics.remove(model, version)
 
-    def give_way(self, order: object) -> None:
-        """Ends the compiling, if one is at it, and begins no load before `go_on` with the same object."""
+    def give_way(self, order: int) -> None:
+        """Ends the compiling, if one is at it, and begins no load before the `turn` of the same order."""
         self._helper.give_way(order)
 
-    def go_on(self, order: object) -> None:
-        """What `give_way` was for is at work. Idempotent."""
+    def turn(self, order: int) -> AbstractContextManager[None]:
+        """See `CompileHelper.turn`."""
+        return self._helper.turn(order)
+
+    def go_on(self, order: int) -> None:
+        """What `give_way` was for has been done, or is given up. Idempotent."""
         self._helper.go_on(order)
 
     def close(self) -> None:
