@@ -21,7 +21,7 @@ from xlarank.runtime import (
     VersionOptions,
     version_loading,
 )
-from xlarank.runtime.version_loading import VersionLoader
+from xlarank.runtime.pacing import PacedRuns
 
 OTHER = dataclasses.replace(linear.SPEC, name="other")
 
@@ -193,20 +193,24 @@ def test_a_rollback_does_not_wait_for_a_version_that_is_being_read_or_proven(
     repository = repository()
     publish(3, rows=[16])
     steps = []
-    is_at_step, has_given_way, between = threading.Event(), threading.Event(), VersionLoader._between
+    is_at_step, has_given_way = threading.Event(), threading.Event()
     give_way = repository._loader.give_way
 
-    def piece(self, path, pace, work, /):
-        if steps[-1:] == [step]:
-            is_at_step.set()
-            assert has_given_way.wait(60)
-        return between(self, path, pace, work)
+    def held(pace):
+        def piece(*words):
+            if steps[-1:] == [step]:
+                is_at_step.set()
+                assert has_given_way.wait(60)
+            return pace(*words)
+
+        return piece
 
     def note(order):
         give_way(order)
         has_given_way.set()
 
-    monkeypatch.setattr(VersionLoader, "_between", piece)
+    for pace in ("beside", "_run"):
+        monkeypatch.setattr(PacedRuns, pace, held(getattr(PacedRuns, pace)))
     options = dataclasses.replace(
         repository._loader._options, on_progress=lambda text: steps.append(text.split()[-1])
     )

@@ -7,6 +7,7 @@ import pytest
 from xlarank.errors import UnavailableError
 from xlarank.runtime.pacing import PacedRuns
 from xlarank.runtime.pool import DevicePool
+from xlarank.runtime.yielding import IdleSignal
 
 
 class Clock:
@@ -26,6 +27,16 @@ class Clock:
         return self.is_stopping
 
 
+class Requests(IdleSignal):
+    """As the test says, whatever the pool has."""
+
+    def update(self, is_idle):
+        pass
+
+    def say(self, is_idle):
+        super().update(is_idle)
+
+
 @pytest.fixture
 def clock():
     return Clock()
@@ -34,8 +45,8 @@ def clock():
 @pytest.fixture
 def pool(clock):
     pool = DevicePool(1)
-    pool.idle._clock = clock
-    pool.idle.update(False)  # a request waits or runs
+    pool.idle = Requests(clock)
+    pool.idle.say(False)  # a request waits or runs
     yield pool
     pool.close()
 
@@ -45,11 +56,11 @@ def paced(pool, clock):
     return PacedRuns(pool, share=0.1, wait=clock.wait, clock=clock)
 
 
-def test_runs_that_prove_a_version_come_between_turns_and_take_a_small_share_of_the_time():
-    pauses = []
-    times = iter([0.0, 2.0, 2.0])
+def test_runs_that_prove_a_version_come_between_turns_and_take_a_small_share_of_the_time(clock):
     pool = DevicePool(2)
-    paced = PacedRuns(pool, share=0.1, wait=pauses.append, clock=lambda: next(times))
+    pool.idle = Requests(clock)
+    pool.idle.say(False)
+    paced = PacedRuns(pool, share=0.1, wait=clock.wait, clock=clock)
     started, end = threading.Event(), threading.Event()
 
     def turn():
@@ -59,14 +70,19 @@ def test_runs_that_prove_a_version_come_between_turns_and_take_a_small_share_of_
     pool.run_between(0, turn)
     started.wait(60)
     ran = []
-    asking = threading.Thread(target=lambda: paced.on(0)(lambda: ran.append(threading.current_thread().name)))
+
+    def run():
+        clock.now += 2.0
+        ran.append(threading.current_thread().name)
+
+    asking = threading.Thread(target=lambda: paced.on(0)(run))
     asking.start()
     asking.join(0.05)
     assert ran == []  # the device is busy
     end.set()
     asking.join(60)
     assert ran == ["xlarank-device-0"]
-    assert pauses == [pytest.approx(18.0)]  # 2 s of every 20
+    assert clock.rested == pytest.approx(18.0)  # 2 s of every 20
     with pytest.raises(ZeroDivisionError):
         paced.on(1)(lambda: 1 / 0)
     pool.close()
@@ -86,22 +102,42 @@ def test_work_of_the_host_comes_in_pieces_with_rests_in_between(paced, clock, se
     assert clock.rested == pytest.approx(rest)
 
 
-def test_it_does_not_rest_where_there_are_no_requests(paced, pool, clock):
-    pool.idle.update(True)
+@pytest.fixture(params=["beside", "on a device"])
+def pace(request, paced):
+    return paced.beside if request.param == "beside" else paced.on(0)
+
+
+def test_it_does_not_rest_where_there_are_no_requests(pace, pool, clock):
+    pool.idle.say(True)
     clock.now += 1
-    paced.beside(lambda: clock.wait(0.2))
+    pace(lambda: clock.wait(0.2))
     assert clock.rested == 0.2
 
 
-def test_a_rest_ends_when_there_has_been_no_request_for_a_while(paced, pool, clock):
-    paced.beside(lambda: pool.idle.update(True) or clock.wait(0.02))
+def test_a_rest_ends_when_there_has_been_no_request_for_a_while(pace, pool, clock):
+    pace(lambda: pool.idle.say(True) or clock.wait(0.02))
     assert clock.rested == pytest.approx(0.05, abs=0.0101)
+
+
+@pytest.mark.parametrize("is_on_device", [False, True])
+def test_a_rest_ends_when_something_else_goes_first(pool, clock, is_on_device):
+    def check():
+        if clock.rested > 0.3:
+            raise UnavailableError("something else goes first")
+
+    paced = PacedRuns(pool, share=0.1, check=check, wait=clock.wait, clock=clock)
+    pace = paced.on(0) if is_on_device else paced.beside
+    with pytest.raises(UnavailableError, match=r"^something else goes first$"):
+        pace(lambda: clock.wait(0.2))
+    assert clock.rested == pytest.approx(0.3, abs=0.0101)
+    with pytest.raises(UnavailableError, match=r"^something else goes first$"):
+        pace(lambda: pytest.fail("expected no piece"))
 
 
 def test_a_pause_between_requests_ends_no_rest(paced, pool, clock):
     def wait(seconds):
-        pool.idle.update(False)
-        pool.idle.update(True)
+        pool.idle.say(False)
+        pool.idle.say(True)
         return clock.wait(seconds)
 
     paced = PacedRuns(pool, share=0.1, wait=wait, clock=clock)
@@ -109,7 +145,7 @@ def test_a_pause_between_requests_ends_no_rest(paced, pool, clock):
     assert clock.rested == pytest.approx(0.1 + 0.4)
 
 
-def test_nothing_goes_on_while_the_server_stops(paced, clock):
+def test_nothing_goes_on_while_the_server_stops(pace, clock):
     clock.is_stopping = True
     with pytest.raises(UnavailableError, match=r"^the server is stopping$"):
-        paced.beside(lambda: clock.wait(0.1))
+        pace(lambda: clock.wait(0.1))

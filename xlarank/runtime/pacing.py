@@ -28,8 +28,8 @@ _IDLE_SECONDS = 0.05
 """Without a request for so long, nothing has queued up. At half of the load that a device takes, or more,
 there are no such pauses."""
 
-_IDLE_LOOK_SECONDS = 0.01
-"""How often that is looked for."""
+_REST_LOOK_SECONDS = 0.01
+"""How often one who rests looks for that, and for what goes first."""
 
 _LOOK_SECONDS = 1.0
 """How often one who waits for a device looks whether that still has a point."""
@@ -40,6 +40,9 @@ class PacedRuns:
 
     A request waits at most for one of them, as it would for another request's batch; beside the batches they
     would share the cores with them and slow all of them down. One thread at a time may ask for runs.
+
+    Nothing rests where there are no requests. Before a run or a piece, and all through a rest, it looks
+    whether something else goes first.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class PacedRuns:
         pool: DevicePool,
         *,
         share: float,
+        check: Callable[[], None] = lambda: None,
         wait: Callable[[float], object] = time.sleep,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -54,11 +58,13 @@ class PacedRuns:
         Args:
           pool: of the devices.
           share: of a device's time, in (0, 1].
+          check: raises what ends the work here, if something else goes first.
           wait: pauses for some seconds; true where nobody needs the runs any more.
           clock: seconds, monotonic.
         """
         self._pool = pool
         self._share = share
+        self._check = check
         self._wait = wait
         self._clock = clock
 
@@ -70,26 +76,27 @@ class PacedRuns:
     def beside(self, work: Callable[[], Result], /) -> Result:
         """Does a piece of the host's work here, then waits until that was a fifth of the time.
 
-        At most a second, and only while there are requests. What has queued up meanwhile is answered before
-        the next piece. A `device.Pace`.
+        At most a second. What has queued up meanwhile is answered before the next piece. A `device.Pace`.
 
         Raises:
-          UnavailableError: if nobody needs it any more.
+          UnavailableError: if nobody needs it any more, or something else goes first.
         """
+        self._check()
         start = self._clock()
         result = work()
-        done = self._clock()
-        end = done + min(_rest(done - start, _HOST_SHARE), _MAX_HOST_REST_SECONDS)
-        while (rest := end - self._clock()) > 0 and self._pool.idle.seconds < _IDLE_SECONDS:
-            if self._wait(min(rest, _IDLE_LOOK_SECONDS)):
-                raise _stopping()
+        rest = _rest(self._clock() - start, _HOST_SHARE)
+        self._rest(min(rest, _MAX_HOST_REST_SECONDS))
         return result
 
     def on(self, device_index: int) -> device.Pace:
-        """What runs work on a device; after each run it waits as long as the share demands."""
+        """What runs work on a device; after each run it waits as long as the share demands.
+
+        It raises as `beside` does, and ExecutionError if the device hangs.
+        """
         return functools.partial(self._run, device_index)
 
     def _run(self, device_index: int, work: Callable[[], Result], /) -> Result:
+        self._check()
         done: Future[tuple[Result, float]] = Future()
 
         def errand() -> None:
@@ -108,8 +115,15 @@ class PacedRuns:
             if self._wait(0.0):
                 raise _stopping()
         result, seconds = done.result()
-        self._wait(_rest(seconds, self._share))
+        self._rest(_rest(seconds, self._share))
         return result
+
+    def _rest(self, seconds: float) -> None:
+        end = self._clock() + seconds
+        while (rest := end - self._clock()) > 0 and self._pool.idle.seconds < _IDLE_SECONDS:
+            if self._wait(min(rest, _REST_LOOK_SECONDS)):
+                raise _stopping()
+            self._check()
 
 
 def _stopping() -> UnavailableError:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from xlarank import device
 from xlarank.bundle import Bundle, Verify, open_bundle
@@ -33,8 +33,6 @@ if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers d
     from jaxlib._jax import Device
 
 __all__ = ["LoadOptions", "VersionLoader"]
-
-Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +101,8 @@ class VersionLoader:
         self._options = options
         self._stores = stores
         self._library = device.ProgramLibrary()
-        self._paced = PacedRuns(pool, share=warm_share, wait=wait)
+        self._warm_share = warm_share
+        self._wait = wait
         self._devices = devices
         self._helper = CompileHelper(
             platforms=device.platforms_of(devices),
@@ -139,9 +138,13 @@ class VersionLoader:
         before = device.num_compiled()
         held = self._options.held
         tables = None if held is None else held.take(path.parent.name, int(path.name))
-        host_pace = (
-            functools.partial(self._between, path, self._paced.beside) if is_beside else device.at_once
+        paced = PacedRuns(
+            self._pool,
+            share=self._warm_share,
+            check=functools.partial(self._helper.check, path),
+            wait=self._wait,
         )
+        host_pace = paced.beside if is_beside else device.at_once
         bundle = self._open(path, is_beside, host_pace)
         key = program_key(bundle)
         if is_beside and key not in self._in_cache:
@@ -160,9 +163,9 @@ class VersionLoader:
             on_progress=options.on_progress,
             on_table_bytes=options.on_table_bytes,
             library=self._library,
-            paces=functools.partial(self._on, path) if is_beside else None,
+            paces=paced.on if is_beside else None,
             host_pace=host_pace,
-            can_prove=self._paced.can_prove if is_beside else None,
+            can_prove=paced.can_prove if is_beside else None,
             profiles=None if twin is None else twin.profiles,
             tables=tables,
         )
@@ -199,14 +202,6 @@ class VersionLoader:
     def close(self) -> None:
         """Ends what `load` waits for."""
         self._helper.close()
-
-    def _on(self, path: Path, device_index: int) -> device.Pace:
-        return functools.partial(self._between, path, self._paced.on(device_index))
-
-    def _between(self, path: Path, pace: device.Pace, work: Callable[[], Result], /) -> Result:
-        """A piece of a load, unless what came first has been asked for meanwhile."""
-        self._helper.check(path)
-        return pace(work)
 
     def _open(self, path: Path, is_beside: bool, pace: device.Pace) -> Bundle:
         def read() -> Bundle:

@@ -192,8 +192,8 @@ class VersionOptions:
     """Policies of models by name, and at most one without a name for all the others."""
 
     warm_share: float = 0.05
-    """Most of a device's time that a new version may take to be proven and timed while others serve, in
-    (0, 1]."""
+    """Most of a device's time that a new version may take to be proven and timed while others answer
+    requests, in (0, 1]."""
 
     drain_seconds: float = 60.0
     """How long the next version waits, before it is loaded, for the memory of those that end."""
