@@ -251,6 +251,21 @@ def test_a_swap_that_must_compile_compiles_nothing_in_the_process_that_serves(pu
     assert device.num_compiled() == before
 
 
+def test_a_rollback_after_the_cache_was_emptied_compiles_nothing_in_the_process_that_serves(
+    publish, opened, cold_cache
+):
+    publish(1, rows=[16], with_code=False)
+    repository = opened(use_bundle_code=False)
+    publish(2, rows=[4], with_code=False)
+    repository.poll()
+    drained(repository)
+    for file in cold_cache.iterdir():
+        file.unlink()
+    assert repository.rollback("linear") == 1
+    assert ask(repository, 16) == 1
+    assert repository._loader.num_serving_compiles == 0
+
+
 def test_code_that_a_killed_start_has_cut_off_is_replaced_at_the_next_start_and_by_the_helper(
     publish, opened, cold_cache
 ):

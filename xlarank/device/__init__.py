@@ -8,6 +8,7 @@ from xlarank.device.compiles import CompileCounter, num_compiled
 from xlarank.device.pace import Pace, at_once
 from xlarank.device.platform import (
     compile_cache_at,
+    compile_cache_files,
     compile_cache_folder,
     compiler_options,
     configure,
@@ -58,6 +59,7 @@ __all__ = [
     "at_once",
     "check_errors",
     "compile_cache_at",
+    "compile_cache_files",
     "compile_cache_folder",
     "compile_program",
     "compile_update",

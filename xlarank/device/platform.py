@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 __all__ = [
     "compile_cache_at",
+    "compile_cache_files",
     "compile_cache_folder",
     "compiler_options",
     "configure",
@@ -147,6 +148,13 @@ def half_precision(device: Device) -> Precision:
 def compile_cache_folder() -> Path:
     """The process's compilation cache, as `configure` set it."""
     return Path(jax.config.jax_compilation_cache_dir or default_compile_cache())
+
+
+def compile_cache_files() -> set[str]:
+    """Names of the files of code in it."""
+    with contextlib.suppress(FileNotFoundError):
+        return {name for name in os.listdir(compile_cache_folder()) if not name.startswith(".")}
+    return set()
 
 
 @contextlib.contextmanager

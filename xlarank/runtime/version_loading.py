@@ -112,9 +112,10 @@ class VersionLoader:
             idle=pool.idle if any(d.platform == "cpu" for d in devices) else None,
         )
         self._keys: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
-        self._in_cache: set[str] = (
-            set()
-        )  # keys of programs that this process has put into the cache, or found
+        # Keys of programs that were found in the cache, or put there, and what was in it then: JAX doesn't
+        # say which files are a program's.
+        self._in_cache: set[str] = set()
+        self._cache_files: set[str] = set()
         self._num_compiled_alone = device.num_compiled()
 
     @property
@@ -147,10 +148,10 @@ class VersionLoader:
         host_pace = paced.beside if is_beside else device.at_once
         bundle = self._open(path, is_beside, host_pace)
         key = program_key(bundle)
-        if is_beside and key not in self._in_cache:
+        twin = next((peer for peer in peers if self._keys.get(peer) == key), None)
+        if is_beside and twin is None and not self._is_in_cache(key):
             seconds = self._helper.compile(path)
             _log.info("%s: a process of its own has compiled it in %.1f s", path, seconds)
-        twin = next((peer for peer in peers if self._keys.get(peer) == key), None)
         options = self._options
         loader = Loader(
             bundle,
@@ -173,7 +174,9 @@ class VersionLoader:
         store = None if stores is None else self._store(stores, bundle, peers, is_beside)
         engine = Engine(loader, self._pool, self._metrics, store, options.queue, options.captures)
         self._keys[engine] = key
-        self._in_cache.add(key)
+        if twin is None:  # else nothing was read from the cache
+            self._in_cache.add(key)
+            self._cache_files |= device.compile_cache_files()
         if stores is not None:
             stores.last = store
         compiled = device.num_compiled() - before
@@ -202,6 +205,13 @@ class VersionLoader:
     def close(self) -> None:
         """Ends what `load` waits for."""
         self._helper.close()
+
+    def _is_in_cache(self, key: str) -> bool:
+        """Whether programs of this key have been in the cache, and it has lost no file since."""
+        if not self._cache_files <= device.compile_cache_files():
+            self._in_cache.clear()
+            self._cache_files.clear()
+        return key in self._in_cache
 
     def _open(self, path: Path, is_beside: bool, pace: device.Pace) -> Bundle:
         def read() -> Bundle:
