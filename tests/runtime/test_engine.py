@@ -263,10 +263,12 @@ def test_a_failing_batch_fails_its_requests_and_not_the_engine(repository, monke
     with Engine.load(repository / "shop") as engine:
         (request,) = random_requests(shop.SPEC, 1)
         expected = engine.score(request)
-        with monkeypatch.context() as broken:
-            broken.setattr(
-                type(engine._gatherer), "gather", lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
-            )
+
+        def gather(*_):
+            raise RuntimeError("broken")
+
+        with monkeypatch.context() as broken:  # of requests alone: golden ones run as ever
+            broken.setattr(engine._execution, "_gatherer", SimpleNamespace(spec=engine.spec, gather=gather))
             with pytest.raises(ExecutionError, match="the request fails on every device, by row 0: broken"):
                 engine.score(request)
         assert_same(engine.score(request), expected)
