@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from xlarank_serving.http_server import HttpServer
     from xlarank_serving.repository_rpcs import ManagedRepository
 
-__all__ = ["RankingServer", "StopRequest", "metrics_server", "stop_on_signals"]
+__all__ = ["SIGNAL_SECONDS", "RankingServer", "StopRequest", "metrics_server", "stop_on_signals"]
 
 # Once every ranking request is done: how long those that still arrive are turned away in words, and how long
 # open streams (a health Watch, reflection) may stay.
