@@ -1,5 +1,6 @@
 """Versions that come, fail, are rolled back and vanish in a repository's folder, with real engines."""
 
+import logging
 import os
 import queue
 import shutil
@@ -219,6 +220,25 @@ def test_a_damaged_version_is_tried_again_when_its_folder_changes_and_not_before
     program.write_bytes(whole)
     repository.poll()
     assert scores(repository) == 2
+
+
+def test_when_the_log_says_that_a_version_failed_the_index_has_its_reason(publish, opened, monkeypatch):
+    publish(1)
+    repository = opened()
+    seen = []
+
+    def look(record):
+        if "isn't served" in record.getMessage():
+            seen.append((states(repository)[2], reason(repository, 2)))
+        return True
+
+    log = logging.getLogger("xlarank.runtime.model_versions")
+    monkeypatch.setattr(log, "filters", [look])
+    publish(2, golden_error=0.5)
+    repository.poll()
+    ((state, why),) = seen
+    assert state == UNAVAILABLE
+    assert "golden replay on" in why
 
 
 def test_without_watching_a_damaged_version_is_an_error_at_the_start(publish, opened):

@@ -318,8 +318,9 @@ class ModelVersions:
             if strict:
                 raise
             reason = str(error) if isinstance(error, XlarankError) else f"{type(error).__name__}: {error}"
-            with self._lock:
+            with self._lock:  # one step: who reads the log may ask for the reason at once
                 self._failed[version] = _Blocked(stamp, reason)
+                self._loading = None
             self._metrics.record_failure(self.model)
             is_ours = not isinstance(error, XlarankError)  # a defect: where it is matters
             _log.error("model %s version %d isn't served: %s", self.model, version, reason, exc_info=is_ours)
