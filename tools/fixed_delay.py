@@ -11,7 +11,7 @@ import bisect
 import functools
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Generic, TypeVar, cast
 
 from xlarank.errors import BucketError
@@ -157,7 +157,7 @@ class FixedDelayBatcher(Generic[Item]):
         now: float,
         *,
         plan: BucketPlan | None = None,
-        claims: Callable[[Part[Item]], bool] | None = None,
+        **_: object,  # what the rule doesn't ask
     ) -> Batch[Item] | None:
         """The batch that a free device runs now; None when there is none, or it is held back."""
         self._deferred_until = math.inf

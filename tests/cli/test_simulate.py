@@ -24,7 +24,7 @@ def bundle(tmp_path_factory):
 def run(capsys, bundle):
     """Runs the command on the bundle; gives its facts, its page and its errors."""
 
-    def run(*words):
+    def run(*words, bundle=bundle):
         status = main.main(main.parse(["xlarank", "simulate", str(bundle), *words]))
         output = capsys.readouterr()
         return (json.loads(output.out) if status == 0 and "--json" in words else {}), output.out, output.err
@@ -61,7 +61,7 @@ def test_poisson_traffic_at_a_share_of_capacity(run):
     assert facts["offered_requests_per_second"] == pytest.approx(0.5 * 2 / 10e-3, rel=0.1)
     assert facts["utilisation"] == pytest.approx(0.5, rel=0.1)
     assert 10 <= facts["latency_ms"]["p50"] < facts["latency_ms"]["p99"]
-    assert facts["devices"] == [{"speed": 1.0, "cost": 1.0}] * 2
+    assert facts["devices"] == [{"kind": "cpu", "speed": 1.0, "cost": 1.0}] * 2
 
 
 def test_a_slower_device_takes_what_the_faster_one_has_no_time_for(run):
@@ -71,6 +71,23 @@ def test_a_slower_device_takes_what_the_faster_one_has_no_time_for(run):
     assert both["latency_ms"]["p99"] < 80
     spread, _, _ = run(*options, "--speeds", "1,0.25", "--dispatch-policy", "spread")
     assert spread["latency_ms"]["mean"] > both["latency_ms"]["mean"]
+
+
+def test_devices_of_several_kinds_have_times_of_their_own(run, tmp_path):
+    """One takes 3 ms for any rows, the other 2 ms for 8 and 40 ms for 128: each has what it does sooner."""
+    times = {"wide": {8: 3e-3, 128: 3e-3}, "quick": {8: 2e-3, 128: 40e-3}}
+    path = write_bundle(
+        tmp_path / "kinds",
+        lambda bucket: {kind: own[bucket.rows] - SECONDS_A_RUN for kind, own in times.items()},
+    )
+    trace = write(tmp_path / "trace.csv", "seconds,candidates\n1.0,8\n2.0,100\n3.0,100\n3.0,8\n")
+    kinds = ("--device-kind", "wide", "--device-kind", "quick")
+    facts, _, _ = run("--trace", trace, *kinds, "--json", bundle=path)
+    assert [device["kind"] for device in facts["devices"]] == ["wide", "quick"]
+    assert facts["latency_ms"]["mean"] == pytest.approx((2 + 3 + 3 + 2) / 4)
+    _, _, err = run("--trace", trace, *kinds, "--speeds", "1,1,2", bundle=path)
+    assert "--device-kind: expected one, or one for each of 3 devices, got ['wide', 'quick']" in err
+    assert "choose one with --device-kind" in run("--trace", trace, bundle=path)[2]
 
 
 def test_the_page_reads_well(run, tmp_path):
@@ -247,7 +264,7 @@ def test_a_page_is_of_devices_of_the_speeds_that_are_named(run, tmp_path):
     facts, _, _ = run(*options, "--speeds", "2,2", "--json")
     assert facts["slowdown"] == pytest.approx(1.5 / (1.0 / 2 + 180 * SECONDS_A_RUN / 2), rel=1e-6)
     _, _, err = run(*options, "--speeds", "2,1")
-    assert "--server-metrics: expected devices of one speed, got --speeds [2.0, 1.0]: a page doesn't" in err
+    assert "expected devices of one kind and speed, got kinds ['one'] and speeds [2.0, 1.0]: a page" in err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What the scheduler expects runs to take, learnt from those that were, and that no mistake in it lasts."""
 
 import contextlib
+import random
 
 import pytest
 
@@ -112,6 +113,20 @@ def test_the_search_for_what_is_at_fault_teaches_nothing():
     for _ in range(100):
         now = run(scheduler, queue, 3e-3, now, is_bad=True)
     assert expected(scheduler, queue, now) == pytest.approx(3e-3, rel=0.01)
+
+
+@pytest.mark.parametrize(("base", "slope"), [(0.0, 1.0), (0.0, 3.0), (5.0, 1.0), (0.0, 0.5)])
+def test_runs_of_several_prices_tell_what_greater_ones_take(base, slope):
+    slowdown, rng = Slowdown(), random.Random(1)
+    for now in range(300):
+        price = rng.choice((1.0, 2.0, 4.0))
+        slowdown.begin(now)
+        slowdown.end(now + 1, price=price, taken=(base + slope * price) * rng.uniform(0.9, 1.1))
+    # Never less than the prices differ by: who is let in by mistake teaches.
+    mean = base + slope * 7 / 3
+    assert slowdown.seconds(10.0, 300) == pytest.approx(mean + max(1.0, slope) * (10 - 7 / 3), rel=0.15)
+    slowdown.begin(400)
+    assert slowdown.seconds(10.0, 400) == pytest.approx(10.0, rel=0.01)  # it has faded
 
 
 def test_what_was_learnt_fades_while_nothing_runs_and_only_then():

@@ -6,7 +6,7 @@ import argparse
 import csv
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--costs", type=_numbers, metavar="C1,C2,..", help="of a second of each device, to prefer the cheaper"
     )
-    parser.add_argument("--device-kind", metavar="KIND", help="whose times count, where BUNDLE has several")
+    parser.add_argument(
+        "--device-kind",
+        action="append",
+        metavar="KIND",
+        help="whose times count, where BUNDLE has several; once for each of --devices: each has its own",
+    )
     parser.add_argument(
         "--dispatch-policy",
         choices=[policy.value for policy in DispatchPolicy],
@@ -167,8 +172,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     bundle = open_bundle(resolve_bundle(args.bundle), verify=Verify.SIZES)
     manifest = bundle.manifest
-    kind, profile = profile_of(manifest, str(bundle.path), args.device_kind)
-    speeds, costs = _devices(args)
+    speeds, costs, kinds = _devices(args)
+    profiles = dict(profile_of(manifest, str(bundle.path), kind) for kind in kinds)
+    kinds = list(profiles) * len(speeds) if len(profiles) == 1 else kinds
     config = QueueConfig(
         max_queue_ms=args.max_queue_ms,
         max_defer_ms=args.max_defer_ms,
@@ -176,20 +182,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         max_batch_rows=args.max_batch_rows,
     )
     plans = {
-        speed: BucketPlan.of_config(manifest.ladder, _scaled(profile, speed), config)
-        for speed in {1.0, *speeds}
+        (kind, speed): BucketPlan.of_config(manifest.ladder, _scaled(profiles[kind], speed), config)
+        for kind, speed in {*zip(kinds, speeds, strict=True)}
     }
     if args.slo_ms <= 0:
         raise ConfigError(f"--slo-ms must be > 0; was {args.slo_ms}")
-    by_device = [plans[speed] for speed in speeds]
+    by_device = [plans[device] for device in zip(kinds, speeds, strict=True)]
     pace = _stated_pace(args, manifest.spec.name, by_device)
     scheduler: Scheduler[int] = Scheduler(len(speeds), costs=costs)
     queue = scheduler.attach(manifest.spec.name, by_device, config)
     if args.trace is not None:
         arrivals = _read_trace(args.trace)
     else:
-        capacity = sum(speeds) / pace.slowdown
-        arrivals = _poisson(args, manifest.spec.name, capacity=capacity, seconds_of=plans[1.0].seconds)
+        arrivals = _poisson(args, manifest.spec.name, by_device, slowdown=pace.slowdown)
     if args.capacity is not None:
         observed = observed_pace(
             by_device,
@@ -212,8 +217,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "path": str(bundle.path),
         "model": manifest.spec.name,
         "version": manifest.version,
-        "device_kind": kind,
-        "devices": [{"speed": speed, "cost": cost} for speed, cost in zip(speeds, costs, strict=True)],
+        "device_kind": ", ".join(profiles),
+        "devices": [
+            {"kind": kind, "speed": speed, "cost": cost}
+            for kind, speed, cost in zip(kinds, speeds, costs, strict=True)
+        ],
         "slowdown": pace.slowdown,
         "overhead_ms": pace.overhead_seconds * 1e3,
         "note": pace.note,
@@ -253,8 +261,9 @@ def _stated_pace(args: argparse.Namespace, model: str, plans: Sequence[BucketPla
     if args.server_metrics is not None:
         if len(set(plans)) > 1:
             raise ConfigError(
-                f"--server-metrics: expected devices of one speed, got --speeds {args.speeds}: a page "
-                f"doesn't say which of them ran which batches; say what a client saw (--capacity, --alone-ms)"
+                f"--server-metrics: expected devices of one kind and speed, got kinds "
+                f"{args.device_kind or ['one']} and speeds {args.speeds or [1.0]}: a page doesn't say which "
+                f"of them ran which batches; say what a client saw (--capacity, --alone-ms)"
             )
         pace = read_pace(args.server_metrics, model, plans[0])
     return ServerPace(
@@ -272,19 +281,24 @@ def _limited(arrivals: list[Arrival], timeout_ms: float) -> list[Arrival]:
     return [dataclasses.replace(each, timeout=min(each.timeout, timeout_ms / 1e3)) for each in arrivals]
 
 
-def _devices(args: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """Speed and cost of each device."""
-    speeds = args.speeds or [1.0] * args.devices
+def _devices(args: argparse.Namespace) -> tuple[list[float], list[float], list[str | None]]:
+    """Speed and cost of each device; and its kind, one for all or one each, None where BUNDLE says."""
+    kinds: list[str | None] = args.device_kind or [None]
+    speeds = args.speeds or [1.0] * (args.devices if len(kinds) == 1 or args.devices > 1 else len(kinds))
     if args.devices < 1:
         raise ConfigError(f"--devices must be >= 1; was {args.devices}")
     if args.speeds and args.devices not in (1, len(args.speeds)):
         raise ConfigError(
             f"--speeds: expected one for each of {args.devices} devices, got {len(args.speeds)}"
         )
+    if len(kinds) not in (1, len(speeds)):
+        raise ConfigError(
+            f"--device-kind: expected one, or one for each of {len(speeds)} devices, got {kinds}"
+        )
     costs = args.costs or [1.0] * len(speeds)
     if len(costs) != len(speeds):
         raise ConfigError(f"--costs: expected one for each of {len(speeds)} devices, got {len(costs)}")
-    return speeds, costs
+    return speeds, costs, kinds
 
 
 def _scaled(profile: LatencyProfile, speed: float) -> LatencyProfile:
@@ -292,9 +306,9 @@ def _scaled(profile: LatencyProfile, speed: float) -> LatencyProfile:
 
 
 def _poisson(
-    args: argparse.Namespace, model: str, *, capacity: float, seconds_of: Callable[[int], float]
+    args: argparse.Namespace, model: str, plans: Sequence[BucketPlan], *, slowdown: float
 ) -> list[Arrival]:
-    """Arrivals at a rate, or at a share of what `capacity` devices of the measured speed can do."""
+    """Arrivals at a rate, or at a share of what devices can do with these plans, one request at a time."""
     from xlarank.cli.sizes import read_sizes  # these take a while: only this subcommand pays
     from xlarank.runtime.simulation import poisson_arrivals
 
@@ -310,8 +324,8 @@ def _poisson(
     if rate is None and args.capacity is not None:
         rate = args.load * args.capacity
     elif rate is None:
-        seconds = float(np.array([seconds_of(int(size)) for size in sizes]) @ shares)
-        rate = args.load * capacity / seconds
+        means = [float(np.array([plan.seconds(int(size)) for size in sizes]) @ shares) for plan in plans]
+        rate = args.load * sum(1 / seconds for seconds in means) / slowdown
     return poisson_arrivals(
         rate, lambda rng, count: rng.choice(sizes, count, p=shares), args.requests, seed=args.seed
     )

@@ -20,10 +20,10 @@ Contract
     several run on the device that took the first. Each keeps the request's place in the order, so that a
     higher level waits for one run of a huge request at most; the last part takes company along. (Policy
     spread pins parts to devices at arrival.)
-  - A request whose deadline can't be met any more, by the measured times, is never handed out: it goes to
-    `take_late`. Nor is one in a run that ends after its deadline: a quick run goes first if that makes fewer
-    rows of its level late and less than a full run of them waits behind; else it is left out, and others take
-    its place.
+  - A request whose deadline no device can meet any more is never handed out: it goes to `take_late`. Nor is
+    one in a run that is expected to end after its deadline: a quick run goes first if that makes fewer rows
+    of its level late and less than a full run of them waits behind; else it is left out, and others take its
+    place. What is cheapest is told by prices; what ends when, by what runs of such a price take lately.
   - Every queued row comes out exactly once, in order within its request, unless the request is dropped or
     late.
 """
@@ -60,8 +60,15 @@ _LEAST_SAVING = 0.1
 _MOST_KNEES = 2.5
 """Longest run beyond the knee, in runs of the knee: whoever comes next waits for its end."""
 
+_MARGIN = 0.05
+"""Of a run's time, that one of several requests is to end before their deadlines: runs of a bucket differ."""
+
 _HIGH_LOAD = 0.7
 """Share of the devices' time that is asked for; from there on a batch may be deferred."""
+
+
+def _as_priced(seconds: float) -> float:
+    return seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +238,8 @@ class Batcher(Generic[Item]):
         *,
         plan: BucketPlan | None = None,
         claims: Callable[[Part[Item]], bool] | None = None,
+        taken: Callable[[float], float] = _as_priced,
+        least_seconds: Callable[[int], float] | None = None,
     ) -> Batch[Item] | None:
         """The batch that a free device runs now; None when nothing is queued for it, or it is deferred.
 
@@ -239,8 +248,12 @@ class Batcher(Generic[Item]):
           now: seconds.
           plan: prices of this device; the queue's own by default.
           claims: whether the device may take a part that isn't pinned to it; any by default.
+          taken: what a run of a price is expected to take on it.
+          least_seconds: in which some device is expected to run so many rows; this one's by default.
         """
         plan = plan or self.plan
+        forecast = _Forecast(now, plan, taken)
+        least_seconds = least_seconds or forecast.seconds
         self._deferred_until = math.inf
         oldest = now - self.config.max_skip_ms / 1e3
         left_out: set[Ticket[Item]] = set()
@@ -248,7 +261,9 @@ class Batcher(Generic[Item]):
         quick: tuple[Part[Item], int, Sequence[Part[Item]]] | None = None
         num_looks = 0
         while True:
-            head, company, others, late = self._choose(device, now, plan, claims, left_out, least_deadline)
+            head, company, others, late = self._choose(
+                device, forecast, claims, least_seconds, left_out, least_deadline
+            )
             for ticket in late:
                 self._set_late(ticket)
             if late:  # whoever was chosen, in this look or before, may be among them; more may be behind
@@ -257,16 +272,16 @@ class Batcher(Generic[Item]):
             if head is None and quick is not None:  # there are only those who would be late for a longer run
                 head, num_rows, chosen = quick
                 break
-            if head is None or self._defers([head, *company], now, plan):
+            if head is None or self._defers([head, *company], forecast):
                 return None
             num_rows, chosen = self._cut(head, company, plan, oldest)
             if plan.fills_buckets and len(others) > len(company):
-                num_rows, chosen = _widened(head, others, plan, oldest, now) or (num_rows, chosen)
-            hurt = _late_for(head, num_rows, chosen, plan, now)
+                num_rows, chosen = _widened(head, others, forecast, oldest) or (num_rows, chosen)
+            hurt = _late_for(head, num_rows, chosen, forecast)
             if not hurt:
                 break
-            first = self._cut(head, company, plan, oldest, now)
-            if self._saves_rows(first, [head, *chosen], hurt, plan, now):
+            first = self._cut(head, company, plan, oldest, forecast)
+            if self._saves_rows(first, [head, *chosen], hurt, forecast):
                 num_rows, chosen = first
                 break
             quick = quick or (head, *first)
@@ -275,7 +290,7 @@ class Batcher(Generic[Item]):
                 head, num_rows, chosen = quick
                 break
             left_out.update(hurt)
-            least_deadline = max(least_deadline, now + plan.run_seconds(num_rows, 1 + len(chosen)))
+            least_deadline = max(least_deadline, forecast.end(num_rows, 1 + len(chosen)))
         for part in (head, *chosen):
             self._remove(part)
         if num_rows < head.num_rows:
@@ -289,9 +304,9 @@ class Batcher(Generic[Item]):
     def _choose(
         self,
         device: int,
-        now: float,
-        plan: BucketPlan,
+        forecast: _Forecast,
         claims: Callable[[Part[Item]], bool] | None,
+        least_seconds: Callable[[int], float],
         left_out: Collection[Ticket[Item]],
         least_deadline: float,
     ) -> tuple[Part[Item] | None, list[Part[Item]], list[Part[Item]], list[Ticket[Item]]]:
@@ -301,6 +316,7 @@ class Batcher(Generic[Item]):
         company: list[Part[Item]] = []
         others: list[Part[Item]] = []
         num_rows = limit = num_others = 0
+        now, plan = forecast.now, forecast.plan
         most, max_rows = plan.max_requests, plan.ladder.max_rows
         is_closed = False
         late: list[Ticket[Item]] = []
@@ -308,11 +324,12 @@ class Batcher(Generic[Item]):
         for part in itertools.islice(eligible, _MAX_LOOK):
             if claims is not None and part.pin is None and not claims(part):
                 continue
-            if self._is_late(part, now, self.plan if part.pin is None else plan):
-                late.append(part.ticket)
-            elif now + plan.seconds(part.num_rows) > part.ticket.deadline:
-                continue  # a faster device can make it
-            elif part.ticket in left_out or part.ticket.deadline < least_deadline:
+            deadline = part.ticket.deadline
+            if deadline < math.inf and now + forecast.seconds(part.num_rows) > deadline:
+                # Another device may make it.
+                if part.pin is not None or now + least_seconds(part.num_rows) > deadline:
+                    late.append(part.ticket)
+            elif part.ticket in left_out or deadline < least_deadline:
                 continue
             elif head is None:
                 head, num_rows, limit = part, part.num_rows, _limit(part, plan)
@@ -336,10 +353,10 @@ class Batcher(Generic[Item]):
         company: Sequence[Part[Item]],
         plan: BucketPlan,
         oldest: float,
-        now: float = -math.inf,
+        forecast: _Forecast | None = None,
     ) -> tuple[int, Sequence[Part[Item]]]:
-        """Rows of the next run and who joins the head in it, so that all of them take the least time; with
-        `now`, of the runs that make nobody in them late. There is one, as a head can be run in time alone."""
+        """Rows of the next run and who joins the head in it, so that all of them take the least time; by a
+        forecast, of the runs that make nobody late. There is one, as a head can be run in time alone."""
         total = head.num_rows + _num_rows(company)
         best: tuple[int, Sequence[Part[Item]]] = (0, company)
         best_seconds, least_gain, best_is_late, last = math.inf, 0.0, True, None
@@ -349,7 +366,7 @@ class Batcher(Generic[Item]):
             if capacity < head.num_rows:
                 run = (capacity, ())
             else:
-                chosen = _fill(head, company, capacity, plan, oldest, now)
+                chosen = _fill(head, company, capacity, plan, oldest, forecast)
                 run = (head.num_rows + _num_rows(chosen), chosen)
             shape = (run[0], 1 + len(run[1]))
             if shape == last:
@@ -358,7 +375,7 @@ class Batcher(Generic[Item]):
             num_left = 1 + len(company) - shape[1] + (run[0] < head.num_rows)
             own = plan.run_seconds(*shape)
             seconds = own + plan.seconds(total - run[0], max(1, num_left))
-            is_late = bool(_late_for(head, *run, plan, now))
+            is_late = forecast is not None and bool(_late_for(head, *run, forecast))
             if is_late < best_is_late or (is_late == best_is_late and seconds < best_seconds - least_gain):
                 best, best_seconds, best_is_late, least_gain = run, seconds, is_late, LEAST_GAIN * own
         return best
@@ -368,8 +385,7 @@ class Batcher(Generic[Item]):
         first: tuple[int, Sequence[Part[Item]]],
         run: Sequence[Part[Item]],
         hurt: Collection[Ticket[Item]],
-        plan: BucketPlan,
-        now: float,
+        forecast: _Forecast,
     ) -> bool:
         """Whether fewer are late if a quick run goes first, for those whom the run of all would make late.
 
@@ -384,16 +400,18 @@ class Batcher(Generic[Item]):
         seen = itertools.islice(self._queue, _MAX_LOOK)
         peers = [p for p in seen if p.ticket.head_start <= level and p.ticket.deadline < math.inf]
         behind = [part for part in peers if part.ticket not in in_run]
+        plan = forecast.plan
         if _num_rows(behind) >= plan.knee_rows or len(behind) >= plan.max_requests:
             return False  # of a long queue others would pay for a run that isn't full
         rest = [part for part in peers if part.ticket in in_run - gone]
-        end = now + plan.run_seconds(num_rows, len(gone)) + plan.seconds(_num_rows(rest), max(1, len(rest)))
+        end = forecast.end(num_rows, len(gone)) + forecast.seconds(_num_rows(rest), max(1, len(rest)))
         lost = [part for part in rest if end > part.ticket.deadline]
         return _num_rows(lost) < _num_rows(part for part in peers if part.ticket in hurt)
 
-    def _defers(self, parts: Sequence[Part[Item]], now: float, plan: BucketPlan) -> bool:
+    def _defers(self, parts: Sequence[Part[Item]], forecast: _Forecast) -> bool:
         """Whether the device waits for company: only if it may, under high load, short of the knee."""
         num_rows = _num_rows(parts)
+        now, plan = forecast.now, forecast.plan
         if (
             not self.config.max_defer_ms
             or num_rows >= plan.knee_rows
@@ -404,16 +422,12 @@ class Batcher(Generic[Item]):
         # none of these is late for it.
         longest = min(self.config.max_defer_ms / 1e3, plan.knee_seconds / self._num_devices)
         until = min(part.ticket.queued_at for part in parts) + longest
-        latest = min(part.ticket.deadline for part in parts) - plan.knee_seconds
+        latest = min(part.ticket.deadline for part in parts) - forecast.taken(plan.knee_seconds)
         self._deferred_until = min(until, latest)
         if self._deferred_until > now:
             return True
         self._deferred_until = math.inf
         return False
-
-    def _is_late(self, part: Part[Item], now: float, plan: BucketPlan) -> bool:
-        deadline = part.ticket.deadline
-        return deadline < math.inf and now + plan.seconds(part.num_rows) > deadline
 
     def _set_late(self, ticket: Ticket[Item]) -> None:
         if self.drop(ticket.item):
@@ -442,6 +456,22 @@ class Batcher(Generic[Item]):
         self._queue.remove(part)
 
 
+class _Forecast:
+    """What begins now on a device, and when it ends."""
+
+    def __init__(self, now: float, plan: BucketPlan, taken: Callable[[float], float]) -> None:
+        self.now, self.plan, self.taken = now, plan, taken
+
+    def end(self, num_rows: int, num_requests: int) -> float:
+        """By when a run is through, and one of several requests to be so."""
+        seconds = self.taken(self.plan.run_seconds(num_rows, num_requests))
+        return self.now + (seconds if num_requests == 1 else (1 + _MARGIN) * seconds)
+
+    def seconds(self, num_rows: int, num_requests: int = 1) -> float:
+        """What rows take."""
+        return self.taken(self.plan.seconds(num_rows, num_requests))
+
+
 class _Load:
     """Device seconds that arrive a second, of about the last second."""
 
@@ -455,13 +485,11 @@ class _Load:
         self._seconds, self._last = self.at(now) + seconds, now
 
 
-def _late_for(
-    head: Part, num_rows: int, chosen: Sequence[Part], plan: BucketPlan, now: float
-) -> list[Ticket]:
+def _late_for(head: Part, num_rows: int, chosen: Sequence[Part], forecast: _Forecast) -> list[Ticket]:
     """Those in a run that end after their deadline; the head with its rows that come in later runs."""
-    end = now + plan.run_seconds(num_rows, 1 + len(chosen))
+    end = forecast.end(num_rows, 1 + len(chosen))
     late = [part.ticket for part in chosen if end > part.ticket.deadline]
-    if end + plan.seconds(max(0, head.num_rows - num_rows)) > head.ticket.deadline:
+    if end + forecast.seconds(max(0, head.num_rows - num_rows)) > head.ticket.deadline:
         late.append(head.ticket)
     return late
 
@@ -479,13 +507,14 @@ def _limit(head: Part, plan: BucketPlan) -> int:
 
 
 def _widened(
-    head: Part, others: Sequence[Part], plan: BucketPlan, oldest: float, now: float
+    head: Part, others: Sequence[Part], forecast: _Forecast, oldest: float
 ) -> tuple[int, Sequence[Part]] | None:
     """Rows of the least run beyond the limit that saves enough, and who joins the head in it; None for none.
 
     Not for requests of lower levels than the head's, and not where it makes one late that is in it or that it
     overtakes.
     """
+    plan = forecast.plan
     limit, longest = _limit(head, plan), _MOST_KNEES * plan.knee_seconds
     peers = [part for part in others if part.ticket.head_start <= head.ticket.head_start]
     for capacity in plan.row_counts[bisect.bisect_right(plan.row_counts, limit) :]:
@@ -499,8 +528,9 @@ def _widened(
             return None
         if seconds > (1 - _LEAST_SAVING) * _seconds_within(run, plan, oldest):
             continue
-        is_late = any(now + seconds > part.ticket.deadline for part in run) or any(
-            now + seconds + plan.seconds(part.num_rows) > part.ticket.deadline
+        end = forecast.end(num_rows, len(run))
+        is_late = any(end > part.ticket.deadline for part in run) or any(
+            end + forecast.seconds(part.num_rows) > part.ticket.deadline
             for part in others
             if part.ticket.deadline < math.inf and part not in chosen
         )
@@ -526,20 +556,20 @@ def _fill(
     capacity: int,
     plan: BucketPlan,
     oldest: float,
-    now: float = -math.inf,
+    forecast: _Forecast | None = None,
 ) -> Sequence[Part]:
-    """Those of the company, in order, that fit beside the head and make nobody late, from `now` on; no two of
-    one request, and none behind one that doesn't fit and has been queued since `oldest`."""
+    """Those of the company, in order, that fit beside the head and, by a forecast, make nobody late; no two
+    of one request, and none behind one that doesn't fit and has been queued since `oldest`."""
     chosen: list[Part] = []
     tickets = {head.ticket}
     num_rows, deadline = head.num_rows, head.ticket.deadline
     for part in company:
-        seconds = plan.run_seconds(num_rows + part.num_rows, 2 + len(chosen))
+        shape = num_rows + part.num_rows, 2 + len(chosen)
         if (
-            num_rows + part.num_rows <= capacity
+            shape[0] <= capacity
             and part.ticket not in tickets
-            and seconds < math.inf
-            and now + seconds <= min(deadline, part.ticket.deadline)
+            and plan.bucket(*shape) is not None
+            and (forecast is None or forecast.end(*shape) <= min(deadline, part.ticket.deadline))
         ):
             chosen.append(part)
             tickets.add(part.ticket)

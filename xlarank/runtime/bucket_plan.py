@@ -63,8 +63,11 @@ class BucketPlan:
         }
         self.row_counts = sorted({bucket.rows for bucket in ladder.buckets})
         self._request_counts = sorted({bucket.requests for bucket in ladder.buckets})
-        # By requests; equal whoever fills them.
-        self._tables: dict[int, tuple[list[float], tuple[int, float]]] = {}
+        # By the places of both counts; what is asked while a batch is chosen is asked under a lock.
+        self._cheapest = [
+            [self._cheapest_of(rows, requests) for requests in self._request_counts]
+            for rows in self.row_counts
+        ]
         self.max_requests = self._request_counts[-1]
         self.knee_rows = limit
         self.fills_buckets = max_batch_rows is None
@@ -73,16 +76,29 @@ class BucketPlan:
         self.knee_seconds = self.seconds_a_row * limit
         self.bucket = functools.cache(self._bucket)
         self.run_seconds = functools.cache(self._run_seconds)
+        # By the place of the requests' count.
+        self._tables: dict[int, tuple[list[float], tuple[int, float]]] = {}
 
     @classmethod
     def of_config(cls, ladder: BucketLadder, profile: LatencyProfile, config: QueueConfig) -> BucketPlan:
-        """With a queue's limit, where it is below the ladder's own."""
-        return cls(ladder, profile, max_batch_rows=min(config.max_batch_rows, ladder.max_rows) or None)
+        """With a queue's limit, where it is below the ladder's own; all prices are worked out."""
+        plan = cls(ladder, profile, max_batch_rows=min(config.max_batch_rows, ladder.max_rows) or None)
+        for requests in plan._request_counts:
+            plan.seconds(1, requests)
+        return plan
 
-    def _bucket(self, num_rows: int, num_requests: int) -> Bucket | None:
-        """The cheapest that holds them, of equals the smallest: what is less never takes longer."""
+    def _cheapest_of(self, num_rows: int, num_requests: int) -> Bucket | None:
+        """Of the buckets that hold them; of equals the smallest: what is less never takes longer."""
         holding = [bucket for bucket in self.ladder.buckets if bucket.holds(num_rows, num_requests)]
         return min(holding, key=self._seconds.__getitem__, default=None)
+
+    def _bucket(self, num_rows: int, num_requests: int) -> Bucket | None:
+        """The cheapest that holds them; None when none does."""
+        place = bisect.bisect_left(self.row_counts, num_rows)
+        requests_place = bisect.bisect_left(self._request_counts, num_requests)
+        if place == len(self.row_counts) or requests_place == len(self._request_counts):
+            return None
+        return self._cheapest[place][requests_place]
 
     def _run_seconds(self, num_rows: int, num_requests: int) -> float:
         """Of one run of the bucket that they take; inf when none holds them."""
@@ -99,11 +115,10 @@ class BucketPlan:
         if num_rows == 0:
             return 0.0
         # Fewer requests may run in a bucket of more; rows without a bucket of so many requests run in parts.
-        place = bisect.bisect_left(self._request_counts, num_requests)
-        requests = self._request_counts[min(place, len(self._request_counts) - 1)]
-        if requests not in self._tables:
-            self._tables[requests] = self._table(requests)
-        table, (rows, price) = self._tables[requests]
+        place = min(bisect.bisect_left(self._request_counts, num_requests), len(self._request_counts) - 1)
+        if place not in self._tables:
+            self._tables[place] = self._table(self._request_counts[place])
+        table, (rows, price) = self._tables[place]
         num_full = max(0, -((len(table) - 1 - num_rows) // rows))
         return num_full * price + table[num_rows - num_full * rows]
 

@@ -5,8 +5,9 @@ Contract
     hands in the time of each event. The server's threads and the simulator drive the same object.
   - One queue a model; a request is bound to a device when the device frees. Devices of one kind are alike,
     and a free one takes what is first in the queue.
-  - Where devices differ, a request goes to the cheapest device whose predicted finish meets its deadline,
-    else to the one that finishes soonest (ELSA, arXiv 2202.13481), counting what is ahead of it in the queue.
+  - Where devices differ, by their prices or as runs on one have come to take far longer, a request goes to
+    the cheapest device whose predicted finish meets its deadline, else to the one that finishes soonest
+    (ELSA, arXiv 2202.13481), counting what is ahead of it in the queue.
     So a free device is left idle only for requests that a cheaper one, busy now, still finishes in time, or a
     faster one sooner; no other case leaves a device idle while rows are queued. A turn that is overdue is
     expected to last as long again, so that others soon take over from a device that hangs.
@@ -60,6 +61,9 @@ _MOST_TIMES_EXPECTED = 4.0
 _RECENT_SECONDS = 60.0
 """For so long a priority that came is expected again."""
 
+_UNEVEN = 2.0
+"""Devices of a kind on which runs take so many times as long as on another are no longer alike."""
+
 _MAX_LOOK = 256
 """Queued parts that are looked at for one device: bounds the time under the owner's lock."""
 
@@ -80,6 +84,9 @@ class ModelQueue(Generic[Item]):
     used_seconds: list[float] = dataclasses.field(default_factory=list)
     """By device: of its time, those that were used, from the level on at which the model began."""
 
+    is_uneven: bool = False
+    """Whether devices of one kind have come to differ, as of the last run."""
+
     mean_rows: float = 0.0
     """Of the requests that were taken lately."""
 
@@ -89,9 +96,13 @@ class ModelQueue(Generic[Item]):
     seen_at: dict[int, float] = dataclasses.field(default_factory=dict)
     """When a request of each level came last."""
 
-    @functools.cached_property
+    @property
     def has_kinds(self) -> bool:
         """Whether devices differ in speed."""
+        return self.is_uneven or self._has_plans
+
+    @functools.cached_property
+    def _has_plans(self) -> bool:
         return len({id(plan) for plan in self.plans}) > 1
 
 
@@ -315,6 +326,8 @@ class Scheduler(Generic[Item]):
         price = 0.0 if turn.is_retry else turn.predicted_seconds
         for slowdown in (device.slowdown, turn.queue.slowdowns[turn.device]):
             slowdown.end(now, price=price, taken=seconds)
+        ratios = [turn.queue.slowdowns[d.index].ratio(now) for d in self._devices if d.is_healthy]
+        turn.queue.is_uneven = bool(ratios) and max(ratios) >= _UNEVEN * min(ratios)
         device.num_turns += 1
         device.busy_seconds += seconds
 
@@ -522,13 +535,25 @@ class Scheduler(Generic[Item]):
 
     def _next_batch(self, queue: ModelQueue[Item], device: _Device, now: float) -> Batch[Item] | None:
         batcher, plan = queue.batcher, queue.plans[device.index]
+        workers = [other.index for other in self._devices if other.is_healthy]
+
+        @functools.cache  # of each size queued
+        def least_seconds(num_rows: int) -> float:
+            return min(self._seconds(queue, index, num_rows, now) for index in workers)
+
+        next_batch = functools.partial(
+            batcher.next_batch,
+            device.index,
+            now,
+            plan=plan,
+            taken=queue.slowdowns[device.index].at(now),
+            least_seconds=least_seconds,
+        )
         if not self._has_preferences(queue):
-            return batcher.next_batch(device.index, now, plan=plan)
+            return next_batch()
         if queue.has_kinds or self._has_costs:
             chosen = self._soonest_here(queue, device, now)
-            batch = batcher.next_batch(
-                device.index, now, plan=plan, claims=lambda part: part.ticket in chosen
-            )
+            batch = next_batch(claims=lambda part: part.ticket in chosen)
             if batch is None:  # left to others, one of which may hang
                 patience = plan.seconds(1)
                 doubts = [other.doubt_at(now, patience) for other in self._devices if other.is_available]
@@ -544,7 +569,7 @@ class Scheduler(Generic[Item]):
             return home is None or self._devices[home].turn is not None
 
         for claims in (is_own, may_take):
-            batch = batcher.next_batch(device.index, now, plan=plan, claims=claims)
+            batch = next_batch(claims=claims)
             if batch is not None or batcher.deferred_until < math.inf:
                 return batch
         return None
