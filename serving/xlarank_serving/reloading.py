@@ -1,4 +1,4 @@
-"""Files that may change while a server runs: `Reloaded`."""
+"""Files that may change while a server runs: `Reloaded`, `file_stamp`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from xlarank.errors import ConfigError
 
-__all__ = ["Reloaded", "read_file"]
+__all__ = ["Reloaded", "file_stamp", "read_file"]
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Reloaded(Generic[_Value]):
             self._lock.release()
 
     def _look(self) -> tuple[tuple[int, int, int] | None, ...]:
-        return tuple(_stamp(path) for path in self._paths)
+        return tuple(file_stamp(path) for path in self._paths)
 
 
 def read_file(what: str, path: Path) -> bytes:
@@ -80,7 +80,8 @@ def read_file(what: str, path: Path) -> bytes:
         raise ConfigError(f"{what} {path}: can't be read: {error.strerror}") from error
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def file_stamp(path: Path) -> tuple[int, int, int] | None:
+    """Differs once a file was written or replaced; None without one."""
     try:
         status = os.stat(path)
     except OSError:

@@ -56,6 +56,31 @@ def test_the_traffic_of_a_version_that_is_not_ready_goes_to_the_others():
     assert counts([]) == {None: 1200}
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "is_at_once"),
+    [
+        ({}, {}, True),
+        ({"stable": 1.0}, {"stable": 0.0, "canary": 1.0}, True),
+        ({"stable": 1.0}, {"stable": 0.5, "next": 0.5}, True),  # 5 isn't ready, and has none of it yet
+        ({"stable": 1.0}, {"next": 1.0}, False),
+        ({"stable": 1.0}, {}, False),  # the newest is to answer, which may be still to come
+        ({"next": 1.0}, {"next": 0.5, "canary": 0.5}, True),
+    ],
+)
+def test_a_policy_waits_for_no_version_that_its_traffic_can_do_without(before, after, is_at_once):
+    assert labelled(**after).moves_at_once(labelled(**before), [3, 4]) == is_at_once
+
+
+def test_a_policy_whose_label_leads_to_a_version_that_is_to_come_waits_for_it():
+    def named(version):
+        return ModelPolicy(name="m", labels=(VersionLabel(name="stable", version=version),))
+
+    assert named(4).moves_at_once(named(3), [3, 4])
+    assert named(5).moves_at_once(ModelPolicy(), [3, 4])
+    assert named(6).moves_at_once(named(5), [3, 4])
+    assert not named(5).moves_at_once(named(3), [3, 4])
+
+
 def test_models_draw_their_canaries_from_different_users():
     one, other = labelled(canary=1.0), ModelPolicy(name="n")
     both = [i for i in range(2000) if one.position(f"user{i}") < 0.1 and other.position(f"user{i}") < 0.1]

@@ -21,7 +21,7 @@ from served import metrics_of, served_by, tensors_of
 from xlarank_serving.admin import AdminClient
 from xlarank_serving.client import RankingClient
 
-from xlarank.errors import UnavailableError, UnsupportedError
+from xlarank.errors import ModelNotFoundError, UnavailableError, UnsupportedError
 
 NUM_ROWS = 400_000
 """Of the tables: enough to find their memory among all the rest."""
@@ -284,8 +284,30 @@ def counters(values):
     }
 
 
+POLICIES = """
+[[versions.models]]
+name = "plain"
+labels = [{ name = "stable", version = 1 }]
+"""
+
+
 def test_a_process_that_is_killed_is_started_again_and_no_counter_falls(served):
+    """By the policies of now."""
+    config = served.folder / "server.toml"
     with RankingClient(served.ready["grpc"]) as client:
+
+        def ask_by_label():
+            scores = client.score("plain", features(5), version="stable")["value"]
+            np.testing.assert_allclose(scores, expected(5, 1), rtol=1e-6)
+
+        def has_label():
+            with contextlib.suppress(ModelNotFoundError):
+                ask_by_label()
+                return True
+
+        assert not has_label()
+        config.write_text(CONFIG + POLICIES)
+        until(has_label, "the label")
         served.update()
         served.both_answer(lambda: served.check(client))
         before, workers = served.metrics(), served.workers()
@@ -303,6 +325,9 @@ def test_a_process_that_is_killed_is_started_again_and_no_counter_falls(served):
         assert sum(after[f'xlarank_worker_restarts_total{{process="{i}"}}'] for i in (0, 1)) == 1
         assert len(served.workers() - workers) == 1
         served.both_answer(lambda: served.check_updated(client))
+        served.both_answer(ask_by_label)
+        config.write_text(CONFIG)
+        until(lambda: not has_label(), "no label any more")
     served.said("ended: signal 9 (SIGKILL); it is started again in 1 s")
 
 

@@ -382,3 +382,50 @@ def test_a_server_swaps_to_a_version_that_is_published_while_it_serves(folder):
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
+
+
+POLICY = """
+[versions]
+watch_seconds = 0.05
+
+[[versions.models]]
+name = "linear"
+"""
+
+
+def shared(stable, canary):
+    """A config of two labels that share the traffic."""
+    labels = [f'{{ name = "stable", version = 2, traffic = {stable} }}']
+    labels.append(f'{{ name = "canary", version = 3, traffic = {canary} }}')
+    return f"{POLICY}labels = [{', '.join(labels)}]\n"
+
+
+def test_policies_of_the_config_file_are_followed_while_the_server_runs(folder):
+    models, config = folder / "policies", folder / "policies.toml"
+    for version in (1, 2, 3):
+        linear.publish(folder / "models" / "linear" / "1", models, version)
+    config.write_text(shared(1.0, 0.0))
+    options = ("--compile-cache", str(folder / "cache"), "--config", str(config))
+    with served_by(str(models), *options) as process, contextlib.ExitStack() as stack:
+        ready = json.loads(process.stdout.readline())
+        client = stack.enter_context(triton.InferenceServerClient(ready["grpc"]))
+
+        def answer():
+            return int(client.infer("linear", tensors_of(5)).get_response().model_version)
+
+        assert ready["models"] == ["linear/2", "linear/3"]
+        assert {answer() for _ in range(5)} == {2}
+        config.write_text(shared(0.0, 1.0))
+        while answer() != 3:
+            pass
+        config.write_text(shared(0.5, 0.6))
+        read_until(process.stderr, f"{config}: the last good policies stay in use: model 'linear': expected")
+        assert {answer() for _ in range(5)} == {3}
+        config.write_text(f'{POLICY}policy = "specific"\nversions = [1]\n[queue]\nmax_queued_rows = 7000\n')
+        read_until(process.stderr, f"{config}: [queue] max_queued_rows: take effect at the next start")
+        while answer() != 1:
+            pass
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "stay in use" not in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 from xlarank.cli.sections import add_flags, config_text, options_of, read_sections
 from xlarank.cli.serve_config import ServeConfig, port_problems
+from xlarank.cli.serve_file import ConfigFile
 from xlarank.errors import ConfigError
 
 __all__ = ["add_parser", "run"]
@@ -73,15 +75,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.repository is not None:  # a positional one can't be left out of the namespace
         setattr(args, "models.repository", args.repository)
-    config, problems = read_sections(ServeConfig, args, args.config)
+    read = functools.partial(read_sections, ServeConfig, args, args.config)
     if args.check:
-        return _check(config, problems, is_json=args.json)
-    if config is None:
-        raise ConfigError(problems[0])
+        return _check(*read(), is_json=args.json)
+    file = ConfigFile(args.config, read)
     if args.print_config:
-        print(config_text(config), end="")
-        return {"config": config_text(config)} if args.json else {}
-    return _serve(config, is_json=args.json)
+        text = config_text(file.config)
+        print(text, end="")
+        return {"config": text} if args.json else {}
+    return _serve(file, is_json=args.json)
 
 
 def _check(config: ServeConfig | None, problems: list[str], *, is_json: bool) -> dict[str, Any]:
@@ -101,24 +103,26 @@ def _check(config: ServeConfig | None, problems: list[str], *, is_json: bool) ->
     return result
 
 
-def _serve(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
+def _serve(file: ConfigFile, *, is_json: bool) -> dict[str, Any]:
+    config = file.config
     _raise_file_limit()
-    if config.processes.num_processes > 1:
-        from xlarank.cli.serve_processes import serve_with_processes
-
-        return serve_with_processes(config, lambda ready: _announce(config, ready, is_json=is_json))
-    return _serve_alone(config, is_json=is_json)
-
-
-def _serve_alone(config: ServeConfig, *, is_json: bool) -> dict[str, Any]:
-    from xlarank.cli.serve_start import bound_stop, running_server
-
     # Before models load; binding the ports for good, after that, refuses a late comer.
     if wrong := port_problems(config.ports):
         raise ConfigError(wrong[0])
+    if config.processes.num_processes > 1:
+        from xlarank.cli.serve_processes import serve_with_processes
+
+        return serve_with_processes(file, lambda ready: _announce(config, ready, is_json=is_json))
+    return _serve_alone(file, is_json=is_json)
+
+
+def _serve_alone(file: ConfigFile, *, is_json: bool) -> dict[str, Any]:
+    from xlarank.cli.serve_start import bound_stop, followed_policies, running_server
+
+    config = file.config
     if config.processes.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.processes.devices[0]
-    with running_server(config) as running:
+    with running_server(config) as running, followed_policies(file, running.repository):
         _announce(config, running.ready, is_json=is_json)
         running.stop.wait()
         bound_stop(config)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from xlarank.bundle import Bundle, Verify, open_bundle
-from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, listening_address, port_problems
+from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, listening_address
+from xlarank.cli.serve_file import ConfigFile
 from xlarank.cli.table_memory import table_lines
 from xlarank.errors import ConfigError, XlarankError
 from xlarank.host import TableMemory
@@ -40,11 +41,11 @@ _MAX_LOADING_THREADS = 4
 _VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
-def serve_with_processes(config: ServeConfig, announce: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def serve_with_processes(file: ConfigFile, announce: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Serves until a signal; returns what it served first.
 
     Args:
-      config: with two processes or more.
+      file: that says two processes or more, and free ports.
       announce: told where it answers once all of them do.
 
     Raises:
@@ -56,6 +57,7 @@ def serve_with_processes(config: ServeConfig, announce: Callable[[dict[str, Any]
     from xlarank.runtime.processes.supervisor import Supervisor
     from xlarank.runtime.processes.version_plan import VersionPlan
 
+    config = file.config
     repository = config.models.repository
     if repository is None:
         raise ConfigError(NO_REPOSITORY)
@@ -80,6 +82,7 @@ def serve_with_processes(config: ServeConfig, announce: Callable[[dict[str, Any]
             watch_seconds=config.versions.watch_seconds,
             grace_seconds=config.server.grace_seconds,
             on_ready=on_ready,
+            changed_policies=file.changed_policies,
         )
         stack.enter_context(contextlib.closing(supervisor))
         stop = stack.enter_context(stop_on_signals())
@@ -105,8 +108,6 @@ def _reserved(config: ServeConfig) -> Iterator[tuple[ServeConfig, dict[str, int]
     """
     with contextlib.ExitStack() as stack:
         ports: dict[str, int] = {}
-        if wrong := port_problems(config.ports):
-            raise ConfigError(wrong[0])
         for what, host, port in config.ports:
             if what == "http":
                 continue
@@ -249,6 +250,10 @@ def _work(
     supervised = Supervised(
         open_link(order.link, Hello(generation=order.generation, pid=os.getpid(), index=index))
     )
+    policies = supervised.first_policies()
+    if policies is None:
+        return 1  # nobody would bring it new versions
+    config = dataclasses.replace(config, versions=dataclasses.replace(config.versions, models=policies))
     retire = StopRequest()
     try:
         with running_server(
@@ -259,6 +264,7 @@ def _work(
                 running.ready,
                 running.metrics.text,
                 running.repository.show_elsewhere,
+                running.repository.set_policies,
                 stop=running.stop,
                 retire=retire,
             )

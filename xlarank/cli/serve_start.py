@@ -7,6 +7,7 @@ import dataclasses
 import faulthandler
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,19 @@ from xlarank_serving.admin import AdminServer
 from xlarank_serving.server import RankingServer, StopRequest, stop_on_signals
 
 from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig
+from xlarank.cli.serve_file import ConfigFile
 from xlarank.cli.table_memory import table_progress
 from xlarank.errors import ConfigError
 from xlarank.runtime import Captures, Metrics, ModelRepository
 from xlarank.runtime.loading import host_threads_of
 from xlarank.runtime.tables import HeldTables
+from xlarank.runtime.watching import Watcher
 
 if TYPE_CHECKING:
     from xlarank_serving.access_log import AccessLog
     from xlarank_serving.tracing import Tracer
 
-__all__ = ["RunningServer", "bound_stop", "running_server"]
+__all__ = ["RunningServer", "bound_stop", "followed_policies", "running_server"]
 
 _LAST_SECONDS = 20.0
 """After the grace period of a stop, until a process that hangs in it is ended."""
@@ -121,6 +124,28 @@ def running_server(
                 )
                 ready["admin"] = stack.enter_context(admin).address
             yield RunningServer(server, repository, metrics, ready, stop, admin)
+
+
+@contextlib.contextmanager
+def followed_policies(file: ConfigFile, repository: ModelRepository) -> Iterator[None]:
+    """Within the block the file's policies are the repository's, if that is watched.
+
+    In a thread of its own, which no load holds up; nobody waits for its end: the file may be on a file system
+    that is gone.
+    """
+
+    def look() -> None:
+        policies = file.changed_policies()
+        if policies is not None:
+            repository.set_policies(policies)
+
+    seconds, stop = file.config.versions.watch_seconds, threading.Event()
+    if seconds is not None:
+        Watcher(look, seconds, stop, what="config file")
+    try:
+        yield
+    finally:
+        stop.set()
 
 
 def bound_stop(config: ServeConfig) -> None:

@@ -154,7 +154,7 @@ class ModelRepository:
             warm_share=versions.warm_share,
             wait=stopping.wait,
         )
-        repository = cls(root, pool, metrics, versions, loader, stopping)
+        repository = cls(root, pool, metrics, versions, loader, stopping, is_held=held is not None)
         try:
             repository._follow(found, strict=held is not None or not is_watched)
             repository._serve(stop)
@@ -171,12 +171,16 @@ class ModelRepository:
         versions: VersionOptions,
         loader: VersionLoader,
         stopping: threading.Event,
+        *,
+        is_held: bool,
     ) -> None:
         """Use `open`."""
         self._root = root
         self._pool = pool
         self._metrics = metrics
-        self._versions = versions  # replaced whole by the thread that changes versions
+        self._policy_lock = threading.Lock()  # held by who puts policies in force
+        self._versions = versions  # guarded by _policy_lock
+        self._is_held = is_held
         self._loader = loader
         # By name; replaced whole by the thread that changes versions, read by any.
         self._models: dict[str, ModelVersions] = {}
@@ -340,22 +344,26 @@ class ModelRepository:
         """Serves by another policy from now on: the way to pin a version, to go back, to move a label.
 
         When this returns the versions that it wants answer, as far as they can; `index` says why not. What no
-        wanted version can replace goes on.
+        wanted version can replace goes on. Labels that lead to versions that answer already have moved
+        before anything is waited for.
 
         Args:
           policy: of one model, or, without a name, of all that have none of their own.
         """
-
-        def put() -> None:
-            self._found(policy.name)
+        with self._policy_lock:
             others = [other for other in self._versions.models if other.name != policy.name]
-            self._versions = dataclasses.replace(self._versions, models=(*others, policy))
-            for name, model in self._models.items():
-                model.set_policy(self._versions.policy_of(name))
+            self._put_policies((*others, policy))
+        self.poll()
 
-        self._change(put)
-        # A change of its own: what gives way is done anew, and may not undo a policy that was set since.
-        self._change(lambda: self._follow(self._found(policy.name), strict=False))
+    def set_policies(self, models: Sequence[ModelPolicy]) -> None:
+        """`set_policy` of all models at once, without waiting: what is to be loaded or ended is at the next
+        look.
+
+        Args:
+          models: in the place of all policies before; a model that has none any more goes by the default.
+        """
+        with self._policy_lock:
+            self._put_policies(models)
 
     def close(self) -> None:
         """Finishes what was accepted, then stops everything. Idempotent.
@@ -461,6 +469,12 @@ class ModelRepository:
                 self._models = {other: m for other, m in self._models.items() if other != name}
                 self._required.discard(name)
 
+    def _put_policies(self, models: Sequence[ModelPolicy]) -> None:
+        """Under _policy_lock."""
+        self._versions = dataclasses.replace(self._versions, models=tuple(models))
+        for name, model in self._models.items():
+            model.move_labels(self._versions.policy_of(name))
+
     def _found(self, name: str) -> dict[str, list[int]]:
         """Versions by model; BundleError if those of this one can't be looked at."""
         unreadable: dict[str, BundleError] = {}
@@ -470,18 +484,23 @@ class ModelRepository:
         return found
 
     def _model(self, name: str) -> ModelVersions:
-        if name not in self._models:
-            model = ModelVersions(
-                name,
-                self._root / name,
-                self._versions.policy_of(name),
-                functools.partial(self._load_version, name),
-                metrics=self._version_metrics,
-                on_end=functools.partial(self._let_go, name),
-                drain_seconds=self._versions.drain_seconds,
-            )
-            self._models = {**self._models, name: model}
-        return self._models[name]
+        """By the policy of now."""
+        with self._policy_lock:
+            policy = self._versions.policy_of(name)
+            if name not in self._models:
+                model = ModelVersions(
+                    name,
+                    self._root / name,
+                    policy,
+                    functools.partial(self._load_version, name),
+                    metrics=self._version_metrics,
+                    on_end=functools.partial(self._let_go, name),
+                    drain_seconds=self._versions.drain_seconds,
+                    is_held=self._is_held,
+                )
+                self._models = {**self._models, name: model}
+            self._models[name].set_policy(policy)
+            return self._models[name]
 
     def _load_version(self, name: str, version: int, peers: Sequence[Engine]) -> Engine:
         is_beside = self._is_serving and any(model.routes.versions for model in self._models.values())

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from xlarank.errors import ConfigError, ModelError, ModelNotFoundError, UnavailableError, XlarankError
@@ -21,6 +21,8 @@ __all__ = ["ModelVersions"]
 
 _log = logging.getLogger(__name__)
 
+_EVERYTHING = ModelPolicy(policy=Policy.ALL)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Blocked:
@@ -33,7 +35,8 @@ class _Blocked:
 class ModelVersions:
     """Loads what the policy wants, swaps to it, and drains what it no longer wants.
 
-    `follow`, `load`, `unload` and `roll_back` are for one thread at a time; any thread may call the others.
+    `follow`, `set_policy`, `load`, `unload` and `roll_back` are for one thread at a time; any thread may call
+    the others.
 
     A version ends only when another of the model can answer: what fails leaves the model as it was. A version
     whose folder vanishes goes on serving until another takes its place: a folder that isn't there may be a
@@ -51,6 +54,7 @@ class ModelVersions:
         metrics: VersionMetrics,
         on_end: Callable[[int], None],
         drain_seconds: float = 60.0,
+        is_held: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -62,18 +66,21 @@ class ModelVersions:
           metrics: where loads, failures and swaps are counted.
           on_end: called with a version once nothing of it is in use.
           drain_seconds: how long a load waits for what is draining, whose memory it may need.
+          is_held: whether another process has chosen the versions: all of them are served then, and the
+            policy only says who gets which.
           clock: seconds, monotonic.
         """
         self.model = model
         self._folder = folder
-        self._policy = policy
         self._load = load
         self._metrics = metrics
         self._on_end = on_end
         self._drain_seconds = drain_seconds
+        self._is_held = is_held
         self._clock = clock
         self._lock = threading.Lock()
-        # Guarded by _lock; all but _draining are written by the one thread that changes versions.
+        # Guarded by _lock; all but _policy and _draining are written by the one thread that changes versions.
+        self._policy = policy
         self._on_disk: tuple[int, ...] = ()
         self._loaded: dict[int, ServedVersion] = {}
         self._stamps: dict[int, str | None] = {}  # of the loaded ones
@@ -83,7 +90,8 @@ class ModelVersions:
         self._loading: int | None = None
         self._is_unloaded = False  # by hand
         self._warned: set[str] = set()  # what the log has said of the folder, until it is no longer so
-        self.routes = Routes(model, policy, {}, self._others)  # replaced whole; read without a lock
+        # Replaced whole, under _lock; read without it.
+        self.routes = Routes(model, policy, {}, self._others)
 
     @property
     def is_ready(self) -> bool:
@@ -136,6 +144,15 @@ class ModelVersions:
         with self._lock:
             self._policy = policy
 
+    def move_labels(self, policy: ModelPolicy) -> None:
+        """Puts another policy in force now if it has to wait for no version, see `ModelPolicy.moves_at_once`;
+        else leaves it to `set_policy`. What it wants is loaded, and what it doesn't ends, at the next
+        `follow`."""
+        with self._lock:
+            if self._is_held or policy.moves_at_once(self.routes.policy, self.routes.versions):
+                self._policy = policy
+                self.routes = dataclasses.replace(self.routes, policy=policy)
+
     def load(self, on_disk: Sequence[int]) -> None:
         """Loads what the policy wants, whatever was unloaded, has failed or was rolled back from before.
 
@@ -170,7 +187,7 @@ class ModelVersions:
         """
         with self._lock:
             self._is_unloaded = True
-        self._put_routes({})
+            self.routes = dataclasses.replace(self.routes, versions={})
         return self._retire(list(self._loaded))
 
     def roll_back(
@@ -289,10 +306,11 @@ class ModelVersions:
         (self._warned.add if is_so else self._warned.discard)(text)
 
     def _wanted(self) -> list[int]:
+        policy = _EVERYTHING if self._is_held else self._policy
         available = set(self._on_disk) | set(self._loaded)
-        if self._policy.policy is Policy.ALL and self._on_disk:
+        if policy.policy is Policy.ALL and self._on_disk:
             available = set(self._on_disk)
-        return self._policy.wanted(available, [*self._failed, *self._rolled_back])
+        return policy.wanted(available, [*self._failed, *self._rolled_back])
 
     def _next_missing(self) -> int | None:
         missing = [version for version in self._wanted() if version not in self._loaded]
@@ -341,21 +359,20 @@ class ModelVersions:
         Args:
           found_at: when the version that was loaded just now was found, for the metrics.
         """
-        wanted = {version: self._loaded[version] for version in self._wanted() if version in self._loaded}
-        served = wanted if any(s.engine.damage is None for s in wanted.values()) else dict(self._loaded)
-        before = self.routes.versions
-        if self.routes.policy is not self._policy or served.keys() != before.keys():
-            self._put_routes(served)
+        with self._lock:  # one step: a policy that comes meanwhile finds what answers
+            before = self.routes.versions
+            wanted = {v: self._loaded[v] for v in self._wanted() if v in self._loaded}
+            served = wanted or before  # what was loaded and is no longer wanted doesn't answer
+            if not any(s.engine.damage is None for s in served.values()):
+                served = dict(self._loaded)
+            # The swap: one reference, read once by each request.
+            self.routes = dataclasses.replace(self.routes, policy=self._policy, versions=served)
         if served.keys() != before.keys():
             _log.info("model %s: versions %s answer, before %s", self.model, sorted(served), sorted(before))
         ended = [version for version in self._loaded if version not in served]
         self._retire(ended)
         if found_at is not None and ended and served.keys() - before.keys():
             self._metrics.record_swap(self.model, self._clock() - found_at)
-
-    def _put_routes(self, served: Mapping[int, ServedVersion]) -> None:
-        """The swap: one reference, read once by each request."""
-        self.routes = Routes(self.model, self._policy, served, self._others)
 
     def _retire(self, versions: Collection[int]) -> list[threading.Thread]:
         """Drains versions that no route leads to any more."""

@@ -36,18 +36,22 @@ class Watcher:
     Asking beats being told: network file systems tell nobody, and a look costs a few system calls.
     """
 
-    def __init__(self, look: Callable[[], None], seconds: float, stop: Stop | None = None) -> None:
+    def __init__(
+        self, look: Callable[[], None], seconds: float, stop: Stop | None = None, *, what: str = "repository"
+    ) -> None:
         """Starts; the first look comes after the first wait.
 
         Args:
           look: what is called; an exception of it is logged and the next look comes all the same.
           seconds: from the end of a look to the next.
           stop: the clock; a `threading.Event` by default.
+          what: is looked at, in words.
         """
+        self._what = what
         self._look = look
         self._seconds = seconds
         self._stop = stop or threading.Event()
-        self._thread = threading.Thread(target=self._run, name="xlarank-watcher", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"xlarank-{what}-watcher", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -60,7 +64,9 @@ class Watcher:
             try:
                 self._look()
             except Exception:
-                _log.exception("the look at the repository failed; the next one comes in %g s", self._seconds)
+                _log.exception(
+                    "the look at the %s failed; the next one comes in %g s", self._what, self._seconds
+                )
 
 
 class Listing:

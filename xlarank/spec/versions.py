@@ -144,6 +144,19 @@ class ModelPolicy:
         labelled = {label.version for label in self.labels}
         return [version for version in usable if version in labelled or version in picked]
 
+    def moves_at_once(self, before: ModelPolicy, ready: Collection[int]) -> bool:
+        """Whether requests may go by this policy in the place of `before`, whatever is still to be loaded.
+
+        A label that leads to a version that is ready must not lead to one that isn't, and traffic that labels
+        share must not go to the newest version while none of its own is ready.
+        """
+        for label in self.labels:
+            former = before.label(label.name)
+            if former is not None and former.version in ready and label.version not in ready:
+                return False
+        is_shared = any(label.traffic for policy in (self, before) for label in policy.labels)
+        return not is_shared or any(label.traffic and label.version in ready for label in self.labels)
+
     def label(self, name: str) -> VersionLabel | None:
         """The label of that name."""
         return next((label for label in self.labels if label.name == name), None)
@@ -186,7 +199,9 @@ class VersionOptions:
     """How a server goes about versions. Policies and labels may be given as tables of TOML or JSON."""
 
     watch_seconds: float | None = dataclasses.field(default=None, metadata={"none": "never"})
-    """How often the repository is looked at for new versions."""
+    """How often the repository is looked at for new versions, and the config file for other policies (models
+    below; its other options take effect at the next start). A file that has changed is read once two looks
+    have found it the same."""
 
     models: tuple[ModelPolicy, ...] = ()
     """Policies of models by name, and at most one without a name for all the others."""

@@ -13,12 +13,21 @@ import pytest
 
 from xlarank.errors import ModelError
 from xlarank.runtime.processes import supervisor
-from xlarank.runtime.processes.messages import Failed, SuccessorEnded, VersionsElsewhere
+from xlarank.runtime.processes.messages import (
+    Failed,
+    Hello,
+    Policies,
+    SuccessorEnded,
+    VersionsElsewhere,
+    open_link,
+)
 from xlarank.runtime.processes.scrapes import Worker
 from xlarank.runtime.processes.supervisor import Supervisor
-from xlarank.spec.versions import VersionState, VersionStatus
+from xlarank.spec.versions import ModelPolicy, Policy, VersionState, VersionStatus
 
 OLD, NEW = ("feed", 1), ("feed", 2)
+PLAIN = ModelPolicy(name="feed")
+PINNED = ModelPolicy(name="feed", policy=Policy.SPECIFIC, versions=(1,))
 DEATH = Failed(reason="process 0 ended while it started: signal 9 (SIGKILL)", version=None)
 
 
@@ -27,9 +36,17 @@ class Plan:
 
     def __init__(self):
         self.versions, self.blocked, self.failed = (OLD,), [], []
+        self.models, self.is_awaited = (PLAIN,), False
 
     def wanted(self, served):
         return tuple(v for v in self.versions if v not in self.blocked)
+
+    def set_policies(self, models):
+        self.models = models
+
+    def policies(self, versions, before=()):
+        kept = {policy.name: policy for policy in before} if self.is_awaited else {}
+        return tuple(kept.get(policy.name, policy) for policy in self.models)
 
     def block(self, versions, reason):
         self.blocked += versions
@@ -41,7 +58,7 @@ class Plan:
 @pytest.fixture
 def told(tmp_path):
     """A supervisor, its plan and clock, and the orders that it has given."""
-    told = SimpleNamespace(now=0.0, orders=[], plan=Plan(), ready=[])
+    told = SimpleNamespace(now=0.0, orders=[], plan=Plan(), ready=[], policies=[])
 
     def spawn(order):
         told.orders.append(order)
@@ -55,6 +72,7 @@ def told(tmp_path):
         watch_seconds=5.0,
         grace_seconds=0.0,
         on_ready=told.ready.append,
+        changed_policies=lambda: told.policies.pop() if told.policies else None,
         clock=lambda: told.now,
     )
     yield told
@@ -153,6 +171,47 @@ def test_workers_are_told_of_versions_that_failed_when_they_serve_and_when_it_ch
     told.plan.failed = []
     told.supervisor._tell_versions_elsewhere()
     assert sent == {index: [VersionsElsewhere((status,)), VersionsElsewhere(())] for index in (0, 1)}
+
+
+def test_policies_are_a_worker_s_first_word_and_told_again_when_they_change(told, tmp_path):
+    first = serve(told)
+    link = open_link(tmp_path / "own" / "link", Hello(generation=first.number, pid=2**30, index=0))
+    told.supervisor._accept()
+    assert link.recv() == Policies((PLAIN,))
+    (worker,) = first.workers.values()
+
+    def hears():
+        told.now += 5
+        told.supervisor._follow_policies()
+        told.supervisor._tell_policies()
+        return link.recv() if link.poll(0) else None
+
+    told.policies = [(PINNED,)]
+    assert hears() is None  # it doesn't read before it serves
+    worker.is_ready = True
+    assert hears() == Policies((PINNED,))
+    assert hears() is None
+    told.policies = [(PLAIN,)]
+    worker.asked_at = told.now
+    assert hears() is None  # it may not be reading
+    worker.asked_at = None
+    assert hears() == Policies((PLAIN,))
+    link.close()
+
+
+def test_policies_that_wait_for_versions_are_those_of_the_processes_that_have_them(told):
+    first = serve(told)
+    told.plan.versions, told.plan.is_awaited = (OLD, NEW), True
+    told.policies = [(PINNED,)]
+    told.supervisor._follow_policies()
+    assert first.policies == (PLAIN,)
+    second = begin(told)
+    assert (first.policies, second.policies) == ((PLAIN,), (PINNED,))
+    # Once nothing more is to come they are in force as far as they can be.
+    told.supervisor._see_failure(second, Failed(reason="golden replay", version=NEW))
+    told.supervisor._begin_next()
+    assert told.supervisor._starting is None
+    assert first.policies == (PINNED,)
 
 
 def test_a_start_that_takes_long_is_in_the_log_and_in_the_index(told, caplog):

@@ -3,7 +3,7 @@
 import pytest
 
 from xlarank.runtime.processes.version_plan import VersionPlan
-from xlarank.spec.versions import ModelPolicy, Policy, VersionOptions
+from xlarank.spec.versions import ModelPolicy, Policy, VersionLabel, VersionOptions
 
 
 @pytest.fixture
@@ -48,3 +48,17 @@ def test_what_is_served_stays_when_its_folder_or_the_whole_repository_vanishes(t
     assert plan.wanted(served) == (("a", 1), ("b", 2))
     tmp_path.rename(tmp_path.with_name("elsewhere"))
     assert plan.wanted(served) is None
+
+
+def test_other_policies_are_planned_by_and_wait_only_for_versions_that_processes_do_not_have(tmp_path, put):
+    put(("a", 1), ("a", 2), ("b", 1))
+    plan = plan_of(tmp_path)
+    assert plan.wanted(()) == (served := (("a", 2), ("b", 1)))
+    default = {name: ModelPolicy(name=name) for name in "ab"}
+    assert plan.policies(served) == (default["a"], default["b"])
+    older = ModelPolicy(name="a", labels=(VersionLabel(name="old", version=1, traffic=1.0),))
+    named = ModelPolicy(name="b", labels=(VersionLabel(name="only", version=1),))
+    plan.set_policies((older, named))
+    assert plan.wanted(served) == (wanted := (("a", 1), ("a", 2), ("b", 1)))
+    assert plan.policies(served, default.values()) == (default["a"], named)
+    assert plan.policies(wanted) == plan.policies(wanted, default.values()) == (older, named)

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from xlarank.spec.versions import VersionStatus
+from xlarank.spec.versions import ModelPolicy, VersionStatus
 
 __all__ = [
     "AskMetrics",
@@ -19,6 +19,7 @@ __all__ = [
     "LastMetrics",
     "MetricsText",
     "Order",
+    "Policies",
     "Ready",
     "Retire",
     "Stop",
@@ -135,6 +136,14 @@ class LastMetrics:
     """The same of a worker that has answered its last request."""
 
     text: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Policies:
+    """To a worker: its first word, and what has changed since. Who gets which version."""
+
+    models: tuple[ModelPolicy, ...]
+    """One a model that it serves."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from xlarank.runtime.processes.messages import AskMetrics
 from xlarank.runtime.processes.metrics_merge import MergedMetrics
 from xlarank.runtime.version_metrics import VersionMetrics
-from xlarank.spec.versions import VersionStatus
+from xlarank.spec.versions import ModelPolicy, VersionStatus
 
 __all__ = ["Scrapes", "Worker"]
 
@@ -40,6 +40,9 @@ class Worker:
 
     told_elsewhere: tuple[VersionStatus, ...] = ()
     """Of versions that it knows to have failed elsewhere, or to be loaded there."""
+
+    told_policies: tuple[ModelPolicy, ...] | None = None
+    """By which it serves; None before its first word from the supervisor."""
 
     asked_at: float | None = None
     """Since when it owes an answer; None for not."""

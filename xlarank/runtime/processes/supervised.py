@@ -16,11 +16,12 @@ from xlarank.runtime.processes.messages import (
     AskMetrics,
     LastMetrics,
     MetricsText,
+    Policies,
     Ready,
     Retire,
     VersionsElsewhere,
 )
-from xlarank.spec.versions import VersionStatus
+from xlarank.spec.versions import ModelPolicy, VersionStatus
 
 __all__ = ["Request", "Supervised", "WorkerRequests"]
 
@@ -53,11 +54,20 @@ class Supervised:
         self._lock = threading.Lock()  # held by who sends
         self._has_said_last = False  # guarded by _lock; moves one way
 
+    def first_policies(self) -> tuple[ModelPolicy, ...] | None:
+        """What the supervisor says first, waited for; None if it is gone. Once, before `start`."""
+        try:
+            message: Policies = self._link.recv()
+        except (EOFError, OSError):
+            return None
+        return message.models
+
     def start(
         self,
         ready: Mapping[str, Any],
         metrics_text: Callable[[], bytes],
         on_versions_elsewhere: Callable[[Sequence[VersionStatus]], None],
+        on_policies: Callable[[Sequence[ModelPolicy]], None],
         *,
         stop: Request,
         retire: Request,
@@ -68,13 +78,14 @@ class Supervised:
           ready: what its ready line says.
           metrics_text: what its /metrics says.
           on_versions_elsewhere: told all versions that failed in other processes, whenever they change.
+          on_policies: told all policies, whenever they change.
           stop: asked for when it is to answer what it has accepted, and end.
           retire: asked for when it is to let its clients go first.
         """
         self.tell(Ready(ready))
         threading.Thread(
             target=self._listen,
-            args=(metrics_text, on_versions_elsewhere, stop, retire),
+            args=(metrics_text, on_versions_elsewhere, on_policies, stop, retire),
             name="xlarank-supervised",
             daemon=True,
         ).start()
@@ -95,6 +106,7 @@ class Supervised:
         self,
         metrics_text: Callable[[], bytes],
         on_versions_elsewhere: Callable[[Sequence[VersionStatus]], None],
+        on_policies: Callable[[Sequence[ModelPolicy]], None],
         stop: Request,
         retire: Request,
     ) -> None:
@@ -110,6 +122,8 @@ class Supervised:
                 self.tell(MetricsText(metrics_text()))
             elif isinstance(message, VersionsElsewhere):
                 on_versions_elsewhere(message.statuses)
+            elif isinstance(message, Policies):
+                on_policies(message.models)
             elif isinstance(message, Retire):
                 retire.set()
             else:

@@ -26,6 +26,7 @@ from xlarank.runtime.processes.messages import (
     LastMetrics,
     MetricsText,
     Order,
+    Policies,
     Ready,
     Retire,
     Stop,
@@ -37,7 +38,7 @@ from xlarank.runtime.processes.messages import (
 )
 from xlarank.runtime.processes.scrapes import Scrapes, Worker
 from xlarank.runtime.processes.version_plan import VersionPlan
-from xlarank.spec.versions import VersionState, VersionStatus
+from xlarank.spec.versions import ModelPolicy, VersionState, VersionStatus
 
 __all__ = ["StopSignal", "Supervisor"]
 
@@ -82,6 +83,9 @@ class _Generation:
 
     number: int
     versions: tuple[Version, ...]
+    policies: tuple[ModelPolicy, ...]
+    """Of its workers, one a model."""
+
     started_at: float
     slow_at: float
     """When the log says next that it is still starting."""
@@ -117,6 +121,7 @@ class Supervisor:
         watch_seconds: float | None,
         grace_seconds: float,
         on_ready: Callable[[tuple[Version, ...]], None],
+        changed_policies: Callable[[], tuple[ModelPolicy, ...] | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -128,6 +133,8 @@ class Supervisor:
           watch_seconds: between two looks at the repository; None: it isn't looked at again.
           grace_seconds: how long a stop waits for accepted requests.
           on_ready: told once, what is served, when the first k serve.
+          changed_policies: all policies if they have changed since the last call, else None; asked every
+            `watch_seconds`.
           clock: seconds, monotonic.
         """
         self._plan = plan
@@ -136,6 +143,7 @@ class Supervisor:
         self._watch_seconds = watch_seconds
         self._grace_seconds = grace_seconds
         self._on_ready = on_ready
+        self._changed_policies = changed_policies
         self._clock = clock
         self._path = folder / "link"
         self._listening = _listening_at(self._path)
@@ -150,6 +158,7 @@ class Supervisor:
         self._has_children = False  # as of the last look
         self._backoff = Backoff()
         self._look_at = clock()
+        self._policies_at = float("inf") if watch_seconds is None else clock()
         self._is_watched = watch_seconds is not None
         self._scrapes = Scrapes(num_workers, self._is_up, plan.statuses, clock=clock)
 
@@ -166,6 +175,7 @@ class Supervisor:
         _adopt_orphans()
         try:
             while not stop.is_set():
+                self._follow_policies()
                 self._begin_next()
                 self._step(self._next_time(), stop)
         finally:
@@ -177,6 +187,18 @@ class Supervisor:
         self._scrapes.close()
 
     # What is to be served
+
+    def _follow_policies(self) -> None:
+        """Whatever is starting: labels move between versions that the processes have."""
+        if self._watch_seconds is None or self._clock() < self._policies_at:
+            return
+        self._policies_at = self._clock() + self._watch_seconds
+        policies = self._changed_policies()
+        if policies is None:
+            return
+        self._plan.set_policies(policies)
+        for generation in self._generations.values():
+            generation.policies = self._plan.policies(generation.versions, generation.policies)
 
     def _begin_next(self) -> None:
         if self._starting is not None or self._clock() < self._look_at:
@@ -190,11 +212,14 @@ class Supervisor:
         is_lost = serving is not None and serving.holder is None
         if wanted is None and serving is None and not self._is_watched:
             raise ConfigError("the repository can't be looked at, and nothing is served yet")
-        if wanted is None or (serving is not None and wanted == served and not is_lost):
+        if wanted is None:
+            return
+        if serving is not None and wanted == served and not is_lost:
+            serving.policies = self._plan.policies(served)  # they wait for nothing
             return
         number = next(self._numbers)
         self._starting = self._generations[number] = _Generation(
-            number, wanted, self._clock(), self._clock() + _SLOW_SECONDS
+            number, wanted, self._plan.policies(wanted), self._clock(), self._clock() + _SLOW_SECONDS
         )
         order = Order(
             generation=number,
@@ -264,6 +289,7 @@ class Supervisor:
     # What happens
 
     def _step(self, until: float, stop: StopSignal | None = None) -> None:
+        self._tell_policies()
         self._tell_versions_elsewhere()
         watched: list[Any] = [self._listening, self._scrapes.file, *self._links]
         if stop is not None:
@@ -278,6 +304,18 @@ class Supervisor:
         self._reap()
         if self._clock() >= self._beat_at:
             self._beat()
+
+    def _tell_policies(self) -> None:
+        for generation in self._generations.values():
+            for worker in generation.workers.values():
+                # Not who may not be reading: the link would fill.
+                if worker.is_ready and worker.asked_at is None:
+                    self._tell_policies_to(worker, generation)
+
+    def _tell_policies_to(self, worker: Worker, generation: _Generation) -> None:
+        if worker.link is not None and worker.told_policies != generation.policies:
+            worker.told_policies = generation.policies
+            self._tell(worker.link, Policies(generation.policies))
 
     def _tell_versions_elsewhere(self) -> None:
         """A worker loads what its holder has, and would know of no version that failed in another process, or
@@ -316,7 +354,7 @@ class Supervisor:
     def _next_time(self) -> float:
         """When something is to be done though nothing happens."""
         look_at = float("inf") if self._starting is not None else self._look_at
-        return min(look_at, self._scrapes.ends_at, self._beat_at)
+        return min(look_at, self._policies_at, self._scrapes.ends_at, self._beat_at)
 
     def _accept(self) -> None:
         accepted, _ = self._listening.accept()
@@ -337,6 +375,7 @@ class Supervisor:
         else:
             worker = generation.workers.setdefault(hello.pid, Worker(hello.index, hello.pid))
             worker.link = link
+            self._tell_policies_to(worker, generation)
             self._links[link] = lambda message: self._hear_worker(generation, worker, message)
         if generation is not None and generation.is_ending:
             self._tell_all(generation, Stop())

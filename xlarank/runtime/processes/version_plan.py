@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xlarank.runtime.processes.messages import Version
 from xlarank.runtime.watching import Listing, folder_stamp
-from xlarank.spec.versions import Policy, VersionOptions, VersionState, VersionStatus
+from xlarank.spec.versions import ModelPolicy, Policy, VersionOptions, VersionState, VersionStatus
 
 __all__ = ["VersionPlan"]
 
@@ -55,6 +55,31 @@ class VersionPlan:
             own = {version for name, version in served if name == model}
             wanted += [(model, version) for version in self._of_model(model, found.get(model, ()), own)]
         return tuple(sorted(wanted))
+
+    def set_policies(self, models: tuple[ModelPolicy, ...]) -> None:
+        """From the next `wanted` on, other policies say what is to be served."""
+        self._options = dataclasses.replace(self._options, models=models)
+
+    def policies(
+        self, versions: Iterable[Version], before: Iterable[ModelPolicy] = ()
+    ) -> tuple[ModelPolicy, ...]:
+        """By which processes that have some versions are to serve them, one a model.
+
+        Args:
+          versions: that they have, and will have.
+          before: by which they do: of a model whose own would have to wait for a version, see
+            `ModelPolicy.moves_at_once`, it is kept. The processes that have that version go by the new one.
+        """
+        former = {policy.name: policy for policy in before}
+        ready: dict[str, set[int]] = {}
+        for model, version in versions:
+            ready.setdefault(model, set()).add(version)
+        policies: list[ModelPolicy] = []
+        for model, numbers in sorted(ready.items()):
+            policy = dataclasses.replace(self._options.policy_of(model), name=model)
+            is_kept = model in former and not policy.moves_at_once(former[model], numbers)
+            policies.append(former[model] if is_kept else policy)
+        return tuple(policies)
 
     def block(self, versions: Iterable[Version], reason: str) -> None:
         """Leaves versions alone until their folders change."""

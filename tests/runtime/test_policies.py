@@ -1,0 +1,120 @@
+"""Policies and labels that change while versions serve, load or are another process's."""
+
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from xlarank.bundle import open_bundle
+from xlarank.runtime import ModelPolicy, ModelRepository, Policy, VersionLabel, VersionOptions
+from xlarank.runtime.tables import HeldTables, load_tables
+
+
+@pytest.fixture
+def opened(root):
+    """Opens the repository; closed at the end."""
+    repositories = []
+
+    def opened(*policies, **options):
+        versions = VersionOptions(warm_share=1.0, models=policies)
+        repositories.append(ModelRepository.open(root, num_devices=2, versions=versions, **options))
+        return repositories[-1]
+
+    yield opened
+    for repository in repositories:
+        repository.close()
+
+
+def labelled(policy=Policy.LATEST, versions=(), **labels):
+    """A policy of `linear`; (version, traffic) by label."""
+    made = [VersionLabel(name=name, version=v, traffic=traffic) for name, (v, traffic) in labels.items()]
+    return ModelPolicy(name="linear", policy=policy, versions=versions, labels=made)
+
+
+def answering(repository, num_requests=20):
+    """The versions that requests go to that name none."""
+    return {repository.engine("linear").version for _ in range(num_requests)}
+
+
+def states(repository):
+    return {status.version: status.state for status in repository.index()}
+
+
+def stopped(started):
+    """The next helper process, which stands still."""
+    process = started.get(timeout=60)
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    return process
+
+
+def test_labels_move_at_once_while_another_version_is_compiled(publish, opened, started):
+    publish(1, rows=[4])
+    publish(2, rows=[4])
+    repository = opened(labelled(stable=(1, 1.0), canary=(2, 0.0)))
+    assert answering(repository) == {1}
+    publish(3, rows=[16])
+    polled = threading.Thread(target=repository.poll)
+    polled.start()
+    process = stopped(started)
+    repository.set_policies([labelled(stable=(1, 0.0), canary=(2, 1.0))])
+    assert answering(repository) == {2}
+    repository.set_policies([labelled(stable=(2, 0.5), canary=(1, 0.5))])
+    assert answering(repository) == {1, 2}
+    assert repository.engine("linear", "stable").version == 2
+    assert states(repository)[3] == "LOADING"
+    process.send_signal(signal.SIGCONT)
+    polled.join(120)
+    assert states(repository) == {1: "READY", 2: "READY", 3: "READY"}
+    assert answering(repository) == {1, 2}
+
+
+def test_a_label_that_answers_is_not_moved_before_its_version_does(publish, opened):
+    publish(1)
+    publish(2)
+    repository = opened(labelled(Policy.SPECIFIC, (1,), stable=(1, 1.0)))
+    repository.set_policies([labelled(stable=(2, 1.0))])
+    assert repository.engine("linear", "stable").version == 1
+    assert answering(repository) == {1}
+    repository.poll()
+    assert repository.engine("linear", "stable").version == 2
+    assert answering(repository) == {2}
+    repository.set_policies([])
+    repository.poll()
+    assert repository._models["linear"].routes.policy == ModelPolicy()
+
+
+def test_a_version_that_is_no_longer_wanted_once_it_is_loaded_does_not_answer(
+    publish, opened, started, caplog
+):
+    publish(1, rows=[4])
+    publish(2, rows=[4])
+    repository = opened()
+    caplog.set_level("INFO", "xlarank")
+    publish(3, rows=[16])
+    with ThreadPoolExecutor(1) as pool:
+        polled = pool.submit(repository.poll)
+        process = stopped(started)
+        repository.set_policies([labelled(Policy.SPECIFIC, (1,))])
+        process.send_signal(signal.SIGCONT)
+        polled.result(120)
+    assert answering(repository) == {1}
+    swaps = [message for message in caplog.messages if "answer, before" in message]
+    assert swaps == ["model linear: versions [1] answer, before [2]"]
+
+
+def test_of_versions_that_another_process_holds_none_is_loaded_or_ended_by_a_policy(publish, opened):
+    bundles = {("linear", version): open_bundle(publish(version)) for version in (1, 2)}
+    tables = {
+        version: load_tables(bundle, None, num_threads=1, platforms=["cpu"])
+        for version, bundle in bundles.items()
+    }
+    publish(3)
+    repository = opened(labelled(Policy.SPECIFIC, (3,), stable=(1, 1.0)), held=HeldTables(tables))
+    assert answering(repository) == {1}
+    for policy in (labelled(stable=(2, 1.0)), labelled(Policy.SPECIFIC, (2, 3), stable=(2, 1.0))):
+        repository.set_policies([policy])
+        assert repository.models() == [("linear", 1, True), ("linear", 2, True)]
+        assert answering(repository) == {2}
