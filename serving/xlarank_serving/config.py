@@ -50,7 +50,8 @@ class ServerConfig:
     """Administrative RPCs (update rows), on 127.0.0.1 alone; 0 for a free one."""
 
     port_file: Path | None = None
-    """File to write the ready line's JSON object to once ready, for scripts."""
+    """File to write the ready line's JSON object to once ready, for scripts; an earlier run's is removed at
+    the start."""
 
     num_threads: int = dataclasses.field(default=64, metadata={"flag": "threads"})
     """Requests in decode, in the queue or running at a time; each waits on a thread."""

@@ -215,6 +215,23 @@ def test_a_server_with_one_port_for_two_services_does_not_start(repository, caps
     assert text in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("num_processes", ["1", "2"])
+def test_the_port_file_of_an_earlier_run_is_gone_before_anything_is_loaded(tmp_path, capsys, num_processes):
+    ports = tmp_path / "ports.json"
+    ports.write_text("{}")
+    words = [str(tmp_path / "models"), "--port-file", str(ports), "--processes", num_processes]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main.main(parse(*words, "--port", port, "--http-port", "0")) == 1
+    assert ports.exists()  # it may be that of the server on the port
+    assert main.main(parse(*words, *FREE)) == 1
+    assert not ports.exists()
+    assert "expected a folder of models, found none" in capsys.readouterr().err
+    ports.mkdir()
+    assert main.main(parse(*words, *FREE)) == 1
+    assert f"server: port_file {ports}: can't be removed: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

@@ -109,6 +109,8 @@ def _serve(file: ConfigFile, *, is_json: bool) -> dict[str, Any]:
     # Before models load; binding the ports for good, after that, refuses a late comer.
     if wrong := port_problems(config.ports):
         raise ConfigError(wrong[0])
+    if config.server.port_file is not None:
+        _remove(config.server.port_file)
     if config.processes.num_processes > 1:
         from xlarank.cli.serve_processes import serve_with_processes
 
@@ -157,6 +159,14 @@ def _raise_file_limit() -> None:
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):  # some systems call a limit what they don't allow
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _remove(path: Path) -> None:
+    """Of an earlier server: whoever waits for it waits for this one's."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"server: port_file {path}: can't be removed: {error.strerror}") from error
 
 
 def _write_whole(path: Path, text: str) -> None:
