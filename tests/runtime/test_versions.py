@@ -109,6 +109,7 @@ def test_options_are_read_from_tables_at_every_level():
         ({"warm_share": 1.5}, r"versions: warm_share must be in \(0, 1\]; was 1.5"),
         ({"drain_seconds": -1}, r"versions: drain_seconds must be >= 0; was -1"),
         ({"models": [{}, {}]}, r"versions: expected one policy a model, got policies of \['', ''\]"),
+        ({"models": [{"name": []}]}, r"model: expected a name of .*, got \[\]"),
         ({"models": [{"polcy": 1}]}, r"model: unknown keys \['polcy'\]"),
         (
             {"models": [{"policy": "newest"}]},

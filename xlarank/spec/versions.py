@@ -88,7 +88,7 @@ class ModelPolicy:
 
     def __post_init__(self) -> None:
         where = f"model {self.name!r}" if self.name else "models"
-        if self.name:
+        if self.name != "":
             check_name("model", self.name)
         set_enum(self, "policy", Policy, where)
         object.__setattr__(
