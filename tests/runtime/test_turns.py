@@ -5,7 +5,8 @@ import random
 import pytest
 
 from xlarank.runtime.bucket_plan import BucketPlan
-from xlarank.runtime.scheduler import Scheduler, Turn
+from xlarank.runtime.model_queue import Turn
+from xlarank.runtime.scheduler import Scheduler
 from xlarank.spec import Bucket, BucketLadder, LatencyProfile, RequestOptions
 from xlarank.spec.serving import QueueConfig
 

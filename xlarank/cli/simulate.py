@@ -173,8 +173,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     bundle = open_bundle(resolve_bundle(args.bundle), verify=Verify.SIZES)
     manifest = bundle.manifest
     speeds, costs, kinds = _devices(args)
-    profiles = dict(profile_of(manifest, str(bundle.path), kind) for kind in kinds)
-    kinds = list(profiles) * len(speeds) if len(profiles) == 1 else kinds
+    measured = [profile_of(manifest, str(bundle.path), kind) for kind in kinds]
+    profiles = dict(measured)
+    named = [kind for kind, _ in measured] * (len(speeds) if len(kinds) == 1 else 1)
     config = QueueConfig(
         max_queue_ms=args.max_queue_ms,
         max_defer_ms=args.max_defer_ms,
@@ -183,11 +184,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     plans = {
         (kind, speed): BucketPlan.of_config(manifest.ladder, _scaled(profiles[kind], speed), config)
-        for kind, speed in {*zip(kinds, speeds, strict=True)}
+        for kind, speed in {*zip(named, speeds, strict=True)}
     }
     if args.slo_ms <= 0:
         raise ConfigError(f"--slo-ms must be > 0; was {args.slo_ms}")
-    by_device = [plans[device] for device in zip(kinds, speeds, strict=True)]
+    by_device = [plans[device] for device in zip(named, speeds, strict=True)]
     pace = _stated_pace(args, manifest.spec.name, by_device)
     scheduler: Scheduler[int] = Scheduler(len(speeds), costs=costs)
     queue = scheduler.attach(manifest.spec.name, by_device, config)
@@ -220,7 +221,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "device_kind": ", ".join(profiles),
         "devices": [
             {"kind": kind, "speed": speed, "cost": cost}
-            for kind, speed, cost in zip(kinds, speeds, costs, strict=True)
+            for kind, speed, cost in zip(named, speeds, costs, strict=True)
         ],
         "slowdown": pace.slowdown,
         "overhead_ms": pace.overhead_seconds * 1e3,

@@ -23,7 +23,7 @@ import enum
 import math
 from typing import Any
 
-from xlarank.runtime.scheduler import Turn
+from xlarank.runtime.model_queue import Turn
 from xlarank.spec import FaultConfig
 
 __all__ = ["DeviceHealth", "DeviceState", "DeviceStatus", "Suspicion"]

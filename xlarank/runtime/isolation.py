@@ -20,8 +20,8 @@ from typing import Any
 
 from xlarank.runtime.batcher import Batch
 from xlarank.runtime.device_health import Suspicion
+from xlarank.runtime.model_queue import Turn
 from xlarank.runtime.part_queue import Part
-from xlarank.runtime.scheduler import Turn
 
 __all__ = ["Culprit", "FaultSearch", "Step"]
 

@@ -16,8 +16,9 @@ from xlarank.runtime.batcher import Batcher
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.device_health import DeviceHealth, DeviceState, DeviceStatus, Suspicion
 from xlarank.runtime.isolation import Culprit, FaultSearch, Step
+from xlarank.runtime.model_queue import ModelQueue, Turn
 from xlarank.runtime.pool_metrics import REFUSALS, PoolSnapshot, snapshot_of
-from xlarank.runtime.scheduler import BatcherMaker, ModelQueue, Scheduler, Turn
+from xlarank.runtime.scheduler import BatcherMaker, Scheduler
 from xlarank.runtime.suspicions import Suspicions
 from xlarank.runtime.watchdog import Watchdog
 from xlarank.runtime.work import Workload

@@ -26,7 +26,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from xlarank.runtime.device_health import DeviceState, DeviceStatus
-from xlarank.runtime.scheduler import ModelQueue, Scheduler
+from xlarank.runtime.model_queue import ModelQueue
+from xlarank.runtime.scheduler import Scheduler
 
 __all__ = ["REFUSALS", "DeviceSnapshot", "PoolMetrics", "PoolSnapshot", "QueueSnapshot", "snapshot_of"]
 

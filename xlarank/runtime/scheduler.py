@@ -24,7 +24,6 @@ Contract
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -35,12 +34,13 @@ from typing import Any, Generic, TypeVar
 from xlarank.errors import DeadlineError, OverloadError, UnavailableError
 from xlarank.runtime.batcher import Batch, Batcher
 from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.model_queue import ModelQueue, Turn
 from xlarank.runtime.part_queue import Part, Ticket
 from xlarank.runtime.slowdown import Slowdown
 from xlarank.spec import DEFAULT_PRIORITY, RequestOptions
 from xlarank.spec.serving import DispatchPolicy, QueueConfig
 
-__all__ = ["BatcherMaker", "ModelQueue", "Scheduler", "Turn"]
+__all__ = ["BatcherMaker", "Scheduler"]
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -66,62 +66,6 @@ _UNEVEN = 2.0
 
 _MAX_LOOK = 256
 """Queued parts that are looked at for one device: bounds the time under the owner's lock."""
-
-
-@dataclasses.dataclass(eq=False)
-class ModelQueue(Generic[Item]):
-    """One model's share of the devices. Owned by a scheduler."""
-
-    name: str
-    batcher: Batcher[Item]
-    plans: Sequence[BucketPlan]
-    """By device; the same object for devices that are alike."""
-
-    version: int = 0
-    slowdowns: Sequence[Slowdown] = ()
-    """By device: what was learnt of this model's runs on it."""
-
-    used_seconds: list[float] = dataclasses.field(default_factory=list)
-    """By device: of its time, those that were used, from the level on at which the model began."""
-
-    is_uneven: bool = False
-    """Whether devices of one kind have come to differ, as of the last run."""
-
-    mean_rows: float = 0.0
-    """Of the requests that were taken lately."""
-
-    shares: dict[int, float] = dataclasses.field(default_factory=dict)
-    """Of all requests of all models lately, those of this model, by level."""
-
-    seen_at: dict[int, float] = dataclasses.field(default_factory=dict)
-    """When a request of each level came last."""
-
-    @property
-    def has_kinds(self) -> bool:
-        """Whether devices differ in speed."""
-        return self.is_uneven or self._has_plans
-
-    @functools.cached_property
-    def _has_plans(self) -> bool:
-        return len({id(plan) for plan in self.plans}) > 1
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Turn(Generic[Item]):
-    """A batch that a device was given."""
-
-    queue: ModelQueue[Item]
-    batch: Batch[Item]
-    device: int
-    started_at: float
-    predicted_seconds: float
-    """By the measured times of its bucket."""
-
-    expected_seconds: float
-    """The same as slow as runs of the model were lately."""
-
-    is_retry: bool = False
-    """Whether another device failed with it."""
 
 
 class _Device:

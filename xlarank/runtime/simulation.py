@@ -15,7 +15,8 @@ import numpy as np
 
 from xlarank.errors import ConfigError, DeadlineError, OverloadError
 from xlarank.runtime.bucket_plan import BucketPlan
-from xlarank.runtime.scheduler import ModelQueue, Scheduler, Turn
+from xlarank.runtime.model_queue import ModelQueue, Turn
+from xlarank.runtime.scheduler import Scheduler
 from xlarank.spec import DEFAULT_PRIORITY, RequestOptions
 from xlarank.spec.serving import QueueConfig
 

@@ -20,7 +20,7 @@ import weakref
 from typing import Any
 
 from xlarank.runtime.device_health import DeviceHealth, DeviceState, Suspicion
-from xlarank.runtime.scheduler import ModelQueue, Turn
+from xlarank.runtime.model_queue import ModelQueue, Turn
 
 __all__ = ["Suspicions"]
 
