@@ -72,7 +72,7 @@ class ServerConfig:
             if port is not None and not 0 <= port <= _MAX_PORT:
                 raise ConfigError(f"server: {name} must be in [0, {_MAX_PORT}]; was {port}")
         _check_range(self, "server", "num_threads", 1)
-        _check_range(self, "server", "stream_idle_seconds", 0)
+        _check_range(self, "server", "stream_idle_seconds", 0, _MAX_SECONDS)
         _check_range(self, "server", "grace_seconds", 0, _MAX_SECONDS)
 
     @property

@@ -393,6 +393,7 @@ def test_version_and_age_are_of_the_newest_update():
         ({"max_age_seconds": 0.5}, "max_age_seconds must be >= 1; was 0.5"),
         ({"max_age_seconds": float("nan")}, "max_age_seconds must be a finite number; was nan"),
         ({"fetch_timeout_ms": 0}, "fetch_timeout_ms must be > 0; was 0"),
+        ({"fetch_timeout_ms": 1e20}, r"fetch_timeout_ms must be <= 1e\+11; was 1e\+20"),
         ({"fetch_timeout_ms": "5"}, "fetch_timeout_ms must be a finite number; was '5'"),
         ({"without": ["age"]}, "has no candidate feature 'age'"),
         ({"without": NAMES}, "expected at least one candidate feature to store"),

@@ -29,7 +29,7 @@ from xlarank.spec import (
     join_columns,
     take,
 )
-from xlarank.spec.fields import to_integer, to_number
+from xlarank.spec.fields import check_wait, to_integer, to_number
 
 __all__ = [
     "DEFAULT_FETCH_TIMEOUT_MS",
@@ -394,8 +394,10 @@ def check_cache_bounds(
         to_integer(where, "memory_bytes", memory_bytes, least=_MIN_MEMORY_BYTES, below=2**63)
     if max_age_seconds is not None and to_number(where, "max_age_seconds", max_age_seconds) < 1:
         raise ConfigError(f"{where}: max_age_seconds must be >= 1; was {max_age_seconds}")
-    if fetch_timeout_ms is not None and to_number(where, "fetch_timeout_ms", fetch_timeout_ms) <= 0:
-        raise ConfigError(f"{where}: fetch_timeout_ms must be > 0; was {fetch_timeout_ms}")
+    if fetch_timeout_ms is not None:
+        if to_number(where, "fetch_timeout_ms", fetch_timeout_ms) <= 0:
+            raise ConfigError(f"{where}: fetch_timeout_ms must be > 0; was {fetch_timeout_ms}")
+        check_wait(where, "fetch_timeout_ms", fetch_timeout_ms, unit_seconds=1e-3)
 
 
 def _check_memory(memory_bytes: int) -> None:

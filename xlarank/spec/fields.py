@@ -17,6 +17,7 @@ __all__ = [
     "check_keys",
     "check_name",
     "check_strings",
+    "check_wait",
     "from_mapping",
     "from_words",
     "set_enum",
@@ -32,6 +33,9 @@ _Noun = TypeVar("_Noun")
 # Names become file and folder names, which hold 255 bytes at most.
 _MAX_NAME = 128
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+_MAX_SECONDS = 1e8
+"""Three years; threads can't wait for ever so long."""
 
 
 def check_name(kind: str, name: Any) -> None:
@@ -49,6 +53,12 @@ def check_strings(where: str, values: Iterable[str]) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(f"{where}: expected valid Unicode, got {value!r}: {error.reason}") from None
+
+
+def check_wait(where: str, field: str, value: float, *, unit_seconds: float = 1.0) -> None:
+    """Refuses a time for which threads can't wait."""
+    if value > _MAX_SECONDS / unit_seconds:
+        raise ConfigError(f"{where}: {field} must be <= {_MAX_SECONDS / unit_seconds:g}; was {value!r}")
 
 
 def set_enum(instance: Any, field: str, enumeration: type[_Enum], where: str) -> None:

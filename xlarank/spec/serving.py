@@ -7,7 +7,7 @@ import enum
 from pathlib import Path
 
 from xlarank.errors import ConfigError
-from xlarank.spec.fields import set_enum, to_integer, to_number
+from xlarank.spec.fields import check_wait, set_enum, to_integer, to_number
 
 __all__ = ["CaptureConfig", "DispatchPolicy", "FaultConfig", "QueueConfig"]
 
@@ -66,6 +66,7 @@ class QueueConfig:
         for name in ("max_queue_ms", "default_timeout_ms", "max_skip_ms", "ageing_ms", "max_defer_ms"):
             if to_number("queue", name, getattr(self, name)) < 0:
                 raise ConfigError(f"queue: {name} must be >= 0; was {getattr(self, name)}")
+        check_wait("queue", "default_timeout_ms", self.default_timeout_ms, unit_seconds=1e-3)
         if self.max_queue_ms == 0:
             raise ConfigError("queue: max_queue_ms must be > 0; was 0")
 
@@ -75,7 +76,7 @@ class FaultConfig:
     """When a device is given up, and when it is tried again."""
 
     watchdog_seconds: float = 10.0
-    """A batch that takes longer than this has hung its device."""
+    """A batch that takes longer than this has hung its device, and so have answers to one."""
 
     probe_seconds: float = 1.0
     """First wait before a quarantined device is tried again."""
@@ -84,6 +85,7 @@ class FaultConfig:
         for name in ("watchdog_seconds", "probe_seconds"):
             if to_number("faults", name, getattr(self, name)) <= 0:
                 raise ConfigError(f"faults: {name} must be > 0; was {getattr(self, name)}")
+            check_wait("faults", name, getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from xlarank.errors import ConfigError
 from xlarank.spec.fields import (
     check_name,
+    check_wait,
     from_mapping,
     set_enum,
     to_integer,
@@ -190,10 +191,6 @@ class ModelPolicy:
         return (int.from_bytes(digest) >> 11) / 2**53
 
 
-_MAX_SECONDS = 1e8
-"""Three years; threads can't wait for ever so long."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VersionOptions:
     """How a server goes about versions. Policies and labels may be given as tables of TOML or JSON."""
@@ -222,8 +219,7 @@ class VersionOptions:
         if to_number(where, "drain_seconds", self.drain_seconds) < 0:
             raise ConfigError(f"{where}: drain_seconds must be >= 0; was {self.drain_seconds!r}")
         for name in ("watch_seconds", "drain_seconds"):
-            if (getattr(self, name) or 0) > _MAX_SECONDS:
-                raise ConfigError(f"{where}: {name} must be <= {_MAX_SECONDS:g}; was {getattr(self, name)!r}")
+            check_wait(where, name, getattr(self, name) or 0)
         policies = tuple(
             policy if isinstance(policy, ModelPolicy) else from_mapping(ModelPolicy, policy, "model")
             for policy in to_tuple(where, "models", self.models)
