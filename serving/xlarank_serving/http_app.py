@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
-import logging
 import math
 import threading
 import time
@@ -42,12 +41,10 @@ from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.parsing import InferMessage
 from xlarank_serving.repository_rpcs import IndexedRepository, ManagedRepository, RepositoryService
 from xlarank_serving.service import InferenceService, RankCall
-from xlarank_serving.status import http_status_of, let_go, retry_after_ms
+from xlarank_serving.status import http_status_of, let_go, log_internal, retry_after_ms
 from xlarank_serving.threads import ServerThreads
 
 __all__ = ["Authorize", "http_app", "refusing"]
-
-_log = logging.getLogger(__name__)
 
 Authorize = Callable[[str, str | None], None]
 """Raises AccessError if the bearer of an Authorization header (None: there is none) may not call a gRPC
@@ -292,7 +289,7 @@ def refusing(error: Exception) -> Response:
 def _error_response(error: Exception) -> Response:
     code, details = http_status_of(error)
     if code == 500:
-        _log.error("request failed: %s", details, exc_info=error)
+        log_internal(details, error)
     headers = {}
     if (milliseconds := retry_after_ms(error)) is not None:
         headers = {"Retry-After": str(math.ceil(milliseconds / 1e3)), "Retry-After-Ms": str(milliseconds)}

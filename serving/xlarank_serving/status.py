@@ -21,6 +21,7 @@ from xlarank.errors import (
     UnsupportedError,
     XlarankError,
 )
+from xlarank.runtime.complaints import Complaints
 
 __all__ = [
     "answering",
@@ -30,11 +31,12 @@ __all__ = [
     "failure_reason",
     "http_status_of",
     "let_go",
+    "log_internal",
     "retry_after_ms",
     "status_of",
 ]
 
-_log = logging.getLogger(__name__)
+_complaints = Complaints(logging.getLogger(__name__))
 
 # First match wins, so a subclass stands before its base.
 _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
@@ -152,7 +154,7 @@ def retry_after_ms(error: BaseException) -> int | None:
 def answering(method: Callable[[Any, Any], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
     """Wraps an RPC method so that its exceptions reach the client as statuses and the server goes on.
 
-    INTERNAL is logged with its traceback.
+    INTERNAL is logged with its traceback, see `log_internal`.
     """
 
     @functools.wraps(method)
@@ -180,10 +182,15 @@ def answering_stream(
     return answer
 
 
+def log_internal(details: str, error: Exception) -> None:
+    """Of a request that is answered INTERNAL: a client may send such by the thousand."""
+    _complaints.add("request failed: %s", details, error=error)
+
+
 def _abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
     code, details = status_of(error)
     if code is grpc.StatusCode.INTERNAL:
-        _log.error("request failed: %s", details, exc_info=error)
+        log_internal(details, error)
     if (milliseconds := retry_after_ms(error)) is not None:
         context.set_trailing_metadata(((_PUSHBACK, str(milliseconds)),))
     let_go(error)

@@ -104,14 +104,14 @@ def test_the_folder_holds_the_last_though_the_disk_did_not_follow(tmp_path, monk
     captures.keep_fault("shop", 7, requests[0], "row 1")  # slow ones don't push it out
     now[0] += 59
     keep(captures, 1)
-    assert messages(caplog) == ["captures: 1 requests are kept in memory alone: the disk doesn't follow"]
+    assert messages(caplog) == ["captures: a request is kept in memory alone: the disk doesn't follow"]
     now[0] += 1
     requests = keep(captures, 3, seed=1)
     disk.go_on.set()
     captures.close()
     assert messages(caplog)[1:] == [
-        "captures: 7 requests are kept in memory alone: the disk doesn't follow",
-        "captures: 2 requests are kept in memory alone: the disk doesn't follow",
+        "captures: a request is kept in memory alone: the disk doesn't follow (7 since the last such line)",
+        "captures: a request is kept in memory alone: the disk doesn't follow (2 since the last such line)",
     ]
     files = sorted(tmp_path.glob("*-slow-*.safetensors"), key=lambda path: int(path.stem.rpartition("-")[2]))
     assert len(files) == 3
@@ -131,8 +131,9 @@ def test_a_folder_that_can_not_be_written_is_said_once_a_minute(tmp_path, caplog
     keep(captures, 4)
     captures.close()
     first, rest = messages(caplog)
-    assert first.startswith("captures: 1 requests can't be written, the last: shop-7-slow-")
-    assert rest.startswith("captures: 3 requests can't be written, the last: shop-7-slow-")
+    assert first.startswith("captures: a request can't be written: shop-7-slow-")
+    assert rest.startswith("captures: a request can't be written: shop-7-slow-")
+    assert rest.endswith(" (3 since the last such line)")
 
 
 def test_nothing_is_kept_where_none_is_wanted(tmp_path):

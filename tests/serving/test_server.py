@@ -17,6 +17,7 @@ import time
 import urllib.request
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -29,7 +30,7 @@ from xlarank_serving import transport
 from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig, ServerConfig
 from xlarank_serving.layout import SERVICE_NAME
 from xlarank_serving.server import RankingServer, StopRequest, stop_on_signals
-from xlarank_serving.status import error_of, failure_reason, status_of
+from xlarank_serving.status import answering, error_of, failure_reason, status_of
 
 from xlarank.errors import (
     BundleError,
@@ -288,6 +289,7 @@ def test_an_address_that_is_not_ours_is_an_error(wire):
         ({"num_threads": 0}, "num_threads must be >= 1; was 0"),
         ({"grace_seconds": -1.0}, "grace_seconds must be >= 0; was -1.0"),
         ({"stream_idle_seconds": -1.0}, "stream_idle_seconds must be >= 0; was -1.0"),
+        ({"stream_idle_seconds": 1e10}, "stream_idle_seconds must be <= 2000000.0; was 10000000000.0"),
         ({"grace_seconds": math.nan}, "grace_seconds must be a finite number; was nan"),
     ],
 )
@@ -609,6 +611,20 @@ def test_a_signal_that_does_not_end_the_system_call_ends_the_wait():
 def test_each_exception_has_its_code(error, code, text, reason):
     assert status_of(error) == (grpc.StatusCode[code], text)
     assert failure_reason(error) == reason
+
+
+def test_the_log_hears_of_a_defect_once_a_minute_however_many_calls_meet_it(caplog):
+    @answering
+    def method(request, context):
+        raise ZeroDivisionError("boom")
+
+    codes = []
+    for _ in range(3):
+        method(None, SimpleNamespace(abort=lambda code, details: codes.append(code)))
+    assert codes == [grpc.StatusCode.INTERNAL] * 3
+    (said,) = caplog.records
+    assert said.getMessage() == "request failed: internal error: ZeroDivisionError: boom"
+    assert said.exc_info is not None
 
 
 @pytest.mark.parametrize("error", [RequestError("r"), ModelNotFoundError("m"), UnavailableError("u")])

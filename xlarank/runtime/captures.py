@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import functools
 import json
 import logging
 import os
@@ -19,15 +20,12 @@ import numpy as np
 from xlarank.bundle import write_requests
 from xlarank.errors import BundleError, ConfigError
 from xlarank.runtime.answer import Timings
+from xlarank.runtime.complaints import Complaints
 from xlarank.spec import CaptureConfig, RankRequest
 
 __all__ = ["Capture", "CaptureReason", "Captures"]
 
 _log = logging.getLogger(__name__)
-
-
-_SECONDS_A_LINE = 60.0
-"""The log gets no more than one line in so many of each complaint, with its count."""
 
 
 class CaptureReason(enum.StrEnum):
@@ -78,8 +76,8 @@ class Captures:
         self._kept = self._last_of_each()
         self._unwritten = self._last_of_each()
         self._is_closed = False  # moves one way
-        self._skipped = _Complaint("%d requests are kept in memory alone: the disk doesn't follow", clock)
-        self._failed = _Complaint("%d requests can't be written, the last: %s", clock)  # the writer's own
+        self._complaints = Complaints(_log, clock=clock)
+        self._complain = functools.partial(self._complaints.add, level=logging.WARNING)
         self._writer: threading.Thread | None = None
         if self.config.folder is not None and self.config.num_kept:
             self._folder = self.config.folder
@@ -128,8 +126,7 @@ class Captures:
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-        self._skipped.tell()
-        self._failed.tell()
+        self._complaints.close()
 
     def _keep(self, capture: Capture) -> None:
         with self._changed:
@@ -138,7 +135,7 @@ class Captures:
                 return
             unwritten = self._unwritten[capture.reason]
             if len(unwritten) == self.config.num_kept:  # the oldest goes: requests don't wait for the disk
-                self._skipped.count()
+                self._complain("captures: a request is kept in memory alone: the disk doesn't follow")
             unwritten.append(capture)
             self._changed.notify()
 
@@ -151,7 +148,7 @@ class Captures:
             try:
                 self._write(capture, self._folder / f"{stem}.safetensors")
             except (OSError, BundleError) as error:
-                self._failed.count(f"{stem}: {error}")
+                self._complain("captures: a request can't be written: %s: %s", stem, error)
 
     def _next(self) -> Capture | None:
         """The oldest that is to be written, faults first; waits for one, None at the end."""
@@ -196,28 +193,3 @@ def _age_key(path: Path) -> tuple[int, int]:
     except FileNotFoundError:  # another process has just removed it as one of the oldest
         modified = 0
     return modified, int(path.stem.rpartition("-")[2])
-
-
-class _Complaint:
-    """Something that may happen at every request, and is logged with its count once in a while."""
-
-    def __init__(self, line: str, clock: Callable[[], float]) -> None:
-        self._line = line
-        self._clock = clock
-        self._count = 0
-        self._details: tuple[str, ...] = ()
-        self._tell_at = -float("inf")
-
-    def count(self, *details: str) -> None:
-        """It happened; its owner sees to it that threads take turns."""
-        self._count += 1
-        self._details = details
-        if self._clock() >= self._tell_at:
-            self.tell()
-
-    def tell(self) -> None:
-        """Logs what wasn't logged yet."""
-        if self._count:
-            _log.warning(f"captures: {self._line}", self._count, *self._details)
-            self._count = 0
-            self._tell_at = self._clock() + _SECONDS_A_LINE

@@ -285,7 +285,8 @@ class Engine:
 
         Returns:
           A future; its scores are empty arrays for zero candidates. Cancelling it before its batch is
-          gathered drops the request.
+          gathered drops the request. Its callbacks run on the device's thread, which does nothing else
+          meanwhile: they must not wait for the engine.
 
         Raises:
           UnavailableError: if the engine is closed or has a `fault`.
@@ -368,6 +369,7 @@ class Engine:
         self._pool.detach(self._queue)
         if self._owns_pool:
             self._pool.close()
+        self._workload.close()
 
     def __enter__(self) -> Engine:
         return self

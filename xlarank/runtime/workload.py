@@ -12,6 +12,7 @@ import numpy as np
 from xlarank.errors import DeadlineError, ExecutionError
 from xlarank.runtime.batcher import Batch
 from xlarank.runtime.captures import Captures
+from xlarank.runtime.complaints import Complaints
 from xlarank.runtime.execution import Executed, Execution
 from xlarank.runtime.isolation import Culprit
 from xlarank.runtime.metrics import ModelMetrics
@@ -49,6 +50,7 @@ class ModelWorkload:
         captures: Captures,
         *,
         drop: Callable[[Pending, bool], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
@@ -59,6 +61,7 @@ class ModelWorkload:
           metrics: counts.
           captures: keeps requests that were slow or at fault.
           drop: forgets what is still queued of a request; told whether it was found late as it was to run.
+          clock: seconds; how often the log hears of the same thing.
         """
         self._name, self._version = name, version
         self._ladder = ladder
@@ -66,6 +69,7 @@ class ModelWorkload:
         self._metrics = metrics
         self._captures = captures
         self._drop = drop
+        self._complaints = Complaints(_log, clock=clock)
 
     def run(self, batch: Batch[Pending], device_index: int) -> Ran | None:
         """Gathers and executes what is still waited for; None when that is nothing.
@@ -148,7 +152,7 @@ class ModelWorkload:
         if culprit.end - culprit.begin > 1:
             rows = f"rows {culprit.begin} to {culprit.end - 1}"
         detail = f"model {self._name!r}: the request fails on every device, by {rows}: {culprit.error}"
-        _log.error("%s", detail)
+        self._complaints.add("%s", detail, about=type(culprit.error))
         self._captures.keep_fault(self._name, self._version, pending.bound.request, detail)
         self.fail([pending], ExecutionError(detail))
 
@@ -168,3 +172,7 @@ class ModelWorkload:
     def probe(self, device_index: int) -> None:
         """Replays golden requests on a device; raises when that fails."""
         self._execution.probe(device_index)
+
+    def close(self) -> None:
+        """Nothing of it runs any more."""
+        self._complaints.close()
