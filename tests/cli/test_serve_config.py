@@ -239,7 +239,7 @@ def test_the_port_file_of_an_earlier_run_is_gone_before_anything_is_loaded(tmp_p
         (("--watch-seconds", "1e10"), "versions: watch_seconds must be <= 1e+08; was 10000000000.0"),
         (("--drain-seconds", "1e10"), "versions: drain_seconds must be <= 1e+08; was 10000000000.0"),
         (("--watchdog-seconds", "1e10"), "faults: watchdog_seconds must be <= 1e+08; was 10000000000.0"),
-        (("--default-timeout-ms", "1e15"), "queue: default_timeout_ms must be <= 1e+11; was 1000000000000000.0"),
+        (("--default-timeout-ms", "1e12"), "queue: default_timeout_ms must be <= 1e+11; was 1000000000000.0"),
     ],
 )
 def test_nobody_waits_for_longer_than_threads_can(check, repository, words, problem):

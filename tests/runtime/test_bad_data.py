@@ -116,9 +116,9 @@ class Served:
         """Lets time pass at once, and the watchdog look."""
         with self.pool._lock:
             self.clock.now += seconds
-            self.pool._timer_at = -math.inf
-            self.pool._timer.notify()
-        while self.pool._timer_at == -math.inf:  # until it waits again
+            self.pool._timer.tell(-math.inf)
+            self.pool._timer._wakes_at = -math.inf
+        while self.pool._timer._wakes_at == -math.inf:  # until it waits again
             os.sched_yield()
 
     def states(self):
@@ -199,6 +199,57 @@ def test_a_run_of_the_search_that_hangs_is_found_and_what_is_left_goes_elsewhere
         assert rest == {"answered"}
     assert sorted(served.states()) == sorted([DeviceState.HEALTHY, DeviceState.QUARANTINED][-num_devices:])
     hang.gate.set()
+
+
+def test_a_device_that_hangs_in_answers_is_quarantined_and_what_was_not_answered_fails(serve):
+    served = serve(probe_seconds=1.0)
+    data, hang = served.data, Hang(served)
+    answer = data.answer
+
+    def answer_and_hang(result):
+        if result.items != [0, 1]:
+            return answer(result)
+        data._end([0], "answered")
+        hang()
+        return answer(result)
+
+    data.answer = answer_and_hang
+    served.submit_together(0, 1)
+    data.wait_for(0, 1)
+    reason = "answering a batch took more than 10 s"
+    assert data.outcomes[0] == "answered"
+    assert str(data.outcomes[1]) == f"model 'feed': {reason}"
+    assert served.pool.fault == f"no device is healthy (0: {reason})"
+    assert served.pool.is_away(0)
+    hang.gate.set()
+    with served.pool._work:
+        assert served.pool._work.wait_for(lambda: not served.pool._health.is_away(0), 30)
+    served.jump(1)
+    served.wait_for_states(DeviceState.HEALTHY)
+    served.submit(2)
+    data.wait_for(2)
+    assert data.outcomes[2] == "answered"
+    assert served.pool.snapshot().devices[0].busy_seconds == 0.0  # the time in which it answered isn't
+
+
+def test_the_log_hears_of_bad_data_once_a_minute(serve, caplog):
+    served = serve()
+    data = served.data
+    data.bad = set(range(12))
+    for number in range(12):
+        served.clock.now += 60 * (number == 10)
+        served.submit(number)
+        data.wait_for(number)
+    served.pool.close()
+    failed, again = (f"device 0: a batch of model feed failed{again}" for again in ("", " again"))
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == [
+        failed,
+        f"{failed} (10 since the last such line)",
+    ]
+    said = [message for message in caplog.messages if message.startswith(again)]
+    assert said[0] == again
+    assert len(said) == 3  # the last as it closes
+    assert len(caplog.messages) == 6
 
 
 def test_a_device_that_comes_back_late_from_the_golden_replay_is_not_cleared_by_it(serve):

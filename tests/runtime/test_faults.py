@@ -16,8 +16,10 @@ from xlarank.compiler import random_requests
 from xlarank.errors import ConfigError, DeadlineError, ExecutionError, UnavailableError
 from xlarank.runtime import Captures, DevicePool, Engine, workload
 from xlarank.runtime.device_health import DeviceState
+from xlarank.runtime.isolation import Culprit
 from xlarank.runtime.table_versions import TableVersion
 from xlarank.spec import CaptureConfig, FaultConfig, RankRequest, RequestOptions
+from xlarank.spec.serving import QueueConfig
 
 QUICK = FaultConfig(watchdog_seconds=0.5, probe_seconds=0.01)
 
@@ -409,7 +411,61 @@ def test_a_model_that_was_closed_while_its_batch_is_judged_harms_no_device(repos
     pool.close()
 
 
+def test_a_callback_that_waits_for_its_own_device_does_not_stop_it_for_good(serve):
+    engine, (only,) = serve(1)
+    request = requests_of(1)[0]
+    expected = engine.score(request)
+    hang = only.fault = Hang()
+    future, told, errors = engine.submit(request), threading.Event(), []
+
+    def score_again(_):
+        try:
+            engine.score(request)
+        except UnavailableError as error:
+            errors.append(str(error))
+        told.set()
+
+    future.add_done_callback(score_again)
+    hang.go_on.set()
+    assert told.wait(60)
+    assert errors == ["no device is healthy (0: answering a batch took more than 0.5 s)"]
+    np.testing.assert_array_equal(future.result(60).scores["click"], expected["click"])
+    wait_for_states(engine._pool, DeviceState.HEALTHY)
+    np.testing.assert_array_equal(engine.score(request)["click"], expected["click"])
+
+
+def test_the_log_hears_of_requests_at_fault_once_a_minute(caplog):
+    captures, now = Captures(), [100.0]
+    metrics = execution = SimpleNamespace()
+    model = workload.ModelWorkload(
+        "feed", 1, None, execution, metrics, captures, drop=lambda *_: None, clock=lambda: now[0]
+    )
+    failed = []
+    for number in range(4):
+        now[0] += 60 * (number == 3)
+        item = SimpleNamespace(bound=SimpleNamespace(request=number), fail=failed.append)
+        model.accuse(Culprit(SimpleNamespace(item=item), RuntimeError("overflow"), number, number + 1))
+    model.accuse(Culprit(SimpleNamespace(item=item), ValueError("shape"), 0, 2))
+    model.close()
+    assert len(failed) == len(captures.kept()) == 5
+    said = "model 'feed': the request fails on every device, by"
+    assert caplog.messages == [
+        f"{said} row 0: overflow",
+        f"{said} row 3: overflow (3 since the last such line)",
+        f"{said} rows 0 to 1: shape",
+    ]
+
+
 @pytest.mark.parametrize("field", ["watchdog_seconds", "probe_seconds"])
-def test_times_must_be_positive(field):
+def test_times_must_be_positive_and_such_as_threads_can_wait_for(field):
     with pytest.raises(ConfigError, match=f"faults: {field} must be > 0; was 0"):
         FaultConfig(**{field: 0})
+    with pytest.raises(ConfigError, match=rf"faults: {field} must be <= 1e\+08; was 1e\+20"):
+        FaultConfig(**{field: 1e20})
+
+
+def test_a_timeout_must_be_such_as_threads_can_wait_for():
+    said = r"queue: default_timeout_ms must be <= 1e\+11; was 1e\+20"
+    with pytest.raises(ConfigError, match=said):
+        QueueConfig(default_timeout_ms=1e20)
+    assert QueueConfig(default_timeout_ms=1e11).default_timeout_ms == 1e11

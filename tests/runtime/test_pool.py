@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from xlarank.errors import UnavailableError
-from xlarank.runtime import scheduler
+from xlarank.runtime import pool_threads, scheduler
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.device_health import DeviceState
 from xlarank.runtime.pool import DevicePool
@@ -209,7 +209,51 @@ def test_a_batch_that_ran_but_can_not_be_answered_fails_and_its_device_goes_on(c
     assert work.failed == ["first"]
     assert pool.statuses()[0].state is DeviceState.HEALTHY
     pool.close()
-    assert "model feed: a batch has run, but can't be answered" in caplog.text
+    assert "device 0: a batch of model feed has run, but can't be answered" in caplog.text
+
+
+def test_what_a_home_that_answers_would_run_is_run_by_another_device():
+    gate, pool = threading.Event(), DevicePool(2, faults=FaultConfig(watchdog_seconds=1e6))
+    work, is_answering = Work(), threading.Semaphore(0)
+
+    def answer(result):
+        is_answering.release()
+        assert gate.wait(60)
+
+    work.answer = answer
+    queue = attach(pool, work, max_skip_ms=1e9)
+    for name in ("first", "second"):
+        submit(pool, queue, name, affinity_key="user")
+        assert is_answering.acquire(timeout=60)
+    assert sorted(device for _, device in work.runs) == [0, 1]
+    assert pool._scheduler.is_idle
+    gate.set()
+    pool.close()
+
+
+def test_the_look_for_late_requests_goes_on_after_a_defect(monkeypatch, caplog):
+    monkeypatch.setattr(pool_threads, "DEFECT_SECONDS", 0.001)
+    gate, clock = threading.Event(), Clock()
+    work = Work(on_run=lambda: gate.wait(60))
+    pool = DevicePool(1, clock=clock)
+    take_late, failures = pool._scheduler.take_late, iter([KeyError("x")])
+
+    def failing_once(now):
+        if (error := next(failures, None)) is not None:
+            raise error
+        return take_late(now)
+
+    queue = attach(pool, work)
+    submit(pool, queue, "runs")
+    submit(pool, queue, "late", deadline=1000.5)
+    monkeypatch.setattr(pool._scheduler, "take_late", failing_once)
+    clock.now = 1000.6
+    submit(pool, queue, "wakes the timer", deadline=1000.7)
+    assert work.is_told.acquire(timeout=60)
+    assert work.late == ["late"]
+    gate.set()
+    pool.close()
+    assert "the look at deadlines and devices that hang failed" in caplog.messages
 
 
 def test_a_device_whose_next_task_can_not_be_chosen_is_quarantined_and_comes_back(monkeypatch):

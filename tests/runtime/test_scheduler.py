@@ -159,6 +159,7 @@ def test_once_nothing_that_prefers_a_device_is_queued_any_device_does_again():
     ask(scheduler, queue, "dropped", affinity_key="u")
     assert queue.batcher.num_tied_requests == 2
     queue.batcher.drop("dropped")
+    assert scheduler.next_turn(1 - turns[0].device, 1.0) is None  # had left "taken" to its home for 2 ms
     scheduler.take_late(1e3)
     assert scheduler.is_uniform
     ask(scheduler, spread, "shared", 2)
@@ -198,6 +199,43 @@ def test_a_request_does_not_wait_for_a_home_that_takes_nothing():
         assert items(turn) == ["a"]
         scheduler.finished(turn, 0.0)
         hold(0, False)
+
+
+def test_what_is_left_to_a_home_that_does_not_come_for_it_is_looked_at_again_once_it_has_waited():
+    scheduler, queue = scheduler_of(ALIKE, ALIKE, max_skip_ms=100)
+    key = next(key for key, home in homes(scheduler, queue, [f"u{i}" for i in range(9)]).items() if home == 0)
+    ask(scheduler, queue, "a", now=1.0, affinity_key=key)
+    assert scheduler.next_turn(1, 1.05) is None
+    assert scheduler.wake_at() == 1.1
+    assert items(scheduler.next_turn(1, 1.1)) == ["a"]
+    assert scheduler.wake_at() == math.inf
+
+
+def test_a_device_that_answers_is_busy_and_its_requests_took_no_longer_for_it():
+    scheduler, queue = scheduler_of(ALIKE, ALIKE, max_skip_ms=1e9)
+    key = next(key for key, home in homes(scheduler, queue, [f"u{i}" for i in range(9)]).items() if home == 0)
+    ask(scheduler, queue, "a", affinity_key=key)
+    turn = scheduler.next_turn(0, 0.0)
+    scheduler.finished(turn, 1.0)
+    scheduler.set_answering(0, 1.0)
+    assert scheduler.is_idle
+    ask(scheduler, queue, "b", now=3.0, affinity_key=key)
+    assert items(scheduler.next_turn(1, 3.0)) == ["b"]
+    ask(scheduler, queue, "c", now=3.0)
+    assert scheduler.predicted_start(queue, 3.0) == 5.0  # one is overdue by 2 s, the other has "b" and "c"
+    scheduler.set_answering(0, math.inf)
+    assert items(scheduler.next_turn(0, 4.0)) == ["c"]
+    assert scheduler.use_of(0, 4.0)[:3] == (1, 1.0, 1.0)
+
+
+def test_a_slower_device_takes_over_from_one_that_answers_for_long():
+    scheduler, queue = scheduler_of(FAST, SLOW)
+    scheduler.set_answering(0, 0.0)
+    ask(scheduler, queue, "a", now=1.0)
+    assert scheduler.next_turn(1, 1.0) is None  # in 1 + 1 s by the fast one, in 4 s by the slow one
+    assert scheduler.wake_at() == 2.0
+    assert scheduler.next_turn(1, 2.0) is None
+    assert items(scheduler.next_turn(1, 4.0)) == ["a"]  # 4 + 1 s
 
 
 def test_where_devices_differ_a_home_is_preferred_while_it_costs_no_more_than_the_wait_allowed():

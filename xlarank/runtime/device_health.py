@@ -11,7 +11,7 @@ Contract
     run of a version that is being proven, is quarantined, and another gets the batch. What it brings back
     later is thrown away. A batch that two devices hung in, or that fails on the second, is given up: it won't
     take down a third. Each run of the search for bad data is a batch of its own, and what hangs in it is
-    given up alone.
+    given up alone. So is what wasn't answered yet of a batch whose answers a device hangs in.
   - A quarantined device is probed by golden replay, at first after `probe_seconds`, then at intervals that
     double up to `_MAX_PROBE_SECONDS`, and returns to service when a probe succeeds.
 """
@@ -110,6 +110,12 @@ class DeviceHealth:
     def statuses(self) -> list[DeviceStatus]:
         """By device."""
         return [DeviceStatus(d.state, d.reason, d.num_quarantines) for d in self._devices]
+
+    @property
+    def fault(self) -> str:
+        """Why no device can be used, where that is so."""
+        reasons = [f"{index}: {device.reason}" for index, device in enumerate(self._devices)]
+        return f"no device is healthy ({'; '.join(reasons)})"
 
     def state(self, index: int) -> DeviceState:
         """Of one device."""

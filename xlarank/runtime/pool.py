@@ -7,17 +7,19 @@ import logging
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from xlarank.errors import DeadlineError, ExecutionError, OverloadError, UnavailableError
+from xlarank.errors import ExecutionError, OverloadError, UnavailableError, XlarankError
 from xlarank.runtime.batcher import Batcher
 from xlarank.runtime.bucket_plan import BucketPlan
+from xlarank.runtime.complaints import Complaints
 from xlarank.runtime.device_health import DeviceHealth, DeviceState, DeviceStatus, Suspicion
 from xlarank.runtime.isolation import Culprit, FaultSearch, Step
 from xlarank.runtime.model_queue import ModelQueue, Turn
-from xlarank.runtime.pool_metrics import REFUSALS, PoolSnapshot, snapshot_of
+from xlarank.runtime.pool_metrics import PoolSnapshot, Refusals, snapshot_of
+from xlarank.runtime.pool_threads import DEFECT_SECONDS, Task, Timer, device_thread
 from xlarank.runtime.scheduler import BatcherMaker, Scheduler
 from xlarank.runtime.suspicions import Suspicions
 from xlarank.runtime.watchdog import Watchdog
@@ -31,12 +33,9 @@ __all__ = ["DevicePool"]
 _log = logging.getLogger(__name__)
 
 _LEAST_TICK_SECONDS = 0.001
-_DEFECT_SECONDS = 1.0
 
 _Stranded = tuple[Workload, list[Any], Exception | None]
 """Requests of a model that won't be run, and why; None for want of a device."""
-
-_REFUSAL_OF = {OverloadError: "queue_full", DeadlineError: "deadline", UnavailableError: "no_device"}
 
 
 class DevicePool:
@@ -69,7 +68,8 @@ class DevicePool:
         self._clock = clock
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # a device may have something to do
-        self._timer = threading.Condition(self._lock)  # the time to wake may have come nearer
+        self._complaints = Complaints(_log, clock=clock)
+        self._timer = Timer(self._lock, self._look, self._complaints)
         # All below guarded by _lock.
         self._scheduler: Scheduler[Any] = Scheduler(num_devices, costs=costs, make_batcher=make_batcher)
         faults = faults or FaultConfig()
@@ -78,30 +78,24 @@ class DevicePool:
         self._suspicions = Suspicions(self._health)
         self._search = FaultSearch()
         self._workloads: dict[ModelQueue, Workload] = {}
-        self._refusals: dict[ModelQueue, Counter[str]] = {}
+        self._refusals = Refusals()
+        self._answering: dict[int, Turn | None] = {}  # by device: the turn, if it ran, that it answers
         self._errands: list[deque[Callable[[], None]]] = [deque() for _ in range(num_devices)]
-        self._timer_at = math.inf  # when the timer wakes by itself
-        self._num_turned_away = 0
         self._was_uniform = True  # at the last change
         self._is_closed = False  # moves one way
         self._threads = [
-            threading.Thread(target=self._serve, args=(index,), name=f"xlarank-device-{index}", daemon=True)
-            for index in range(num_devices)
+            device_thread(index, self._take, self._give_up, self._complaints) for index in range(num_devices)
         ]
-        self._threads.append(threading.Thread(target=self._keep_time, name="xlarank-timer", daemon=True))
         self.num_devices = num_devices
         self.idle = IdleSignal()
-        for thread in self._threads:
+        for thread in (*self._threads, self._timer):
             thread.start()
 
     @property
     def fault(self) -> str | None:
         """Why no device can be used; None while one can."""
         with self._lock:
-            if self._scheduler.num_healthy:
-                return None
-            reasons = [f"{index}: {s.reason}" for index, s in enumerate(self._health.statuses())]
-        return f"no device is healthy ({'; '.join(reasons)})"
+            return None if self._scheduler.num_healthy else self._health.fault
 
     def statuses(self) -> list[DeviceStatus]:
         """Health by device."""
@@ -121,7 +115,6 @@ class DevicePool:
         with self._lock:
             queue = self._scheduler.attach(name, plans, config, version=version)
             self._workloads[queue] = workload
-            self._refusals[queue] = Counter(dict.fromkeys(REFUSALS, 0))
             return queue
 
     def detach(self, queue: ModelQueue) -> None:
@@ -129,7 +122,6 @@ class DevicePool:
         with self._lock:
             self._scheduler.detach(queue)
             self._workloads.pop(queue, None)
-            self._refusals.pop(queue, None)
 
     def submit(self, queue: ModelQueue, item: Any, num_rows: int, options: RequestOptions) -> None:
         """Queues a request and wakes a device.
@@ -143,8 +135,8 @@ class DevicePool:
                 raise UnavailableError(f"model {queue.name!r} is closed")
             try:
                 self._scheduler.submit(queue, item, num_rows, options, self._clock())
-            except tuple(_REFUSAL_OF) as error:
-                self._refusals[queue][_REFUSAL_OF[type(error)]] += 1
+            except XlarankError as error:
+                self._refusals.refuse(queue, error)
                 raise
             if self._scheduler.is_uniform:
                 self._work.notify()  # whichever it is may take it; one that may not would lose the call
@@ -156,7 +148,7 @@ class DevicePool:
         may be. See `Scheduler.overload`."""
         with self._lock:
             refusal = self._scheduler.overload(num_arriving, self._clock())
-            self._num_turned_away += refusal is not None
+            self._refusals.num_turned_away += refusal is not None
             return refusal
 
     def run_between(self, device_index: int, errand: Callable[[], None]) -> None:
@@ -184,33 +176,33 @@ class DevicePool:
         """
         with self._lock:
             queue.batcher.drop(item)
-            if is_late and queue in self._refusals:
-                self._refusals[queue]["late"] += 1
+            if is_late:
+                self._refusals.add(queue, "late")
             self.idle.update(self._scheduler.is_idle)
 
     def cancel(self, queue: ModelQueue, item: Any) -> None:
         """As `drop`, for a caller that has gone; counted if it was queued."""
         with self._lock:
-            if queue.batcher.drop(item) and queue in self._refusals:
-                self._refusals[queue]["canceled"] += 1
+            if queue.batcher.drop(item):
+                self._refusals.add(queue, "canceled")
             self.idle.update(self._scheduler.is_idle)
 
     def snapshot(self) -> PoolSnapshot:
         """For metrics."""
         with self._lock:
-            health, counts = self._health.statuses(), (self._refusals, self._num_turned_away)
-            return snapshot_of(self._scheduler, health, *counts, self._clock())
+            return snapshot_of(self._scheduler, self._health.statuses(), self._refusals, self._clock())
 
     def close(self) -> None:
         """Finishes what is queued, then stops the threads; one that hangs is left behind."""
         with self._lock:
             self._is_closed = True
             self._work.notify_all()
-            self._timer.notify()
+            self._timer.tell(-math.inf)
         for index in range(self.num_devices):
             while not self._has_ended(index):
                 self._threads[index].join(0.1)
-        self._threads[-1].join()
+        self._timer.close()
+        self._complaints.close()
 
     def _has_ended(self, index: int) -> bool:
         """Whether a device's thread is through, or hangs and is left behind. With or without the lock."""
@@ -222,27 +214,18 @@ class DevicePool:
             return self._health.is_away(device_index)
 
     # Device threads
-    def _serve(self, index: int) -> None:
-        while (task := self._next_task(index)) is not None:
-            try:
-                task()
-            except Exception:  # a defect of ours; without its thread the device looks well and does nothing
-                _log.exception("device %d: what followed a batch, or stood between two, failed", index)
-            del task  # it refers to a model, whose memory must not wait for this device's next task
+    def _give_up(self, index: int, error: Exception) -> None:
+        """What a device does next can't be chosen: readiness says so, and a probe puts it back."""
+        self._complaints.add("device %d: choosing what it does next failed", index, error=error)
+        self._quarantine(index, f"choosing what it does next failed: {error!r}")
+        with self._lock:  # no tight loop
+            self._work.wait(DEFECT_SECONDS)
 
-    def _next_task(self, index: int) -> Callable[[], None] | None:
-        """What a device's thread does next; None when it ends."""
-        while True:
-            try:
-                return self._take(index)
-            except Exception as error:  # a defect of ours: readiness says so, and a probe puts it back
-                _log.exception("device %d: choosing what it does next failed", index)
-                self._quarantine(index, f"choosing what it does next failed: {error!r}")
-                with self._lock:  # no tight loop
-                    self._work.wait(_DEFECT_SECONDS)
-
-    def _take(self, index: int) -> Callable[[], None] | None:
+    def _take(self, index: int) -> Task | None:
         with self._lock:
+            self._answering.pop(index, None)
+            self._scheduler.set_answering(index, math.inf)
+            self._back(index)
             while True:
                 now = self._clock()
                 task = self._judgement(index, now) or self._aside(index, now) or self._step(index, now)
@@ -265,15 +248,16 @@ class DevicePool:
         has_waiting = self._scheduler.num_queued_requests or len(self._suspicions) or self._search.num_steps
         return bool(has_waiting or self._scheduler.turns())  # what runs may fail, and be run again
 
-    def _aside(self, index: int, now: float) -> Callable[[], None] | None:
+    def _aside(self, index: int, now: float) -> Task | None:
         """A probe or an errand, if there is one."""
         task = self._probing(index, now)
         if task is None and self._errands[index]:
             task = self._errands[index].popleft()
         return None if task is None else self._put_aside(index, now, task)
 
-    def _put_aside(self, index: int, now: float, task: Callable[[], object]) -> Callable[[], None]:
+    def _put_aside(self, index: int, now: float, task: Task) -> Task:
         """A task as if it were a turn: the device is not free, and may hang in it."""
+        self._answering.pop(index, None)
         self._watchdog.begin(index, now)
         self._scheduler.set_aside(index, True)
 
@@ -294,7 +278,7 @@ class DevicePool:
             result = workload.run(turn.batch, turn.device)
         except Exception as error:  # the boundary of a device's thread: a batch may fail, the thread not
             if self._suspect(Suspicion(turn, workload, error, has_hung=False)):
-                _log.exception("device %d: a batch of model %s failed", turn.device, turn.queue.name)
+                self._complain("device %d: a batch of model %s failed", turn, error=error)
             return
         if self._ran(turn, result):
             self._answer(turn, workload, result)
@@ -303,15 +287,27 @@ class DevicePool:
         try:
             workload.answer(result)
         except Exception as error:  # nobody must wait for ever
-            _log.exception("model %s: a batch has run, but can't be answered", turn.queue.name)
+            line = "device %d: a batch of model %s has run, but can't be answered"
+            self._complain(line, turn, error=error)
             items = [part.item for part in turn.batch.parts]
             workload.fail(items, ExecutionError(f"model {turn.queue.name!r}: {error}"))
 
+    def _complain(self, line: str, turn: Turn, *details: str, error: Exception | None = None) -> None:
+        name = turn.queue.name
+        self._complaints.add(line, turn.device, name, *details, about=name, error=error)
+
     def _end(self, turn: Turn) -> bool:
-        """Frees the turn's device; False if the watchdog has given it up meanwhile, and its batch away."""
-        is_own = self._scheduler.turn_of(turn.device) is turn
-        self._scheduler.finished(turn, self._clock())
-        self._back(turn.device)
+        """Ends a turn; False if the watchdog has given the device up meanwhile, and its batch away.
+
+        The device is free once its thread has told callers, whose callbacks may take long, or hang.
+        """
+        index, now = turn.device, self._clock()
+        is_own = self._scheduler.turn_of(index) is turn
+        self._scheduler.finished(turn, now)
+        self._scheduler.set_answering(index, now)
+        self._answering[index] = None
+        self._health.back(index)
+        self._watchdog.begin(index, now)
         self._suspicions.end(turn)
         self._on_change()
         return is_own
@@ -325,6 +321,7 @@ class DevicePool:
         with self._lock:
             is_own = self._end(turn)
             if is_own and result is not None:
+                self._answering[turn.device] = turn
                 self._suspicions.ran(turn.queue, turn.device, self._clock())
             return is_own
 
@@ -340,7 +337,7 @@ class DevicePool:
                 self._work.notify_all()
             return is_own
 
-    def _judgement(self, index: int, now: float) -> Callable[[], None] | None:
+    def _judgement(self, index: int, now: float) -> Task | None:
         """A suspicion that this device clears up: as another one that works, or because none is left."""
         suspicion = self._suspicions.next_for(index)
         if suspicion is None:
@@ -376,7 +373,7 @@ class DevicePool:
         try:
             result = workload.run(turn.batch, turn.device)
         except Exception as error:
-            _log.warning("device %d: the batch that device %d failed with failed too", turn.device, accused)
+            self._complain("device %d: a batch of model %s failed again", turn)
             if suspicion.has_hung:
                 with self._lock:
                     is_own = self._end(turn)
@@ -389,7 +386,8 @@ class DevicePool:
         if self._ran(turn, result):
             is_whole = result is not None and result.is_whole
             if is_whole and accused == turn.device:
-                _log.warning("device %d: a batch failed once, and not again: %s", accused, suspicion.reason)
+                line = "device %d: a batch of model %s failed once, and not again: %s"
+                self._complain(line, turn, suspicion.reason)
             elif is_whole and self._health.suspicion(accused) is suspicion:
                 self._quarantine(accused, suspicion.reason)
             else:  # what is no longer waited for may have been at fault: its next batch will tell
@@ -445,7 +443,7 @@ class DevicePool:
         if culprit is not None:
             step.suspicion.workload.accuse(culprit)
 
-    def _step(self, index: int, now: float, *, is_idle: bool = False) -> Callable[[], None] | None:
+    def _step(self, index: int, now: float, *, is_idle: bool = False) -> Task | None:
         """Of the search for bad data: each is a turn, watched and counted by itself."""
         if self._health.state(index) is not DeviceState.HEALTHY:
             return None
@@ -469,7 +467,7 @@ class DevicePool:
                 culprit = self._learn(step, None, self._clock() - turn.started_at)
             self._accuse(step, culprit)
 
-    def _probing(self, index: int, now: float) -> Callable[[], None] | None:
+    def _probing(self, index: int, now: float) -> Task | None:
         if self._is_closed or now < self._health.probe_at(index):
             return None
         workloads = list(self._workloads.items())
@@ -541,29 +539,28 @@ class DevicePool:
     def _tell_change(self) -> None:
         """To the timer, and to who keeps out of requests' way."""
         self.idle.update(self._scheduler.is_idle)
-        if self._wake_at() < self._timer_at:
-            self._timer.notify()
+        self._timer.tell(self._wake_at())
 
-    def _keep_time(self) -> None:
-        """Answers late requests in time, ends deferrals, has devices probed, and finds those that hang."""
-        while True:
-            with self._lock:
-                now = self._clock()
-                taken = self._scheduler.take_late(now)
-                late = [(self._workloads[queue], item) for queue, item in taken]
-                for queue, _ in taken:
-                    self._refusals[queue]["late"] += 1
-                if taken:  # more may be in sight behind them
-                    self._work.notify_all()
-                hung = [(index, *self._on_hang(index)) for index in self._watchdog.look(now)]
-                if not late and not hung:
-                    if self._is_closed and all(map(self._has_ended, range(self.num_devices))):
-                        return
-                    self._wait(now)
-            for workload, item in late:
-                workload.fail_late(item)
-            for index, reason, stranded in hung:
-                self._tell_excluded(index, reason, stranded)
+    def _look(self) -> bool:
+        """Answers late requests, ends deferrals, has devices probed, finds hanging ones; False at the end."""
+        with self._lock:
+            now = self._clock()
+            taken = self._scheduler.take_late(now)
+            late = [(self._workloads[queue], item) for queue, item in taken]
+            for queue, _ in taken:
+                self._refusals.add(queue, "late")
+            if taken:  # more may be in sight behind them
+                self._work.notify_all()
+            hung = [(index, *self._on_hang(index)) for index in self._watchdog.look(now)]
+            if not late and not hung:
+                if self._is_closed and all(map(self._has_ended, range(self.num_devices))):
+                    return False
+                self._wait(now)
+        for workload, item in late:
+            workload.fail_late(item)
+        for index, reason, stranded in hung:
+            self._tell_excluded(index, reason, stranded)
+        return True
 
     def _wait(self, now: float) -> None:
         self.idle.update(self._scheduler.is_idle)
@@ -575,21 +572,23 @@ class DevicePool:
         if self._is_closed:
             seconds = min(seconds, 0.1)
         self._watchdog.rest(now + seconds)
-        self._timer_at = wake_at
-        self._timer.wait(None if seconds == math.inf else seconds)
-        self._timer_at = -math.inf  # looks again before it waits again
+        self._timer.wait(wake_at, seconds)
 
     def _on_hang(self, index: int) -> tuple[str, list[_Stranded]]:
         """A device hasn't come back: its batch goes to another, once. Gives the reason, and what is lost."""
-        turn, seconds = self._scheduler.turn_of(index), self._watchdog.seconds
-        if turn is None:  # a probe, or a run of a version that is being proven
-            reason = f"a golden replay took more than {seconds:g} s"
+        turn, what, may_retry = self._scheduler.turn_of(index), "a batch", False
+        if turn is not None:
+            may_retry = not turn.is_retry and self._scheduler.num_healthy > 1
+        elif index in self._answering:
+            turn, what = self._answering.pop(index), "answering a batch"
+        else:  # a probe, or a run of a version that is being proven
+            what = "a golden replay"
+        reason = f"{what} took more than {self._watchdog.seconds:g} s"
+        if turn is None:
             return reason, self._exclude(index, reason, is_away=True)
-        reason = f"a batch took more than {seconds:g} s"
         if (suspicion := self._suspicions.end(turn)) is not None:
             self._clear(suspicion)  # nobody will tell any more
         workload = self._workloads.get(turn.queue)  # None: its callers have left, and it was closed
-        may_retry = not turn.is_retry and self._scheduler.num_healthy > 1
         if workload is not None and may_retry:
             self._suspicions.add(Suspicion(turn, workload, ExecutionError(reason), has_hung=True))
         stranded = self._exclude(index, reason, is_away=True)

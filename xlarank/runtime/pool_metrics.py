@@ -18,6 +18,8 @@ xlarank_device_quarantines_total      times that it was taken out of service
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,16 +27,51 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from xlarank.errors import DeadlineError, OverloadError, UnavailableError, XlarankError
 from xlarank.runtime.device_health import DeviceState, DeviceStatus
 from xlarank.runtime.model_queue import ModelQueue
 from xlarank.runtime.scheduler import Scheduler
 
-__all__ = ["REFUSALS", "DeviceSnapshot", "PoolMetrics", "PoolSnapshot", "QueueSnapshot", "snapshot_of"]
-
+__all__ = [
+    "REFUSALS",
+    "DeviceSnapshot",
+    "PoolMetrics",
+    "PoolSnapshot",
+    "QueueSnapshot",
+    "Refusals",
+    "snapshot_of",
+]
 
 REFUSALS = ("queue_full", "deadline", "late", "canceled", "no_device")
 """Why a request isn't run: refused on arrival for the queue's or its deadline's sake; dropped from the queue
 at its deadline, or as its caller left; no device is healthy."""
+
+_REFUSAL_OF = {OverloadError: "queue_full", DeadlineError: "deadline", UnavailableError: "no_device"}
+
+
+class Refusals:
+    """Counts requests that aren't run. Its owner serialises the calls.
+
+    Attributes:
+      num_turned_away: those that were refused before they were read.
+    """
+
+    def __init__(self) -> None:
+        self.num_turned_away = 0
+        self._counts: weakref.WeakKeyDictionary[ModelQueue[Any], Counter[str]] = weakref.WeakKeyDictionary()
+
+    def add(self, queue: ModelQueue[Any], reason: str) -> None:
+        """One more of a queue's, for one of `REFUSALS`."""
+        self._counts.setdefault(queue, Counter())[reason] += 1
+
+    def refuse(self, queue: ModelQueue[Any], error: XlarankError) -> None:
+        """One more, which the scheduler refused with this."""
+        self.add(queue, _REFUSAL_OF[type(error)])
+
+    def of(self, queue: ModelQueue[Any]) -> dict[str, int]:
+        """A queue's so far, by reason."""
+        counts = self._counts.get(queue, {})
+        return {reason: counts.get(reason, 0) for reason in REFUSALS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +116,7 @@ class PoolSnapshot:
 def snapshot_of(
     scheduler: Scheduler[Any],
     statuses: Sequence[DeviceStatus],
-    refusals: Mapping[ModelQueue[Any], Mapping[str, int]],
-    num_turned_away: int,
+    refusals: Refusals,
     now: float,
 ) -> PoolSnapshot:
     """What a pool knows of its devices and queues."""
@@ -91,12 +127,12 @@ def snapshot_of(
             queue.batcher.num_queued_rows,
             queue.batcher.num_queued_requests,
             queue.batcher.queued_seconds,
-            dict(refusals[queue]),
+            refusals.of(queue),
         )
         for queue in scheduler.queues
     ]
     devices = [DeviceSnapshot(status, *scheduler.use_of(index, now)) for index, status in enumerate(statuses)]
-    return PoolSnapshot(queues, devices, num_turned_away)
+    return PoolSnapshot(queues, devices, refusals.num_turned_away)
 
 
 class PoolMetrics(Collector):

@@ -10,7 +10,8 @@ Contract
     (ELSA, arXiv 2202.13481), counting what is ahead of it in the queue.
     So a free device is left idle only for requests that a cheaper one, busy now, still finishes in time, or a
     faster one sooner; no other case leaves a device idle while rows are queued. A turn that is overdue is
-    expected to last as long again, so that others soon take over from a device that hangs.
+    expected to last as long again, so that others soon take over from a device that hangs. The time in which
+    a device tells its callers of a turn is such a one, and no part of the turn.
   - A request with an affinity key has a home device, by rendezvous hashing of the key; it runs elsewhere when
     its home is busy and another device has nothing of its own to do, or once it has waited `max_skip_ms`.
     Where devices differ, the home is the right one if it finishes no later than `max_skip_ms` after the
@@ -77,6 +78,7 @@ class _Device:
         self.is_suspended = False
         self.is_aside = False
         self.turn: Turn | None = None
+        self.answers_since = math.inf  # when its last turn ended, while it tells callers of it
         self.look_at = math.inf  # when to ask again for it: a deferral ends, or another is overdue
         self.level_seconds = 0.0  # the greatest `used_seconds` that a turn began at
         self.slowdown = Slowdown()  # of all models' runs, to be shown
@@ -88,18 +90,22 @@ class _Device:
         """Whether it takes turns now, or once its own has ended."""
         return self.is_healthy and not self.is_suspended and not self.is_aside
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it runs a turn, or tells callers of one."""
+        return self._due_at < math.inf
+
     def free_at(self, now: float) -> float:
         """When it is predicted to be free: what is overdue is expected to be so for as long again."""
-        return now if self.turn is None else max(self._due_at, 2 * now - self._due_at)
+        return max(self._due_at, 2 * now - self._due_at) if self.is_busy else now
 
     def doubt_at(self, now: float, patience: float) -> float:
-        """When to ask again whether its turn is worth waiting for; inf without one."""
-        return math.inf if self.turn is None else max(self._due_at + patience, self.free_at(now))
+        """When to ask again whether it is worth waiting for; inf for one that isn't busy."""
+        return max(self._due_at + patience, self.free_at(now))
 
     @property
     def _due_at(self) -> float:
-        assert self.turn is not None
-        return self.turn.started_at + self.turn.expected_seconds
+        return self.turn.started_at + self.turn.expected_seconds if self.turn else self.answers_since
 
 
 class Scheduler(Generic[Item]):
@@ -313,6 +319,10 @@ class Scheduler(Generic[Item]):
         """Has a device do something else for a while, as if it were busy."""
         self._devices[device_index].is_aside = is_aside
 
+    def set_answering(self, device_index: int, since: float) -> None:
+        """A device tells callers of the turn that it ended then; inf once it doesn't."""
+        self._devices[device_index].answers_since = since
+
     def clear(self) -> list[tuple[ModelQueue[Item], list[Item]]]:
         """Takes everything out of the queues."""
         return [(queue, queue.batcher.clear()) for queue in self._queues]
@@ -346,7 +356,7 @@ class Scheduler(Generic[Item]):
           reason.
         """
         if not self.num_queued_requests:
-            num_free = sum(device.is_available and device.turn is None for device in self._devices)
+            num_free = sum(device.is_available and not device.is_busy for device in self._devices)
             num_arriving = max(0, num_arriving - num_free)
         all_shares = sum(share for queue in self._queues for share in queue.shares.values())
         refusals = []
@@ -510,12 +520,16 @@ class Scheduler(Generic[Item]):
 
         def may_take(part: Part[Item]) -> bool:
             home = part.ticket.home
-            return home is None or self._devices[home].turn is not None
+            return home is None or self._devices[home].is_busy
 
         for claims in (is_own, may_take):
             batch = next_batch(claims=claims)
             if batch is not None or batcher.deferred_until < math.inf:
                 return batch
+        # Left to homes that are free, which may not come for it.
+        left = (part for part in itertools.islice(batcher.waiting(), _MAX_LOOK) if part.pin is None)
+        ends = [part.ticket.queued_at + skip for part in left]
+        device.look_at = min([device.look_at, *(end for end in ends if end > now)])
         return None
 
     def _is_home(self, ticket: Ticket[Item], device: _Device) -> bool:
