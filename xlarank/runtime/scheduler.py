@@ -276,8 +276,9 @@ class Scheduler(Generic[Item]):
         price = 0.0 if turn.is_retry else turn.predicted_seconds
         for slowdown in (device.slowdown, turn.queue.slowdowns[turn.device]):
             slowdown.end(now, price=price, taken=seconds)
+        # That one is faster than it was measured, where another has yet to run, tells none apart.
         ratios = [turn.queue.slowdowns[d.index].ratio(now) for d in self._devices if d.is_healthy]
-        turn.queue.is_uneven = bool(ratios) and max(ratios) >= _UNEVEN * min(ratios)
+        turn.queue.is_uneven = bool(ratios) and max(ratios) >= _UNEVEN * max(1.0, min(ratios))
         device.num_turns += 1
         device.busy_seconds += seconds
 
