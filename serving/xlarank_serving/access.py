@@ -112,6 +112,12 @@ class Authorizer:
         """Whether anybody may administrate over the network."""
         return self._admin is not None
 
+    def asks_for_token(self, access: Access) -> bool:
+        """Whether it matters what a caller says of itself."""
+        if access is Access.ADMIN:
+            return self._admin is not None
+        return self._rank is not None and not (access is Access.PROBE and self._security.open_probes)
+
     def check(self, access: Access, authorization: str | None) -> None:
         """Lets a caller pass or raises.
 
@@ -124,7 +130,7 @@ class Authorizer:
         """
         if access is Access.ADMIN:
             self._check_admin(authorization)
-        elif self._rank is not None and not (access is Access.PROBE and self._security.open_probes):
+        elif self._rank is not None and self.asks_for_token(access):
             token = _token_of(authorization)
             if token not in self._rank.get() and not self._is_admin(token):
                 raise AccessError("the token isn't known to the server", is_known_caller=False)
@@ -172,11 +178,12 @@ class Gatekeeper(grpc.ServerInterceptor):
         headers = handler_call_details.invocation_metadata or ()
         values = [value for key, value in headers if key == "authorization"]
         try:
-            if len(values) > 1:
+            access = access_of(handler_call_details.method)
+            if len(values) > 1 and self._authorizer.asks_for_token(access):
                 raise AccessError("expected one authorization header, got several", is_known_caller=False)
             value = values[0] if values else None
             text = value.decode(errors="replace") if isinstance(value, bytes) else value
-            self._authorizer.check_method(handler_call_details.method, text)
+            self._authorizer.check(access, text)
         except AccessError as error:
             return refusal_handler(error, self._threads.refusals)
         return continuation(handler_call_details)

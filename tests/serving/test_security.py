@@ -292,6 +292,13 @@ def test_another_header_is_refused(guarded, wire, values, told):
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
+def test_where_no_token_is_asked_for_nobody_minds_the_header(shared, guarded, wire):
+    metadata = [("authorization", "Bearer x"), ("authorization", f"Bearer {RANK}")]
+    assert len(shared.infer(wire.raw(**wire.valid(1)), metadata=metadata).outputs) == 2
+    check = health_pb2_grpc.HealthStub(guarded.channel).Check
+    assert check(health_pb2.HealthCheckRequest(), timeout=10, metadata=metadata).status == 1
+
+
 def test_the_scheme_s_case_does_not_matter(guarded, wire):
     guarded.infer(wire.raw(**wire.valid(1)), metadata=[("authorization", f"bearer  {RANK}")])
 
