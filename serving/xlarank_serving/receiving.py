@@ -1,7 +1,9 @@
-"""Requests that are long in coming: `ReceiveWatch`."""
+"""Requests that are long in coming, and answers in leaving: `ReceiveWatch`."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import threading
 import time
@@ -21,7 +23,8 @@ __all__ = ["ReceiveWatch"]
 _log = logging.getLogger(__name__)
 
 _HURRY_SECONDS = 0.25
-"""What the oldest requests get to arrive in while half of the threads wait like theirs, and calls for one."""
+"""What the oldest requests get to arrive in, and answers to be taken, while half of the threads wait like
+theirs, and calls for one."""
 
 _LOOK_SECONDS = 0.05
 
@@ -31,12 +34,13 @@ that are never sent would keep all others away."""
 
 
 class ReceiveWatch:
-    """Ends calls whose request doesn't arrive.
+    """Ends calls whose request doesn't arrive, or whose answer isn't taken, where a thread waits for that.
 
     gRPC waits for a request's bytes on the thread that is to answer it, so as many requests as a pool has
     threads, sent by half, would end all service of that pool. Here a request has `max_receive_seconds` to
     arrive. While that is what the threads are short for, as many of the oldest as calls wait for a thread
-    have far less. The caller of one that is ended sees CANCELLED.
+    have far less. The caller of one that is ended sees CANCELLED. A stream's answers are sent on a thread
+    too, and wait there until the caller has room for them.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class ReceiveWatch:
         self._threads = threads
         self._refusals = refusals
         self._clock = clock
-        # Calls whose request is awaited on a thread, and since when, the oldest first. Single operations of a
+        # Calls whose caller is awaited on a thread, and since when, the oldest first. Single operations of a
         # dict need no lock.
         self._since: dict[grpc.ServicerContext, float] = {}
         # Those of them that were ended and still hold their thread; of who looks for late ones alone.
@@ -60,29 +64,43 @@ class ReceiveWatch:
         self._thread.start()
 
     def watched(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-        """A unary method of the same pool that waits for its request here, where the call can be ended."""
-        method = handler.unary_unary
+        """A method of one request, of the same pool, that waits for it here, where the call can be ended.
+
+        If it answers a stream, it is one that gRPC calls non-blocking: it is given a function that sends.
+        """
+        make, method = (
+            (grpc.stream_stream_rpc_method_handler, handler.unary_stream)
+            if handler.response_streaming
+            else (grpc.stream_unary_rpc_method_handler, handler.unary_unary)
+        )
         assert method is not None
 
-        def receive_and_call(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-            self._since[context] = self._clock()
-            try:
-                request = next(requests, None)
-            finally:
-                self._since.pop(context, None)
+        @functools.wraps(method)  # what it runs on and how are attributes of it
+        def receive_and_call(requests: Iterator[Any], context: grpc.ServicerContext, *send: Any) -> Any:
+            request = self.receive(requests, context)
             if request is None:
                 return _refuse(request, context)
-            return method(request, context)
+            return method(request, context, *send)
 
-        pool = getattr(method, "experimental_thread_pool", None)
-        receive_and_call.experimental_thread_pool = pool  # type: ignore[attr-defined]
-        return grpc.stream_unary_rpc_method_handler(
-            receive_and_call, handler.request_deserializer, handler.response_serializer
-        )
+        return make(receive_and_call, handler.request_deserializer, handler.response_serializer)
+
+    def receive(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        """The next request of a call; None at their end."""
+        with self.awaiting(context):
+            return next(requests, None)
+
+    @contextlib.contextmanager
+    def awaiting(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """While a thread waits for what a call's caller has to send, or to take."""
+        self._since[context] = self._clock()
+        try:
+            yield
+        finally:
+            self._since.pop(context, None)
 
     @property
     def num_stalled(self) -> int:
-        """Calls whose request has been awaited for so long that it may not come."""
+        """Calls whose caller has been awaited for so long that nothing may come."""
         before = self._clock() - _STALLED_SECONDS
         return sum(since < before for since in list(self._since.values()))
 
@@ -104,7 +122,11 @@ class ReceiveWatch:
             context.cancel()
         if late:
             least = min(ages[context] for context in late)
-            _log.warning("%d calls ended: their requests didn't arrive within %.3g s", len(late), least)
+            _log.warning(
+                "%d calls ended: requests didn't arrive, or answers weren't taken, within %.3g s",
+                len(late),
+                least,
+            )
         return len(late)
 
     def close(self) -> None:

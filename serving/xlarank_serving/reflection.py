@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from xlarank_serving._proto import admin_pb2, grpc_service_pb2
+from xlarank_serving.receiving import ReceiveWatch
 from xlarank_serving.threads import ServerThreads, on_threads
 
 __all__ = ["SERVICE_NAME", "reflection_handlers"]
@@ -19,9 +21,15 @@ SERVICE_NAME = reflection.SERVICE_NAME
 
 
 def reflection_handlers(
-    service_names: Iterable[str], threads: ServerThreads
+    service_names: Iterable[str], threads: ServerThreads, watch: ReceiveWatch
 ) -> dict[str, grpc.RpcMethodHandler]:
-    """A handler a method, by name; `service_names` are what is served beside reflection."""
+    """A handler a method, by name.
+
+    Args:
+      service_names: what is served beside reflection.
+      threads: a thread of `reflection` is held by each open stream.
+      watch: ends streams that are silent or unread.
+    """
     # One pool of all that is served: our messages are in a private one, gRPC's own in the default one.
     pool = descriptor_pool.DescriptorPool()
     for module in (grpc_service_pb2, admin_pb2, health_pb2, reflection_pb2):
@@ -29,7 +37,10 @@ def reflection_handlers(
     servicer = reflection.ReflectionServicer([*service_names, SERVICE_NAME], pool=pool)
 
     def info(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        return servicer.ServerReflectionInfo(requests, context)
+        awaited = iter(functools.partial(watch.receive, requests, context), None)
+        for response in servicer.ServerReflectionInfo(awaited, context):
+            with watch.awaiting(context):
+                yield response
 
     handler = grpc.stream_stream_rpc_method_handler(
         on_threads(info, threads.reflection),

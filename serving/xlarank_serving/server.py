@@ -50,8 +50,8 @@ _TURN_AWAY_SECONDS = 0.3
 _LAST_GRACE_SECONDS = 0.2
 
 _MAX_OTHER_RPCS = 1024
-"""Calls that don't rank, or are being refused: past that gRPC itself refuses, whatever they are, and doesn't
-say when to come again."""
+"""Calls that don't rank, open watches of health apart, or are being refused: past that gRPC itself refuses,
+whatever they are, and doesn't say when to come again."""
 
 _LOOK_SECONDS = 0.1
 """How often a server that lets its clients go looks whether one is left."""
@@ -118,32 +118,38 @@ class RankingServer:
             observers=observers,
         )
         with contextlib.ExitStack() as undo:
-            self._health = HealthService(repository)
-            undo.callback(self._health.stop)
             self._threads = ServerThreads(config.num_threads)
             undo.callback(self._threads.close)
             self._unread = UnreadAnswers()
+            stream_seconds = config.stream_idle_seconds or math.inf
             self._streams = InferStreams(
                 self._service,
                 self._threads,
                 self._unread,
-                max_idle_seconds=config.stream_idle_seconds or math.inf,
+                max_idle_seconds=stream_seconds,
             )
             # By the pool whose threads wait; the service's refusals are of ranking requests alone.
             self._receive_watches: dict[CountingThreadPool, ReceiveWatch] = {}
-            for pool, refusals in (
-                (self._threads.rank, self._service.refusals),
-                (self._threads.control, Refusals()),
+            for pool, seconds, refusals in (
+                (self._threads.rank, limits.max_receive_seconds, self._service.refusals),
+                (self._threads.control, limits.max_receive_seconds, Refusals()),
+                (self._threads.health_watches, limits.max_receive_seconds, Refusals()),
+                (self._threads.health_news, limits.max_receive_seconds, Refusals()),
+                (self._threads.reflection, stream_seconds, Refusals()),
             ):
-                watch = ReceiveWatch(limits.max_receive_seconds, pool, refusals)
+                watch = ReceiveWatch(seconds, pool, refusals)
                 undo.callback(watch.close)
                 self._receive_watches[pool] = watch
+            self._health = HealthService(
+                repository, self._threads, self._receive_watches[self._threads.health_news]
+            )
+            undo.callback(self._health.stop)
             ranking = self._receive_watches[self._threads.rank]
             self._service.count_open(lambda: self._threads.rank.num_open, lambda: ranking.num_stalled)
             self._server = grpc.server(
                 self._threads.rank,
                 options=server_options(limits, connections or ConnectionConfig(), shares_port=is_one_of_many),
-                maximum_concurrent_rpcs=limits.max_concurrent_rpcs + _MAX_OTHER_RPCS,
+                maximum_concurrent_rpcs=limits.max_concurrent_rpcs + health.MAX_WATCHES + _MAX_OTHER_RPCS,
                 interceptors=[
                     Gatekeeper(authorizer, self._threads),
                     AdminGate(self._threads.administration, self._threads.refusals),
@@ -244,7 +250,7 @@ class RankingServer:
         )
         services = {
             SERVICE_NAME: inference | {"ModelStreamInfer": self._streams.handler()},
-            health.SERVICE_NAME: self._health.handlers(self._threads),
+            health.SERVICE_NAME: self._health.handlers(),
         }
         if authorizer.answers_administration:
             services[admin.SERVICE_NAME] = admin.handlers(
@@ -254,7 +260,9 @@ class RankingServer:
                 is_one_of_many=self._is_one_of_many,
                 is_ending=lambda: self._is_retiring,
             )
-        services[reflection.SERVICE_NAME] = reflection.reflection_handlers(services, self._threads)
+        services[reflection.SERVICE_NAME] = reflection.reflection_handlers(
+            services, self._threads, self._receive_watches[self._threads.reflection]
+        )
         for name, handlers in services.items():
             handlers = {
                 method: self._unread.watched(self._watched(each)) for method, each in handlers.items()
@@ -265,8 +273,9 @@ class RankingServer:
             self._server.add_generic_rpc_handlers((generic,))
 
     def _watched(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-        """A unary method that waits for its request no longer than others may be kept from its thread."""
-        pool: Any = getattr(handler.unary_unary, "experimental_thread_pool", None)
+        """A method of one request that waits for it no longer than others may be kept from its thread."""
+        method = handler.unary_unary or handler.unary_stream
+        pool: Any = getattr(method, "experimental_thread_pool", None)
         watch = self._receive_watches.get(pool)
         return handler if watch is None else watch.watched(handler)
 

@@ -14,8 +14,8 @@ __all__ = ["AdminThreads", "CountingThreadPool", "ServerThreads", "on_threads"]
 
 _NUM_CONTROL = 4
 _NUM_REFUSING = 2
-_NUM_REFLECTION = 2
-_NUM_WATCHES = 2
+_NUM_REFLECTION = 8
+_NUM_WATCHES = 16
 _MAX_STREAMS = 64
 _NUM_UPDATING = 2
 
@@ -122,8 +122,8 @@ class ServerThreads:
     Probes and metadata have threads of their own, so that they are answered while every ranking thread
     waits for a device, and every load for its model. So have calls that are refused unread, of which there
     are many when it matters, and so have reflection, which holds a thread for as long as its stream is open,
-    and watches of health, which hold one until their request has come. An open ModelStreamInfer holds a
-    thread that writes and one that reads.
+    and watches of health, which hold one until their request has come and another while they are told
+    something. An open ModelStreamInfer holds a thread that writes and one that reads.
 
     Attributes:
       administration: those of RPCs that change the server.
@@ -137,8 +137,9 @@ class ServerThreads:
         self.control = CountingThreadPool(_NUM_CONTROL, "grpc-control")
         self.administration = AdminThreads()
         self.refusals = concurrent.futures.ThreadPoolExecutor(_NUM_REFUSING, "grpc-refusal")
-        self.reflection = concurrent.futures.ThreadPoolExecutor(_NUM_REFLECTION, "grpc-reflection")
-        self.health_watches = concurrent.futures.ThreadPoolExecutor(_NUM_WATCHES, "grpc-health-watch")
+        self.reflection = CountingThreadPool(_NUM_REFLECTION, "grpc-reflection")
+        self.health_watches = CountingThreadPool(_NUM_WATCHES, "grpc-health-watch")
+        self.health_news = CountingThreadPool(_NUM_WATCHES, "grpc-health-news")
         self.streams = CountingThreadPool(self.max_streams, "grpc-stream")
         self.stream_readers = concurrent.futures.ThreadPoolExecutor(self.max_streams, "grpc-stream-reader")
 
@@ -161,6 +162,7 @@ class ServerThreads:
             self.refusals,
             self.reflection,
             self.health_watches,
+            self.health_news,
             self.streams,
             self.stream_readers,
         ):

@@ -460,6 +460,17 @@ def test_a_request_has_long_to_arrive_unless_threads_are_short_for_that():
     assert [call.end() for call in calls] == [[b"abab"], [b"abab"]]
 
 
+def test_an_answer_has_as_long_to_be_taken():
+    watch, _, _, now = watch_by_hand(num_threads=4)
+    call = Cancelled()
+    with watch.awaiting(call):
+        now[0] = 9.9
+        assert watch.end_late_calls() == 0
+        now[0] = 10.1
+        assert watch.end_late_calls() == 1
+    assert call.num_cancelled == 1
+
+
 def test_of_the_late_ones_as_many_of_the_oldest_are_ended_as_calls_wait_for_a_thread(caplog):
     watch, threads, refusals, now = watch_by_hand(num_threads=8)
     calls = []
@@ -475,7 +486,9 @@ def test_of_the_late_ones_as_many_of_the_oldest_are_ended_as_calls_wait_for_a_th
     threads.num_waiting = 2
     assert watch.end_late_calls() == 2
     assert ended() == [True] * 2 + [False] * 6
-    assert caplog.messages == ["2 calls ended: their requests didn't arrive within 0.29 s"]
+    assert caplog.messages == [
+        "2 calls ended: requests didn't arrive, or answers weren't taken, within 0.29 s"
+    ]
     assert watch.end_late_calls() == 0  # the threads of these two are about to come free
     threads.num_waiting = 3
     assert watch.end_late_calls() == 1
