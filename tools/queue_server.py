@@ -109,13 +109,15 @@ class _OneModel:
         self._engine = engine
         self.overload = pool.overload
 
-    def engine(self, name: str, version: str = "", key: str | None = None) -> Engine:
+    def engine(self, name: str, version: str = "") -> Engine:
         if name != self._engine.spec.name or version not in ("", str(self._engine.version)):
             raise ModelNotFoundError(f"Request for unknown model: '{name}' version '{version}' is not found")
         return self._engine
 
     @contextlib.contextmanager
-    def lease(self, name: str, version: str = "", key: str | None = None) -> Iterator[Engine]:
+    def lease(
+        self, name: str, version: str = "", key: str | None = None, *, by_traffic: bool = True
+    ) -> Iterator[Engine]:
         yield self.engine(name, version)
 
     def models(self) -> list[tuple[str, int, bool]]:

@@ -240,7 +240,8 @@ class AdminClient:
           table: its name.
           rows: [K] integers, row numbers.
           values: [K, D] floats.
-          version: of the model; the latest by default.
+          version: of the model; the newest that answers by default, whatever traffic its labels say. The one
+            that takes the first part takes all of them.
 
         Returns:
           The table's version.
@@ -248,7 +249,8 @@ class AdminClient:
         Raises:
           RequestError: for arrays that aren't as stated, and what the server refuses.
           AccessError: for a missing token, or one that may not do this.
-          UnavailableError: if there is no server, or it is stopping.
+          ModelNotFoundError: if there is no such model or version; one may have ended between two parts.
+          UnavailableError: if there is no server, or it or the version is stopping.
         """
         numbers, values = checked_update(f"table {table!r}", rows, values)
         step = max(1, MAX_PART_BYTES // (10 + 4 * values.shape[1]))
@@ -262,7 +264,8 @@ class AdminClient:
                 rows=numbers[part].tolist(),
                 values=values[part].astype("<f4", copy=False).tobytes(),
             )
-            table_version = self._call("UpdateRows", request).table_version
+            response = self._call("UpdateRows", request)
+            version, table_version = response.model_version, response.table_version
         return table_version
 
     def update_features(
@@ -283,7 +286,7 @@ class AdminClient:
           candidate_ids: [n] integers.
           features: a value for each stored feature by name, n rows, as `RankRequest` takes them; one with a
             default may be left out, and gets it.
-          version: of the model; the latest by default.
+          version: as of `update_rows`.
 
         Returns:
           The store's version.
@@ -291,8 +294,7 @@ class AdminClient:
         Raises:
           FeatureError: for what can't be sent.
           RequestError: for what the server refuses; parts sent before stay.
-          AccessError: for a missing token, or one that may not do this.
-          UnavailableError: if there is no server, or it is stopping.
+          AccessError, ModelNotFoundError, UnavailableError: as `update_rows`.
         """
         return self._features.update(model_name, candidate_ids, features, str(version))
 
@@ -370,7 +372,7 @@ def _rollback(manager: ManagedRepository | None, request: messages.RollbackReque
 
 def _update_rows(repository: Repository, request: messages.UpdateRowsRequest) -> Any:
     """See the proto file."""
-    with repository.lease(request.model_name, request.model_version) as engine:
+    with repository.lease(request.model_name, request.model_version, by_traffic=False) as engine:
         return _update_rows_of(engine, request)
 
 

@@ -45,7 +45,9 @@ class _Engine(Protocol):
 
 
 class _Repository(Protocol):
-    def lease(self, name: str, version: str) -> contextlib.AbstractContextManager[Any]: ...
+    def lease(
+        self, name: str, version: str, *, by_traffic: bool
+    ) -> contextlib.AbstractContextManager[Any]: ...
 
 
 def feature_methods(repository: _Repository) -> dict[str, Callable[[Any, Any], Message]]:
@@ -104,7 +106,7 @@ class FeatureCalls:
           model_name: of the repository.
           candidate_ids: [n] integers.
           features: a value for each stored feature by name, n rows, as `RankRequest` takes them.
-          version: of the model; empty for the latest.
+          version: of the model; empty for the newest. The one that takes the first part takes all of them.
 
         Returns:
           The store's version.
@@ -117,7 +119,7 @@ class FeatureCalls:
         asked = inference.ModelMetadataRequest(name=model_name, version=version)
         inputs = ModelInputs(self._call("FeatureMetadata", asked))
         rows = inputs.request(features, ids)
-        return self._send(inputs.spec, rows, ids, (model_name, version))
+        return self._send(inputs.spec, rows, ids, (model_name, version)).store_version
 
     def remove(self, model_name: str, candidate_ids: Any, version: str) -> int:
         """Takes rows out; returns how many there were. RequestError for what the server refuses."""
@@ -127,35 +129,37 @@ class FeatureCalls:
             request = messages.RemoveFeaturesRequest(
                 model_name=model_name, model_version=version, candidate_ids=ids[begin : begin + step].tolist()
             )
-            num_removed += self._call("RemoveFeatures", request).num_removed
+            response = self._call("RemoveFeatures", request)
+            version, num_removed = response.model_version, num_removed + response.num_removed
         return num_removed
 
-    def _send(self, model: ModelSpec, rows: RankRequest, ids: np.ndarray, key: tuple[str, str]) -> int:
+    def _send(self, model: ModelSpec, rows: RankRequest, ids: np.ndarray, key: tuple[str, str]) -> Any:
         message = inference.ModelInferRequest(model_name=key[0], model_version=key[1])
         add_inputs(message, model, rows, candidate_ids=ids)
         if message.ByteSize() <= MAX_PART_BYTES:
-            return self._call("UpdateFeatures", message).store_version
+            return self._call("UpdateFeatures", message)
         if len(ids) == 1:
             raise FeatureError(
                 f"features of candidate {ids[0]}: expected a row of at most {MAX_PART_BYTES} bytes, got "
                 f"{message.ByteSize()}"
             )
         del message
-        version = 0
+        response = None
         for part in np.array_split(np.arange(len(ids)), 2):
             columns = [take(column, part) for column in rows.columns]
             values = dict(zip([f.name for f in rows.spec.features], columns, strict=True))
             some = RankRequest(
                 rows.spec, values, num_candidates=len(part), check=lambda _spec, _columns: None
             )
-            version = self._send(model, some, ids[part], key)
-        return version
+            response = self._send(model, some, ids[part], key)
+            key = key[0], response.model_version
+        return response
 
 
 @contextlib.contextmanager
 def _served(repository: _Repository, name: str, version: str) -> Iterator[tuple[_Engine, FeatureStore]]:
     """A model's engine, kept open meanwhile, and its feature store; RequestError if it has none."""
-    with repository.lease(name, version) as engine:
+    with repository.lease(name, version, by_traffic=False) as engine:
         if engine.features is None:
             raise RequestError(
                 f"model {name!r} is served without a feature store: start the server with --features"

@@ -109,7 +109,7 @@ class RankingClient:
             a default for may be left out or None.
           candidate_ids: [N] integers, for a model that is served with a feature store: candidate features
             that are left out come from there, those that are given go before.
-          version: a version of it; the latest ready one by default.
+          version: a version of it; by default as its labels' traffic says, without any the newest ready.
           timeout: seconds; the client's by default.
           packed: sends the features of a scope in one tensor a type; saves the server time from some
             dozens of features on.
@@ -167,7 +167,7 @@ class RankingClient:
     def metadata(
         self, model_name: str, *, version: str | int = "", timeout: float | None = None
     ) -> messages.ModelMetadataResponse:
-        """Inputs, outputs and ready versions of a model, asked for anew.
+        """Inputs, outputs and ready versions of a model, asked for anew; of its newest version by default.
 
         Raises:
           ModelNotFoundError: no such model or version.

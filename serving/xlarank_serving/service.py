@@ -113,15 +113,16 @@ class Repository(IndexedRepository, Protocol):
     def is_ready(self) -> bool: ...
 
     def engine(self, name: str, version: str) -> Engine:
-        """The engine of a version, "" for the latest ready; ModelNotFoundError, UnavailableError."""
+        """The engine of a version, "" for the newest ready; ModelNotFoundError, UnavailableError."""
         ...
 
     def lease(
-        self, name: str, version: str, key: str | None = None
+        self, name: str, version: str, key: str | None = None, *, by_traffic: bool = True
     ) -> contextlib.AbstractContextManager[Engine]:
         """The engine for a request, kept open until the request is submitted; errors as `engine`.
 
-        Requests of one key go to one version while shares of traffic stay.
+        Without a version the labels' traffic says which, and requests of one key go to one while shares
+        stay; not `by_traffic`, as for a change, it is the newest.
         """
         ...
 

@@ -35,7 +35,11 @@ def labelled(policy=Policy.LATEST, versions=(), **labels):
 
 def answering(repository, num_requests=20):
     """The versions that requests go to that name none."""
-    return {repository.engine("linear").version for _ in range(num_requests)}
+    versions = set()
+    for _ in range(num_requests):
+        with repository.lease("linear") as engine:
+            versions.add(engine.version)
+    return versions
 
 
 def states(repository):

@@ -155,7 +155,7 @@ class OneModel:
         self._engine = engine
 
     @contextlib.contextmanager
-    def lease(self, name, version):
+    def lease(self, name, version, *, by_traffic):
         if name != "shop":
             raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
         yield self._engine

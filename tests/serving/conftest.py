@@ -162,7 +162,7 @@ class FakeRepository:
         return version or 2
 
     @contextlib.contextmanager
-    def lease(self, name, version, key=None):
+    def lease(self, name, version, key=None, *, by_traffic=True):
         self.keys.append(key)
         yield self.engine(name, version)
 

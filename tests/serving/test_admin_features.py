@@ -26,11 +26,14 @@ class StoreAlone:
 
     def __init__(self, store):
         self.features = store
+        self.asked = []  # versions of leases
 
     @contextlib.contextmanager
-    def lease(self, name, version):
+    def lease(self, name, version, *, by_traffic):
+        assert not by_traffic
         if name != "stored":
             raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
+        self.asked.append(version)
         self.num_leases += 1
         yield self
         self.num_leases -= 1
@@ -112,6 +115,20 @@ def test_rows_arrive_as_they_were_sent_in_one_call_or_many(store, admin, monkeyp
         store.join([5, 100], {})
 
 
+def test_parts_go_to_the_version_that_took_the_first(store, monkeypatch):
+    rows = stored.columns_of(rows_of(4, 63))
+    engine = StoreAlone(store)
+    with AdminServer(engine, 0) as server, AdminClient(server.address) as admin:
+        monkeypatch.setattr(admin_features, "MAX_PART_BYTES", 2000)
+        admin.update_features("stored", range(63), rows)
+        assert engine.asked == ["", "", *["7"] * (len(engine.asked) - 2)]
+        assert len(engine.asked) > 2
+        engine.asked.clear()
+        monkeypatch.setattr(admin_features, "MAX_PART_BYTES", 10)
+        assert admin.remove_features("stored", range(4)) == 4
+        assert engine.asked == ["", "7", "7", "7"]
+
+
 def test_a_feature_with_a_default_may_be_left_out(store, admin):
     row = rows_of(1, 1)[0]
     columns = {name: value for name, value in stored.columns_of([row]).items() if name != "price"}
@@ -177,8 +194,8 @@ class Holder:
     def __init__(self, served):
         self.served = served
 
-    def lease(self, name, version):
-        return self.served.lease(name, version)
+    def lease(self, name, version, *, by_traffic):
+        return self.served.lease(name, version, by_traffic=by_traffic)
 
 
 def test_a_model_without_a_store_has_no_features_to_change():

@@ -262,15 +262,12 @@ class ModelRepository:
         """See `DevicePool.overload`."""
         return self._pool.overload(num_arriving)
 
-    def engine(self, name: str, version: str = "", key: str | None = None) -> Engine:
-        """The engine that answers for a model now. To submit to it use `lease`, which keeps it open.
+    def engine(self, name: str, version: str = "") -> Engine:
+        """The engine of a version, to ask it about itself. To submit to it use `lease`, which keeps it open.
 
         Args:
           name: of the model.
-          version: a number, a label, or "" for what the traffic of the model's labels says; without any, the
-            newest.
-          key: of the request: its affinity key if it has one, else its id if it has one; requests of one key
-            go to the same version while shares of traffic stay. None or "" without.
+          version: a number, a label, or "" for the newest that answers.
 
         Raises:
           ModelNotFoundError: if there is no such model or version.
@@ -278,20 +275,30 @@ class ModelRepository:
             is closing.
         """
         model = self._known(name)
-        engine = self._pick(model, version, self._position(model, key)).engine
+        engine = self._pick(model, version, None).engine
         if engine.fault is not None:
             raise UnavailableError(f"model '{name}' version {engine.version} has failed: {engine.fault}")
         return engine
 
     @contextlib.contextmanager
-    def lease(self, name: str, version: str = "", key: str | None = None) -> Iterator[Engine]:
-        """The engine for a request, which stays open meanwhile; see `engine`.
+    def lease(
+        self, name: str, version: str = "", key: str | None = None, *, by_traffic: bool = True
+    ) -> Iterator[Engine]:
+        """The engine for a request or a change, which stays open meanwhile; raises as `engine`.
 
         Hold it until the request is submitted: what was accepted is answered, whatever becomes of the
         version.
+
+        Args:
+          name: of the model.
+          version: a number, a label, or "".
+          key: of the request: its affinity key if it has one, else its id if it has one; requests of one key
+            go to the same version while shares of traffic stay. None or "" without.
+          by_traffic: whether the traffic of the model's labels says which version "" is, as for a request;
+            else, and without labels, it is the newest that answers.
         """
         model = self._known(name)
-        position = self._position(model, key)
+        position = self._position(model, key) if by_traffic else None
         while not (served := self._pick(model, version, position)).try_lease():
             pass  # another version has just taken its place
         try:
@@ -518,7 +525,7 @@ class ModelRepository:
             return 0.0  # for nothing
         return policy.position(key) if key else next(self._counter) * _GOLDEN % 1.0
 
-    def _pick(self, model: ModelVersions, version: str, position: float) -> ServedVersion:
+    def _pick(self, model: ModelVersions, version: str, position: float | None) -> ServedVersion:
         if self._stopping.is_set():
             raise UnavailableError(f"model '{model.model}' is shutting down")
         return model.routes.pick(version, position)

@@ -66,12 +66,12 @@ class Routes:
     others: Callable[[], Mapping[int, str]] = dict
     """Versions that a request may name and that don't answer now, and why, as far as there is a reason."""
 
-    def pick(self, version: str, position: float) -> ServedVersion:
-        """The version for a request.
+    def pick(self, version: str, position: float | None) -> ServedVersion:
+        """The version for a request, or for a change.
 
         Args:
           version: a number, a label, or "" for what the labels' traffic says, without any the newest.
-          position: of the request, see `ModelPolicy.version_for`.
+          position: of the request, see `ModelPolicy.version_for`; None for the newest whatever labels say.
 
         Raises:
           ModelNotFoundError: if there is no such version.
@@ -93,9 +93,12 @@ class Routes:
         hint = f"; {many.format(served)} served" if self.versions else ""
         raise ModelNotFoundError(f"Request for unknown model: {what} is not found{hint}")
 
-    def _default(self, position: float) -> ServedVersion:
+    def _default(self, position: float | None) -> ServedVersion:
         healthy = [number for number, served in self.versions.items() if served.engine.damage is None]
-        number = self.policy.version_for(position, healthy)
+        if position is None:
+            number = max(healthy, default=None)
+        else:
+            number = self.policy.version_for(position, healthy)
         if number is not None:
             return self.versions[number]
         if self.versions:
