@@ -163,6 +163,29 @@ assert table.count(1) == 1
 """
 
 
+# A process is killed in the first update, before its first row and after its last.
+FIRST_UPDATE = """
+import os, signal
+from xlarank.host import SharedRows
+from xlarank.host.memory import huge_empty
+
+rows = huge_empty(640, is_shared=True).reshape(10, 64)
+for is_written in (False, True):
+    table = SharedRows(rows)
+    pid = os.fork()
+    if not pid:
+        with table.writing():
+            rows[3] += is_written
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    table.repair()
+    assert table.has_updates
+    assert table.state[:2] == (0, 0)
+assert rows[3].all()
+assert not SharedRows(rows).has_updates
+"""
+
+
 def run(script):
     """In a process of its own, without threads: only such a one may be forked."""
     return subprocess.run(
@@ -194,6 +217,11 @@ def test_a_fork_that_lets_go_of_rows_closes_its_file_of_them():
 
 def test_a_fork_that_lets_go_of_rows_takes_no_lock_from_who_writes_them():
     result = run(LET_GO)
+    assert result.returncode == 0, result.stderr
+
+
+def test_rows_count_as_updated_though_who_wrote_them_first_was_killed():
+    result = run(FIRST_UPDATE)
     assert result.returncode == 0, result.stderr
 
 

@@ -153,6 +153,7 @@ class Gatherer:
             )
         self._token = object()
         self._updates = threading.Lock()  # held by who reads or writes rows in NumPy
+        self._has_updates = False  # moves one way, before any row changes
         self._kernel: Any = None
         if self.backend == "native":
             if lines_ahead is None:
@@ -168,6 +169,11 @@ class Gatherer:
                 device_rows=self.device_rows,
                 shared_rows=shared_rows,
             )
+
+    @property
+    def has_updates(self) -> bool:
+        """Whether an update has begun, here or of shared rows: they may not be those that were loaded."""
+        return self._has_updates or any(rows.has_updates for rows in self.shared_rows.values())
 
     def update_rows(self, table: str, rows: np.ndarray, values: np.ndarray) -> None:
         """Writes rows of an updatable table while others gather.
@@ -198,6 +204,7 @@ class Gatherer:
         numbers = np.asarray(rows).astype(np.int32)
         if not len(numbers):
             return
+        self._has_updates = True
         if self._kernel is not None:
             index = [t.name for t in self.spec.tables].index(table)
             shared = self.shared_rows.get(table)

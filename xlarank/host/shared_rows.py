@@ -19,7 +19,7 @@ _NUM_STAMPS = 1 << 12
 """As in native/stamps.h."""
 
 _HEADER_BYTES = 64
-"""Three numbers of 8 bytes: updates, rows that they wrote, when the last ended."""
+"""Four numbers of 8 bytes: updates, rows that they wrote, when the last ended, whether any has begun."""
 
 _NUMBER_BYTES = 8
 
@@ -45,6 +45,7 @@ class SharedRows:
         memory = huge_empty(_HEADER_BYTES + 4 * _NUM_STAMPS + _NUMBER_BYTES + row_bytes, is_shared=True)
         self._counts = memory[:16].view(np.int64)
         self._times = memory[16:24].view(np.float64)
+        self._begun = memory[24:32].view(np.int64)  # before any row changes; moves one way
         self.stamps = memory[_HEADER_BYTES:][: 4 * _NUM_STAMPS].view(np.uint32)
         self.journal = memory[_HEADER_BYTES + 4 * _NUM_STAMPS :]
         self._times[0] = time.monotonic()
@@ -60,9 +61,33 @@ class SharedRows:
         """
         return int(self._counts[0]), int(self._counts[1]), float(self._times[0])
 
+    @property
+    def has_updates(self) -> bool:
+        """Whether an update has begun since the load: one whose process was killed changed rows, and isn't
+        counted."""
+        return bool(self._begun[0])
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Keeps other writers out, of this process and of the others. Not twice by one thread."""
+        """An update: keeps other writers out, of this process and of the others. Not twice by one thread."""
+        with self._alone():
+            self._begun[0] = 1
+            yield
+
+    def count(self, num_rows: int) -> int:
+        """Counts an update that is complete; returns the table's new version."""
+        with self._alone():
+            self._counts += np.array([1, num_rows])
+            self._times[0] = time.monotonic()
+            return int(self._counts[0])
+
+    def repair(self) -> None:
+        """Writes to its end what a process that was killed was writing."""
+        with self._alone():
+            pass
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
         # Opened anew, the file is this call's own: its lock keeps threads of this process out as well as
         # other processes, and ends with the owner, however that ends. Record locks are a process's own: the
         # kernel takes threads that wait for different tables for one that waits for itself (EDEADLK).
@@ -77,20 +102,8 @@ class SharedRows:
         finally:
             os.close(file)
 
-    def count(self, num_rows: int) -> int:
-        """Counts an update that is complete; returns the table's new version."""
-        with self.writing():
-            self._counts += np.array([1, num_rows])
-            self._times[0] = time.monotonic()
-            return int(self._counts[0])
-
-    def repair(self) -> None:
-        """Writes to its end what a process that was killed was writing."""
-        with self.writing():
-            pass
-
     def _finish(self) -> None:
-        """While writing. The journal has a row's number from before its first byte until after its last."""
+        """While alone. The journal has a row's number from before its first byte until after its last."""
         number = self.journal[:_NUMBER_BYTES].view(np.int64)
         if not number[0]:
             return

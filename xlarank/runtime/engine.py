@@ -22,8 +22,8 @@ from xlarank.host import FeatureStore, Gatherer, TableMemory
 from xlarank.runtime.answer import Answer
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.captures import Captures
-from xlarank.runtime.execution import Execution, RunBatch
-from xlarank.runtime.loading import GoldenCheck, Loader, LoadReport, host_threads_of
+from xlarank.runtime.execution import Execution
+from xlarank.runtime.loading import Loader, LoadReport, host_threads_of
 from xlarank.runtime.metrics import Metrics, ModelMetrics
 from xlarank.runtime.pending import Pending
 from xlarank.runtime.pool import DevicePool
@@ -191,7 +191,7 @@ class Engine:
         self._device_writer = loaded.device_writer
         self._updates = threading.Lock()
         self._tasks = tuple(task.name for task in self.spec.tasks)
-        check = functools.partial(_check_golden, loaded.golden_check, self._table_versions)
+        check = functools.partial(loaded.golden_check, where="golden replay")
         self._execution = Execution(self._gatherer, self.ladder, loaded.replicas, check=check)
         # Weakly: in a cycle with its workload an engine that has ended would keep its tables until the
         # collector comes by.
@@ -402,15 +402,3 @@ class Engine:
             self._num_open -= 1
             if self._num_open == 0:
                 self._idle.notify_all()
-
-
-def _check_golden(
-    check: GoldenCheck, versions: TableVersions, run: RunBatch, buffers: device.BatchBuffers
-) -> None:
-    """For devices that are suspected while serving."""
-    if any(state.version for state in versions.now().values()):
-        # Golden scores are those of the tables as they were loaded; what can still be told is whether the
-        # device runs and its scores are finite.
-        check(run, buffers, where="golden replay on updated tables", is_any_score_right=True)
-    else:
-        check(run, buffers, where="golden replay")

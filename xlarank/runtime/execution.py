@@ -57,7 +57,7 @@ class Execution:
         ladder: BucketLadder,
         executors: Sequence[Executor],
         *,
-        check: Callable[[RunBatch, device.BatchBuffers], None],
+        check: Callable[[RunBatch, device.BatchBuffers], object],
     ) -> None:
         """
         Args:
