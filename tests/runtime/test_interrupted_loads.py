@@ -252,6 +252,25 @@ def test_a_load_does_not_undo_what_was_asked_of_its_model_later(publish, reposit
     assert states(repository) == {1: "UNAVAILABLE", 2: "UNAVAILABLE"}
 
 
+def test_a_load_that_has_nothing_to_load_does_not_go_before_a_rollback_asked_earlier(
+    publish, repository, started, pool, queued
+):
+    publish(1, rows=[16])
+    publish(2, rows=[4])
+    publish(1, rows=[4], spec=OTHER)
+    repository = repository()
+    rollback = pool.submit(repository.rollback, "linear")
+    stopped(started)
+    queued = queued(repository)
+    load = pool.submit(repository.load, "linear")
+    assert queued.acquire(timeout=60)
+    repository.unload("other")
+    assert rollback.result(120) == 1
+    load.result(120)
+    assert repository.models() == [("linear", 2, True)]
+    assert states(repository) == {1: "UNAVAILABLE", 2: "READY"}
+
+
 def test_a_policy_that_gave_way_does_not_undo_one_that_was_set_later(
     publish, repository, started, pool, queued
 ):

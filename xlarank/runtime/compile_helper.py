@@ -135,7 +135,7 @@ class CompileHelper:
         if self._is_closed:
             raise UnavailableError(f"{path}: not loaded: the server is stopping")
         if max(self._first, default=0) > self._turn:
-            raise InterruptedLoadError(f"{path}: not loaded: a rollback or an unload came first")
+            raise _interrupted(path)
 
     def give_way(self, order: int) -> None:
         """Ends the process, if one runs, and starts none before the `turn` of the same order.
@@ -147,6 +147,15 @@ class CompileHelper:
             self._first.add(order)
             if self._process is not None:
                 self._process.kill()
+
+    def check_turn(self, path: Path, order: int) -> None:
+        """Says whether what `give_way` of this order was for has had its turn.
+
+        Raises:
+          InterruptedLoadError: if it waits for it, the first or once more.
+        """
+        if order in self._first:
+            raise _interrupted(path)
 
     @contextlib.contextmanager
     def turn(self, order: int) -> Iterator[None]:
@@ -178,3 +187,7 @@ class CompileHelper:
             self._is_closed = True
             if self._process is not None:
                 self._process.kill()
+
+
+def _interrupted(path: Path) -> InterruptedLoadError:
+    return InterruptedLoadError(f"{path}: not loaded: a rollback or an unload came first")

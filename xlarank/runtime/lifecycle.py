@@ -318,16 +318,17 @@ class ModelRepository:
           ModelError: if a version of it can't be served; says why.
           UnavailableError: if a rollback or an unload of it that was asked later came first.
         """
-        order = self._orders.get(name)
+        order = self._orders.get(name, 0)
 
         def load() -> None:
+            self._loader.check_turn(self._root / name, order)  # also where there is nothing to load
             found = self._found(name)
             if name not in found and name not in self._models:
                 raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
             self._model(name).load(found.get(name, ()))
             self._required.add(name)
 
-        self._change(load, lambda: self._orders.get(name) != order)
+        self._change(load, lambda: self._orders.get(name, 0) != order)
 
     def unload(self, name: str) -> None:
         """Ends a model until `load`; when this returns what it had accepted is answered.

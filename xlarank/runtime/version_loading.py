@@ -194,6 +194,10 @@ class VersionLoader:
         """Ends the compiling, if one is at it, and begins no load before the `turn` of the same order."""
         self._helper.give_way(order)
 
+    def check_turn(self, path: Path, order: int) -> None:
+        """See `CompileHelper.check_turn`."""
+        self._helper.check_turn(path, order)
+
     def turn(self, order: int) -> AbstractContextManager[None]:
         """See `CompileHelper.turn`."""
         return self._helper.turn(order)
