@@ -338,6 +338,40 @@ def test_a_rollback_that_gave_way_goes_before_loads_once_more(publish, repositor
     assert repository.models() == [("linear", 1, True), ("third", 2, True)]
 
 
+def test_a_rollback_that_gave_way_does_not_undo_what_came_before_it_could_ask_again(
+    publish, repository, started, pool
+):
+    publish(1, rows=[16])
+    publish(2, rows=[4])
+    publish(1, rows=[4], spec=OTHER)
+    repository = repository()
+    do, asks_again, may_go_on = repository._changes.do, threading.Event(), threading.Event()
+    asked = []  # by the rollback
+
+    def slow(work):
+        if threading.current_thread().name == "asking":
+            asked.append(work)
+            if len(asked) == 2:
+                asks_again.set()
+                assert may_go_on.wait(60)
+        return do(work)
+
+    def ask():
+        threading.current_thread().name = "asking"
+        return repository.rollback("linear")
+
+    repository._changes.do = slow
+    rollback = pool.submit(ask)
+    stopped(started)
+    repository.unload("other")
+    assert asks_again.wait(60)
+    repository.unload("linear")
+    may_go_on.set()
+    with pytest.raises(UnavailableError, match=r"not loaded: a rollback or an unload came first$"):
+        rollback.result(60)
+    assert repository.models() == []
+
+
 def test_rollbacks_of_two_models_that_give_way_to_each_other_both_end(publish, repository, started, pool):
     """The one that was asked last goes first; the other doesn't interrupt it in turn."""
     for spec in (linear.SPEC, OTHER):

@@ -420,12 +420,20 @@ class ModelRepository:
           InterruptedLoadError: if it had to give way to what overrides it.
           UnavailableError: if the repository is closing.
         """
+        gave_way = ""  # not the error itself, whose frames keep what was loaded of a version
+
+        def unless_overridden() -> Result:
+            if gave_way and is_overridden():  # since this was asked again
+                raise InterruptedLoadError(gave_way)
+            return work()
+
         while True:
             try:
-                return self._changes.do(work)
-            except InterruptedLoadError:
+                return self._changes.do(unless_overridden)
+            except InterruptedLoadError as error:
                 if is_overridden():
                     raise
+                gave_way = str(error)
             except CancelledError:
                 raise UnavailableError(f"repository {self._root} is shutting down") from None
 
