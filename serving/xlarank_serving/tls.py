@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import ssl
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -64,6 +66,7 @@ class Certificates:
                     f"security: client_ca {security.client_ca}: expected PEM certificates, got: {error}"
                 ) from error
             context.verify_mode = ssl.CERT_REQUIRED
+            context.num_tickets = 0  # each is good for the next, and a client's certificate may end meanwhile
         return cls(chain_pem, key_pem, client_ca, context)
 
     def for_grpc(self) -> grpc.ServerCertificateConfiguration:
@@ -87,14 +90,8 @@ class ServerTls:
         return self._files.get()
 
     def http_context(self) -> ssl.SSLContext:
-        """For a server over plain sockets; every handshake gets the newest certificates."""
-        context = Certificates.load(self._security).context
-
-        def newest(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-            connection.context = self.certificates().context
-
-        context.sni_callback = newest  # called for every client, whether or not it names a server
-        return context
+        """For a server over plain sockets; every connection gets the newest certificates."""
+        return _NewestContext(self.certificates)
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """Credentials of a gRPC port; every handshake gets the newest certificates."""
@@ -113,6 +110,26 @@ class ServerTls:
             newest,  # type: ignore[arg-type]  # None is documented
             require_client_authentication=self._security.client_ca is not None,
         )
+
+
+class _NewestContext(ssl.SSLContext):
+    """Wraps connections in the newest certificates' own context.
+
+    A `sni_callback` that changes the context within a handshake leaves the first one's sessions valid: who
+    isn't of `client_ca` any more would resume one.
+    """
+
+    def __new__(cls, _certificates: Callable[[], Certificates]) -> _NewestContext:
+        return super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+
+    def __init__(self, certificates: Callable[[], Certificates]) -> None:
+        self._certificates = certificates
+
+    def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
+        return self._certificates().context.wrap_socket(*args, **options)
+
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        return self._certificates().context.wrap_bio(*args, **options)
 
 
 def _check_handshake(server: ssl.SSLContext, certificate: Path) -> None:

@@ -71,6 +71,23 @@ def assert_right(running, candidates, **options):
     assert running.engine.requests
 
 
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and no settings
+
+
+def session_of(context, address, session=None):
+    """Asks a port something, by a given session or a new one; the session, None if nothing is answered."""
+    host, port = address.split(":")
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection((host, int(port)), timeout=20) as plain,
+        context.wrap_socket(plain, server_hostname=host, session=session) as connection,
+    ):
+        is_http2 = connection.selected_alpn_protocol() == "h2"
+        connection.sendall(HTTP2 if is_http2 else b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+        return connection.session if connection.recv(4096) else None
+    return None
+
+
 def test_with_tls_a_client_that_trusts_the_server_is_answered_and_no_other(
     wire, candidates, authorities, tmp_path
 ):
@@ -110,6 +127,9 @@ def test_with_mutual_tls_the_client_must_have_a_certificate_too(wire, candidates
             urllib.request.urlopen(url, context=context, timeout=10).read()
         context.load_cert_chain(own, own_key)
         assert urllib.request.urlopen(url, context=context, timeout=10).status == 200
+        session = session_of(context, running.server.http_address)
+        assert session is not None
+        assert not session.has_ticket  # its certificate is looked at each time
 
 
 def test_plain_http_leaves_metrics_without_tls(wire, authorities, tmp_path):
@@ -140,6 +160,40 @@ def test_new_certificates_are_taken_up_and_half_written_ones_are_not(
         context = ssl.create_default_context(cafile=new_ca)
         url = f"https://{running.server.http_address}/metrics"
         assert urllib.request.urlopen(url, context=context, timeout=10).status == 200
+
+
+@pytest.mark.parametrize("what", ["grpc", "rest", "metrics"])
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_whose_authority_was_removed_does_not_come_back_by_a_session(
+    wire, authorities, tmp_path, what, version
+):
+    certificate, key, ca = write_certificate(tmp_path, authorities[0])
+    _, _, client_ca = clients = write_certificate(tmp_path, authorities[0], "client")
+    others = write_certificate(tmp_path, authorities[1], "other")
+    contexts = []
+    for own, own_key, _ in (clients, others):
+        contexts.append(ssl.create_default_context(cafile=ca))
+        contexts[-1].load_cert_chain(own, own_key)
+        contexts[-1].maximum_version = version
+        if what == "grpc":
+            contexts[-1].set_alpn_protocols(["h2"])
+    repository = wire.repository()
+    server = RankingServer(
+        repository,
+        repository.metrics.text,
+        ServerConfig(port=0, http_port=0),
+        security=SecurityConfig(tls_certificate=certificate, tls_key=key, client_ca=client_ca),
+        http=HttpConfig(port=0),
+    )
+    addresses = {"grpc": server.address, "rest": server.rest.address, "metrics": server.http_address}
+    with server:
+        session = session_of(contexts[0], addresses[what])
+        assert session is not None
+        assert session_of(contexts[0], addresses[what], session) is not None
+        assert session_of(contexts[1], addresses[what]) is None
+        client_ca.write_bytes(others[2].read_bytes())
+        assert session_of(contexts[1], addresses[what]) is not None
+        assert session_of(contexts[0], addresses[what], session) is None
 
 
 def test_a_client_of_rest_that_never_shakes_hands_is_left(wire, authorities, tmp_path, monkeypatch):
