@@ -13,6 +13,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 __all__ = ["BoundedServer", "bounded_connections"]
 
+_LAST = (b"connection", b"close")
+
 
 def bounded_connections(
     *,
@@ -84,6 +86,10 @@ def bounded_connections(
             idle.pop(self, None)
             super().connection_lost(exc)
 
+        def shutdown(self) -> None:
+            if not self._is_receiving:  # else its answer ends it
+                super().shutdown()
+
         @property
         def _is_full(self) -> bool:
             # A task may outlive its connection.
@@ -114,10 +120,13 @@ def bounded_connections(
 
 
 class BoundedServer(uvicorn.Server):
-    """A uvicorn server that gives up connections whose TLS handshake doesn't end.
+    """A uvicorn server that gives up connections whose TLS handshake doesn't end, and may leave its port.
 
     Before the handshake a connection has no protocol of uvicorn's yet, so that `bounded_connections` can't
     count it, and asyncio itself lets it stay for a minute.
+
+    Attributes:
+      is_leaving: set, by any thread, to have it listen no more and answer each connection once more.
     """
 
     def __init__(self, config: uvicorn.Config, *, max_handshake_seconds: float) -> None:
@@ -128,6 +137,7 @@ class BoundedServer(uvicorn.Server):
         """
         super().__init__(config)
         self._max_handshake_seconds = max_handshake_seconds
+        self.is_leaving = False  # moves one way
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens. uvicorn has no option for the time, so its event loop, which is its own, passes it on."""
@@ -136,3 +146,23 @@ class BoundedServer(uvicorn.Server):
             bounded = functools.partial(loop.create_server, ssl_handshake_timeout=self._max_handshake_seconds)
             vars(loop)["create_server"] = bounded
         await super().startup(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        is_end = await super().on_tick(counter)
+        if self.is_leaving:
+            # A timer's turn: what was accepted has become a connection, which a closed server would refuse.
+            for server in self.servers:
+                server.close()
+            self._say_last()
+        return is_end
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends connections as they are answered, and those without a request at once."""
+        self._say_last()
+        await super().shutdown(sockets)
+
+    def _say_last(self) -> None:
+        headers = self.server_state.default_headers
+        if _LAST not in headers:
+            self.server_state.default_headers = [*headers, _LAST]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import math
 import socket
 import ssl
+import struct
 import threading
+from collections.abc import Callable
 
 import uvicorn
 
@@ -23,6 +28,17 @@ _BACKLOG = 2048
 _GRACE_SECONDS = 1
 _MAX_HANDSHAKE_SECONDS = 10.0
 _RETRY_SECONDS = 1.0
+
+_HANDSHAKE_SECONDS = 0.3
+"""How long a TCP handshake under way may take yet when a port is left to others."""
+
+_LINGER_SECONDS = 1.0
+"""How long a connection may then be without a request: one is on its way, perhaps."""
+
+_SO_ATTACH_FILTER = 26
+
+_NO_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+"""Classic BPF, as (code, jump if true, jump if false, k): drops what has TCP's flag SYN, takes the rest."""
 
 _MAX_BODIES = 16
 """How many of the largest bodies are held at a time: far more of the usual ones, and 1 GiB by default."""
@@ -117,6 +133,22 @@ class HttpServer:
         """host:port."""
         return address_of(self._host, self.port)
 
+    def retire(self, wait: Callable[[float], bool], grace_seconds: float) -> None:
+        """Leaves the port to other processes without losing a request.
+
+        Who connects meanwhile comes to them, when TCP tries again a second later; who is connected has one
+        more answer, which says that it is the last.
+
+        Args:
+          wait: for some seconds; True if there is no more time to wait.
+          grace_seconds: as of `stop`.
+        """
+        _turn_away(self._socket)
+        if not wait(_HANDSHAKE_SECONDS):
+            self._server.is_leaving = True
+            wait(_LINGER_SECONDS)
+        self.stop(math.ceil(grace_seconds))
+
     def stop(self, grace_seconds: int = _GRACE_SECONDS) -> None:
         """Closes the port; requests under way have so long to be answered. Idempotent."""
         if not self._thread.is_alive():
@@ -145,3 +177,16 @@ def _listen(host: str, port: int, shares_port: bool) -> socket.socket:
             f"rest port {port} on {host}: expected a free port, got {error.strerror or error}"
         ) from error
     return listening
+
+
+def _turn_away(listening: socket.socket) -> None:
+    """Has clients that begin to connect try again; those that have begun come in.
+
+    A listening socket that is closed resets the connections that weren't accepted yet and those in their
+    handshake; of those the kernel gives none to another socket of the port by default.
+    """
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in _NO_SYN))
+    with contextlib.suppress(OSError):  # another system
+        listening.setsockopt(
+            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_NO_SYN), ctypes.addressof(program))
+        )

@@ -206,7 +206,7 @@ class RankingServer:
         self._is_retiring = True
         stop_listening(self.port)
         if self.rest is not None:
-            self.rest.stop(math.ceil(self._config.grace_seconds))
+            self.rest.retire(wait, self._config.grace_seconds)
         while num_connections(self.port) and not wait(_LOOK_SECONDS):
             pass
 

@@ -1,0 +1,146 @@
+"""HTTP servers that leave a port to others."""
+
+import contextlib
+import http.client
+import select
+import socket
+import threading
+
+import pytest
+from xlarank_serving.config import HttpConfig
+from xlarank_serving.http_server import _turn_away
+from xlarank_serving.server import RankingServer, ServerConfig
+
+REQUEST = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.fixture
+def serve(wire):
+    """Starts one of many servers of an HTTP port."""
+    with contextlib.ExitStack() as stack:
+
+        def serve(port=0):
+            server = RankingServer(
+                wire.repository(), None, ServerConfig(port=0), http=HttpConfig(port=port), is_one_of_many=True
+            )
+            stack.callback(server.stop, 0)
+            return server
+
+        yield serve
+
+
+def connect(server):
+    return socket.create_connection(("127.0.0.1", server.rest.port), timeout=20)
+
+
+def last_answer(connection):
+    """What comes until the server ends the connection."""
+    answer = b""
+    while part := connection.recv(4096):
+        answer += part
+    return answer
+
+
+def is_alive(connection):
+    """Asks over a connection that is kept; whether it will be kept on."""
+    connection.request("GET", "/v2/health/live")
+    with connection.getresponse() as response:
+        assert response.status == 200
+        response.read()
+        return response.getheader("connection") != "close"
+
+
+def test_who_is_connected_is_answered_once_more_when_a_server_leaves_its_port(serve):
+    server, waits = serve(), []
+
+    def wait(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            assert not all(is_alive(kept) for _ in range(10_000))
+            silent.sendall(REQUEST)
+            answers.append(last_answer(silent))
+        return False
+
+    answers = []
+    kept = http.client.HTTPConnection("127.0.0.1", server.rest.port, timeout=20)
+    with connect(server) as silent, contextlib.closing(kept):
+        assert is_alive(kept)
+        server.retire(wait)
+    (answer,) = answers
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"connection: close\r\n" in answer
+    with pytest.raises(ConnectionRefusedError):
+        connect(server)
+
+
+def test_a_header_that_has_begun_to_come_is_answered_at_the_end(serve):
+    server = serve()
+    kept = http.client.HTTPConnection("127.0.0.1", server.rest.port, timeout=20)
+    with connect(server) as half, contextlib.closing(kept):
+        half.sendall(REQUEST[:20])
+        assert is_alive(kept)
+        stopping = threading.Thread(target=server.rest.stop, args=(20,))
+        stopping.start()
+        assert kept.sock.recv(1) == b""
+        half.sendall(REQUEST[20:])
+        answer = last_answer(half)
+        stopping.join(timeout=20)
+        assert not stopping.is_alive()
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"connection: close\r\n" in answer
+
+
+def listening_at(port=0):
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listening.bind(("127.0.0.1", port))
+    listening.listen()
+    return listening
+
+
+def test_who_connects_to_a_port_that_is_being_left_comes_to_another_server(serve):
+    leaving = listening_at()
+    port = leaving.getsockname()[1]
+    with socket.socket() as before, socket.socket() as client:
+        before.connect(("127.0.0.1", port))
+        _turn_away(leaving)
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.connect(("127.0.0.1", port))
+        with listening_at(port) as other:
+            accepted, _ = leaving.accept()
+            leaving.close()
+            with accepted:
+                before.sendall(b"x")  # packets of connections are none of the filter's
+                assert accepted.recv(1) == b"x"
+            assert select.select([other], [], [], 20)[0]
+            taken, address = other.accept()
+            taken.close()
+            assert address == client.getsockname()
+
+
+def test_no_request_fails_while_servers_of_a_port_come_and_go(serve):
+    port = serve().rest.port
+    is_over, failures, num_answers = threading.Event(), [], []
+
+    def ask():
+        while not is_over.is_set():
+            try:
+                with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as own:
+                    is_alive(own)
+                    num_answers.append(1)
+            except OSError as error:
+                failures.append(error)
+
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for client in clients:
+        client.start()
+    try:
+        for _ in range(2):
+            serve(port).retire(threading.Event().wait)
+    finally:
+        is_over.set()
+        for client in clients:
+            client.join()
+    assert failures == []
+    assert num_answers
