@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import http
+import json
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 __all__ = ["BoundedServer", "bounded_connections"]
 
 _LAST = (b"connection", b"close")
+
+_MAX_ERROR_CHARS = 256
+"""Of what is told about malformed HTTP: it may quote all of it."""
 
 
 def bounded_connections(
@@ -89,6 +96,25 @@ def bounded_connections(
         def shutdown(self) -> None:
             if not self._is_receiving:  # else its answer ends it
                 super().shutdown()
+
+        def send_400_response(self, msg: str) -> None:
+            """Called where h11's error is handled, which says more than `msg`."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else it has had an answer
+                self._send_error(sys.exception() or msg)
+            self.transport.close()
+
+        def _send_error(self, error: BaseException | str) -> None:
+            status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+            text = f"expected an HTTP request, got: {str(error)[:_MAX_ERROR_CHARS]}"
+            body = json.dumps({"error": text}).encode()
+            headers = [("content-type", "application/json"), ("content-length", str(len(body))), _LAST]
+            reason = http.HTTPStatus(status).phrase
+            for event in (
+                h11.Response(status_code=status, headers=headers, reason=reason),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
 
         @property
         def _is_full(self) -> bool:

@@ -113,6 +113,7 @@ class HttpServer:
             loop="asyncio",
             lifespan="off",
             log_config=None,
+            log_level="error",  # below that are what clients send wrong, a line each time
             access_log=False,
             server_header=False,
             proxy_headers=False,

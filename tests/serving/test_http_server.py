@@ -1,7 +1,8 @@
-"""HTTP servers that leave a port to others."""
+"""The HTTP server itself: who leaves a port to others, and what is no HTTP."""
 
 import contextlib
 import http.client
+import json
 import select
 import socket
 import threading
@@ -144,3 +145,41 @@ def test_no_request_fails_while_servers_of_a_port_come_and_go(serve):
             client.join()
     assert failures == []
     assert num_answers
+
+
+GET = b"GET /v2 HTTP/1.1\r\n"
+INFER = b"POST /v2/models/feed/infer HTTP/1.1\r\nHost: x\r\n"
+CHUNKED = INFER + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "text"),
+    [
+        (GET + b"\r\n", 400, "Missing mandatory Host: header"),
+        (INFER + b"Content-Length: -1\r\n\r\n", 400, "bad Content-Length"),
+        (INFER + 2 * b"Host: x\r\n" + b"\r\n", 400, "Found multiple Host: headers"),
+        (INFER + b"Transfer-Encoding: gzip\r\n\r\n", 501, "Only Transfer-Encoding: chunked is supported"),
+        (CHUNKED + b"five\r\n", 400, r"illegal chunk header: bytearray(b'five\r\n')"),
+        (GET + b"A: " + 65_536 * b"a", 431, "Receive buffer too long"),
+        (GET + 512 * b"?" + b"\r\n\r\n", 400, f"illegal header line: bytearray(b'{223 * '?'}"),
+    ],
+    ids=["host", "length", "hosts", "encoding", "chunk", "long", "header"],
+)
+def test_what_is_no_http_is_told_in_json_and_not_logged(serve, caplog, sent, status, text):
+    with connect(serve()) as connection:
+        connection.sendall(sent)
+        head, _, body = last_answer(connection).partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n".encode())
+    assert b"content-type: application/json\r\n" in head
+    assert json.loads(body) == {"error": f"expected an HTTP request, got: {text}"}
+    assert caplog.records == []
+
+
+def test_what_is_no_http_behind_an_answer_ends_the_connection(serve, caplog):
+    with connect(serve()) as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        answer = connection.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 404 ")
+        connection.sendall(b"five\r\n")
+        assert b"HTTP" not in last_answer(connection)
+    assert caplog.records == []
