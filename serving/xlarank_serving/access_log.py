@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import logging
 import os
 import queue
 import threading
 import time
+from pathlib import Path
 
 from xlarank.errors import ConfigError
 from xlarank_serving.config import AccessLogConfig
 from xlarank_serving.request_record import RequestRecord
 
-__all__ = ["AccessLog"]
+__all__ = ["AccessLog", "open_log"]
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +31,22 @@ _STDOUT = 1
 
 _SHARE_STEP = 0.6180339887498949
 """Multiples of the golden ratio fill [0, 1) most evenly: so does a share of the requests."""
+
+
+def open_log(path: Path) -> int:
+    """A file to append to, made if need be.
+
+    Raises:
+      ConfigError: if it can't be written; nor can a pipe that nobody reads.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    try:
+        file = os.open(path, flags | os.O_NONBLOCK, 0o666)  # else it would wait for a pipe's reader
+    except OSError as error:
+        reason = "nobody reads this pipe" if error.errno == errno.ENXIO else error.strerror or error
+        raise ConfigError(f"access log {path}: {reason}") from error
+    os.set_blocking(file, True)
+    return file
 
 
 class AccessLog:
@@ -81,12 +99,7 @@ class AccessLog:
             _log.warning("access log: %d lines were lost", num_lost)
 
     def _open(self) -> int:
-        if not self._is_file:
-            return _STDOUT
-        try:
-            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise ConfigError(f"access log {self._path}: {error.strerror or error}") from error
+        return open_log(self._path) if self._is_file else _STDOUT
 
     def _write(self) -> None:
         is_failing = False

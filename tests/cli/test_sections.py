@@ -43,6 +43,10 @@ class Paint:
         object.__setattr__(self, "colour", Colour(self.colour))
         if self.coats < 0:
             raise ConfigError(f"paint: coats must be >= 0; was {self.coats}")
+        if self.thickness < 0:
+            raise ConfigError(f"paint: thickness must be >= 0; was {self.thickness}")
+        if self.coats > 9 and not self.shiny:
+            raise ConfigError(f"paint: expected shiny beside coats {self.coats}, got none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,6 +194,26 @@ def test_every_problem_is_told(read):
         "shop.toml: [wood] saws must be an integer or 'all'; was 1.5",
         "shop.toml: [wood] label must be a string; was 2",
     ]
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ("coats = -1\nthickness = -2.0", ["coats must be >= 0; was -1", "thickness must be >= 0; was -2.0"]),
+        (
+            "thickness = -2.0\nshiny = 3",
+            ["shiny must be true or false; was 3", "thickness must be >= 0; was -2.0"],
+        ),
+        ("coats = 10\nshiny = false", ["expected shiny beside coats 10, got none"]),
+        ("thickness = -2.0\ncoats = 10\nshiny = false", ["thickness must be >= 0; was -2.0"]),
+        ("coats = 10\nshiny = 3", ["shiny must be true or false; was 3"]),
+    ],
+)
+def test_every_wrong_value_of_a_section_is_told(read, table, told):
+    _, problems = read(file=f"[paint]\n{table}\n")
+    assert len(problems) == len(told)
+    for problem, ending in zip(problems, told, strict=True):
+        assert problem.endswith(ending)
 
 
 def test_a_file_that_can_t_be_read_is_a_problem(read, tmp_path):

@@ -194,6 +194,62 @@ def test_every_problem_is_told_in_a_line_of_its_own(check, repository, tmp_path)
         assert problem.startswith(opening)
 
 
+@pytest.fixture
+def unwritable(tmp_path):
+    """Paths by the name of what is there."""
+    paths = {"folder": tmp_path / "folder", "pipe": tmp_path / "pipe", "file": tmp_path / "file"}
+    paths["folder"].mkdir()
+    os.mkfifo(paths["pipe"])
+    paths["file"].touch()
+    return paths | {"system": Path("/proc/kept")}
+
+
+UNWRITABLE = [
+    ("--port-file", "folder", "server: port_file {}: expected a file, got a folder"),
+    ("--port-file", "system", "server: port_file {}: expected a folder that may be written, got /proc: "),
+    ("--access-log", "folder", "access log {}: Is a directory"),
+    ("--access-log", "pipe", "access log {}: nobody reads this pipe"),
+    ("--access-log", "system", "access"),
+    ("--captures", "file", "captures: folder {}: "),
+    ("--captures", "system", "captures: folder {}: "),
+]
+
+
+@pytest.mark.parametrize(("flag", "what", "told"), UNWRITABLE)
+def test_what_can_not_be_written_is_a_problem_and_the_server_does_not_start(
+    check, repository, unwritable, monkeypatch, capsys, flag, what, told
+):
+    monkeypatch.setattr(serve_start, "_open_repository", None)  # nothing is loaded for it
+    words = (str(repository), *FREE, flag, str(unwritable[what]))
+    status, _, problems = check(*words)
+    assert (status, len(problems)) == (1, 1)
+    assert main.main(parse(*words)) == 1
+    for text in (problems[0], capsys.readouterr().err.removeprefix("xlarank serve: ")):
+        assert text.startswith(told.format(unwritable[what]))
+    assert sorted(path.name for path in repository.parent.iterdir()) == ["file", "folder", "models", "pipe"]
+
+
+def test_what_is_written_already_and_pipes_that_are_read_are_no_problem(check, repository, tmp_path):
+    pipe, port_file, log = (tmp_path / name for name in ("pipe", "ports.json", "access.log"))
+    os.mkfifo(pipe)
+    port_file.touch()
+    log.write_text("a line\n")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, log, Path("/dev/null")):
+        words = (
+            "--port-file",
+            str(port_file),
+            "--access-log",
+            str(path),
+            "--captures",
+            str(tmp_path / "a/b"),
+        )
+        assert check(str(repository), *FREE, *words) == (0, OK, [])
+    os.close(reader)
+    assert log.read_text() == "a line\n"
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize(
     ("ports", "problem"),
     [
@@ -229,7 +285,7 @@ def test_the_port_file_of_an_earlier_run_is_gone_before_anything_is_loaded(tmp_p
     assert "expected a folder of models, found none" in capsys.readouterr().err
     ports.mkdir()
     assert main.main(parse(*words, *FREE)) == 1
-    assert f"server: port_file {ports}: can't be removed: " in capsys.readouterr().err
+    assert f"server: port_file {ports}: expected a file, got a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -193,10 +193,9 @@ def read_sections(
             if option.dest in given:
                 value = given[option.dest]
                 values[option.name] = tuple(value) if option.is_list else value
-        if not wrong:
-            made, wrong = _said(functools.partial(cls, **values))
-            problems += [(where if table else "") + problem for problem in wrong]
-            sections[section] = made
+        sections[section], unmade = _said(functools.partial(cls, **values))
+        told = dict.fromkeys(_problems_of_values(cls, section, values) + ([] if wrong else unmade))
+        problems += [(where if table else "") + problem for problem in told]
     return (None, problems) if problems else (config(**sections), [])
 
 
@@ -265,9 +264,21 @@ def _table_values(
     values: dict[str, Any] = {}
     for name, value in table.items() if isinstance(table, Mapping) else ():
         if name in by_name:
-            values[name], wrong = _said(functools.partial(by_name[name].from_toml, value, folder))
+            made, wrong = _said(functools.partial(by_name[name].from_toml, value, folder))
             problems += wrong
+            if not wrong:
+                values[name] = made
     return values, problems
+
+
+def _problems_of_values(cls: type, section: str, values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with each value by itself: a section says the first thing alone."""
+    return [
+        problem
+        for name, value in values.items()
+        for problem in _said(functools.partial(cls, **{name: value}))[1]
+        if problem.startswith(f"{section}: {name} must be ")  # and not that another must stand beside it
+    ]
 
 
 def _said(make: typing.Callable[[], Any]) -> tuple[Any, list[str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xlarank.cli.sections import add_flags, config_text, options_of, read_sections
-from xlarank.cli.serve_config import ServeConfig, port_problems
+from xlarank.cli.serve_config import ServeConfig, port_file_problem, port_problems
 from xlarank.cli.serve_file import ConfigFile
 from xlarank.errors import ConfigError
 
@@ -109,6 +109,8 @@ def _serve(file: ConfigFile, *, is_json: bool) -> dict[str, Any]:
     # Before models load; binding the ports for good, after that, refuses a late comer.
     if wrong := port_problems(config.ports):
         raise ConfigError(wrong[0])
+    if problem := port_file_problem(config.server.port_file):
+        raise ConfigError(problem)
     if config.server.port_file is not None:
         _remove(config.server.port_file)
     if config.processes.num_processes > 1:

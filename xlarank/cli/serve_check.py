@@ -7,12 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from xlarank_serving.access import Authorizer
+from xlarank_serving.access_log import open_log
 from xlarank_serving.config import SecurityConfig
 from xlarank_serving.extras import http_server_type, tracer_type
 from xlarank_serving.tls import ServerTls
 
 from xlarank.bundle import Bundle, Verify, list_versions, open_bundle
-from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, port_problems
+from xlarank.cli.serve_config import (
+    NO_REPOSITORY,
+    ServeConfig,
+    folder_problem,
+    port_file_problem,
+    port_problems,
+)
 from xlarank.cli.serve_processes import sharing_problem
 from xlarank.errors import ConfigError, XlarankError
 from xlarank.host import FeatureOptions, native_available
@@ -71,17 +78,23 @@ def _security_problems(security: SecurityConfig) -> Iterator[str]:
 
 def _path_problems(config: ServeConfig) -> Iterator[str]:
     """Files and folders that are to be written, where that can't be."""
-    log, captures = config.access_log.path, config.captures.folder
-    files = [("server: port_file", config.server.port_file)]
-    files.append(("access_log: path", None if str(log) == "-" else log))
-    folders = [("models: compile_cache", config.models.compile_cache), ("captures: folder", captures)]
-    written = [(what, path, path.parent) for what, path in files if path is not None]
-    written += [(what, path, _existing(path)) for what, path in folders if path is not None]
-    for what, path, folder in written:
-        if not folder.is_dir():
-            yield f"{what} {path}: expected a path in a folder, got none"
-        elif not os.access(folder, os.W_OK):
-            yield f"{what} {path}: expected a folder that may be written, got {folder}"
+    if problem := port_file_problem(config.server.port_file):
+        yield problem
+    log = config.access_log.path
+    if log is not None and str(log) != "-":
+        if log.exists():
+            try:
+                os.close(open_log(log))
+            except ConfigError as error:
+                yield str(error)
+        elif problem := folder_problem("access_log: path", log, log.parent):
+            yield problem
+    for what, path in (
+        ("models: compile_cache", config.models.compile_cache),
+        ("captures: folder", config.captures.folder),
+    ):
+        if path is not None and (problem := folder_problem(what, path, _existing(path))):
+            yield problem
 
 
 def _existing(path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import socket
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ __all__ = [
     "ModelsConfig",
     "ServeConfig",
     "TablesConfig",
+    "folder_problem",
     "listening_address",
+    "port_file_problem",
     "port_problem",
     "port_problems",
 ]
@@ -185,6 +188,26 @@ class ServeConfig:
         """What each port is for, its address and its number; those that are off are left out."""
         rest = self.http.port
         return self.server.ports + ([] if rest is None else [("rest", self.server.host, rest)])
+
+
+def port_file_problem(path: Path | None) -> str | None:
+    """Why a port file can't be written; None if it can, or there is none."""
+    if path is None:
+        return None
+    if path.is_dir():
+        return f"server: port_file {path}: expected a file, got a folder"
+    return folder_problem("server: port_file", path, path.parent)
+
+
+def folder_problem(what: str, path: Path, folder: Path) -> str | None:
+    """Why a file can't be made in a folder, in words of the path that is to be there; None if it can."""
+    if not folder.is_dir():
+        return f"{what} {path}: expected a path in a folder, got none"
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # permissions alone don't tell, as in /proc
+    except OSError as error:
+        return f"{what} {path}: expected a folder that may be written, got {folder}: {error.strerror}"
+    return None
 
 
 def listening_address(host: str, port: int) -> tuple[int, Any]:
