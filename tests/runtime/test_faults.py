@@ -17,7 +17,6 @@ from xlarank.errors import ConfigError, DeadlineError, ExecutionError, Unavailab
 from xlarank.runtime import Captures, DevicePool, Engine, workload
 from xlarank.runtime.device_health import DeviceState
 from xlarank.runtime.isolation import Culprit
-from xlarank.runtime.table_versions import TableVersion
 from xlarank.spec import CaptureConfig, FaultConfig, RankRequest, RequestOptions
 from xlarank.spec.serving import QueueConfig
 
@@ -304,7 +303,7 @@ def test_wrong_but_finite_golden_scores_keep_a_device_quarantined(serve):
 def test_once_tables_have_changed_a_probe_still_wants_finite_scores(serve, fault, state):
     """Golden scores are those of the tables as they were loaded: any others do, but not NaN."""
     engine, (only,) = serve(1)
-    engine._table_versions.now = lambda: {"items": TableVersion(version=1, num_rows=1, age_seconds=0.0)}
+    engine._gatherer._has_updates = True
     probed = threading.Event()
 
     def off_by_a_half(bucket, leaves, scores):

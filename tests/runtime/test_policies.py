@@ -90,6 +90,49 @@ def test_a_label_that_answers_is_not_moved_before_its_version_does(publish, open
     assert repository._models["linear"].routes.policy == ModelPolicy()
 
 
+@pytest.mark.parametrize("label", [2, 22])
+def test_a_label_that_leads_to_a_version_that_fails_or_never_comes_is_not_moved(
+    publish, opened, caplog, label
+):
+    publish(1)
+    repository = opened(labelled(stable=(1, 1.0)))
+    publish(2, golden_error=0.5)
+    publish(3)
+    repository.set_policies([labelled(stable=(label, 1.0))])
+    for _ in range(2):
+        repository.poll()
+    assert answering(repository) == {1}
+    assert repository.engine("linear", "stable").version == 1
+    waiting = [message for message in caplog.messages if "a policy waits for versions" in message]
+    assert waiting == [
+        "model linear: a policy waits for versions of its labels, and the one before it stays in force: "
+        f"labels lead to [{label}], loaded are [1, 3]"
+    ]
+    repository.set_policies([labelled(stable=(3, 1.0))])
+    repository.poll()
+    assert answering(repository) == {3}
+
+
+def test_labels_wait_until_all_of_their_versions_are_there(publish, opened, monkeypatch):
+    for version in (1, 2):
+        publish(version)
+    repository = opened(labelled(stable=(1, 0.5), canary=(2, 0.5)))
+    for version in (3, 4):
+        publish(version)
+    seen = []
+    load = repository._loader.load
+
+    def looking(*words, **options):
+        seen.append(answering(repository))
+        return load(*words, **options)
+
+    monkeypatch.setattr(repository._loader, "load", looking)
+    repository.set_policies([labelled(stable=(3, 0.5), canary=(4, 0.5))])
+    repository.poll()
+    assert seen == [{1, 2}, {1, 2}]
+    assert answering(repository) == {3, 4}
+
+
 def test_a_version_that_is_no_longer_wanted_once_it_is_loaded_does_not_answer(
     publish, opened, started, caplog
 ):

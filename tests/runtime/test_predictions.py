@@ -124,7 +124,9 @@ def test_runs_of_several_prices_tell_what_greater_ones_take(base, slope):
         slowdown.end(now + 1, price=price, taken=(base + slope * price) * rng.uniform(0.9, 1.1))
     # Never less than the prices differ by: who is let in by mistake teaches.
     mean = base + slope * 7 / 3
-    assert slowdown.seconds(10.0, 300) == pytest.approx(mean + max(1.0, slope) * (10 - 7 / 3), rel=0.15)
+    assert slowdown.seconds(6.0, 300) == pytest.approx(mean + max(1.0, slope) * (6 - 7 / 3), rel=0.15)
+    # Nor anything of prices far beyond those that were seen.
+    assert slowdown.seconds(1000.0, 300) - slowdown.seconds(100.0, 300) == pytest.approx(900.0)
     slowdown.begin(400)
     assert slowdown.seconds(10.0, 400) == pytest.approx(10.0, rel=0.01)  # it has faded
 

@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from tritonclient.utils import np_to_triton_dtype
+from xlarank_serving import status
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.client import RankingClient
 from xlarank_serving.config import ConnectionConfig, LimitConfig, SecurityConfig, ServerConfig
@@ -272,6 +273,12 @@ def start_at(**options):
 def start(**options):
     """A running server on free ports."""
     return start_at(port=0, http_port=0, **options)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_told_yet():
+    """The log hears of a kind of defect once a minute, and of these in each test."""
+    status._complaints.close()
 
 
 @pytest.fixture

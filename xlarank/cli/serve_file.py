@@ -55,10 +55,13 @@ class ConfigFile:
         if stamp == self._taken or stamp != before:
             return None
         self._taken = stamp
+        if stamp is not None and stamp[1] == 0:  # which would be right, and the end of all policies
+            _log.error("%s: the last good policies stay in use: the file is empty", self._path)
+            return None
         try:
             config, problems = self._read()
-        except ConfigError as error:
-            config, problems = None, [str(error)]
+        except Exception as error:  # what serves must not end for a file, whatever is in it
+            config, problems = None, [str(error) if isinstance(error, ConfigError) else repr(error)]
         if config is None:
             wrong = "; ".join(problem.removeprefix(f"{self._path}: ") for problem in problems)
             _log.error("%s: the last good policies stay in use: %s", self._path, wrong)

@@ -240,6 +240,7 @@ class Batcher(Generic[Item]):
         claims: Callable[[Part[Item]], bool] | None = None,
         taken: Callable[[float], float] = _as_priced,
         least_seconds: Callable[[int], float] | None = None,
+        may_leave: bool = False,
     ) -> Batch[Item] | None:
         """The batch that a free device runs now; None when nothing is queued for it, or it is deferred.
 
@@ -250,6 +251,7 @@ class Batcher(Generic[Item]):
           claims: whether the device may take a part that isn't pinned to it; any by default.
           taken: what a run of a price is expected to take on it.
           least_seconds: in which some device is expected to run so many rows; this one's by default.
+          may_leave: whether what is late here alone is left to another device; else it is run all the same.
         """
         plan = plan or self.plan
         forecast = _Forecast(now, plan, taken)
@@ -262,7 +264,7 @@ class Batcher(Generic[Item]):
         num_looks = 0
         while True:
             head, company, others, late = self._choose(
-                device, forecast, claims, least_seconds, left_out, least_deadline
+                device, forecast, claims, least_seconds, may_leave, left_out, least_deadline
             )
             for ticket in late:
                 self._set_late(ticket)
@@ -307,6 +309,7 @@ class Batcher(Generic[Item]):
         forecast: _Forecast,
         claims: Callable[[Part[Item]], bool] | None,
         least_seconds: Callable[[int], float],
+        may_leave: bool,
         left_out: Collection[Ticket[Item]],
         least_deadline: float,
     ) -> tuple[Part[Item] | None, list[Part[Item]], list[Part[Item]], list[Ticket[Item]]]:
@@ -325,11 +328,10 @@ class Batcher(Generic[Item]):
             if claims is not None and part.pin is None and not claims(part):
                 continue
             deadline = part.ticket.deadline
-            if deadline < math.inf and now + forecast.seconds(part.num_rows) > deadline:
-                # Another device may make it.
-                if part.pin is not None or now + least_seconds(part.num_rows) > deadline:
-                    late.append(part.ticket)
-            elif part.ticket in left_out or deadline < least_deadline:
+            is_hard = deadline < math.inf and now + forecast.seconds(part.num_rows) > deadline
+            if is_hard and (part.pin is not None or now + least_seconds(part.num_rows) > deadline):
+                late.append(part.ticket)
+            elif (is_hard and may_leave) or part.ticket in left_out or deadline < least_deadline:
                 continue
             elif head is None:
                 head, num_rows, limit = part, part.num_rows, _limit(part, plan)

@@ -362,17 +362,38 @@ class ModelVersions:
         with self._lock:  # one step: a policy that comes meanwhile finds what answers
             before = self.routes.versions
             wanted = {v: self._loaded[v] for v in self._wanted() if v in self._loaded}
+            policy = self._policy
             served = wanted or before  # what was loaded and is no longer wanted doesn't answer
+            if is_early := self._is_early({**before, **wanted}):
+                policy = self.routes.policy
+                served = {v: s for v, s in before.items() if v in self._loaded}
             if not any(s.engine.damage is None for s in served.values()):
                 served = dict(self._loaded)
             # The swap: one reference, read once by each request.
-            self.routes = dataclasses.replace(self.routes, policy=self._policy, versions=served)
+            self.routes = dataclasses.replace(self.routes, policy=policy, versions=served)
+        self._warn(
+            f"model {self.model}: a policy waits for versions of its labels, and the one before it stays in "
+            f"force: labels lead to {sorted(label.version for label in self._policy.labels)}, loaded are "
+            f"{sorted(self._loaded)}",
+            is_early,
+        )
         if served.keys() != before.keys():
             _log.info("model %s: versions %s answer, before %s", self.model, sorted(served), sorted(before))
-        ended = [version for version in self._loaded if version not in served]
+        ended = [version for version in self._loaded if version not in served and version not in wanted]
         self._retire(ended)
         if found_at is not None and ended and served.keys() - before.keys():
             self._metrics.record_swap(self.model, self._clock() - found_at)
+
+    def _is_early(self, ready: Collection[int]) -> bool:
+        """Whether a policy would have labels lead nowhere, or what they share to a version that none names:
+        one that it waits for isn't there yet, failed or never comes. Under _lock."""
+        before = self.routes
+        return (
+            not self._is_held
+            and self._policy != before.policy
+            and self._policy.waits_for_labels(before.policy, ready)
+            and any(s.engine.damage is None for v, s in before.versions.items() if v in self._loaded)
+        )
 
     def _retire(self, versions: Collection[int]) -> list[threading.Thread]:
         """Drains versions that no route leads to any more."""

@@ -62,8 +62,9 @@ _MOST_TIMES_EXPECTED = 4.0
 _RECENT_SECONDS = 60.0
 """For so long a priority that came is expected again."""
 
-_UNEVEN = 2.0
-"""Devices of a kind on which runs take so many times as long as on another are no longer alike."""
+_UNEVEN = 4.0
+"""Devices of a kind on which runs take so many times as long as on another are no longer alike: what is less
+comes and goes, and alike devices are cheaper to serve."""
 
 _MAX_LOOK = 256
 """Queued parts that are looked at for one device: bounds the time under the owner's lock."""
@@ -503,6 +504,8 @@ class Scheduler(Generic[Item]):
             plan=plan,
             taken=queue.slowdowns[device.index].at(now),
             least_seconds=least_seconds,
+            # Devices that are alike differ by noise: one that is left to another may find none that takes it.
+            may_leave=queue.has_kinds or self._has_costs,
         )
         if not self._has_preferences(queue):
             return next_batch()
@@ -542,11 +545,18 @@ class Scheduler(Generic[Item]):
         parts = (part for part in queue.batcher.waiting() if part.may_run_on(device.index))
         free = {other.index: other.free_at(now) for other in self._devices if other.is_available}
         skip = queue.batcher.config.max_skip_ms / 1e3
-        here = set()
+        here: set[Ticket[Item]] = set()
+        num_rows = 0
+        taken = {i: queue.slowdowns[i].at(now) for i in free}
+        ratios = {i: queue.slowdowns[i].ratio(now) for i in free}
+
+        @functools.cache  # of each size queued
+        def seconds(num_rows: int) -> dict[int, float]:
+            return {i: taken[i](queue.plans[i].seconds(num_rows)) for i in free}
+
         for part in itertools.islice(parts, _MAX_LOOK):
-            ends = {
-                i: free[i] + self._seconds(queue, i, part.num_rows, now) for i in free if part.may_run_on(i)
-            }
+            own = seconds(part.num_rows)
+            ends = {i: free[i] + own[i] for i in free if part.may_run_on(i)}
             home, deadline = part.ticket.home, part.ticket.deadline
             in_time = [i for i in ends if ends[i] <= deadline < math.inf]
             if in_time:
@@ -554,9 +564,12 @@ class Scheduler(Generic[Item]):
             else:  # of equals the one that begins first, as the others have something to do
                 choice = min(ends, key=lambda i: (ends[i] - skip * (i == home), free[i]))
             work = queue.plans[choice].work_seconds(part.num_rows)
-            free[choice] += queue.slowdowns[choice].ratio(now) * work
+            free[choice] += ratios[choice] * work
             if choice == device.index:
                 here.add(part.ticket)
+                num_rows += part.num_rows
+            if num_rows >= queue.batcher.plan.ladder.max_rows:
+                break  # more than one batch takes
         return here
 
 

@@ -17,6 +17,9 @@ it, while a device that has become slow is believed in some tens of runs, howeve
 _LEAST_SPREAD = 0.1
 """Of prices, over the mean one: runs that are more alike don't tell what others would take."""
 
+_MOST_SPREADS = 4.0
+"""So many standard deviations of prices beyond the mean one tells what was seen, and no further."""
+
 _FADE_SECONDS = 10.0
 """Without a run what was learnt fades: nothing else would end a time in which all are refused for it."""
 
@@ -47,9 +50,13 @@ class Slowdown:
     def at(self, now: float) -> Callable[[float], float]:
         """`seconds` at a time."""
         mean, ratio, slope = self._price, self.ratio(now), self._slope(now)
+        most = mean + _MOST_SPREADS * math.sqrt(self._variance)
 
         def seconds(price: float) -> float:
-            return price * ratio if price <= mean else mean * ratio + (price - mean) * slope
+            if price <= mean:
+                return price * ratio
+            seen = min(price, most)
+            return mean * ratio + (seen - mean) * slope + (price - seen)
 
         return seconds
 

@@ -158,6 +158,13 @@ class ModelPolicy:
         is_shared = any(label.traffic for policy in (self, before) for label in policy.labels)
         return not is_shared or any(label.traffic and label.version in ready for label in self.labels)
 
+    def waits_for_labels(self, before: ModelPolicy, ready: Collection[int]) -> bool:
+        """Whether `before` stays in force though all that could be loaded is ready, as it is not
+        `moves_at_once` for want of a version that a label of this one leads to: it failed, or never came."""
+        return any(label.version not in ready for label in self.labels) and not self.moves_at_once(
+            before, ready
+        )
+
     def label(self, name: str) -> VersionLabel | None:
         """The label of that name."""
         return next((label for label in self.labels if label.name == name), None)

@@ -38,14 +38,14 @@ class Plan:
         self.versions, self.blocked, self.failed = (OLD,), [], []
         self.models, self.is_awaited = (PLAIN,), False
 
-    def wanted(self, served):
+    def wanted(self, served, former=()):
         return tuple(v for v in self.versions if v not in self.blocked)
 
     def set_policies(self, models):
         self.models = models
 
-    def policies(self, versions, before=()):
-        kept = {policy.name: policy for policy in before} if self.is_awaited else {}
+    def policies(self, versions, before=(), *, is_all=False):
+        kept = {policy.name: policy for policy in before} if self.is_awaited and not is_all else {}
         return tuple(kept.get(policy.name, policy) for policy in self.models)
 
     def block(self, versions, reason):

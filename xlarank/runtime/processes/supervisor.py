@@ -208,18 +208,25 @@ class Supervisor:
         )
         serving = self._serving
         served = () if serving is None else serving.versions
-        wanted = served if serving is not None and not self._is_watched else self._plan.wanted(served)
+        policies = () if serving is None else serving.policies
+        wanted = served
+        if serving is None or self._is_watched:
+            wanted = self._plan.wanted(served, policies)
         is_lost = serving is not None and serving.holder is None
         if wanted is None and serving is None and not self._is_watched:
             raise ConfigError("the repository can't be looked at, and nothing is served yet")
         if wanted is None:
             return
         if serving is not None and wanted == served and not is_lost:
-            serving.policies = self._plan.policies(served)  # they wait for nothing
+            serving.policies = self._plan.policies(served, policies, is_all=True)
             return
         number = next(self._numbers)
         self._starting = self._generations[number] = _Generation(
-            number, wanted, self._plan.policies(wanted), self._clock(), self._clock() + _SLOW_SECONDS
+            number,
+            wanted,
+            self._plan.policies(wanted, policies, is_all=True),
+            self._clock(),
+            self._clock() + _SLOW_SECONDS,
         )
         order = Order(
             generation=number,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from xlarank.runtime.processes.messages import Version
@@ -40,20 +40,26 @@ class VersionPlan:
         self._blocked: dict[Version, _Blocked] = {}
         self._listing = Listing(root)
 
-    def wanted(self, served: Collection[Version]) -> tuple[Version, ...] | None:
+    def wanted(
+        self, served: Collection[Version], former: Iterable[ModelPolicy] = ()
+    ) -> tuple[Version, ...] | None:
         """What is to be served now, sorted; None if the folder can't be looked at.
 
         Args:
           served: what is served now.
+          former: by which policies: what their labels lead to stays while a new one's lead nowhere.
         """
         found = self._listing.look()
         if found is None:
             return None
         self._forget_changed()
         wanted: list[Version] = []
+        before = {policy.name: policy for policy in former}
         for model in sorted({*found, *(model for model, _ in served)}):
             own = {version for name, version in served if name == model}
-            wanted += [(model, version) for version in self._of_model(model, found.get(model, ()), own)]
+            wanted += [
+                (model, version) for version in self._of_model(model, found.get(model, ()), own, before)
+            ]
         return tuple(sorted(wanted))
 
     def set_policies(self, models: tuple[ModelPolicy, ...]) -> None:
@@ -61,7 +67,7 @@ class VersionPlan:
         self._options = dataclasses.replace(self._options, models=models)
 
     def policies(
-        self, versions: Iterable[Version], before: Iterable[ModelPolicy] = ()
+        self, versions: Iterable[Version], before: Iterable[ModelPolicy] = (), *, is_all: bool = False
     ) -> tuple[ModelPolicy, ...]:
         """By which processes that have some versions are to serve them, one a model.
 
@@ -69,6 +75,7 @@ class VersionPlan:
           versions: that they have, and will have.
           before: by which they do: of a model whose own would have to wait for a version, see
             `ModelPolicy.moves_at_once`, it is kept. The processes that have that version go by the new one.
+          is_all: whether these are all versions that are wanted now: only labels are waited for then.
         """
         former = {policy.name: policy for policy in before}
         ready: dict[str, set[int]] = {}
@@ -77,7 +84,11 @@ class VersionPlan:
         policies: list[ModelPolicy] = []
         for model, numbers in sorted(ready.items()):
             policy = dataclasses.replace(self._options.policy_of(model), name=model)
-            is_kept = model in former and not policy.moves_at_once(former[model], numbers)
+            is_kept = model in former and (
+                policy.waits_for_labels(former[model], numbers)
+                if is_all
+                else not policy.moves_at_once(former[model], numbers)
+            )
             policies.append(former[model] if is_kept else policy)
         return tuple(policies)
 
@@ -95,13 +106,19 @@ class VersionPlan:
             for (model, version), blocked in sorted(self._blocked.items())
         ]
 
-    def _of_model(self, model: str, on_disk: Sequence[int], served: set[int]) -> Sequence[int]:
+    def _of_model(
+        self, model: str, on_disk: Sequence[int], served: set[int], former: Mapping[str, ModelPolicy]
+    ) -> Sequence[int]:
         policy = self._options.policy_of(model)
         available = {*on_disk, *served}
         if policy.policy is Policy.ALL and on_disk:
             available = set(on_disk)
         blocked = [version for name, version in self._blocked if name == model]
-        return policy.wanted(available, blocked) or sorted(served)
+        wanted = policy.wanted(available, blocked) or sorted(served)
+        if model in former and policy.waits_for_labels(former[model], {*wanted, *served}):
+            labelled = {label.version for label in former[model].labels}
+            return sorted({*wanted, *(labelled & served)})
+        return wanted
 
     def _forget_changed(self) -> None:
         self._blocked = {
