@@ -281,24 +281,35 @@ def nothing_is_told_yet():
     status._complaints.close()
 
 
+@contextlib.contextmanager
+def running(**options):
+    """A server until the end of the block; see `start`."""
+    started = start(**options)
+    yield started
+    started.channel.close()
+    started.client.close()
+    started.server.stop(0)
+
+
 @pytest.fixture
 def serving():
     """A server of its own for one test."""
-    running = start()
-    yield running
-    running.channel.close()
-    running.client.close()
-    running.server.stop(0)
+    with running() as started:
+        yield started
+
+
+@pytest.fixture
+def patient():
+    """The same, which minds nobody who doesn't answer its pings."""
+    with running(keepalive_timeout_seconds=600.0) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
 def shared():
     """One server for tests that leave it as they found it."""
-    running = start()
-    yield running
-    running.channel.close()
-    running.client.close()
-    running.server.stop(0)
+    with running() as started:
+        yield started
 
 
 @pytest.fixture

@@ -22,19 +22,9 @@ DATA, RST_STREAM = 0, 3
 
 
 @pytest.fixture
-def serving(wire):
-    """A server that minds nobody who doesn't answer its pings."""
-    running = wire.start(keepalive_timeout_seconds=600.0)
-    yield running
-    running.channel.close()
-    running.client.close()
-    running.server.stop(0)
-
-
-@pytest.fixture
-def watched(serving):
+def watched(patient):
     """Opens a Watch; its statuses as they come."""
-    stub = health_pb2_grpc.HealthStub(serving.channel)
+    stub = health_pb2_grpc.HealthStub(patient.channel)
     open_watches = []
 
     def watch(service):
@@ -48,12 +38,12 @@ def watched(serving):
 
 
 @pytest.fixture
-def raw(serving):
+def raw(patient):
     """Opens Watches of "feed" on a connection of its own."""
     with contextlib.ExitStack() as stack:
 
         def watch(count, *, num_sent=None, **options):
-            client = stack.enter_context(contextlib.closing(RawClient(serving.server.address, **options)))
+            client = stack.enter_context(contextlib.closing(RawClient(patient.server.address, **options)))
             for i in range(count):
                 client.call(WATCH, FEED, num_sent=num_sent, stream=2 * i + 1)
             client.wait_for_settings()
@@ -62,8 +52,8 @@ def raw(serving):
         yield watch
 
 
-def wait_for_watches(serving, count):
-    while serving.server._health.num_watches != count:
+def wait_for_watches(patient, count):
+    while patient.server._health.num_watches != count:
         pass
 
 
@@ -72,25 +62,25 @@ def wait_for_frames(client, kind, count):
         count -= client.next_frame()[0] == kind
 
 
-def test_a_watcher_hears_that_a_model_was_unloaded_and_came_back(serving, watched):
+def test_a_watcher_hears_that_a_model_was_unloaded_and_came_back(patient, watched):
     statuses = watched("feed")
     assert next(statuses) == Status.SERVING
-    engine = serving.repository.engines.pop(("feed", 3))
+    engine = patient.repository.engines.pop(("feed", 3))
     assert next(statuses) == Status.NOT_SERVING
-    serving.repository.engines["feed", 3] = engine
+    patient.repository.engines["feed", 3] = engine
     assert next(statuses) == Status.SERVING
 
 
-def test_a_watcher_hears_that_the_server_is_not_ready(serving, watched):
+def test_a_watcher_hears_that_the_server_is_not_ready(patient, watched):
     statuses = watched("")
     assert next(statuses) == Status.SERVING
-    serving.repository.loading.add(("feed", 3))
+    patient.repository.loading.add(("feed", 3))
     assert next(statuses) == Status.NOT_SERVING
-    serving.repository.loading.clear()
+    patient.repository.loading.clear()
     assert next(statuses) == Status.SERVING
 
 
-def test_a_look_that_fails_is_not_the_last_one(serving, watched, caplog, monkeypatch):
+def test_a_look_that_fails_is_not_the_last_one(patient, watched, caplog, monkeypatch):
     statuses = watched("feed")
     assert next(statuses) == Status.SERVING
     has_failed = []
@@ -101,21 +91,21 @@ def test_a_look_that_fails_is_not_the_last_one(serving, watched, caplog, monkeyp
             raise XlarankError("for once")
         return []
 
-    monkeypatch.setattr(serving.repository, "models", models)
+    monkeypatch.setattr(patient.repository, "models", models)
     assert next(statuses) == Status.NOT_SERVING
     assert "health: the repository can't be asked" in caplog.text
 
 
-def test_a_model_that_is_not_there_yet_is_waited_for(serving, watched):
+def test_a_model_that_is_not_there_yet_is_waited_for(patient, watched):
     statuses, others = watched("food"), watched("n" * 2**20)
     assert next(statuses) == next(others) == Status.SERVICE_UNKNOWN
-    check = health_pb2_grpc.HealthStub(serving.channel).Check
+    check = health_pb2_grpc.HealthStub(patient.channel).Check
     with pytest.raises(
         grpc.RpcError, match="service 'food' is not found; expected a model's name or ''"
     ) as info:
         check(health_pb2.HealthCheckRequest(service="food"), timeout=10)
     assert info.value.code() is grpc.StatusCode.NOT_FOUND
-    serving.repository.engines["food", 1] = serving.engine
+    patient.repository.engines["food", 1] = patient.engine
     assert next(statuses) == Status.SERVING
 
 
@@ -133,8 +123,8 @@ def test_a_watch_of_nothing_is_refused(shared, requests, told):
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_names_that_were_watched_are_not_kept(serving):
-    watch = serving.channel.stream_stream(WATCH)  # the client keeps no message of such a call
+def test_names_that_were_watched_are_not_kept(patient):
+    watch = patient.channel.stream_stream(WATCH)  # the client keeps no message of such a call
 
     def ask(number):
         request = health_pb2.HealthCheckRequest(service=str(number) + "n" * 2**20)
@@ -149,7 +139,7 @@ def test_names_that_were_watched_are_not_kept(serving):
         while_open = tracemalloc.get_traced_memory()[0]
         for call in calls:
             call.cancel()
-        wait_for_watches(serving, 0)
+        wait_for_watches(patient, 0)
         del calls, call
         gc.collect()
         at_the_end = tracemalloc.get_traced_memory()[0]
@@ -158,25 +148,25 @@ def test_names_that_were_watched_are_not_kept(serving):
     assert max(while_open, at_the_end) < 5 * 2**20
 
 
-def test_watchers_who_read_nothing_keep_no_news_from_others(serving, watched, raw):
+def test_watchers_who_read_nothing_keep_no_news_from_others(patient, watched, raw):
     statuses = watched("feed")
     assert next(statuses) == Status.SERVING
     deaf = raw(20, window=7)  # more than threads tell of news; there is room for one status each
     wait_for_frames(deaf, DATA, 20)
-    loading, feed = serving.repository.loading, ("feed", 3)
+    loading, feed = patient.repository.loading, ("feed", 3)
     for _ in range(3):
         loading.add(feed)
         assert next(statuses) == Status.NOT_SERVING
-        assert not serving.client.is_ready("feed", timeout=10)
+        assert not patient.client.is_ready("feed", timeout=10)
         loading.remove(feed)
         assert next(statuses) == Status.SERVING
     with ThreadPoolExecutor(1) as pool:
-        stopped = pool.submit(serving.server.stop, 10)
+        stopped = pool.submit(patient.server.stop, 10)
         assert next(statuses) == Status.NOT_SERVING
         stopped.result(timeout=60)
 
 
-def test_watches_sent_by_half_are_ended_and_keep_no_others_away(serving, watched, raw):
+def test_watches_sent_by_half_are_ended_and_keep_no_others_away(patient, watched, raw):
     halves = raw(40, num_sent=2)  # more than there are threads for them
     for _ in range(3):
         assert next(watched("feed")) == Status.SERVING
@@ -193,18 +183,18 @@ def test_a_watch_sent_by_half_is_not_waited_for_for_ever(wire):
     running.server.stop(0)
 
 
-def test_watches_past_the_limit_are_told_when_to_come_again(serving, watched, raw, monkeypatch):
+def test_watches_past_the_limit_are_told_when_to_come_again(patient, watched, raw, monkeypatch):
     monkeypatch.setattr(health, "MAX_WATCHES", 3)
     others = raw(3)
     wait_for_frames(others, DATA, 3)
-    call = health_pb2_grpc.HealthStub(serving.channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+    call = health_pb2_grpc.HealthStub(patient.channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
     with pytest.raises(grpc.RpcError, match="the server has 3 open Watch calls, its limit") as caught:
         next(call)
     error = error_of_call(caught.value)
     assert isinstance(error, OverloadError)
     assert error.retry_after_seconds == 1.0
-    with RankingClient(serving.server.address) as client:
+    with RankingClient(patient.server.address) as client:
         assert client.is_ready(timeout=10)
     others.close()
-    wait_for_watches(serving, 0)
+    wait_for_watches(patient, 0)
     assert next(watched("feed")) == Status.SERVING

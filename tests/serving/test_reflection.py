@@ -15,16 +15,6 @@ NUM_STREAMS, NUM_THREADS = 20, 8
 HEADERS = 1
 
 
-@pytest.fixture
-def serving(wire):
-    """A server that minds nobody who doesn't answer its pings."""
-    running = wire.start(keepalive_timeout_seconds=600.0)
-    yield running
-    running.channel.close()
-    running.client.close()
-    running.server.stop(0)
-
-
 def names_of(running):
     stream = ServerReflectionStub(running.channel).ServerReflectionInfo(iter([QUESTION]), timeout=60)
     return [service.name for answer in stream for service in answer.list_services_response.service]
@@ -35,24 +25,24 @@ def ask_and_wait():
     threading.Event().wait()
 
 
-def test_silent_streams_keep_no_others_away(serving):
-    stub = ServerReflectionStub(serving.channel)
+def test_silent_streams_keep_no_others_away(patient):
+    stub = ServerReflectionStub(patient.channel)
     streams = [stub.ServerReflectionInfo(ask_and_wait()) for _ in range(NUM_STREAMS)]
     for _ in range(3):
-        assert "grpc.health.v1.Health" in names_of(serving)
+        assert "grpc.health.v1.Health" in names_of(patient)
     for stream in streams:
         stream.cancel()
 
 
-def test_streams_that_nobody_reads_keep_no_others_away(serving):
-    with contextlib.closing(RawClient(serving.server.address, window=0)) as client:
+def test_streams_that_nobody_reads_keep_no_others_away(patient):
+    with contextlib.closing(RawClient(patient.server.address, window=0)) as client:
         for i in range(NUM_STREAMS):
             client.call(INFO, QUESTION.SerializeToString(), stream=2 * i + 1)
         num_begun = 0
         while num_begun < NUM_THREADS:
             num_begun += client.next_frame()[0] == HEADERS
         for _ in range(3):
-            assert "grpc.health.v1.Health" in names_of(serving)
+            assert "grpc.health.v1.Health" in names_of(patient)
 
 
 def test_a_stream_is_ended_once_it_is_silent_for_long(wire):
