@@ -399,7 +399,8 @@ class Halves(nnx.Module):
         return {"like": logits[:, 0].astype(jnp.float32)}
 
 
-KEY = jax.random.key(3)
+# jax.random.key(3), without a compile: workers import this at the same time, and share a compilation cache.
+KEY = jax.random.wrap_key_data(np.array([0, 3, 0, 3], np.uint32), impl="rbg")
 
 
 def projects_at_random(params, features):

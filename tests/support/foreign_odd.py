@@ -169,7 +169,8 @@ def _clipped(x):
 _clipped.defvjp(lambda x: (_clipped(x), None), lambda _, g: (g,))
 
 _MIX = np.linalg.qr(np.arange(64, dtype=np.float64).reshape(8, 8) % 7 + np.eye(8))[0].astype(np.float32)
-_KEY = jax.random.key(3)
+# jax.random.key(3), without a compile: workers import this at the same time, and share a compilation cache.
+_KEY = jax.random.wrap_key_data(np.array([0, 3, 0, 3], np.uint32), impl="rbg")
 
 
 @jax.jit
