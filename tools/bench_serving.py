@@ -25,7 +25,7 @@ from serving_lab import Lab, Served, build, demo_model
 from serving_latency import MD1_LOADS, SIMULATED_LOADS, Point, measure_points, p99_over_md1, simulator_error
 from serving_overload import batching_gain, overload_figures, overload_of
 from serving_plot import draw
-from serving_rules import Curves, affinity, serve_rules, simulate_rules, vs_fixed_delay
+from serving_rules import RULES, Curves, affinity, serve_rules, simulate_rules, vs_fixed_delay
 from serving_swaps import measure_swaps, swap_p99
 
 __all__ = ["FULL", "GROUPS", "SHORT", "Sizes", "groups_of"]
@@ -208,9 +208,10 @@ class Bench:
         sizes = self._sizes
         self._tell("the demo model")
         demo = demo_model(self._lab.folder)
-        of_demo = self._points(demo, sizes.light_seconds, SIMULATED_LOADS)
+        # Many short runs, as what else the machine does comes in spells of seconds.
+        of_demo = self._points(demo, 3 * sizes.runs, sizes.light_seconds / 3, SIMULATED_LOADS)
         others = {
-            name: self._points(self._model(name), seconds, MD1_LOADS)
+            name: self._points(self._model(name), sizes.runs, seconds, MD1_LOADS)
             for name, seconds in (("heavy", sizes.heavy_seconds), ("light", sizes.light_seconds))
         }
         text = "500 candidates a request, Poisson arrivals, one device"
@@ -219,16 +220,15 @@ class Bench:
             simulator_error(of_demo, others, how=f"{self._how(demo)}; {text}"),
         ]
 
-    def _points(self, served: Served, seconds: float, loads: Sequence[float]) -> list[Point]:
+    def _points(self, served: Served, runs: int, seconds: float, loads: Sequence[float]) -> list[Point]:
         self._tell(f"latency of the {served.name} model")
-        runs = self._sizes.runs
         return measure_points(self._lab, served, runs=runs, seconds=seconds, loads=loads)
 
     def _rules(self) -> list[Figure]:
         sizes, light = self._sizes, self._model("light")
         self._tell("Triton's rule, served")
-        turns, seconds = 3 * sizes.runs, sizes.light_seconds / 3
-        served = serve_rules(self._lab, light, turns=turns, seconds=seconds)
+        rounds, turns, seconds = sizes.runs, 2 * len(RULES), sizes.light_seconds / 2
+        served = serve_rules(self._lab, light, rounds=rounds, turns=turns, seconds=seconds)
         for name in ("heavy", "light") if sizes.has_heavy else ("light",):
             served_model = self._model(name)
             self._tell(f"Triton's rule, simulated with the {name} model")

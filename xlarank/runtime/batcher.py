@@ -359,6 +359,9 @@ class Batcher(Generic[Item]):
     ) -> tuple[int, Sequence[Part[Item]]]:
         """Rows of the next run and who joins the head in it, so that all of them take the least time; by a
         forecast, of the runs that make nobody late. There is one, as a head can be run in time alone."""
+        is_lone = not company and forecast is None
+        if is_lone and head.num_rows in plan.lone_runs:
+            return plan.lone_runs[head.num_rows], ()
         total = head.num_rows + _num_rows(company)
         best: tuple[int, Sequence[Part[Item]]] = (0, company)
         best_seconds, least_gain, best_is_late, last = math.inf, 0.0, True, None
@@ -380,6 +383,8 @@ class Batcher(Generic[Item]):
             is_late = forecast is not None and bool(_late_for(head, *run, forecast))
             if is_late < best_is_late or (is_late == best_is_late and seconds < best_seconds - least_gain):
                 best, best_seconds, best_is_late, least_gain = run, seconds, is_late, LEAST_GAIN * own
+        if is_lone:
+            plan.lone_runs[head.num_rows] = best[0]
         return best
 
     def _saves_rows(

@@ -29,6 +29,8 @@ class BucketPlan:
       fills_buckets: whether a larger request takes company along, as far as its bucket has room.
       knee_seconds: a run of that many rows.
       seconds_a_row: at the best throughput up to the knee: what a row costs where batches are full.
+      lone_runs: rows of the first run of a request that nobody joins, by its rows: what a `Batcher` has found
+        and would find again, at nearly every turn of a server that isn't busy.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class BucketPlan:
         self.knee_seconds = self.seconds_a_row * limit
         self.bucket = functools.cache(self._bucket)
         self.run_seconds = functools.cache(self._run_seconds)
+        self.lone_runs: dict[int, int] = {}
         # By the place of the requests' count.
         self._tables: dict[int, tuple[list[float], tuple[int, float]]] = {}
 

@@ -493,9 +493,12 @@ class Scheduler(Generic[Item]):
         batcher, plan = queue.batcher, queue.plans[device.index]
         workers = [other.index for other in self._devices if other.is_healthy]
 
-        @functools.cache  # of each size queued
+        known: dict[int, float] = {}  # of each size queued; most batches ask for none
+
         def least_seconds(num_rows: int) -> float:
-            return min(self._seconds(queue, index, num_rows, now) for index in workers)
+            if num_rows not in known:
+                known[num_rows] = min(self._seconds(queue, index, num_rows, now) for index in workers)
+            return known[num_rows]
 
         next_batch = functools.partial(
             batcher.next_batch,
