@@ -51,6 +51,16 @@ def test_rows_beyond_the_largest_bucket_fill_it_first():
     assert plan.seconds(37) == pytest.approx(2 * 2.0 + 2.0)
 
 
+def test_a_set_of_runs_takes_what_its_runs_take():
+    plan = plan_of({(4, 1): 1.0, (16, 1): 2.0})
+    assert plan.runs(0) == (0.0, 0)
+    assert plan.runs(16) == (2.0, 1)
+    assert plan.runs(20) == (3.0, 2)
+    assert plan.runs(16 * 100) == (200.0, 100)
+    assert plan.seconds_taken(lambda price: price + 5, 16 * 100) == 700.0
+    assert plan.seconds_taken(lambda price: price + 5, 0) == 0.0
+
+
 @pytest.mark.parametrize("seed", range(50))
 def test_rows_of_many_runs_cost_what_the_cheapest_set_of_buckets_costs(seed):
     """Exactly up to two of the largest bucket, and nearly beyond."""

@@ -107,6 +107,40 @@ def test_small_runs_that_take_long_for_the_hosts_sake_do_not_close_the_door_to_l
     assert expected(scheduler, queue, now) == pytest.approx(62e-3, rel=0.1)
 
 
+@pytest.mark.parametrize("rows", [64, 32 * 40])
+def test_a_request_of_many_runs_takes_longer_by_as_much_as_each_of_them(rows):
+    """Runs of one size alone have come: none says what a run of a greater price would take."""
+    scheduler, queue = scheduler_of(plan_of(10e-3))
+    now = 0.0
+    for _ in range(100):
+        now = run(scheduler, queue, 20e-3, now)
+    seconds = 20e-3 * rows / 32
+    scheduler.submit(queue, "in time", rows, RequestOptions(deadline=now + 1.05 * seconds), now)
+    assert queue.batcher.drop("in time")
+    with pytest.raises(DeadlineError, match=rf"would come in {1e3 * seconds:.0f}\.\d ms, the deadline is in"):
+        scheduler.submit(queue, "late", rows, RequestOptions(deadline=now + 0.9 * seconds), now)
+
+
+def test_a_request_of_many_runs_that_turns_out_to_be_late_is_given_up_at_the_first():
+    """Else each of its runs is in vain, and keeps others waiting."""
+    scheduler, queue = scheduler_of(plan_of(10e-3))
+    now = 0.0
+    scheduler.submit(queue, "large", 32 * 40, RequestOptions(deadline=0.6), now)  # 0.4 s, by the prices
+    num_runs = 0
+    while (turn := scheduler.next_turn(0, now)) is not None:
+        now += 30e-3
+        scheduler.finished(turn, now)
+        num_runs += 1
+    assert scheduler.take_late(now) == [(queue, "large")]
+    assert num_runs < 10
+
+
+def test_a_deadline_that_has_passed_is_told_as_such():
+    scheduler, queue = scheduler_of(plan_of(10e-3))
+    with pytest.raises(DeadlineError, match=r"in 10\.0 ms, the deadline passed 250\.0 ms ago"):
+        scheduler.submit(queue, "late", 32, RequestOptions(deadline=0.75), 1.0)
+
+
 def test_the_search_for_what_is_at_fault_teaches_nothing():
     scheduler, queue = scheduler_of(plan_of(3e-3))
     now = 0.0

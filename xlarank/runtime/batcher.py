@@ -476,7 +476,7 @@ class _Forecast:
 
     def seconds(self, num_rows: int, num_requests: int = 1) -> float:
         """What rows take."""
-        return self.taken(self.plan.seconds(num_rows, num_requests))
+        return self.plan.seconds_taken(self.taken, num_rows, num_requests)
 
 
 class _Load:

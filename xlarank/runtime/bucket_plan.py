@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
+from collections.abc import Callable
 
 from xlarank.errors import BucketError
 from xlarank.spec import Bucket, BucketLadder, LatencyProfile
@@ -17,6 +18,10 @@ LEAST_GAIN = 0.05
 
 SECONDS_A_RUN = 100e-6
 """Forming, gathering and answering a batch, whatever its size; profiles time the device alone."""
+
+
+_Table = tuple[list[tuple[float, int]], tuple[int, float]]
+"""`BucketPlan._table`."""
 
 
 class BucketPlan:
@@ -80,7 +85,7 @@ class BucketPlan:
         self.run_seconds = functools.cache(self._run_seconds)
         self.lone_runs: dict[int, int] = {}
         # By the place of the requests' count.
-        self._tables: dict[int, tuple[list[float], tuple[int, float]]] = {}
+        self._tables: dict[int, _Table] = {}
 
     @classmethod
     def of_config(cls, ladder: BucketLadder, profile: LatencyProfile, config: QueueConfig) -> BucketPlan:
@@ -109,21 +114,31 @@ class BucketPlan:
         return math.inf if bucket is None else self._seconds[bucket]
 
     def seconds(self, num_rows: int, num_requests: int = 1) -> float:
-        """Of the cheapest set of runs for rows of so many requests.
+        """Of the cheapest set of runs for rows of so many requests; see `runs`."""
+        return self.runs(num_rows, num_requests)[0]
+
+    def seconds_taken(self, taken: Callable[[float], float], num_rows: int, num_requests: int = 1) -> float:
+        """As `seconds`, where one run of a price takes `taken(price)`; the runs of a set count as alike."""
+        seconds, num_runs = self.runs(num_rows, num_requests)
+        return num_runs * taken(seconds / num_runs) if num_runs else 0.0
+
+    def runs(self, num_rows: int, num_requests: int = 1) -> tuple[float, int]:
+        """Seconds of the cheapest set of runs for rows of so many requests, and how many runs they are.
 
         Args:
           num_rows: 0 or more; beyond two of the largest bucket those that are cheapest a row come first.
           num_requests: any part of them may be in each of the runs.
         """
         if num_rows == 0:
-            return 0.0
+            return 0.0, 0
         # Fewer requests may run in a bucket of more; rows without a bucket of so many requests run in parts.
         place = min(bisect.bisect_left(self._request_counts, num_requests), len(self._request_counts) - 1)
         if place not in self._tables:
             self._tables[place] = self._table(self._request_counts[place])
         table, (rows, price) = self._tables[place]
         num_full = max(0, -((len(table) - 1 - num_rows) // rows))
-        return num_full * price + table[num_rows - num_full * rows]
+        seconds, num_runs = table[num_rows - num_full * rows]
+        return num_full * price + seconds, num_full + num_runs
 
     def work_seconds(self, num_rows: int) -> float:
         """What a request adds to a busy device's time: alone where it is large, its share where it merges."""
@@ -131,9 +146,9 @@ class BucketPlan:
             return self.seconds(num_rows)
         return max(num_rows * self.seconds_a_row, self.seconds(num_rows) / self.max_requests)
 
-    def _table(self, num_requests: int) -> tuple[list[float], tuple[int, float]]:
-        """[2 max_rows + 1] seconds of the cheapest set of buckets (dynamic program over rows); and rows and
-        seconds of the bucket that is cheapest a row."""
+    def _table(self, num_requests: int) -> _Table:
+        """[2 max_rows + 1] seconds of the cheapest set of buckets and their number (dynamic program over
+        rows); and rows and seconds of the bucket that is cheapest a row."""
         prices = [
             (rows, self.run_seconds(rows, min(rows, num_requests)))
             for rows in self.row_counts
@@ -141,7 +156,8 @@ class BucketPlan:
         ]
         if not prices:  # so many requests fit no bucket at once
             return self._table(self._request_counts[self._request_counts.index(num_requests) - 1])
-        table = [0.0]
+        table = [(0.0, 0)]
         for num_rows in range(1, 2 * self.ladder.max_rows + 1):
-            table.append(min(price + table[max(0, num_rows - rows)] for rows, price in prices))
+            left = [(price, *table[max(0, num_rows - rows)]) for rows, price in prices]
+            table.append(min((price + seconds, 1 + num_runs) for price, seconds, num_runs in left))
         return table, min(prices, key=lambda entry: entry[1] / entry[0])

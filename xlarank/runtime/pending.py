@@ -59,6 +59,11 @@ class Pending:
         """Whether nobody waits for it any more."""
         return self.future.done()
 
+    @property
+    def num_rows_done(self) -> int:
+        """Rows whose scores have come."""
+        return self.bound.num_candidates - self._rows_left
+
     def add(
         self,
         begin: int,

@@ -436,9 +436,11 @@ class Scheduler(Generic[Item]):
         if deadline < math.inf:
             finish = self._finish(queue, num_rows, start, now)
             if finish > deadline:
+                left = (deadline - now) * 1e3
+                when = f"is in {left:.1f} ms" if left >= 0 else f"passed {-left:.1f} ms ago"
                 raise DeadlineError(
                     f"model {queue.name!r}: the answer would come in {(finish - now) * 1e3:.1f} ms, the "
-                    f"deadline is in {(deadline - now) * 1e3:.1f} ms"
+                    f"deadline {when}"
                 )
 
     @staticmethod
@@ -476,8 +478,7 @@ class Scheduler(Generic[Item]):
     @staticmethod
     def _seconds(queue: ModelQueue[Item], device_index: int, num_rows: int, now: float) -> float:
         """What rows of a request are expected to take on a device."""
-        price = queue.plans[device_index].seconds(num_rows)
-        return queue.slowdowns[device_index].seconds(price, now)
+        return queue.plans[device_index].seconds_taken(queue.slowdowns[device_index].at(now), num_rows)
 
     def _home(self, key: str) -> int | None:
         """Rendezvous hashing: a device more or less moves only the keys that it wins or loses."""
@@ -555,7 +556,7 @@ class Scheduler(Generic[Item]):
 
         @functools.cache  # of each size queued
         def seconds(num_rows: int) -> dict[int, float]:
-            return {i: taken[i](queue.plans[i].seconds(num_rows)) for i in free}
+            return {i: queue.plans[i].seconds_taken(taken[i], num_rows) for i in free}
 
         for part in itertools.islice(parts, _MAX_LOOK):
             own = seconds(part.num_rows)

@@ -85,7 +85,7 @@ class ModelWorkload:
             if part.item.is_over:
                 self._drop(part.item, False)
             elif part.ticket.deadline <= now:
-                self._drop(part.item, part.item.fail(self._late()))
+                self._drop(part.item, part.item.fail(self._late(part.item)))
             else:
                 kept.append(part)
         if not kept:
@@ -164,10 +164,13 @@ class ModelWorkload:
 
     def fail_late(self, item: Pending) -> None:
         """Answers a request whose deadline passed while it was queued."""
-        self.fail([item], self._late())
+        self.fail([item], self._late(item))
 
-    def _late(self) -> DeadlineError:
-        return DeadlineError(f"model {self._name!r}: the request was queued past its deadline, and not run")
+    def _late(self, pending: Pending) -> DeadlineError:
+        return DeadlineError(
+            f"model {self._name!r}: the request was queued past its deadline, or would have been: "
+            f"{pending.num_rows_done} of its {pending.bound.num_candidates} candidates were scored"
+        )
 
     def probe(self, device_index: int) -> None:
         """Replays golden requests on a device; raises when that fails."""
