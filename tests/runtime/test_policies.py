@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from xlarank.bundle import open_bundle
+from xlarank.errors import UnavailableError
 from xlarank.runtime import ModelPolicy, ModelRepository, Policy, VersionLabel, VersionOptions
 from xlarank.runtime.tables import HeldTables, load_tables
 
@@ -111,6 +112,42 @@ def test_a_label_that_leads_to_a_version_that_fails_or_never_comes_is_not_moved(
     repository.set_policies([labelled(stable=(3, 1.0))])
     repository.poll()
     assert answering(repository) == {3}
+
+
+@pytest.mark.parametrize("canary", [None, 2])
+def test_a_rollback_is_done_though_a_policy_waits(publish, opened, canary):
+    """It leaves the version that the policy before leads to: there is a reason to."""
+    publish(1)
+    publish(2)
+    if canary is None:
+        repository, waiting = opened(labelled(stable=(2, 1.0))), labelled(stable=(22, 1.0))
+    else:
+        repository = opened(labelled(stable=(1, 0.5), canary=(2, 0.5)))
+        waiting = labelled(stable=(1, 0.5), canary=(22, 0.5))
+    repository.set_policies([waiting])
+    repository.poll()
+    assert 2 in answering(repository)
+    assert repository.rollback("linear") == 1
+    for _ in range(2):
+        assert answering(repository) == {1}
+        reasons = {status.version: status.reason for status in repository.index()}
+        assert reasons[2] == "rolled back from, to version 1"
+        repository.poll()
+
+
+def test_a_version_that_waits_for_those_of_labels_is_not_ready(publish, opened):
+    publish(1)
+    repository = opened(labelled(stable=(1, 1.0)))
+    publish(3)
+    repository.set_policies([labelled(stable=(22, 1.0))])
+    repository.poll()
+    assert states(repository) == {1: "READY", 3: "LOADING", 22: "UNAVAILABLE"}
+    why = r"is loaded, and waits for all versions that the policy's labels lead to: \[22\]"
+    with pytest.raises(UnavailableError, match=f"version 3 is not at ready state: {why}"):
+        repository.engine("linear", "3")
+    repository.set_policies([labelled(stable=(3, 1.0))])
+    repository.poll()
+    assert states(repository)[3] == "READY"
 
 
 def test_labels_wait_until_all_of_their_versions_are_there(publish, opened, monkeypatch):

@@ -23,7 +23,8 @@ Contract
   - A request whose deadline no device can meet any more is never handed out: it goes to `take_late`. Nor is
     one in a run that is expected to end after its deadline: a quick run goes first if that makes fewer rows
     of its level late and less than a full run of them waits behind; else it is left out, and others take its
-    place. What is late on this device alone is left to another if the owner says so (`may_leave`). What is cheapest is told by prices; what ends when, by what runs of such a price take lately.
+    place. What is late on this device alone is left to another if the owner says so (`may_leave`). What is
+    cheapest is told by prices; what ends when, by what runs of such a price take lately.
   - Every queued row comes out exactly once, in order within its request, unless the request is dropped or
     late.
 """

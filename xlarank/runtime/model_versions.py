@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from xlarank.errors import ConfigError, ModelError, ModelNotFoundError, UnavailableError, XlarankError
@@ -364,9 +364,9 @@ class ModelVersions:
             wanted = {v: self._loaded[v] for v in self._wanted() if v in self._loaded}
             policy = self._policy
             served = wanted or before  # what was loaded and is no longer wanted doesn't answer
-            if is_early := self._is_early({**before, **wanted}):
-                policy = self.routes.policy
-                served = {v: s for v, s in before.items() if v in self._loaded}
+            kept = {v: s for v, s in before.items() if v in self._loaded and v not in self._rolled_back}
+            if is_early := self._is_early(kept, wanted):
+                policy, served = self.routes.policy, kept
             if not any(s.engine.damage is None for s in served.values()):
                 served = dict(self._loaded)
             # The swap: one reference, read once by each request.
@@ -384,15 +384,20 @@ class ModelVersions:
         if found_at is not None and ended and served.keys() - before.keys():
             self._metrics.record_swap(self.model, self._clock() - found_at)
 
-    def _is_early(self, ready: Collection[int]) -> bool:
+    def _is_early(self, kept: Mapping[int, ServedVersion], wanted: Collection[int]) -> bool:
         """Whether a policy would have labels lead nowhere, or what they share to a version that none names:
-        one that it waits for isn't there yet, failed or never comes. Under _lock."""
-        before = self.routes
+        one that it waits for isn't there yet, failed or never comes. Under _lock.
+
+        Args:
+          kept: what answers, and may go on under the policy before.
+          wanted: what is loaded of this one.
+        """
+        before = self.routes.policy
         return (
             not self._is_held
-            and self._policy != before.policy
-            and self._policy.waits_for_labels(before.policy, ready)
-            and any(s.engine.damage is None for v, s in before.versions.items() if v in self._loaded)
+            and self._policy != before
+            and self._policy.waits_for_labels(before, {*kept, *wanted})
+            and any(served.engine.damage is None for served in kept.values())
         )
 
     def _retire(self, versions: Collection[int]) -> list[threading.Thread]:
@@ -439,6 +444,10 @@ class ModelVersions:
             fault = self._loaded[version].engine.fault
             state = VersionState.READY if fault is None else VersionState.UNAVAILABLE
             reason = fault or ""
+            if not fault and version not in self.routes.versions:
+                labels = sorted(label.version for label in self._policy.labels)
+                state = VersionState.LOADING
+                reason = f"is loaded, and waits for all versions that the policy's labels lead to: {labels}"
         elif version in self._draining:
             state = VersionState.UNLOADING
         elif version == self._loading:

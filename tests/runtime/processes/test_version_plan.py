@@ -51,20 +51,23 @@ def test_what_is_served_stays_when_its_folder_or_the_whole_repository_vanishes(t
 
 
 @pytest.mark.parametrize("label", [2, 22])
-def test_what_a_label_leads_to_stays_while_another_policys_version_fails_or_never_comes(tmp_path, put, label):
+@pytest.mark.parametrize("former", [{"labels": (VersionLabel(name="stable", version=1, traffic=1.0),)}, {}])
+def test_what_is_served_stays_while_the_version_of_a_label_fails_or_never_comes(tmp_path, put, label, former):
+    """A newer version would get all that comes under a former policy without labels."""
     put(("a", 1), ("a", 2), ("a", 3))
     plan = plan_of(tmp_path)
     plan.block([("a", 2)], "wrong scores")
-    former = [ModelPolicy(name="a", labels=(VersionLabel(name="stable", version=1, traffic=1.0),))]
+    before = [ModelPolicy(name="a", **former or {"policy": "specific", "versions": [1]})]
     newer = ModelPolicy(name="a", labels=(VersionLabel(name="stable", version=label, traffic=1.0),))
     served = (("a", 1),)
     plan.set_policies((newer,))
-    assert plan.wanted(served, former) == (wanted := (("a", 1), ("a", 3)))
-    assert plan.policies(wanted, former, is_all=True) == tuple(former)
+    assert plan.wanted(served, before) == served
+    assert plan.policies(served, before, is_all=True) == tuple(before)
+    assert plan.wanted(()) == (("a", 3),)  # of processes that serve nothing of it yet
     (tmp_path / "a" / "2" / "file").write_text("another")  # it is whole now
     if label == 2:
-        assert plan.wanted(wanted, former) == (better := (("a", 2), ("a", 3)))
-        assert plan.policies(better, former, is_all=True) == (newer,)
+        assert plan.wanted(served, before) == (better := (("a", 2), ("a", 3)))
+        assert plan.policies(better, before, is_all=True) == (newer,)
 
 
 def test_other_policies_are_planned_by_and_wait_only_for_versions_that_processes_do_not_have(tmp_path, put):

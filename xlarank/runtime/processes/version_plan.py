@@ -47,7 +47,7 @@ class VersionPlan:
 
         Args:
           served: what is served now.
-          former: by which policies: what their labels lead to stays while a new one's lead nowhere.
+          former: by which policies: what they serve stays as it is while a new one's labels lead nowhere.
         """
         found = self._listing.look()
         if found is None:
@@ -115,9 +115,8 @@ class VersionPlan:
             available = set(on_disk)
         blocked = [version for name, version in self._blocked if name == model]
         wanted = policy.wanted(available, blocked) or sorted(served)
-        if model in former and policy.waits_for_labels(former[model], {*wanted, *served}):
-            labelled = {label.version for label in former[model].labels}
-            return sorted({*wanted, *(labelled & served)})
+        if served and model in former and policy.waits_for_labels(former[model], {*wanted, *served}):
+            return sorted(served)  # one more could be the newest, to which the former one would lead
         return wanted
 
     def _forget_changed(self) -> None:
