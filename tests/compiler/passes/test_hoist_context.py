@@ -58,7 +58,7 @@ def line_of(function, text):
 
 
 # On the oldest interpreter test_end_to_end has `feed`.
-ON_THE_OLDEST = {"history_transformer", "indices", "linen_wide", "loops", "ple", "programs_in_programs"}
+ON_THE_OLDEST = {"linen_wide", "loops", "programs_in_programs"}
 
 
 @pytest.mark.parametrize("name", sampled(MODELS, pytest.mark.once, ON_THE_OLDEST))
