@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 import os
-import threading
-import time
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,25 +75,35 @@ def test_a_version_that_fails_says_why():
         wait_until_alone(2, lambda: {2: ("UNAVAILABLE", "golden scores differ")}, sleep=lambda seconds: None)
 
 
+SPINNING = """
+import threading, time
+
+def spin():
+    while time.process_time() < 0.4:
+        pass
+    both.wait()
+    threading.Event().wait()
+
+both = threading.Barrier(3)
+for _ in range(2):
+    threading.Thread(target=spin, daemon=True).start()
+both.wait()
+print(flush=True)
+input()
+"""
+"""Two threads that have used some CPU, live on and use no more."""
+
+
 def test_cpu_of_a_process_is_that_of_its_threads():
-    stop = threading.Event()
-
-    def spin():
-        while not stop.is_set():
-            pass
-
-    thread = threading.Thread(target=spin)
-    before, own = process_cpu_seconds(os.getpid()), time.process_time()
-    thread.start()
-    try:
-        while time.process_time() < own + 0.2:
-            pass
-        used, expected = process_cpu_seconds(os.getpid()) - before, time.process_time() - own
-    finally:
-        stop.set()
-        thread.join()
-    assert used == pytest.approx(expected, abs=0.1)
-    assert process_cpu_seconds(os.getpid(), "no such thread") == 0
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", SPINNING], **pipes) as process:
+        process.stdout.readline()
+        user, kernel = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+        expected = (int(user) + int(kernel)) / os.sysconf("SC_CLK_TCK")
+        assert expected >= 0.3
+        assert process_cpu_seconds(process.pid) == pytest.approx(expected, abs=0.05)
+        assert process_cpu_seconds(process.pid, "no such thread") == 0
+        process.communicate(b"\n")
 
 
 def test_rules_are_compared_schedule_by_schedule():
