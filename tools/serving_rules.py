@@ -118,7 +118,7 @@ def serve_rules(
             for generator in generators.values():  # each is warmed up
                 _capacity_of(generator)
             for seed in seeds:
-                # Each is the first in its turn, right after the server whose capacity is measured, its own.
+                # Who plays right after its capacity was measured is at a disadvantage: each in its turn.
                 order = [*RULES[seed % len(RULES) :], *RULES[: seed % len(RULES)]]
                 rate = _SERVED_LOAD * _capacity_of(generators[order[0]])
                 arrivals, chosen = arrivals_of(_TRAFFIC, rate, max(50, round(rate * seconds)), seed=seed)
@@ -180,7 +180,7 @@ def vs_fixed_delay(
         how=f"{how}; {_TRAFFIC.words}; p99 of Triton's rule (max_queue_delay 500 us and 5 ms, preferred size "
         f"the largest bucket) over ours: the worst (spread: the best) of {_percents(LOADS)} of our capacity, "
         f"both models, simulated with the measured profiles (median of {_SCHEDULES} schedules "
-        f"of arrivals), and of {_SERVED_LOAD:.0%} served (light model; "
+        f"of arrivals), and of {_SERVED_LOAD:.0%} of the first one's own capacity served (light model; "
         f"{len(served[OURS])} turns, same arrivals, median of ratios)",
         beside=beside,
     )

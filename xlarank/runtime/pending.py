@@ -62,7 +62,8 @@ class Pending:
     @property
     def num_rows_done(self) -> int:
         """Rows whose scores have come."""
-        return self.bound.num_candidates - self._rows_left
+        with self._lock:
+            return self.bound.num_candidates - self._rows_left
 
     def add(
         self,
