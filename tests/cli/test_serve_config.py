@@ -98,7 +98,7 @@ def test_a_repository_that_could_be_served_is_ok(check, repository):
     assert check(str(repository), *FREE) == (0, OK, [])
     status, out, problems = check(str(repository), *FREE, "--json")
     assert (status, problems) == (0, [])
-    assert json.loads(out) == {"ok": True, "problems": [], "unchecked": UNCHECKED}
+    assert json.loads(out) == {"ok": True, "problems": [], "warnings": [], "unchecked": UNCHECKED}
 
 
 def test_a_check_loads_no_jax(repository):
@@ -129,6 +129,9 @@ def test_the_versions_that_are_checked_are_those_that_would_be_served(check, rep
     (tmp_path / "server.toml").write_text(text.replace("[1]", "[1, 2]"))
     assert [problem.startswith(f"{manifest}: ") for problem in check(*options)[2]] == [True]
     (tmp_path / "server.toml").write_text(text.replace("[1]", "[7]"))
+    (problem,) = check(*options)[2]
+    assert "model 'bare': its policy names versions [7], found [1, 2]" in problem
+    (tmp_path / "server.toml").write_text(text.replace("[1]", "[7]").replace("bare", ""))
     (problem,) = check(*options)[2]
     assert "model 'bare': its policy wants none of the versions [1, 2]" in problem
 
@@ -175,7 +178,7 @@ def test_every_problem_is_told_in_a_line_of_its_own(check, repository, tmp_path)
         status, out, problems = check("--config", str(file))
         assert (
             check("--config", str(file), "--json")[1]
-            == json.dumps({"ok": False, "problems": problems, "unchecked": UNCHECKED}) + "\n"
+            == json.dumps({"ok": False, "problems": problems, "warnings": [], "unchecked": UNCHECKED}) + "\n"
         )
     assert (status, out) == (1, "")
     expected = [
@@ -366,6 +369,27 @@ def test_a_policy_of_a_model_that_isn_t_there_is_a_problem_unless_it_may_come(ch
     assert check(*words, "--watch-seconds", "1") == (0, OK, [])
     with pytest.raises(ConfigError, match=re.escape(told)):  # as the server says it
         ModelRepository.open(repository, versions=VersionOptions(models=(ModelPolicy(name="bear"),)))
+
+
+def test_a_version_that_a_policy_names_and_isn_t_there_is_a_problem_or_if_it_may_come_a_warning(
+    check, repository, tmp_path
+):
+    file = tmp_path / "server.toml"
+    file.write_text(
+        '[[versions.models]]\nname = "bare"\n'
+        'labels = [{name = "stable", version = 9, traffic = 0.9}, {name = "new", version = 1, traffic = 0.1}]'
+    )
+    words = (str(repository), *FREE, "--config", str(file))
+    told = f"repository {repository}: versions: model 'bare': its policy names versions [9], found [1]"
+    assert check(*words) == (1, "", [told])
+    assert check(*words, "--processes", "2")[2] == [told]
+    warning = (
+        "warning: model bare: labels {'stable': 9} lead to versions that aren't served, and their share of "
+        "the requests goes to others: [1]"
+    )
+    assert check(*words, "--watch-seconds", "1") == (0, OK, [warning])
+    _, out, _ = check(*words, "--watch-seconds", "1", "--json")
+    assert json.loads(out)["warnings"] == [warning.removeprefix("warning: ")]
 
 
 @pytest.mark.parametrize(

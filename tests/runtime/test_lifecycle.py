@@ -487,6 +487,8 @@ def test_without_watching_what_a_policy_asks_for_must_be_there(publish, opened):
     publish(1)
     with pytest.raises(ConfigError, match=r"policies of models \['other'\], found \['linear'\]"):
         opened(ModelPolicy(name="other"), watch_seconds=None)
+    with pytest.raises(ConfigError, match=r"'linear': its policy names versions \[5\], found \[1\]"):
+        opened(ModelPolicy(name="linear", policy=Policy.SPECIFIC, versions=(1, 5)), watch_seconds=None)
     with pytest.raises(
         ConfigError, match=r"'linear': no version is served under its policy: version 1: not serv"
     ):

@@ -1,5 +1,6 @@
 """Policies and labels that change while versions serve, load or are another process's."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -8,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from xlarank.bundle import open_bundle
-from xlarank.errors import UnavailableError
+from xlarank.errors import ConfigError, UnavailableError
 from xlarank.runtime import ModelPolicy, ModelRepository, Policy, VersionLabel, VersionOptions
 from xlarank.runtime.tables import HeldTables, load_tables
 
@@ -107,7 +108,7 @@ def test_a_label_that_leads_to_a_version_that_fails_or_never_comes_is_not_moved(
     waiting = [message for message in caplog.messages if "a policy waits for versions" in message]
     assert waiting == [
         "model linear: a policy waits for versions of its labels, and the one before it stays in force: "
-        f"labels lead to [{label}], loaded are [1, 3]"
+        f"labels lead to [{label}], there are [1, 3]"
     ]
     repository.set_policies([labelled(stable=(3, 1.0))])
     repository.poll()
@@ -136,18 +137,58 @@ def test_a_rollback_is_done_though_a_policy_waits(publish, opened, canary):
 
 
 def test_a_version_that_waits_for_those_of_labels_is_not_ready(publish, opened):
-    publish(1)
-    repository = opened(labelled(stable=(1, 1.0)))
-    publish(3)
+    for version in (1, 2, 3):
+        publish(version)
+    repository = opened(labelled(Policy.SPECIFIC, (2,), stable=(1, 1.0)))
     repository.set_policies([labelled(stable=(22, 1.0))])
     repository.poll()
-    assert states(repository) == {1: "READY", 3: "LOADING", 22: "UNAVAILABLE"}
-    why = r"is loaded, and waits for all versions that the policy's labels lead to: \[22\]"
+    assert states(repository) == {1: "READY", 2: "READY", 3: "LOADING", 22: "UNAVAILABLE"}
+    why = r"waits for all versions that the policy's labels lead to: \[22\]"
     with pytest.raises(UnavailableError, match=f"version 3 is not at ready state: {why}"):
         repository.engine("linear", "3")
     repository.set_policies([labelled(stable=(3, 1.0))])
     repository.poll()
-    assert states(repository)[3] == "READY"
+    assert states(repository) == {1: "UNAVAILABLE", 2: "UNAVAILABLE", 3: "READY"}
+
+
+@pytest.mark.parametrize(
+    ("former", "answers"),
+    [
+        (labelled(debug=(1, 0.0)), {3}),
+        (labelled(stable=(1, 0.5), canary=(2, 0.5)), {1, 2}),
+        (labelled(Policy.SPECIFIC, (2,), debug=(1, 0.0)), {2}),
+    ],
+)
+def test_while_a_policy_waits_versions_come_and_go_by_the_one_before(publish, opened, former, answers):
+    """A typo in a label neither stops what is published nor lets it answer where it shouldn't."""
+    publish(1)
+    publish(2)
+    repository = opened(former)
+    typo = [VersionLabel(name=label.name, version=99, traffic=label.traffic) for label in former.labels]
+    waiting = ModelPolicy(name="linear", labels=typo)
+    repository.set_policies([waiting])
+    publish(3)
+    for _ in range(2):
+        repository.poll()
+        assert answering(repository) == answers
+    repository.unload("linear")
+    repository.load("linear")
+    assert answering(repository) == answers
+
+
+def test_labels_whose_versions_are_not_there_at_a_start_are_told_of(publish, root, opened, caplog):
+    publish(2)
+    canary = labelled(stable=(9, 0.9), canary=(2, 0.1))
+    missing = r"model 'linear': its policy names versions \[9\], found \[2\]"
+    with pytest.raises(ConfigError, match=missing):
+        opened(canary)
+    versions = VersionOptions(watch_seconds=3600.0, models=(canary,))
+    with contextlib.closing(ModelRepository.open(root, num_devices=1, versions=versions)) as repository:
+        assert answering(repository) == {2}
+    assert caplog.messages == [
+        "model linear: labels {'stable': 9} lead to versions that aren't served, and their share of the "
+        "requests goes to others: [2]"
+    ]
 
 
 def test_labels_wait_until_all_of_their_versions_are_there(publish, opened, monkeypatch):

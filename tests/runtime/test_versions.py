@@ -22,7 +22,14 @@ from xlarank.spec.versions import ModelPolicy, Policy, VersionLabel, VersionOpti
     ],
 )
 def test_a_policy_wants_versions_newest_first(policy, available, blocked, wanted):
-    assert from_mapping(ModelPolicy, policy, "model").wanted(available, blocked) == wanted
+    assert from_mapping(ModelPolicy, policy, "model").wanted(available, (), blocked) == wanted
+
+
+def test_a_loaded_version_whose_folder_has_vanished_is_wanted_on_but_under_policy_all_if_others_are_there():
+    latest, everything = ModelPolicy(), ModelPolicy(policy=Policy.ALL)
+    assert latest.wanted([1], loaded=[2]) == [2]
+    assert everything.wanted([1], loaded=[2]) == [1]
+    assert everything.wanted([], loaded=[1, 2]) == [2, 1]
 
 
 def labelled(**traffic):

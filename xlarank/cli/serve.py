@@ -87,13 +87,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(config: ServeConfig | None, problems: list[str], *, is_json: bool) -> dict[str, Any]:
-    from xlarank.cli.serve_check import UNCHECKED, problems_of  # imports gRPC, which takes a while
+    from xlarank.cli.serve_check import UNCHECKED, problems_of, warnings_of  # imports gRPC: takes a while
 
+    warnings: list[str] = []
     if config is not None:
-        problems = problems_of(config)
-    for problem in problems:
-        print(f"xlarank serve: {problem}", file=sys.stderr)
-    result = {"ok": not problems, "problems": problems, "unchecked": UNCHECKED}
+        problems, warnings = problems_of(config), warnings_of(config)
+    for line in (*problems, *(f"warning: {warning}" for warning in warnings)):
+        print(f"xlarank serve: {line}", file=sys.stderr)
+    result = {"ok": not problems, "problems": problems, "warnings": warnings, "unchecked": UNCHECKED}
     if problems:
         if is_json:
             print(json.dumps(result), flush=True)

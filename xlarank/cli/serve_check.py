@@ -23,8 +23,9 @@ from xlarank.cli.serve_config import (
 from xlarank.cli.serve_processes import sharing_problem
 from xlarank.errors import ConfigError, XlarankError
 from xlarank.host import FeatureOptions, native_available
+from xlarank.runtime.policy_words import policy_warnings
 
-__all__ = ["UNCHECKED", "problems_of"]
+__all__ = ["UNCHECKED", "problems_of", "warnings_of"]
 
 UNCHECKED = (
     "what the bundles' files hold beyond their sizes (`xlarank inspect` reads them), whether programs "
@@ -102,6 +103,22 @@ def _existing(path: Path) -> Path:
     return next((folder for folder in (path, *path.absolute().parents) if folder.exists()), path)
 
 
+def warnings_of(config: ServeConfig) -> list[str]:
+    """What isn't as the policies say, and wouldn't keep a server from starting: it may yet come."""
+    repository = config.models.repository
+    if config.versions.watch_seconds is None or repository is None:
+        return []
+    try:
+        found = list_versions(repository)
+    except XlarankError:
+        return []
+    warnings: list[str] = []
+    for model, numbers in sorted(found.items()):
+        policy = config.versions.policy_of(model)
+        warnings += policy_warnings(model, policy, policy, policy.wanted(numbers))
+    return warnings
+
+
 def _versions(config: ServeConfig) -> tuple[dict[str, list[int]], list[str]]:
     """The versions of each model that would be served, and what is wrong with the folder."""
     repository = config.models.repository
@@ -120,11 +137,11 @@ def _versions(config: ServeConfig) -> tuple[dict[str, list[int]], list[str]]:
         config.versions.check_models(repository, found)
     except ConfigError as error:
         missing.append(str(error))
-    wanted = {m: config.versions.policy_of(m).wanted(numbers, ()) for m, numbers in found.items()}
+    wanted = {m: config.versions.policy_of(m).wanted(numbers) for m, numbers in found.items()}
     missing += [
         f"versions: model {model!r}: its policy wants none of the versions {found[model]} in {repository}"
         for model, numbers in sorted(wanted.items())
-        if not numbers and config.versions.watch_seconds is None
+        if not (numbers or missing) and config.versions.watch_seconds is None
     ]
     return wanted, missing
 

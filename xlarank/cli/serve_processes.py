@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from xlarank.bundle import Bundle, Verify, open_bundle
+from xlarank.bundle import Bundle, Verify, list_versions, open_bundle
 from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, listening_address
 from xlarank.cli.serve_file import ConfigFile
 from xlarank.cli.table_memory import table_lines
@@ -63,6 +63,8 @@ def serve_with_processes(file: ConfigFile, announce: Callable[[dict[str, Any]], 
         raise ConfigError(NO_REPOSITORY)
     if not repository.is_dir():
         raise ConfigError(f"repository {repository}: expected a folder of models, found none")
+    if config.versions.watch_seconds is None:
+        config.versions.check_models(repository, list_versions(repository))
     ready: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         config, ports = stack.enter_context(_reserved(config))

@@ -132,12 +132,12 @@ class ModelRepository:
         )
         root = Path(path)
         found = _models_in(root, may_be_empty=is_watched)
-        if held is not None:
+        if held is None:
+            versions.check_models(root, found)
+        else:
             versions = dataclasses.replace(versions, watch_seconds=None)
             by_model = itertools.groupby(sorted(held.tables), key=lambda version: version[0])
             found = {model: [version for _, version in own] for model, own in by_model}
-        if not is_watched:
-            versions.check_models(root, found)
         stores = stores_by_model(features, None if is_watched else found)
         device.configure(num_devices=num_devices, platforms=platforms, compile_cache=compile_cache)
         metrics = metrics or Metrics()

@@ -7,14 +7,15 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from xlarank.errors import ConfigError, ModelError, ModelNotFoundError, UnavailableError, XlarankError
 from xlarank.runtime.engine import Engine
+from xlarank.runtime.policy_words import policy_warnings, why_held_back, why_not_served
 from xlarank.runtime.routes import Routes, ServedVersion
 from xlarank.runtime.version_metrics import VersionMetrics
-from xlarank.runtime.watching import folder_stamp
+from xlarank.runtime.watching import Told, folder_stamp
 from xlarank.spec.versions import ModelPolicy, Policy, VersionState, VersionStatus
 
 __all__ = ["ModelVersions"]
@@ -89,7 +90,7 @@ class ModelVersions:
         self._draining: dict[int, threading.Thread] = {}
         self._loading: int | None = None
         self._is_unloaded = False  # by hand
-        self._warned: set[str] = set()  # what the log has said of the folder, until it is no longer so
+        self._told_of_folder, self._told_of_policy = Told(_log), Told(_log)
         # Replaced whole, under _lock; read without it.
         self.routes = Routes(model, policy, {}, self._others)
 
@@ -119,10 +120,9 @@ class ModelVersions:
             known = set(self._loaded) | set(self._draining) | set(self._failed) | set(self._rolled_back)
             known |= {self._loading} if self._loading is not None else set()
             awaited = set() if self._is_unloaded else set(self._wanted()) & set(self._on_disk)
-            known |= awaited
-            named = set(self._policy.versions) | {label.version for label in self._policy.labels}
+            known |= awaited | self._held_back()
             if with_idle:
-                known |= set(self._on_disk) | named
+                known |= set(self._on_disk) | self._policy.named
             return [self._status(version, version in awaited) for version in sorted(known)]
 
     def follow(self, on_disk: Sequence[int], *, strict: bool = False) -> None:
@@ -212,7 +212,7 @@ class ModelVersions:
           ModelError: if it fails; says why. Nothing has changed then.
           UnavailableError: if its load is given up for what was asked later. Nothing has changed then.
         """
-        if self._policy.policy is Policy.SPECIFIC:
+        if self._followed({*on_disk, *self._loaded}).policy is Policy.SPECIFIC:
             raise ConfigError(
                 f"model {self.model!r}: rollback is for policies latest and all; policy specific names its "
                 f"versions: name another one"
@@ -285,32 +285,49 @@ class ModelVersions:
                 for version in [v for v, b in blocked.items() if stamps.get(v) != b.stamp]:
                     if version not in self._loaded:
                         del blocked[version]
+        self._told_of_folder.tell(self._folder_warnings(stamps))
+
+    def _folder_warnings(self, stamps: Mapping[int, str | None]) -> Iterator[str]:
         for version in self._loaded:
             where = self._folder / str(version)
+            if version in self._on_disk and stamps[version] != self._stamps[version]:
+                yield (
+                    f"{where}: was changed; what was loaded goes on serving: publish changes as a new version"
+                )
             # Under policy all it ends, and the log says that.
-            is_kept = version not in on_disk and not (self._policy.policy is Policy.ALL and on_disk)
-            self._warn(
-                f"{where}: was removed; model {self.model} version {version} goes on serving until another "
-                f"version takes its place",
-                is_kept,
-            )
-            self._warn(
-                f"{where}: was changed; what was loaded goes on serving: publish changes as a new version",
-                version in on_disk and stamps[version] != self._stamps[version],
-            )
-
-    def _warn(self, text: str, is_so: bool) -> None:
-        """Logs once, and again when it wasn't so in between."""
-        if is_so and text not in self._warned:
-            _log.warning("%s", text)
-        (self._warned.add if is_so else self._warned.discard)(text)
+            if version not in self._on_disk and not (self._policy.policy is Policy.ALL and self._on_disk):
+                yield (
+                    f"{where}: was removed; model {self.model} version {version} goes on serving until "
+                    f"another version takes its place"
+                )
 
     def _wanted(self) -> list[int]:
-        policy = _EVERYTHING if self._is_held else self._policy
-        available = set(self._on_disk) | set(self._loaded)
-        if policy.policy is Policy.ALL and self._on_disk:
-            available = set(self._on_disk)
-        return policy.wanted(available, [*self._failed, *self._rolled_back])
+        """What is to be loaded and serve, newest first."""
+        there = {*self._on_disk, *self._loaded}
+        return self._wanted_by(_EVERYTHING if self._is_held else self._followed(there), self._on_disk)
+
+    def _wanted_by(self, policy: ModelPolicy, on_disk: Collection[int]) -> list[int]:
+        return policy.wanted(on_disk, self._loaded, self._blocked())
+
+    def _blocked(self) -> set[int]:
+        return {*self._failed, *self._rolled_back}
+
+    def _followed(self, there: Collection[int]) -> ModelPolicy:
+        """The policy that is in force while no other versions are there: the one before may be."""
+        if self._is_held:
+            return self._policy
+        return self._policy.or_before(self.routes.policy, {*there} - self._blocked())
+
+    def _in_force(self) -> ModelPolicy:
+        """The policy that says who gets what of the versions that are loaded."""
+        followed = self._followed({*self._on_disk, *self._loaded})
+        return followed if followed is not self._policy else self._followed(self._loaded)
+
+    def _held_back(self) -> set[int]:
+        """Versions that the policy wants and that wait for those that its labels lead to."""
+        if self._is_unloaded or self._in_force() is self._policy:
+            return set()
+        return {*self._wanted_by(self._policy, self._on_disk)} - {*self.routes.versions}
 
     def _next_missing(self) -> int | None:
         missing = [version for version in self._wanted() if version not in self._loaded]
@@ -361,44 +378,24 @@ class ModelVersions:
         """
         with self._lock:  # one step: a policy that comes meanwhile finds what answers
             before = self.routes.versions
-            wanted = {v: self._loaded[v] for v in self._wanted() if v in self._loaded}
-            policy = self._policy
-            served = wanted or before  # what was loaded and is no longer wanted doesn't answer
-            kept = {v: s for v, s in before.items() if v in self._loaded and v not in self._rolled_back}
-            if is_early := self._is_early(kept, wanted):
-                policy, served = self.routes.policy, kept
+            wanted = picked = self._wanted()
+            policy = self._in_force()
+            if policy is not self._policy:
+                picked = self._wanted_by(policy, [v for v in self._on_disk if v in self._loaded])
+            served = {v: self._loaded[v] for v in picked if v in self._loaded}
+            served = served or before  # what was loaded and is no longer wanted doesn't answer
             if not any(s.engine.damage is None for s in served.values()):
                 served = dict(self._loaded)
             # The swap: one reference, read once by each request.
             self.routes = dataclasses.replace(self.routes, policy=policy, versions=served)
-        self._warn(
-            f"model {self.model}: a policy waits for versions of its labels, and the one before it stays in "
-            f"force: labels lead to {sorted(label.version for label in self._policy.labels)}, loaded are "
-            f"{sorted(self._loaded)}",
-            is_early,
-        )
+        if not self._is_held:
+            self._told_of_policy.tell(policy_warnings(self.model, self._policy, policy, served))
         if served.keys() != before.keys():
             _log.info("model %s: versions %s answer, before %s", self.model, sorted(served), sorted(before))
         ended = [version for version in self._loaded if version not in served and version not in wanted]
         self._retire(ended)
         if found_at is not None and ended and served.keys() - before.keys():
             self._metrics.record_swap(self.model, self._clock() - found_at)
-
-    def _is_early(self, kept: Mapping[int, ServedVersion], wanted: Collection[int]) -> bool:
-        """Whether a policy would have labels lead nowhere, or what they share to a version that none names:
-        one that it waits for isn't there yet, failed or never comes. Under _lock.
-
-        Args:
-          kept: what answers, and may go on under the policy before.
-          wanted: what is loaded of this one.
-        """
-        before = self.routes.policy
-        return (
-            not self._is_held
-            and self._policy != before
-            and self._policy.waits_for_labels(before, {*kept, *wanted})
-            and any(served.engine.damage is None for served in kept.values())
-        )
 
     def _retire(self, versions: Collection[int]) -> list[threading.Thread]:
         """Drains versions that no route leads to any more."""
@@ -445,15 +442,16 @@ class ModelVersions:
             state = VersionState.READY if fault is None else VersionState.UNAVAILABLE
             reason = fault or ""
             if not fault and version not in self.routes.versions:
-                labels = sorted(label.version for label in self._policy.labels)
                 state = VersionState.LOADING
-                reason = f"is loaded, and waits for all versions that the policy's labels lead to: {labels}"
+                reason = why_held_back(self._policy) if version in self._held_back() else ""
         elif version in self._draining:
             state = VersionState.UNLOADING
         elif version == self._loading:
             state = VersionState.LOADING
         elif is_awaited:  # no failure: whoever waits for it goes on waiting
             state, reason = VersionState.LOADING, "waits to be loaded"
+        elif version in self._held_back():
+            state, reason = VersionState.LOADING, why_held_back(self._policy)
         else:
             state, reason = VersionState.UNAVAILABLE, self._why_not(version)
         return VersionStatus(self.model, version, state, reason)
@@ -464,6 +462,4 @@ class ModelVersions:
         blocked = self._failed.get(version) or self._rolled_back.get(version)
         if blocked is not None:
             return blocked.reason
-        if version not in self._on_disk:
-            return f"{self._folder / str(version)}: expected a version, found none"
-        return f"not served under policy {self._policy.policy.value}"
+        return why_not_served(self._folder / str(version), version in self._on_disk, self._policy)

@@ -1,4 +1,4 @@
-"""Looking at a repository's folder now and then: `Watcher`, `Listing`, `folder_stamp`."""
+"""Looking at a repository's folder now and then: `Watcher`, `Told`, `Listing`, `folder_stamp`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
 from xlarank.bundle import list_versions
 from xlarank.errors import BundleError
 
-__all__ = ["Listing", "Stop", "Watcher", "folder_stamp"]
+__all__ = ["Listing", "Stop", "Told", "Watcher", "folder_stamp"]
 
 _log = logging.getLogger(__name__)
 
@@ -69,13 +69,30 @@ class Watcher:
                 )
 
 
+class Told:
+    """Logs what is so once for as long as it lasts. One thread at a time."""
+
+    def __init__(self, log: logging.Logger, level: int = logging.WARNING) -> None:
+        """`log`: where to, at `level`."""
+        self._log = log
+        self._level = level
+        self._told: set[str] = set()
+
+    def tell(self, texts: Iterable[str]) -> None:
+        """`texts`: all that is so now."""
+        texts = set(texts)
+        for text in sorted(texts - self._told):
+            self._log.log(self._level, "%s", text)
+        self._told = texts
+
+
 class Listing:
     """Lists a repository again and again, and says once what can't be looked at. One thread at a time."""
 
     def __init__(self, root: Path) -> None:
         """`root`: folder of ``<model>/<version>``."""
         self._root = root
-        self._told: set[str] = set()
+        self._told = Told(_log, logging.ERROR)
 
     def look(self) -> dict[str, list[int]] | None:
         """Versions by model, without the models whose folders can't be looked at; None if all can't."""
@@ -84,10 +101,10 @@ class Listing:
             found = list_versions(self._root, unreadable)
         except BundleError as error:
             found, unreadable = None, {"": error}
-        reasons = set(map(str, unreadable.values()))
-        for reason in sorted(reasons - self._told):
-            _log.error("the repository can't be looked at, what is loaded goes on serving: %s", reason)
-        self._told = reasons
+        self._told.tell(
+            f"the repository can't be looked at, what is loaded goes on serving: {error}"
+            for error in unreadable.values()
+        )
         return found
 
 

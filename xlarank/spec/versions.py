@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import hashlib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from xlarank.errors import ConfigError
@@ -128,14 +128,21 @@ class ModelPolicy:
         if self.labels and not self.name:
             raise ConfigError(f"{where}: labels are of one model: expected its name beside labels {names}")
 
-    def wanted(self, available: Collection[int], blocked: Collection[int]) -> list[int]:
+    def wanted(
+        self, on_disk: Collection[int], loaded: Collection[int] = (), blocked: Collection[int] = ()
+    ) -> list[int]:
         """Versions to serve, newest first.
 
         Args:
-          available: on disk or loaded.
+          on_disk: versions in the folder.
+          loaded: a version whose folder has vanished is wanted as before, but under policy all if there are
+            others.
           blocked: that failed, or were rolled back from.
         """
-        usable = sorted(set(available) - set(blocked), reverse=True)
+        available = set(on_disk)
+        if self.policy is not Policy.ALL or not on_disk:
+            available |= set(loaded)
+        usable = sorted(available - set(blocked), reverse=True)
         if self.policy is Policy.LATEST:
             picked = usable[: self.num_versions]
         elif self.policy is Policy.SPECIFIC:
@@ -144,6 +151,11 @@ class ModelPolicy:
             picked = usable
         labelled = {label.version for label in self.labels}
         return [version for version in usable if version in labelled or version in picked]
+
+    @property
+    def named(self) -> frozenset[int]:
+        """Versions that it names: those that are listed, and those of labels."""
+        return frozenset(self.versions) | {label.version for label in self.labels}
 
     def moves_at_once(self, before: ModelPolicy, ready: Collection[int]) -> bool:
         """Whether requests may go by this policy in the place of `before`, whatever is still to be loaded.
@@ -164,6 +176,17 @@ class ModelPolicy:
         return any(label.version not in ready for label in self.labels) and not self.moves_at_once(
             before, ready
         )
+
+    def or_before(self, before: ModelPolicy | None, usable: Collection[int]) -> ModelPolicy:
+        """The policy that says what is served, and who gets it: `before` while this one waits for labels.
+
+        Args:
+          before: in force until now; None for none.
+          usable: versions that are ready, or can be.
+        """
+        if before is None or before == self or not self.waits_for_labels(before, usable):
+            return self
+        return before
 
     def label(self, name: str) -> VersionLabel | None:
         """The label of that name."""
@@ -241,14 +264,32 @@ class VersionOptions:
         by_name = {policy.name: policy for policy in self.models}
         return by_name.get(model) or by_name.get("") or ModelPolicy()
 
-    def check_models(self, repository: Path, found: Collection[str]) -> None:
-        """Refuses policies of models that aren't in a repository, unless they may yet come; ConfigError."""
+    def check_models(self, repository: Path, found: Mapping[str, Collection[int]]) -> None:
+        """Refuses policies of models, and versions of a model's own policy, that aren't in a repository,
+        unless they may yet come.
+
+        Args:
+          repository: a folder.
+          found: versions in it, by model.
+
+        Raises:
+          ConfigError: says which, and what is there.
+        """
+        if self.watch_seconds is not None:
+            return
         unknown = {policy.name for policy in self.models} - {"", *found}
-        if unknown and self.watch_seconds is None:
+        if unknown:
             raise ConfigError(
                 f"repository {repository}: versions: policies of models {sorted(unknown)}, found "
                 f"{sorted(found)}"
             )
+        for policy in self.models:
+            there = found.get(policy.name, ())
+            if policy.name and (missing := policy.named - {*there}):
+                raise ConfigError(
+                    f"repository {repository}: versions: model {policy.name!r}: its policy names versions "
+                    f"{sorted(missing)}, found {sorted(there)}"
+                )
 
 
 class VersionState(enum.StrEnum):

@@ -50,24 +50,47 @@ def test_what_is_served_stays_when_its_folder_or_the_whole_repository_vanishes(t
     assert plan.wanted(served) is None
 
 
+LABELLED = ModelPolicy(name="a", labels=(VersionLabel(name="stable", version=1, traffic=1.0),))
+SPECIFIC = ModelPolicy(name="a", policy=Policy.SPECIFIC, versions=(1,))
+
+
 @pytest.mark.parametrize("label", [2, 22])
-@pytest.mark.parametrize("former", [{"labels": (VersionLabel(name="stable", version=1, traffic=1.0),)}, {}])
-def test_what_is_served_stays_while_the_version_of_a_label_fails_or_never_comes(tmp_path, put, label, former):
-    """A newer version would get all that comes under a former policy without labels."""
+@pytest.mark.parametrize(("former", "kept"), [(LABELLED, (("a", 1), ("a", 3))), (SPECIFIC, (("a", 1),))])
+def test_the_policy_before_is_followed_while_the_version_of_a_label_fails_or_never_comes(
+    tmp_path, put, caplog, label, former, kept
+):
     put(("a", 1), ("a", 2), ("a", 3))
     plan = plan_of(tmp_path)
     plan.block([("a", 2)], "wrong scores")
-    before = [ModelPolicy(name="a", **former or {"policy": "specific", "versions": [1]})]
     newer = ModelPolicy(name="a", labels=(VersionLabel(name="stable", version=label, traffic=1.0),))
-    served = (("a", 1),)
     plan.set_policies((newer,))
-    assert plan.wanted(served, before) == served
-    assert plan.policies(served, before, is_all=True) == tuple(before)
+    caplog.clear()
+    for _ in range(2):
+        assert plan.wanted((("a", 1),), [former]) == kept
+    assert caplog.messages == [
+        "model a: a policy waits for versions of its labels, and the one before it stays in force: labels "
+        f"lead to [{label}], there are {[version for _, version in kept]}"
+    ]
+    states = {(s.version, s.state, s.reason) for s in plan.statuses(with_idle=True)}
+    if label == 22:
+        where = tmp_path / "a" / "22"
+        assert (22, "UNAVAILABLE", f"{where}: expected a version, found none") in states
+    if former is SPECIFIC:
+        waits = f"waits for all versions that the policy's labels lead to: [{label}]"
+        assert (3, "LOADING", waits) in states
+    assert plan.policies(kept, [former], is_all=True) == (former,)
+    caplog.clear()
     assert plan.wanted(()) == (("a", 3),)  # of processes that serve nothing of it yet
+    assert caplog.messages == [
+        f"model a: labels {{'stable': {label}}} lead to versions that aren't served, and their share of the "
+        f"requests goes to others: [3]"
+    ]
     (tmp_path / "a" / "2" / "file").write_text("another")  # it is whole now
     if label == 2:
-        assert plan.wanted(served, before) == (better := (("a", 2), ("a", 3)))
-        assert plan.policies(better, before, is_all=True) == (newer,)
+        assert plan.wanted(kept, [former]) == (better := (("a", 2), ("a", 3)))
+        assert plan.policies(better, [former], is_all=True) == (newer,)
+        (status,) = plan.statuses(with_idle=True)
+        assert (status.version, status.reason) == (1, "not served under policy latest")
 
 
 def test_other_policies_are_planned_by_and_wait_only_for_versions_that_processes_do_not_have(tmp_path, put):

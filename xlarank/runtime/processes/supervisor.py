@@ -325,9 +325,9 @@ class Supervisor:
             self._tell(worker.link, Policies(generation.policies))
 
     def _tell_versions_elsewhere(self) -> None:
-        """A worker loads what its holder has, and would know of no version that failed in another process, or
-        is loaded there."""
-        elsewhere = tuple(self._plan.statuses())
+        """A worker loads what its holder has, and would know of no version that failed in another process, is
+        loaded there, or isn't wanted."""
+        elsewhere = tuple(self._plan.statuses(with_idle=True))
         if self._starting is not None and self._serving is not None:
             new = sorted({*self._starting.versions} - {*self._serving.versions})
             elsewhere += tuple(VersionStatus(*version, VersionState.LOADING) for version in new)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from xlarank.runtime.policy_words import policy_warnings, why_held_back, why_not_served
 from xlarank.runtime.processes.messages import Version
-from xlarank.runtime.watching import Listing, folder_stamp
-from xlarank.spec.versions import ModelPolicy, Policy, VersionOptions, VersionState, VersionStatus
+from xlarank.runtime.watching import Listing, Told, folder_stamp
+from xlarank.spec.versions import ModelPolicy, VersionOptions, VersionState, VersionStatus
 
 __all__ = ["VersionPlan"]
 
@@ -38,7 +39,9 @@ class VersionPlan:
         self._root = root
         self._options = options
         self._blocked: dict[Version, _Blocked] = {}
+        self._idle: list[VersionStatus] = []  # as of the last look
         self._listing = Listing(root)
+        self._told = Told(_log)
 
     def wanted(
         self, served: Collection[Version], former: Iterable[ModelPolicy] = ()
@@ -47,19 +50,22 @@ class VersionPlan:
 
         Args:
           served: what is served now.
-          former: by which policies: what they serve stays as it is while a new one's labels lead nowhere.
+          former: by which policies: they stay in force while a new one's labels lead nowhere.
         """
         found = self._listing.look()
         if found is None:
             return None
         self._forget_changed()
         wanted: list[Version] = []
+        warnings: list[str] = []
+        self._idle = []
         before = {policy.name: policy for policy in former}
         for model in sorted({*found, *(model for model, _ in served)}):
             own = {version for name, version in served if name == model}
-            wanted += [
-                (model, version) for version in self._of_model(model, found.get(model, ()), own, before)
-            ]
+            numbers, followed = self._of_model(model, found.get(model, ()), own, before.get(model))
+            wanted += [(model, version) for version in numbers]
+            warnings += policy_warnings(model, self._options.policy_of(model), followed, numbers)
+        self._told.tell(warnings)
         return tuple(sorted(wanted))
 
     def set_policies(self, models: tuple[ModelPolicy, ...]) -> None:
@@ -99,25 +105,35 @@ class VersionPlan:
             stamp = folder_stamp(self._root / model / str(version))
             self._blocked[model, version] = _Blocked(stamp, reason)
 
-    def statuses(self) -> list[VersionStatus]:
-        """Of what failed: by model, then by version."""
-        return [
+    def statuses(self, *, with_idle: bool = False) -> list[VersionStatus]:
+        """Of what failed: by model, then by version.
+
+        Args:
+          with_idle: after them, of what is on disk or named by a policy and wasn't wanted at the last look.
+        """
+        failed = [
             VersionStatus(model, version, VersionState.UNAVAILABLE, blocked.reason)
             for (model, version), blocked in sorted(self._blocked.items())
         ]
+        return failed + self._idle if with_idle else failed
 
     def _of_model(
-        self, model: str, on_disk: Sequence[int], served: set[int], former: Mapping[str, ModelPolicy]
-    ) -> Sequence[int]:
-        policy = self._options.policy_of(model)
-        available = {*on_disk, *served}
-        if policy.policy is Policy.ALL and on_disk:
-            available = set(on_disk)
-        blocked = [version for name, version in self._blocked if name == model]
-        wanted = policy.wanted(available, blocked) or sorted(served)
-        if served and model in former and policy.waits_for_labels(former[model], {*wanted, *served}):
-            return sorted(served)  # one more could be the newest, to which the former one would lead
-        return wanted
+        self, model: str, on_disk: Sequence[int], served: set[int], former: ModelPolicy | None
+    ) -> tuple[Sequence[int], ModelPolicy]:
+        """Versions, and the policy that says so."""
+        asked = self._options.policy_of(model)
+        blocked = {version for name, version in self._blocked if name == model}
+        followed = asked.or_before(former, {*on_disk, *served} - blocked)
+        wanted = followed.wanted(on_disk, served, blocked) or sorted(served)
+        held_back = set() if followed is asked else {*asked.wanted(on_disk, served, blocked)}
+        for version in sorted({*on_disk, *asked.named} - {*wanted} - blocked):
+            if version in held_back:
+                status = VersionStatus(model, version, VersionState.LOADING, why_held_back(asked))
+            else:
+                why = why_not_served(self._root / model / str(version), version in on_disk, asked)
+                status = VersionStatus(model, version, VersionState.UNAVAILABLE, why)
+            self._idle.append(status)
+        return wanted, followed
 
     def _forget_changed(self) -> None:
         self._blocked = {
