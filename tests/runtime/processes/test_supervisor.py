@@ -25,7 +25,7 @@ from xlarank.runtime.processes.scrapes import Worker
 from xlarank.runtime.processes.supervisor import Supervisor
 from xlarank.spec.versions import ModelPolicy, Policy, VersionState, VersionStatus
 
-OLD, NEW = ("feed", 1), ("feed", 2)
+OLD, NEW, NEWER = ("feed", 1), ("feed", 2), ("feed", 3)
 PLAIN = ModelPolicy(name="feed")
 PINNED = ModelPolicy(name="feed", policy=Policy.SPECIFIC, versions=(1,))
 DEATH = Failed(reason="process 0 ended while it started: signal 9 (SIGKILL)", version=None)
@@ -35,7 +35,7 @@ class Plan:
     """Wants version 1, then version 2 as well."""
 
     def __init__(self):
-        self.versions, self.blocked, self.failed = (OLD,), [], []
+        self.versions, self.blocked, self.failed, self.removed = (OLD,), [], [], set()
         self.models, self.is_awaited = (PLAIN,), False
 
     def wanted(self, served, former=()):
@@ -47,6 +47,9 @@ class Plan:
     def policies(self, versions, before=(), *, is_all=False):
         kept = {policy.name: policy for policy in before} if self.is_awaited and not is_all else {}
         return tuple(kept.get(policy.name, policy) for policy in self.models)
+
+    def gone(self, versions):
+        return {*versions} & self.removed
 
     def block(self, versions, reason):
         self.blocked += versions
@@ -214,6 +217,49 @@ def test_policies_that_wait_for_versions_are_those_of_the_processes_that_have_th
     assert first.policies == (PINNED,)
 
 
+def test_a_start_ends_when_other_policies_or_the_folder_have_its_versions_no_more(told, caplog):
+    first = serve(told)
+    told.plan.versions = (OLD, NEW)
+
+    def look():
+        told.now += 5
+        told.supervisor._follow_policies()
+        return told.supervisor._starting
+
+    second = begin(told)
+    assert look() is second
+    told.plan.versions = (OLD, NEWER)  # a newer one waits for its turn
+    assert look() is second
+    told.plan.removed = {NEW}
+    assert look() is None
+    third = begin(told)
+    assert third.versions == (OLD, NEWER)
+    told.policies = [(PINNED,)]
+    assert look() is third
+    told.policies, told.plan.versions = [(PLAIN,)], (OLD,)
+    assert look() is None
+    assert [message for message in caplog.messages if "started no further" in message] == [
+        f"versions {[version]} aren't wanted any more, and started no further" for version in (NEW, NEWER)
+    ]
+    told.supervisor._see_failure(second, DEATH, is_death=True)  # they have ended by then
+    told.supervisor._see_complete(third)
+    told.supervisor._begin_next()
+    assert told.supervisor._starting is None
+    assert told.supervisor._serving is first
+    assert told.plan.blocked == []
+
+
+def test_the_end_of_a_start_that_was_given_up_is_not_the_next_one_s(told):
+    given_up = begin(told)  # nothing serves: its holder is a child of the supervisor
+    told.policies, told.plan.versions = [(PINNED,)], (NEW,)
+    told.now += 5
+    told.supervisor._follow_policies()
+    following = begin(told)
+    told.supervisor._see_mute_end(given_up.number, "signal 9")
+    assert told.supervisor._starting is following
+    assert list(told.supervisor._generations.values()) == [following]
+
+
 def test_a_start_that_takes_long_is_in_the_log_and_in_the_index(told, caplog):
     first = serve(told)
     messages = []
@@ -228,7 +274,7 @@ def test_a_start_that_takes_long_is_in_the_log_and_in_the_index(told, caplog):
         told.supervisor._beat()
     assert [message for message in caplog.messages if "starting" in message] == [
         f"processes for versions {second.versions} have been starting for {seconds} s; 1 of 2 are ready, and "
-        f"no other change comes before they are"
+        f"what else is new comes after them"
         for seconds in (61, 121)
     ]
     told.supervisor._see_complete(second)

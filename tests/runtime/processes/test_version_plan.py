@@ -44,6 +44,7 @@ def test_what_is_served_stays_when_its_folder_or_the_whole_repository_vanishes(t
     served = (("a", 1), ("b", 1))
     (tmp_path / "a" / "1").rmdir()
     assert plan.wanted(served) == served
+    assert plan.gone(served) == {("a", 1)}
     put(("b", 2))
     assert plan.wanted(served) == (("a", 1), ("b", 2))
     tmp_path.rename(tmp_path.with_name("elsewhere"))

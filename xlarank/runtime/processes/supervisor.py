@@ -154,7 +154,7 @@ class Supervisor:
         self._serving: _Generation | None = None
         self._starting: _Generation | None = None
         self._links: dict[Connection, Callable[[object], None]] = {}
-        self._pids: set[int] = set()  # of holders that are children of this process
+        self._pids: dict[int, int] = {}  # of holders that are children of this process; their generations
         self._has_children = False  # as of the last look
         self._backoff = Backoff()
         self._look_at = clock()
@@ -189,16 +189,37 @@ class Supervisor:
     # What is to be served
 
     def _follow_policies(self) -> None:
-        """Whatever is starting: labels move between versions that the processes have."""
+        """Whatever is starting: labels move between versions that the processes have, and what nobody wants
+        any more is started no further."""
         if self._watch_seconds is None or self._clock() < self._policies_at:
             return
         self._policies_at = self._clock() + self._watch_seconds
         policies = self._changed_policies()
-        if policies is None:
-            return
-        self._plan.set_policies(policies)
-        for generation in self._generations.values():
-            generation.policies = self._plan.policies(generation.versions, generation.policies)
+        if policies is not None:
+            self._plan.set_policies(policies)
+            for generation in self._generations.values():
+                generation.policies = self._plan.policies(generation.versions, generation.policies)
+        if self._starting is not None:
+            self._reconsider(self._starting, have_policies_changed=policies is not None)
+
+    def _reconsider(self, starting: _Generation, *, have_policies_changed: bool) -> None:
+        """Not for a newer version: who publishes often would never see one served."""
+        unwanted = {*starting.versions} - {*self._served}
+        unwanted -= {*(self._wanted() or starting.versions)}
+        if not have_policies_changed:
+            unwanted = self._plan.gone(unwanted)
+        if unwanted:
+            _log.warning("versions %s aren't wanted any more, and started no further", sorted(unwanted))
+            self._end_start(starting)
+            self._look_at = self._clock()
+
+    @property
+    def _served(self) -> tuple[Version, ...]:
+        return () if self._serving is None else self._serving.versions
+
+    def _wanted(self) -> tuple[Version, ...] | None:
+        policies = () if self._serving is None else self._serving.policies
+        return self._plan.wanted(self._served, policies)
 
     def _begin_next(self) -> None:
         if self._starting is not None or self._clock() < self._look_at:
@@ -206,12 +227,9 @@ class Supervisor:
         self._look_at = (
             self._clock() + self._watch_seconds if self._watch_seconds is not None else float("inf")
         )
-        serving = self._serving
-        served = () if serving is None else serving.versions
+        serving, served = self._serving, self._served
         policies = () if serving is None else serving.policies
-        wanted = served
-        if serving is None or self._is_watched:
-            wanted = self._plan.wanted(served, policies)
+        wanted = self._wanted() if serving is None or self._is_watched else served
         is_lost = serving is not None and serving.holder is None
         if wanted is None and serving is None and not self._is_watched:
             raise ConfigError("the repository can't be looked at, and nothing is served yet")
@@ -241,7 +259,7 @@ class Supervisor:
                 serving.holder.send(order)
         else:
             try:
-                self._pids.add(self._spawn(order))
+                self._pids[self._spawn(order)] = number
             except OSError as error:
                 failed = Failed(reason=f"no process can be started: {error}", version=None)
                 self._see_failure(self._starting, failed, is_death=True)
@@ -269,9 +287,7 @@ class Supervisor:
         if generation.failure is not None or generation.is_complete or generation.is_ending:
             return
         generation.failure = failed
-        # Clients have come to those that serve already: these let them go first.
-        self._tell_all(generation, Stop() if self._serving is None else Retire())
-        self._starting = None
+        self._end_start(generation)
         serving = self._serving
         self._num_deaths = self._num_deaths + 1 if is_death else 0
         is_hopeless = not is_death or self._num_deaths >= _MOST_DEATHS
@@ -292,6 +308,11 @@ class Supervisor:
                 "the processes can't be started anew, another try comes in %g s: %s", seconds, failed.reason
             )
             self._look_at = self._clock() + seconds
+
+    def _end_start(self, generation: _Generation) -> None:
+        # Clients have come to those that serve already: these let them go first.
+        self._tell_all(generation, Stop() if self._serving is None else Retire())
+        self._starting = None
 
     # What happens
 
@@ -345,8 +366,8 @@ class Supervisor:
         if (starting := self._starting) is not None and self._clock() >= starting.slow_at:
             starting.slow_at = self._clock() + _SLOW_SECONDS
             _log.warning(
-                "processes for versions %s have been starting for %.0f s; %d of %d are ready, and no other "
-                "change comes before they are",
+                "processes for versions %s have been starting for %.0f s; %d of %d are ready, and what "
+                "else is new comes after them",
                 starting.versions,
                 self._clock() - starting.started_at,
                 sum(worker.is_ready for worker in starting.workers.values()),
@@ -407,7 +428,8 @@ class Supervisor:
         elif isinstance(message, Complete):
             self._see_complete(generation)
         elif isinstance(message, SuccessorEnded):
-            self._see_successor_end(message)
+            why = f"the process that was to hold the tables ended while it started: {message.why}"
+            self._see_mute_end(message.generation, why)
         elif message is None:
             self._see_holder_end(generation)
 
@@ -445,12 +467,12 @@ class Supervisor:
             is_death=True,
         )
 
-    def _see_successor_end(self, ended: SuccessorEnded) -> None:
-        """One that ended before it said a word has no link to tell of its end."""
-        starting = self._starting
-        if starting is not None and starting.number == ended.generation and not starting.has_had_holder:
-            reason = f"the process that was to hold the tables ended while it started: {ended.why}"
-            self._see_failure(starting, Failed(reason=reason, version=None), is_death=True)
+    def _see_mute_end(self, number: int, why: str) -> None:
+        """A holder that ended before it said a word has no link to tell of its end."""
+        generation = self._generations.get(number)
+        if generation is not None and not generation.has_had_holder:
+            self._see_failure(generation, Failed(reason=why, version=None), is_death=True)
+            del self._generations[number]
 
     def _see_holder_end(self, generation: _Generation) -> None:
         generation.holder = None
@@ -494,17 +516,10 @@ class Supervisor:
         try:
             while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
                 if pid in self._pids:
-                    self._pids.discard(pid)
-                    self._see_child_end()
+                    why = "the process that holds the tables ended while it started"
+                    self._see_mute_end(self._pids.pop(pid), why)
         except ChildProcessError:
             self._has_children = False
-
-    def _see_child_end(self) -> None:
-        """A holder that ended before it said a word has no link to tell of its end."""
-        starting = self._starting
-        if starting is not None and not starting.has_had_holder:
-            reason = "the process that holds the tables ended while it started"
-            self._see_failure(starting, Failed(reason=reason, version=None), is_death=True)
 
     def _workers(self) -> Iterator[Worker]:
         """By generation."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from xlarank.runtime.policy_words import policy_warnings, why_held_back, why_not_served
@@ -41,6 +41,7 @@ class VersionPlan:
         self._blocked: dict[Version, _Blocked] = {}
         self._idle: list[VersionStatus] = []  # as of the last look
         self._listing = Listing(root)
+        self._found: Mapping[str, Sequence[int]] = {}  # at the last look that was one
         self._told = Told(_log)
 
     def wanted(
@@ -55,6 +56,7 @@ class VersionPlan:
         found = self._listing.look()
         if found is None:
             return None
+        self._found = found
         self._forget_changed()
         wanted: list[Version] = []
         warnings: list[str] = []
@@ -97,6 +99,10 @@ class VersionPlan:
             )
             policies.append(former[model] if is_kept else policy)
         return tuple(policies)
+
+    def gone(self, versions: Iterable[Version]) -> set[Version]:
+        """Those that weren't on disk at the last look."""
+        return {(model, version) for model, version in versions if version not in self._found.get(model, ())}
 
     def block(self, versions: Iterable[Version], reason: str) -> None:
         """Leaves versions alone until their folders change."""
