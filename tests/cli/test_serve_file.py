@@ -44,7 +44,7 @@ def test_policies_of_a_file_that_has_changed_are_told_once(file, caplog):
     assert changed(file, "# the same\n" + PINNED) is None
     both = changed(file, PINNED + "[[versions.models]]\nnum_versions = 2\n")
     assert both == (policies[0], ModelPolicy(num_versions=2))
-    assert changed(file, "# none") == ()
+    assert changed(file, "[versions]") == ()
     where = f"{file._path}: policies are followed that have changed, of models: "
     assert caplog.messages == [where + names for names in ("feed", "all others", "all others, feed")]
 
@@ -67,12 +67,16 @@ def test_a_file_that_is_wrong_changes_nothing_and_is_told_once_a_change(file, ca
     (line,) = caplog.messages
     where = re.escape(f"{file._path}: the last good policies stay in use: ")
     assert re.fullmatch(where + problem, line)
-    assert changed(file, "# none") == ()
+    assert changed(file, "[versions]") == ()
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("", "the file is empty"), (f"[queue]\nmax_queue_ms = 1{400 * '0'}", "OverflowError")],
+    [
+        ("", "says nothing"),
+        (" \n# models\n", "says nothing"),
+        (f"[queue]\nmax_queue_ms = 1{400 * '0'}", "OverflowError"),
+    ],
 )
 def test_no_file_whatever_is_in_it_ends_a_server_or_its_policies(file, caplog, text, problem):
     file = file(PINNED)

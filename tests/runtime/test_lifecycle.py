@@ -357,6 +357,30 @@ def test_a_version_whose_folder_vanishes_goes_on_serving_and_the_log_says_so_onc
     assert scores(repository) == 3
 
 
+def test_a_version_that_is_removed_while_it_loads_does_not_answer(publish, opened, root, monkeypatch, caplog):
+    publish(1)
+    repository = opened()
+    published = publish(2)
+    load = repository._loader.load
+
+    def load_and_remove(*words, **options):
+        engine = load(*words, **options)
+        shutil.rmtree(published)
+        return engine
+
+    monkeypatch.setattr(repository._loader, "load", load_and_remove)
+    for _ in range(2):
+        repository.poll()
+        assert scores(repository) == 1
+    assert caplog.messages == [
+        f"model linear version 2 isn't served: {published}: was removed while it was loaded"
+    ]
+    monkeypatch.undo()
+    publish(2)
+    repository.poll()
+    assert scores(repository) == 2
+
+
 def test_a_version_that_was_changed_under_its_number_is_named_and_goes_on(publish, opened, root, caplog):
     publish(1)
     repository = opened()

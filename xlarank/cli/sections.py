@@ -31,7 +31,7 @@ from xlarank.errors import ConfigError
 from xlarank.spec.fields import check_keys, from_mapping
 from xlarank.spec.files import parse_toml
 
-__all__ = ["Option", "add_flags", "config_text", "options_of", "read_sections"]
+__all__ = ["Option", "add_flags", "config_text", "options_of", "read_sections", "says_nothing"]
 
 _Config = TypeVar("_Config")
 
@@ -197,6 +197,12 @@ def read_sections(
         told = dict.fromkeys(_problems_of_values(cls, section, values) + ([] if wrong else unmade))
         problems += [(where if table else "") + problem for problem in told]
     return (None, problems) if problems else (config(**sections), [])
+
+
+def says_nothing(file: Path) -> bool:
+    """Whether a TOML file that can be read has no key: it is empty, blank, or all comments."""
+    document, problems = _document(file)
+    return not (document or problems)
 
 
 def config_text(config: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xlarank_serving.reloading import file_stamp
 
-from xlarank.cli.sections import options_of
+from xlarank.cli.sections import options_of, says_nothing
 from xlarank.cli.serve_config import ServeConfig
 from xlarank.errors import ConfigError
 from xlarank.spec.versions import ModelPolicy
@@ -55,11 +55,14 @@ class ConfigFile:
         if stamp == self._taken or stamp != before:
             return None
         self._taken = stamp
-        if stamp is not None and stamp[1] == 0:  # which would be right, and the end of all policies
-            _log.error("%s: the last good policies stay in use: the file is empty", self._path)
-            return None
         try:
             config, problems = self._read()
+            # It would be right, and the end of all policies.
+            if config is not None and self._path is not None and says_nothing(self._path):
+                config, problems = (
+                    None,
+                    ["says nothing: expected a section, [versions], perhaps empty"],
+                )
         except Exception as error:  # what serves must not end for a file, whatever is in it
             config, problems = None, [str(error) if isinstance(error, ConfigError) else repr(error)]
         if config is None:

@@ -347,6 +347,10 @@ class ModelVersions:
             self._loading = version
         try:
             engine = self._load(version, [served.engine for served in self._loaded.values()])
+            if not self._is_held and folder_stamp(self._folder / str(version)) is None:
+                engine.close()
+                self._on_end(version)
+                raise ModelError(f"{self._folder / str(version)}: was removed while it was loaded")
         except UnavailableError:  # the repository is closing, or something else goes first: no failure
             raise
         except Exception as error:
