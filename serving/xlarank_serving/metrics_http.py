@@ -137,7 +137,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Whoever hangs up or fails a handshake did so by itself."""
-        _log.info("a scrape by %s failed", client_address, exc_info=True)
+        _log.debug("a scrape by %s failed", client_address, exc_info=True)
 
     def server_bind(self) -> None:
         # Skips HTTPServer's own, which asks DNS for the host's name and may hang.

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import linear
@@ -325,6 +327,56 @@ def test_a_helper_process_that_fails_is_reported_with_what_it_said(publish, open
     assert "nonsense" in status.reason
 
 
+def test_a_version_whose_helper_process_is_killed_is_tried_again(publish, opened, started, monkeypatch):
+    """Thrice: the system may do so where memory is short, and the version may be what takes it."""
+    publish(1, rows=[4])
+    repository = opened()
+    path, now = publish(2, rows=[16]), 0.0
+    monkeypatch.setattr(repository._models["linear"], "_clock", lambda: now)
+
+    def poll():
+        with ThreadPoolExecutor(1) as pool:
+            polled = pool.submit(repository.poll)
+            started.get(timeout=60).kill()
+            polled.result(120)
+        repository.poll()
+        assert started.empty()
+        (status,) = [status for status in repository.index() if status.version == 2]
+        return status.state, status.reason
+
+    killed = (
+        f"{path}: the process that compiles it was ended by signal 9 (SIGKILL); the system does so where "
+        f"memory is short"
+    )
+    assert poll() == ("UNAVAILABLE", f"{killed}; another try comes in 10 s")
+    now = 10.0
+    assert poll() == ("UNAVAILABLE", f"{killed}; another try comes in 20 s")
+    now = 30.0
+    assert poll() == ("UNAVAILABLE", killed)
+    now = 1e9
+    repository.poll()
+    assert started.empty()
+    repository.load("linear")
+    assert ask(repository, 3) == 2
+
+
+def test_a_helper_process_that_cannot_be_started_is_no_fault_of_the_version(publish, opened, monkeypatch):
+    publish(1, rows=[4])
+    repository = opened()
+    path = publish(2, rows=[16])
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "/nowhere/python")
+        repository.poll()
+    (status,) = [status for status in repository.index() if status.version == 2]
+    assert status.reason == (
+        f"{path}: the process that compiles it can't be started: [Errno 2] No such file or directory: "
+        f"'/nowhere/python'; another try comes in 10 s"
+    )
+    monkeypatch.setattr(repository._models["linear"], "_clock", lambda: 1e9)
+    repository.poll()
+    assert ask(repository, 3) == 2
+
+
 def test_the_helper_process_stands_still_while_requests_run(publish, opened, started):
     publish(1, rows=[4])
     repository = opened()
@@ -335,6 +387,8 @@ def test_the_helper_process_stands_still_while_requests_run(publish, opened, sta
     idle = repository._loader._pool.idle
     idle.update(False)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    # Where memory is short the system ends it first.
+    assert Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "1000\n"
     idle.update(True)
     polling.join(120)
     assert process.returncode == 0

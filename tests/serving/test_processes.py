@@ -172,6 +172,7 @@ def started(folder, *options):
         "--config",
         str(folder / "server.toml"),
         *options,
+        cwd=folder,
     ) as process:
         below = {}
         try:
@@ -387,7 +388,8 @@ def test_a_new_version_is_served_by_new_processes_and_no_request_fails(served):
         def serves(version):
             with contextlib.suppress(triton.InferenceServerException):  # hung up on
                 index = admin.get_model_repository_index().models
-                return [model.version for model in index if model.name == "plain"] == [version]
+                ready = [m.version for m in index if m.name == "plain" and m.state == "READY"]
+                return ready == [version]
 
         until(lambda: load.scales, "answers")
         assert serves("1")

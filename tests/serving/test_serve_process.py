@@ -327,7 +327,7 @@ def test_a_server_swaps_to_a_version_that_is_published_while_it_serves(folder):
     (folder / "versions.toml").write_text(VERSIONS)
     options = ("--compile-cache", str(folder / "cache"), "--config", str(folder / "versions.toml"))
     with (
-        served_by(str(watched), *options, "--admin-port", "0") as process,
+        served_by(str(watched), *options, "--admin-port", "0", cwd=folder) as process,
         contextlib.ExitStack() as stack,
     ):
         ready = json.loads(process.stdout.readline())
@@ -353,6 +353,7 @@ def test_a_server_swaps_to_a_version_that_is_published_while_it_serves(folder):
         assert answer() == 2
         assert answer("1") == answer("first") == 1
         assert client.get_model_metadata("linear").versions == ["1", "2"]
+        read_until(process.stderr, "model linear: versions [1, 2] answer, before [1]")
         linear.publish(first, watched, 3, golden_error=0.5)
         read_until(process.stderr, "model linear version 3 isn't served: model 'linear', task 'value'")
         assert answer() == 2
@@ -368,6 +369,7 @@ def test_a_server_swaps_to_a_version_that_is_published_while_it_serves(folder):
         with pytest.raises(ModelNotFoundError, match="unknown model: 'linea' is not found"):
             own.rollback("linea")
         assert own.rollback("linear") == answer() == 1
+        read_until(process.stderr, "model linear version 2 has ended")
         assert index()["2"] == ("UNAVAILABLE", "rolled back from, to version 1")
         admin = stack.enter_context(triton.InferenceServerClient(ready["admin"]))
         admin.unload_model("linear")

@@ -18,10 +18,19 @@ def environment():
 
 
 @contextlib.contextmanager
-def served_by(*options):
-    """A server process; what is left of it at the end is killed."""
+def served_by(*options, cwd=None):
+    """A server process; what is left of it at the end is killed.
+
+    Args:
+      options: of the command.
+      cwd: its current folder; one that is given gets files with names of Python's own modules.
+    """
+    if cwd is not None:
+        for name in ("queue", "random", "socket", "types"):
+            (cwd / f"{name}.py").write_text("raise ImportError('a file of the current folder')")
     command = [
         sys.executable,
+        "-P",  # as the installed command
         "-m",
         "xlarank.cli",
         "serve",
@@ -33,7 +42,7 @@ def served_by(*options):
         *options,
     ]
     with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             yield process

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import app
-from absl import logging as absl_logging
 from absl.flags import argparse_flags
 
 from xlarank.cli import compile as compile_command
 from xlarank.cli import evaluate, features, inspect, plan, replay, score, serve, simulate, train
+from xlarank.cli.log_levels import set_log_levels
 from xlarank.errors import XlarankError
 
 __all__ = ["main", "parse", "run"]
@@ -43,8 +43,7 @@ def main(args: argparse.Namespace) -> int:
     Returns:
       The exit status: 0, or 1 after an error that is told in one line.
     """
-    # absl's default, INFO, shows every step of JAX and Orbax.
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    set_log_levels()
     try:
         result = args.run(args)
     except XlarankError as error:

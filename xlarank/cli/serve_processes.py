@@ -130,7 +130,8 @@ def _spawn(config: ServeConfig, order: Order, folder: Path) -> int:
     """A holder in a fresh process, in which nothing was started: not a fork of the one that has threads."""
     orders = folder / f"order-{order.generation}"
     orders.write_bytes(pickle.dumps((config, order)))
-    command = [sys.executable, "-m", "xlarank.cli.serve_holder", str(orders)]
+    # -P: what lies in the current folder isn't Python's.
+    command = [sys.executable, "-P", "-m", "xlarank.cli.serve_holder", str(orders)]
     # numpy's BLAS would start threads, and nobody here multiplies matrices.
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     # A session of its own: a signal from the terminal is for the supervisor, which tells the others.

@@ -1,5 +1,5 @@
 """Compiling in a process of its own, so that LLVM never runs in one that serves: `CompileHelper`,
-`InterruptedLoadError`."""
+`CompileDiedError`, `InterruptedLoadError`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from xlarank.errors import ModelError, UnavailableError
+from xlarank.runtime.process_ends import how_it_ended
 from xlarank.runtime.yielding import IdleSignal, YieldingProcess
 from xlarank.spec import PlatformOptions
 
-__all__ = ["CompileHelper", "InterruptedLoadError"]
+__all__ = ["CompileDiedError", "CompileHelper", "InterruptedLoadError"]
 
 _MAX_REASON = 2000
 """Bytes of what the process said last."""
@@ -34,6 +35,11 @@ parent = int(sys.argv.pop(1))
 ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 if os.getppid() != parent:
     raise SystemExit(1)
+try:  # where memory is short the system is to end this one, and none that serves
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+except OSError:
+    pass
 os.write(1, b".")
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 runpy.run_module("xlarank.runtime.warming", run_name="__main__", alter_sys=True)
@@ -44,6 +50,10 @@ has written a byte nothing is left of it when this process is killed, also if it
 
 class InterruptedLoadError(UnavailableError):
     """A version wasn't loaded, as what was asked later goes first."""
+
+
+class CompileDiedError(ModelError):
+    """The process that compiles was killed, or couldn't be started: it may be no fault of the version."""
 
 
 class CompileHelper:
@@ -87,27 +97,39 @@ class CompileHelper:
 
         Raises:
           ModelError: if the process fails; with the end of what it said.
+          CompileDiedError: if it was killed, as the system does where memory is short, or can't be started.
           UnavailableError: as `check`, before it or after.
         """
         start = time.monotonic()
-        command = [sys.executable, "-c", _START, str(os.getpid())]
+        # -P: what lies in the current folder isn't Python's.
+        command = [sys.executable, "-P", "-c", _START, str(os.getpid())]
         command += [*self._options, str(path.absolute())]
         # A GPU's memory is the server's: this one takes what compiling needs, when it needs it.
         variables = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **(environment or {})}
         with tempfile.TemporaryFile() as said:
             with self._lock:
                 self.check(path)
-                process = self._process = subprocess.Popen(
-                    command,
-                    env=variables,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=said,
-                )
+                try:
+                    process = self._process = subprocess.Popen(
+                        command,
+                        env=variables,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE,
+                        stderr=said,
+                    )
+                except OSError as error:
+                    raise CompileDiedError(
+                        f"{path}: the process that compiles it can't be started: {error}"
+                    ) from error
             status = self._wait(process)
             with self._lock:
                 self._process = None
                 self.check(path)
+            if status < 0:
+                raise CompileDiedError(
+                    f"{path}: the process that compiles it was ended by {how_it_ended(status)}; the system "
+                    f"does so where memory is short"
+                )
             if status:
                 said.seek(max(0, said.seek(0, os.SEEK_END) - _MAX_REASON))
                 reason = said.read().decode(errors="replace").strip()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from xlarank.errors import ConfigError, ModelError, ModelNotFoundError, UnavailableError, XlarankError
+from xlarank.runtime.compile_helper import CompileDiedError
 from xlarank.runtime.engine import Engine
 from xlarank.runtime.policy_words import policy_warnings, why_held_back, why_not_served
+from xlarank.runtime.process_ends import MOST_DEATHS
 from xlarank.runtime.routes import Routes, ServedVersion
 from xlarank.runtime.version_metrics import VersionMetrics
 from xlarank.runtime.watching import Told, folder_stamp
@@ -24,13 +27,20 @@ _log = logging.getLogger(__name__)
 
 _EVERYTHING = ModelPolicy(policy=Policy.ALL)
 
+_PASSING = (CompileDiedError, MemoryError, OSError)
+"""What ends a load perhaps for no fault of the version: it is tried again, `MOST_DEATHS` times in all."""
+
+_RETRY_SECONDS = 10.0
+"""Until the second try; twice as long until the third."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Blocked:
-    """A version that isn't tried again before its folder changes."""
+    """A version that isn't tried again before its folder changes, or its time has come."""
 
     stamp: str | None
     reason: str
+    retry_at: float = math.inf
 
 
 class ModelVersions:
@@ -87,6 +97,7 @@ class ModelVersions:
         self._stamps: dict[int, str | None] = {}  # of the loaded ones
         self._failed: dict[int, _Blocked] = {}
         self._rolled_back: dict[int, _Blocked] = {}
+        self._num_deaths: dict[int, int] = {}  # loads in a row that may have failed for no fault of a version
         self._draining: dict[int, threading.Thread] = {}
         self._loading: int | None = None
         self._is_unloaded = False  # by hand
@@ -163,6 +174,7 @@ class ModelVersions:
         """
         with self._lock:
             before = self._failed, self._rolled_back, self._is_unloaded
+            self._num_deaths.clear()
             self._failed, self._rolled_back, self._is_unloaded = {}, {}, False
         try:
             self.follow(on_disk)
@@ -282,9 +294,12 @@ class ModelVersions:
                 if served.engine.damage is not None and version not in self._failed:
                     self._failed[version] = _Blocked(stamps[version], served.engine.damage)
             for blocked in (self._failed, self._rolled_back):
-                for version in [v for v, b in blocked.items() if stamps.get(v) != b.stamp]:
-                    if version not in self._loaded:
-                        del blocked[version]
+                changed = {v for v, b in blocked.items() if stamps.get(v) != b.stamp} - {*self._loaded}
+                for version in changed:
+                    del blocked[version]
+                    self._num_deaths.pop(version, None)
+                for version in [v for v, b in blocked.items() if self._clock() >= b.retry_at]:
+                    del blocked[version]
         self._told_of_folder.tell(self._folder_warnings(stamps))
 
     def _folder_warnings(self, stamps: Mapping[int, str | None]) -> Iterator[str]:
@@ -357,8 +372,14 @@ class ModelVersions:
             if strict:
                 raise
             reason = str(error) if isinstance(error, XlarankError) else f"{type(error).__name__}: {error}"
+            retry_at = math.inf
+            if isinstance(error, _PASSING):
+                num_deaths = self._num_deaths[version] = self._num_deaths.get(version, 0) + 1
+                if num_deaths < MOST_DEATHS:
+                    retry_at = self._clock() + num_deaths * _RETRY_SECONDS
+                    reason += f"; another try comes in {num_deaths * _RETRY_SECONDS:g} s"
             with self._lock:  # one step: who reads the log may ask for the reason at once
-                self._failed[version] = _Blocked(stamp, reason)
+                self._failed[version] = _Blocked(stamp, reason, retry_at)
                 self._loading = None
             self._metrics.record_failure(self.model)
             is_ours = not isinstance(error, XlarankError)  # a defect: where it is matters
@@ -368,6 +389,7 @@ class ModelVersions:
             with self._lock:
                 self._loading = None
         with self._lock:
+            self._num_deaths.pop(version, None)
             self._loaded[version] = ServedVersion(engine)
             self._stamps[version] = stamp
         self._metrics.record_load(self.model, version, self._clock() - start)

@@ -1,6 +1,6 @@
 """How long a dead process is waited for."""
 
-from xlarank.runtime.processes.holder import Backoff
+from xlarank.runtime.process_ends import Backoff
 
 
 def test_who_dies_again_and_again_is_started_ever_later_and_who_served_well_at_once_again():

@@ -118,6 +118,26 @@ def test_beside_what_serves_a_version_is_given_up_after_several_deaths_in_a_row(
     assert told.supervisor._serving.versions == (OLD,)
 
 
+def test_a_version_whose_compiling_is_killed_is_tried_again_and_given_up_after_several_times(told):
+    serve(told)
+    told.plan.versions = (OLD, NEW)
+    failed = Failed(reason="was ended by signal 9 (SIGKILL)", version=None, is_death=True)
+    for _ in range(3):
+        assert told.plan.blocked == []
+        told.supervisor._hear_holder(begin(told), failed)
+    assert told.plan.blocked == [NEW]
+
+
+def test_a_failure_long_after_another_is_the_first_again(told):
+    serve(told)
+    told.plan.versions = (OLD, NEW)
+    failed = Failed(reason="access log /none: no such folder", version=None)
+    for well, wait in ((0, 1), (1, 2), (2, 4), (60, 1), (1, 2)):
+        told.now += well
+        told.supervisor._see_failure(begin(told), failed)
+        assert told.supervisor._look_at == told.now + wait
+
+
 def test_what_is_no_version_s_fault_ends_the_first_start_and_is_tried_again_later(told):
     failed = Failed(reason="access log /none: no such folder", version=None)
     with pytest.raises(ModelError, match="access log /none"):

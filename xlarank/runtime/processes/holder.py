@@ -16,6 +16,8 @@ from typing import Any
 
 from xlarank.errors import XlarankError
 from xlarank.host import TableMemory
+from xlarank.runtime.compile_helper import CompileDiedError
+from xlarank.runtime.process_ends import Backoff, how_it_ended
 from xlarank.runtime.processes.messages import (
     Complete,
     Failed,
@@ -31,32 +33,9 @@ from xlarank.runtime.processes.messages import (
 )
 from xlarank.runtime.tables import LoadedTables
 
-__all__ = ["Backoff", "Holder"]
+__all__ = ["Holder"]
 
 _log = logging.getLogger(__name__)
-
-
-class Backoff:
-    """How long to wait before a process that has died is started again."""
-
-    FIRST_SECONDS = 1.0
-    MOST_SECONDS = 30.0
-    WELL_AFTER_SECONDS = 60.0
-    """Who has served so long counts as well: its next death is its first."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-
-    def after(self, served_seconds: float) -> float:
-        """The wait after a death.
-
-        Args:
-          served_seconds: since it was ready; 0 if it never was.
-        """
-        if served_seconds >= self.WELL_AFTER_SECONDS:
-            self._seconds = 0.0
-        self._seconds = min(self.MOST_SECONDS, max(self.FIRST_SECONDS, 2 * self._seconds))
-        return self._seconds
 
 
 @dataclasses.dataclass
@@ -146,6 +125,9 @@ class Holder:
                 others = [memory[other] for other in memory if other[0] == version[0]]
                 self._tables[version] = self._load(version, self._order.is_beside, others)
                 memory[version] = self._tables[version].memory
+            except CompileDiedError as error:
+                self._tell(Failed(reason=str(error), version=None, is_death=True))
+                return False
             except XlarankError as error:
                 self._tell(Failed(reason=str(error), version=version))
                 return False
@@ -173,7 +155,7 @@ class Holder:
         self._see_complete()
         for pid in successors:
             exited, generation = self._successors.pop(pid)
-            why = _why(os.waitpid(pid, 0)[1])
+            why = how_it_ended(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
             os.close(exited)
             self._tell(SuccessorEnded(generation=generation, why=why))
         for worker in self._workers:
@@ -223,7 +205,7 @@ class Holder:
                 rows.repair()
         served = 0.0 if worker.ready_at is None else self._clock() - worker.ready_at
         pid, worker.pid, worker.ready_at = worker.pid, 0, None
-        why = _why(status)
+        why = how_it_ended(os.waitstatus_to_exitcode(status))
         is_restarted = self._is_complete and not self._is_ending
         if is_restarted:
             seconds = worker.backoff.after(served)
@@ -260,7 +242,8 @@ class Holder:
         """The rest of a worker's life."""
 
         def say_ready() -> None:
-            os.write(writer, b"r")
+            with contextlib.suppress(BrokenPipeError):  # the holder has ended; who serves goes on
+                os.write(writer, b"r")
             os.close(writer)
 
         def work() -> int:
@@ -319,14 +302,3 @@ def _end_with(work: Callable[[], int]) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
-
-
-def _why(status: int) -> str:
-    """How a process ended, in words."""
-    code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        return f"status {code}"
-    try:
-        return f"signal {-code} ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"signal {-code}"

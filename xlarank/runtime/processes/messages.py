@@ -84,6 +84,9 @@ class Failed:
     version: Version | None
     """Whose fault it is, as far as can be told."""
 
+    is_death: bool = False
+    """Whether a process died for no reason that is known."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkerStarted:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from xlarank.errors import ConfigError, ModelError
-from xlarank.runtime.processes.holder import Backoff
+from xlarank.runtime.process_ends import MOST_DEATHS, Backoff
 from xlarank.runtime.processes.messages import (
     Complete,
     Failed,
@@ -60,9 +60,6 @@ _SLOW_SECONDS = 60.0
 
 _MESSAGE_SECONDS = 10.0
 """How long the rest of a message may take once it has begun, and the first of a new process."""
-
-_MOST_DEATHS = 3
-"""So many starts in a row in which a process died for no reason that is known: it may be what it loads."""
 
 
 class StopSignal(Protocol):
@@ -157,6 +154,7 @@ class Supervisor:
         self._pids: dict[int, int] = {}  # of holders that are children of this process; their generations
         self._has_children = False  # as of the last look
         self._backoff = Backoff()
+        self._failed_at = float("-inf")  # for no version's fault
         self._look_at = clock()
         self._policies_at = float("inf") if watch_seconds is None else clock()
         self._is_watched = watch_seconds is not None
@@ -290,7 +288,7 @@ class Supervisor:
         self._end_start(generation)
         serving = self._serving
         self._num_deaths = self._num_deaths + 1 if is_death else 0
-        is_hopeless = not is_death or self._num_deaths >= _MOST_DEATHS
+        is_hopeless = not is_death or self._num_deaths >= MOST_DEATHS
         new = set(generation.versions) - set(() if serving is None else serving.versions)
         at_fault = {failed.version} & new if failed.version is not None else set()
         if serving is None and is_hopeless and not (at_fault and self._is_watched):
@@ -303,11 +301,17 @@ class Supervisor:
         if at_fault:
             self._look_at = self._clock()
         else:
-            seconds = self._backoff.after(0.0)
+            seconds = self._pause()
             _log.error(
                 "the processes can't be started anew, another try comes in %g s: %s", seconds, failed.reason
             )
             self._look_at = self._clock() + seconds
+
+    def _pause(self) -> float:
+        """Seconds before the next try."""
+        now = self._clock()
+        seconds, self._failed_at = self._backoff.after(now - self._failed_at), now
+        return seconds
 
     def _end_start(self, generation: _Generation) -> None:
         # Clients have come to those that serve already: these let them go first.
@@ -424,7 +428,7 @@ class Supervisor:
         elif isinstance(message, WorkerEnded):
             self._see_worker_end(generation, message)
         elif isinstance(message, Failed):
-            self._see_failure(generation, message)
+            self._see_failure(generation, message, is_death=message.is_death)
         elif isinstance(message, Complete):
             self._see_complete(generation)
         elif isinstance(message, SuccessorEnded):
@@ -487,7 +491,7 @@ class Supervisor:
                 "the process that holds the tables has ended; its workers go on, and others are started with "
                 "tables read anew: what was updated since they were loaded is lost then"
             )
-            self._look_at = min(self._look_at, self._clock() + self._backoff.after(0.0))
+            self._look_at = min(self._look_at, self._clock() + self._pause())
         self._forget(generation)
 
     def _forget(self, generation: _Generation) -> None:
