@@ -22,6 +22,9 @@ _LAST = (b"connection", b"close")
 _MAX_ERROR_CHARS = 256
 """Of what is told about malformed HTTP: it may quote all of it."""
 
+_PROBE_SECONDS = 0.1
+"""Between signs of life to a client that sends no more: the second to one that has left can't be sent."""
+
 
 def bounded_connections(
     *,
@@ -52,6 +55,7 @@ def bounded_connections(
     class Connection(H11Protocol):
         _timer: asyncio.TimerHandle | None = None  # beside uvicorn's own, which bytes reset
         _is_receiving = False  # bytes came since it was last idle, and no whole header yet
+        _is_half_closed = False  # its client sends no more, and awaits answers; moves one way
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -72,10 +76,23 @@ def bounded_connections(
                 self._is_receiving = True
                 self._wait(max_header_seconds)
 
+        def eof_received(self) -> bool:
+            """Whether to keep a connection whose client sends no more: for who has sent a whole request."""
+            # asyncio's TLS has no half-closed connections.
+            if not self._has_request or self.cycle.more_body or self.scheme == "https":
+                return False
+            self._is_half_closed = True
+            self._wait(_PROBE_SECONDS, self._probe)
+            return True
+
         def on_response_complete(self) -> None:
             self._settle()
             super().on_response_complete()
-            if not self._has_request and not self.transport.is_closing():
+            if self.transport.is_closing():
+                return
+            if self._is_half_closed and not self.eof_received():  # else it had sent one more ahead
+                self.transport.close()
+            elif not self._has_request:
                 idle[self] = None
                 self._wait(idle_seconds)
 
@@ -125,16 +142,23 @@ def bounded_connections(
         def _has_request(self) -> bool:
             return self.cycle is not None and not self.cycle.response_complete
 
-        def _wait(self, seconds: float) -> None:
+        def _wait(self, seconds: float, then: Callable[[], None] | None = None) -> None:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = self.loop.call_later(seconds, self._give_up)
+            self._timer = self.loop.call_later(seconds, then or self._give_up)
 
         def _settle(self) -> None:
             self._is_receiving = False
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
+
+        def _probe(self) -> None:
+            """Finds out whether a client sends no more or has left: TCP tells only who writes to it."""
+            if not self.cycle.response_started and self.conn.their_http_version != b"1.0":  # it knows no 1xx
+                sign = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+                self.transport.write(self.conn.send(sign))
+                self._wait(_PROBE_SECONDS, self._probe)
 
         def _give_up(self) -> None:
             if self.transport.get_write_buffer_size():

@@ -206,3 +206,85 @@ def test_a_client_that_never_shakes_hands_is_left_and_one_that_does_is_answered(
     with trusting.wrap_socket(connect(), server_hostname="127.0.0.1") as connection:
         assert is_closed(connect())
         assert ask(connection) == 200
+
+
+@pytest.fixture
+def slow():
+    """An app that answers once it may; tells of requests that come and of clients that leave."""
+
+    class Slow:
+        def __init__(self):
+            self.arrived, self.left, self.go_on = threading.Semaphore(0), threading.Event(), asyncio.Event()
+
+        async def __call__(self, scope, receive, send):
+            self.loop = asyncio.get_running_loop()
+            while (await receive()).get("more_body"):
+                pass
+            self.arrived.release()
+            leaving, answering = asyncio.ensure_future(receive()), asyncio.ensure_future(self.go_on.wait())
+            done, rest = await asyncio.wait([leaving, answering], return_when=asyncio.FIRST_COMPLETED)
+            for task in rest:
+                task.cancel()
+            if leaving in done:
+                self.left.set()
+            await hello(scope, receive, send)
+
+        def answer(self):
+            self.loop.call_soon_threadsafe(self.go_on.set)
+
+    return Slow()
+
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_who_sends_no_more_is_answered_and_then_left(serve, slow, count):
+    connection = serve(slow)()
+    connection.sendall(count * REQUEST)
+    connection.shutdown(socket.SHUT_WR)
+    assert connection.recv(len(CONTINUE)) == CONTINUE  # so the server knows of it
+    slow.answer()
+    answer = b""
+    while part := connection.recv(4096):
+        answer += part
+    assert (answer.count(b"HTTP/1.1 200 "), answer.count(b"hello")) == (count, count)
+    assert not slow.left.is_set()
+
+
+def test_an_older_client_that_sends_no_more_is_told_nothing_but_the_answer(serve, slow):
+    connection = serve(slow)()
+    connection.sendall(REQUEST.replace(b"1.1", b"1.0"))
+    connection.shutdown(socket.SHUT_WR)
+    assert slow.arrived.acquire(timeout=20)
+    slow.answer()
+    assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+def test_who_leaves_is_noticed_before_the_answer(serve, slow):
+    connection = serve(slow)()
+    connection.sendall(REQUEST)
+    assert slow.arrived.acquire(timeout=20)
+    connection.close()
+    assert slow.left.wait(20)
+
+
+PART = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf"
+
+
+@pytest.mark.parametrize("sent", [b"", REQUEST[:20], PART], ids=["nothing", "header", "body"])
+def test_who_sends_no_more_in_the_middle_of_a_request_is_left_at_once(serve, slow, sent):
+    connection = serve(slow)()
+    connection.sendall(sent)
+    connection.shutdown(socket.SHUT_WR)
+    assert connection.recv(4096) == b""
+
+
+def test_a_request_sent_ahead_by_half_is_left_behind_the_answer(serve, slow):
+    connection = serve(slow)()
+    connection.sendall(REQUEST + PART)
+    connection.shutdown(socket.SHUT_WR)
+    assert connection.recv(len(CONTINUE)) == CONTINUE
+    slow.answer()
+    assert status_of(connection) == 200
+    assert connection.recv(4096) == b""
