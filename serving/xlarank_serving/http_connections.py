@@ -25,6 +25,11 @@ _MAX_ERROR_CHARS = 256
 _PROBE_SECONDS = 0.1
 """Between signs of life to a client that sends no more: the second to one that has left can't be sent."""
 
+_MAX_DISCARDED_BYTES = 1 << 20
+_DISCARD_SECONDS = 2.0
+"""How much is read yet behind what was no HTTP, and for how long: closed with bytes unread, TCP resets a
+connection, and its client loses the answer."""
+
 
 def bounded_connections(
     *,
@@ -56,9 +61,12 @@ def bounded_connections(
         _timer: asyncio.TimerHandle | None = None  # beside uvicorn's own, which bytes reset
         _is_receiving = False  # bytes came since it was last idle, and no whole header yet
         _is_half_closed = False  # its client sends no more, and awaits answers; moves one way
+        _is_over = False  # it has had its last answer: what comes yet is discarded; moves one way
+        _num_discarded = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            self.conn = _Requests(h11.SERVER)
             self._wait(idle_seconds)
             idle[self] = None
             if len(self.connections) > max_connections and (longest := next(iter(idle))) is not self:
@@ -67,8 +75,15 @@ def bounded_connections(
                 self.connections.discard(longest)  # now, or this one's request might be refused yet
 
         def data_received(self, data: bytes) -> None:
+            if self._is_over:
+                self._num_discarded += len(data)
+                if self._num_discarded > _MAX_DISCARDED_BYTES:
+                    self.transport.abort()
+                return
             self.app = when_full if self._is_full else self.config.loaded_app
             super().data_received(data)
+            if self._is_over:
+                return
             if self._has_request:
                 self._settle()
                 idle.pop(self, None)
@@ -88,7 +103,7 @@ def bounded_connections(
         def on_response_complete(self) -> None:
             self._settle()
             super().on_response_complete()
-            if self.transport.is_closing():
+            if self.transport.is_closing() or self._is_over:
                 return
             if self._is_half_closed and not self.eof_received():  # else it had sent one more ahead
                 self.transport.close()
@@ -118,7 +133,23 @@ def bounded_connections(
             """Called where h11's error is handled, which says more than `msg`."""
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else it has had an answer
                 self._send_error(sys.exception() or msg)
-            self.transport.close()
+            self._discard()
+
+        def _discard(self) -> None:
+            """Ends a connection when its client does, or when that takes long."""
+            if self._has_request:  # as if it had left: its answer is this one
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            self._is_over = True
+            if self._is_half_closed:  # nothing comes
+                self.transport.close()
+                return
+            if self.transport.can_write_eof():  # not over TLS
+                self.transport.write_eof()
+            self.flow.resume_reading()
+            self._settle()
+            idle[self] = None
+            self._wait(_DISCARD_SECONDS)
 
         def _send_error(self, error: BaseException | str) -> None:
             status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
@@ -140,7 +171,7 @@ def bounded_connections(
 
         @property
         def _has_request(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
+            return self.cycle is not None and not self.cycle.response_complete and not self._is_over
 
         def _wait(self, seconds: float, then: Callable[[], None] | None = None) -> None:
             if self._timer is not None:
@@ -167,6 +198,18 @@ def bounded_connections(
                 self.transport.close()
 
     return Connection
+
+
+class _Requests(h11.Connection):
+    """Refuses what ends in two ways: whoever passes it on may see another end, and so another request."""
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if {b"content-length", b"transfer-encoding"} <= names:  # RFC 9112, section 6.1
+                raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
+        return event
 
 
 class BoundedServer(uvicorn.Server):

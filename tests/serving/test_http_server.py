@@ -8,6 +8,7 @@ import socket
 import threading
 
 import pytest
+from xlarank_serving import http_connections
 from xlarank_serving.config import HttpConfig
 from xlarank_serving.http_server import _turn_away
 from xlarank_serving.server import RankingServer, ServerConfig
@@ -149,6 +150,7 @@ def test_no_request_fails_while_servers_of_a_port_come_and_go(serve):
 
 GET = b"GET /v2 HTTP/1.1\r\n"
 INFER = b"POST /v2/models/feed/infer HTTP/1.1\r\nHost: x\r\n"
+BOTH = INFER + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n"
 CHUNKED = INFER + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
@@ -161,9 +163,12 @@ CHUNKED = INFER + b"Transfer-Encoding: chunked\r\n\r\n"
         (INFER + b"Transfer-Encoding: gzip\r\n\r\n", 501, "Only Transfer-Encoding: chunked is supported"),
         (CHUNKED + b"five\r\n", 400, r"illegal chunk header: bytearray(b'five\r\n')"),
         (GET + b"A: " + 65_536 * b"a", 431, "Receive buffer too long"),
+        (GET + b"A: " + 200_000 * b"a", 431, "Receive buffer too long"),
+        (BOTH + b"\r\n0\r\n\r\n" + REQUEST, 400, "both Content-Length and Transfer-Encoding"),
+        (BOTH + b"Expect: 100-continue\r\n\r\n", 400, "both Content-Length and Transfer-Encoding"),
         (GET + 512 * b"?" + b"\r\n\r\n", 400, f"illegal header line: bytearray(b'{223 * '?'}"),
     ],
-    ids=["host", "length", "hosts", "encoding", "chunk", "long", "header"],
+    ids=["host", "length", "hosts", "encoding", "chunk", "long", "longer", "both", "expect", "header"],
 )
 def test_what_is_no_http_is_told_in_json_and_not_logged(serve, caplog, sent, status, text):
     with connect(serve()) as connection:
@@ -172,6 +177,25 @@ def test_what_is_no_http_is_told_in_json_and_not_logged(serve, caplog, sent, sta
     assert head.startswith(f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n".encode())
     assert b"content-type: application/json\r\n" in head
     assert json.loads(body) == {"error": f"expected an HTTP request, got: {text}"}
+    assert caplog.records == []
+
+
+def send_on(connection, part):
+    """Sends until that is refused."""
+    with contextlib.suppress(ConnectionError):
+        while True:
+            connection.sendall(part)
+
+
+@pytest.mark.parametrize("sent", [b"?\r\n\r\n", CHUNKED + b"five\r\n"], ids=["header", "chunk"])
+@pytest.mark.parametrize("limit", ["_MAX_DISCARDED_BYTES", "_DISCARD_SECONDS"])
+def test_who_sends_on_behind_what_is_no_http_is_read_and_then_left(serve, caplog, monkeypatch, sent, limit):
+    for name in {"_MAX_DISCARDED_BYTES", "_DISCARD_SECONDS"} - {limit}:
+        monkeypatch.setattr(http_connections, name, 1e9)
+    with connect(serve()) as connection:
+        connection.sendall(sent)
+        assert last_answer(connection).startswith(b"HTTP/1.1 400 ")
+        send_on(connection, 64 * b"?")
     assert caplog.records == []
 
 
