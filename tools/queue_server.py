@@ -20,6 +20,7 @@ from fixed_delay import fixed_delay
 from prometheus_client import Metric
 from server_process import started
 from xlarank_serving.server import RankingServer, ServerConfig, stop_on_signals
+from xlarank_serving.threads import short_turns
 
 from xlarank import device
 from xlarank.errors import ModelNotFoundError
@@ -130,6 +131,7 @@ class _OneModel:
         self._engine.close()
 
 
+@short_turns()
 def _serve(args: argparse.Namespace) -> None:
     device.configure(num_devices=1, compile_cache=args.compile_cache)
     pool, metrics = DevicePool(1, make_batcher=batcher_of(args.rule)), Metrics()

@@ -160,9 +160,15 @@ class HealthService:
                 self._threads.health_news.submit(self._send_news, watch)
 
     def _send_news(self, watch: _Watch) -> None:
-        while (status := self._news_for(watch)) is not None:
-            with self._sends.awaiting(watch.context):
-                watch.send(_Status(status=status))
+        try:
+            while (status := self._news_for(watch)) is not None:
+                with self._sends.awaiting(watch.context):
+                    watch.send(_Status(status=status))
+        except Exception:  # else a stop would wait for it, and it would hear of nothing any more
+            _log.exception("health: a watcher can't be told")
+            with self._changed:
+                self._sending.discard(watch)
+                self._changed.notify_all()
 
     def _news_for(self, watch: _Watch) -> Any:
         """What to send now; None if nothing is left to."""

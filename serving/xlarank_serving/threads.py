@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from xlarank.errors import OverloadError
 
-__all__ = ["AdminThreads", "CountingThreadPool", "ServerThreads", "on_threads"]
+__all__ = ["AdminThreads", "CountingThreadPool", "ServerThreads", "on_threads", "short_turns"]
 
 _NUM_CONTROL = 4
 _NUM_REFUSING = 2
@@ -23,6 +25,10 @@ _MAX_ADMIN_CALLS = 64
 """Administrative calls of a kind that run or wait; one more is refused."""
 
 _RETRY_ADMIN_SECONDS = 1.0
+
+_SWITCH_SECONDS = 0.0005
+"""After which Python lets another thread run that waits for the interpreter. A request waits for it several
+times; at the default of 5 ms, each time, behind a thread that loads a version, requests pile up."""
 
 
 class CountingThreadPool(concurrent.futures.ThreadPoolExecutor):
@@ -181,3 +187,14 @@ def on_threads(function: Any, pool: concurrent.futures.ThreadPoolExecutor) -> An
     """
     function.experimental_thread_pool = pool
     return function
+
+
+@contextlib.contextmanager
+def short_turns() -> Iterator[None]:
+    """Has threads take short turns at the interpreter, until the end of the block."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

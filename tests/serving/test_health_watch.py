@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -94,6 +95,27 @@ def test_a_look_that_fails_is_not_the_last_one(patient, watched, caplog, monkeyp
     monkeypatch.setattr(patient.repository, "models", models)
     assert next(statuses) == Status.NOT_SERVING
     assert "health: the repository can't be asked" in caplog.text
+
+
+def test_news_that_could_not_be_sent_are_not_the_last_ones(patient, watched, caplog, monkeypatch):
+    statuses = watched("feed")
+    assert next(statuses) == Status.SERVING
+    (watch,) = patient.server._health._watches
+    send, has_failed = watch.send, threading.Event()
+
+    def fail(_):
+        monkeypatch.setattr(watch, "send", send)
+        has_failed.set()
+        raise RuntimeError("for once")
+
+    monkeypatch.setattr(watch, "send", fail)
+    patient.repository.loading.add(("feed", 3))
+    assert has_failed.wait(20)
+    while patient.server._health._sending:
+        pass
+    assert "health: a watcher can't be told" in caplog.text
+    patient.repository.loading.clear()
+    assert next(statuses) == Status.SERVING
 
 
 def test_a_model_that_is_not_there_yet_is_waited_for(patient, watched):

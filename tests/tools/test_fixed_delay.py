@@ -1,14 +1,16 @@
 """Triton's rule and one request a batch, by hand, in the scheduler and on the simulator's clock."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
+import queue_server
 from fixed_delay import FixedDelayBatcher, fixed_delay
 from queue_server import OURS, batcher_of
 from serving_lab import arrivals_of, mixed_sizes, run_simulation
 
-from xlarank.errors import BucketError
+from xlarank.errors import BucketError, ConfigError
 from xlarank.runtime.bucket_plan import BucketPlan
 from xlarank.runtime.simulation import Arrival
 from xlarank.spec import Bucket, BucketLadder, LatencyProfile
@@ -115,3 +117,17 @@ def test_ours_has_the_lower_p99_where_requests_fill_the_knee_s_buckets_badly(loa
         for rule in (OURS, "500", "5000")
     }
     assert p99[OURS] < 0.95 * min(p99["500"], p99["5000"])
+
+
+def test_threads_of_the_server_to_compare_with_take_turns_as_short_as_the_product_s(monkeypatch):
+    seen = []
+
+    def configure(**_):
+        seen.append(sys.getswitchinterval())
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(queue_server.device, "configure", configure)
+    monkeypatch.setattr(sys, "argv", ["queue_server.py", "bundle", "--compile-cache", "cache"])
+    with pytest.raises(ConfigError, match="enough"):
+        queue_server.main()
+    assert seen == [pytest.approx(5e-4)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from xlarank_serving.admin import AdminServer
 from xlarank_serving.server import RankingServer, StopRequest, stop_on_signals
+from xlarank_serving.threads import short_turns
 
 from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig
 from xlarank.cli.serve_file import ConfigFile
@@ -31,10 +32,6 @@ __all__ = ["RunningServer", "bound_stop", "followed_policies", "running_server"]
 
 _LAST_SECONDS = 20.0
 """After the grace period of a stop, until a process that hangs in it is ended."""
-
-_SWITCH_SECONDS = 0.0005
-"""After which Python lets another thread run that waits for the interpreter. A request waits for it several
-times; at the default of 5 ms, each time, behind a thread that loads a version, requests pile up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +81,7 @@ def running_server(
     metrics = Metrics()
     timeout_ms = config.queue.default_timeout_ms
     with contextlib.ExitStack() as outer:
-        outer.callback(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(_SWITCH_SECONDS)
+        outer.enter_context(short_turns())
         observers = [outer.enter_context(contextlib.closing(each)) for each in _observers(config)]
         captures = outer.enter_context(contextlib.closing(Captures(config.captures)))
         repository = _open_repository(config, metrics, captures, held)
