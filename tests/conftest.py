@@ -28,7 +28,6 @@ _OLDEST = {
     "compiler/passes/test_hoist_context.py",
     "compiler/passes/test_hoist_indices.py",
     "compiler/passes/test_hoist_traps.py",
-    "compiler/passes/test_prepare.py",
     "compiler/test_build.py",
     "device/test_device.py",
     "host/test_extension.py",

@@ -141,7 +141,8 @@ WAYS = [("device", "float32"), ("split", "float32"), ("split", "int8"), ("device
 
 
 @pytest.mark.parametrize(
-    ("kind", "item_format"), [*WAYS[:3], pytest.param(*WAYS[3], marks=pytest.mark.sweep)]
+    ("kind", "item_format"),
+    [way if way in (WAYS[0], WAYS[2]) else pytest.param(*way, marks=pytest.mark.sweep) for way in WAYS],
 )
 def test_scores_are_the_same_wherever_rows_are(kind, item_format, placed):
     ours, theirs = placed(kind, item_format), placed("host", item_format)
@@ -157,7 +158,7 @@ def test_scores_are_the_same_wherever_rows_are(kind, item_format, placed):
         assert engine.num_request_path_compiles == 0
 
 
-@pytest.mark.parametrize(("kind", "item_format"), WAYS[:3])
+@pytest.mark.parametrize(("kind", "item_format"), [WAYS[0], WAYS[2]])
 def test_row_updates_reach_what_devices_hold(kind, item_format, placed):
     paths = [placed(name, item_format).path for name in (kind, "host")]
     with Engine.load(paths[0]) as ours, Engine.load(paths[1]) as theirs:

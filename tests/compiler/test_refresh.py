@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import shop
 from flax import nnx
+from pass_cases import sampled
 
 from xlarank import device
 from xlarank.bundle import open_bundle
@@ -106,7 +107,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize("what", sampled(OTHERS, pytest.mark.sweep, {"an operation", "the buckets"}))
 def test_what_changes_programs_or_forms_compiles_anew(repository, what):
     assert built(repository, **OTHERS[what]).reused is None
 

@@ -316,6 +316,7 @@ def test_who_has_an_answer_finds_it_counted(engine):
     assert seen.result(60) == before + 1
 
 
+@pytest.mark.once
 def test_the_numpy_gather_serves_the_same_scores(repository, engine):
     requests = random_requests(shop.SPEC, 4, seed=9)
     with Engine.load(repository / "shop", backend="numpy") as slow:

@@ -64,10 +64,7 @@ def sampled(names: Iterable[str], rest: Any, sample: Collection[str] = _SAMPLE) 
 
 
 def swept(names: Sequence[str]) -> list[Any]:
-    """Parameters of a sweep, of which `make test` and CI run a sample and `make test-sweeps` the rest.
-
-    All models are hoisted in every run on the newest interpreter, which reads every equation of theirs.
-    """
+    """Parameters of a sweep, of which `make test` and CI run a sample and `make test-sweeps` the rest."""
     return sampled(names, pytest.mark.sweep)
 
 

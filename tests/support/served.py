@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -48,6 +49,12 @@ def served_by(*options, cwd=None):
             yield process
         finally:
             process.kill()
+
+
+def complaints_in(err):
+    """Lines of a server's stderr that tell more than what it loads, and what answers or has ended."""
+    told = re.compile(r"loading |I\d{4} \S+ +\d+ \S+\] (tables of|model|versions|process) ")
+    return [line for line in err.splitlines() if not told.match(line)]
 
 
 def tensors_of(num_candidates):

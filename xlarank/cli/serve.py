@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from xlarank.cli.log_levels import set_log_levels
+from xlarank.cli.log_levels import server_log
 from xlarank.cli.sections import add_flags, config_text, options_of, read_sections
 from xlarank.cli.serve_config import ServeConfig, port_file_problem, port_problems
 from xlarank.cli.serve_file import ConfigFile
@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         text = config_text(file.config)
         print(text, end="")
         return {"config": text} if args.json else {}
-    return _serve(file, is_json=args.json)
+    with server_log():
+        return _serve(file, is_json=args.json)
 
 
 def _check(config: ServeConfig | None, problems: list[str], *, is_json: bool) -> dict[str, Any]:
@@ -107,7 +108,6 @@ def _check(config: ServeConfig | None, problems: list[str], *, is_json: bool) ->
 
 def _serve(file: ConfigFile, *, is_json: bool) -> dict[str, Any]:
     config = file.config
-    set_log_levels(is_server=True)
     _raise_file_limit()
     # Before models load; binding the ports for good, after that, refuses a late comer.
     if wrong := port_problems(config.ports):

@@ -15,7 +15,6 @@ from pass_cases import (
     fed_by_weights,
     hoisted_of,
     plain_of,
-    sampled,
     swept,
 )
 
@@ -54,11 +53,9 @@ SCORED = (
     "ple",
     "programs_in_programs",
 )
-NOT_OF_LAYERS_ALONE = {"indices", "linen_wide", "merged_batch", "programs_in_programs"}
-"""What an older JAX may write in another way."""
 
 
-@pytest.mark.parametrize("name", sampled(SCORED, pytest.mark.once, NOT_OF_LAYERS_ALONE))
+@pytest.mark.parametrize("name", SCORED)
 def test_prepare_and_the_row_program_score_as_the_whole(name):
     case = case_of(name)
     batch = case.batch(8, 2)
