@@ -23,8 +23,9 @@ import grpc
 
 from xlarank.errors import AccessError, ConfigError
 from xlarank_serving.config import SecurityConfig
-from xlarank_serving.layout import SERVICE_NAME
+from xlarank_serving.layout import RANKING_METHODS, SERVICE_NAME
 from xlarank_serving.parsing import refusal_handler
+from xlarank_serving.refusals import Refusals
 from xlarank_serving.reloading import Reloaded, read_file
 from xlarank_serving.threads import ServerThreads
 
@@ -165,9 +166,16 @@ class Authorizer:
 class Gatekeeper(grpc.ServerInterceptor):
     """Refuses calls when their headers arrive. A refused call's message is never read."""
 
-    def __init__(self, authorizer: Authorizer, threads: ServerThreads) -> None:
+    def __init__(self, authorizer: Authorizer, threads: ServerThreads, refusals: Refusals) -> None:
+        """
+        Args:
+          authorizer: judges.
+          threads: that the refusals are said on.
+          refusals: counts of ranking requests.
+        """
         self._authorizer = authorizer
         self._threads = threads
+        self._refusals = refusals
 
     def intercept_service(
         self,
@@ -185,6 +193,8 @@ class Gatekeeper(grpc.ServerInterceptor):
             text = value.decode(errors="replace") if isinstance(value, bytes) else value
             self._authorizer.check(access, text)
         except AccessError as error:
+            if handler_call_details.method in RANKING_METHODS:
+                self._refusals.count(error)
             return refusal_handler(error, self._threads.refusals)
         return continuation(handler_call_details)
 

@@ -9,15 +9,12 @@ import grpc
 
 from xlarank.errors import OverloadError, UnavailableError, XlarankError
 from xlarank_serving.arrival import stamp_arrival
-from xlarank_serving.layout import SERVICE_NAME
+from xlarank_serving.layout import INFER_METHOD, SERVICE_NAME, STREAM_METHOD
 from xlarank_serving.parsing import refusal_handler
 from xlarank_serving.service import InferenceService
 from xlarank_serving.threads import AdminThreads, ServerThreads
 
 __all__ = ["AdminGate", "Gate"]
-
-_UNARY = f"/{SERVICE_NAME}/ModelInfer"
-_STREAM = f"/{SERVICE_NAME}/ModelStreamInfer"
 
 _RETRY_STREAM_SECONDS = 1.0
 
@@ -48,9 +45,9 @@ class Gate(grpc.GenericRpcHandler):
         the count of streams is exact."""
         stamp_arrival()
         refusal = None
-        if handler_call_details.method == _UNARY:
+        if handler_call_details.method == INFER_METHOD:
             refusal = self._service.refusal()
-        elif handler_call_details.method == _STREAM:
+        elif handler_call_details.method == STREAM_METHOD:
             refusal = self._refusal_of_stream()
         if refusal is not None:
             return refusal_handler(refusal, self._threads.refusals)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import math
 import threading
@@ -26,13 +27,14 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import grpc
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from xlarank.errors import RequestError, UnavailableError
+from xlarank.errors import AccessError, OverloadError, RequestError, UnavailableError
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.arrival import Arrival
 from xlarank_serving.http_bodies import Bodies
@@ -49,6 +51,13 @@ __all__ = ["Authorize", "http_app", "refusing"]
 Authorize = Callable[[str, str | None], None]
 """Raises AccessError if the bearer of an Authorization header (None: there is none) may not call a gRPC
 method, named in full."""
+
+_BODY_CODES = {
+    408: grpc.StatusCode.CANCELLED,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    415: grpc.StatusCode.UNIMPLEMENTED,
+}
+"""What gRPC's callers get where a body is refused."""
 
 _NOT_READY = 400  # the protocol asks for a 4xx
 
@@ -152,7 +161,15 @@ class _App:
             )
             if (refusal := self._service.refusal()) is not None:
                 raise refusal
-            async with self._bodies.received(request) as body:
+            async with contextlib.AsyncExitStack() as stack:
+                try:
+                    body = await stack.enter_async_context(self._bodies.received(request))
+                except HTTPException as error:
+                    self._service.refusals.count_as(_BODY_CODES[error.status_code])
+                    raise
+                except OverloadError as error:
+                    self._service.refusals.count(error)
+                    raise
                 ranking = _Ranking(self._service, request, body, arrival)
                 loop = asyncio.get_running_loop()
                 watch = asyncio.create_task(_wait_for_disconnect(request, ranking.cancel))
@@ -180,6 +197,10 @@ class _App:
                 return await endpoint(request)
             except HTTPException:
                 raise
+            except AccessError as error:
+                if method == "ModelInfer":
+                    self._service.refusals.count(error)
+                return _error_response(error)
             except ClientDisconnect:
                 return Response(status_code=499)  # nobody reads it
             except asyncio.CancelledError:  # by the server's stop, after its grace

@@ -36,8 +36,11 @@ from xlarank.spec import CANDIDATE_IDS, FeatureSpec, ModelSpec, Scope, ValueType
 
 __all__ = [
     "CANDIDATE_IDS_INPUT",
+    "INFER_METHOD",
     "LENGTHS_SUFFIX",
+    "RANKING_METHODS",
     "SERVICE_NAME",
+    "STREAM_METHOD",
     "Role",
     "WireInput",
     "feature_inputs",
@@ -48,6 +51,11 @@ __all__ = [
 
 SERVICE_NAME = "inference.GRPCInferenceService"
 """Full name of the gRPC service."""
+
+INFER_METHOD = f"/{SERVICE_NAME}/ModelInfer"
+STREAM_METHOD = f"/{SERVICE_NAME}/ModelStreamInfer"
+RANKING_METHODS = frozenset((INFER_METHOD, STREAM_METHOD))
+"""Full names of the methods that rank."""
 
 LENGTHS_SUFFIX = ".lengths"
 """`f.lengths` are the lengths of `f`."""

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 
+import grpc
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -19,7 +20,7 @@ class Refusals(Collector):
     """Counts requests that failed before an engine had them, by the status that callers got. Any thread.
 
     `nv_inference_request_failure` is by model and version, which aren't known of a request that is malformed,
-    names no version that serves, is refused unread, or doesn't arrive (CANCELLED).
+    names no version that serves, has a bad token, is refused unread, or doesn't arrive (CANCELLED).
     """
 
     def __init__(self) -> None:
@@ -28,9 +29,12 @@ class Refusals(Collector):
 
     def count(self, error: Exception) -> None:
         """One more, answered with this error."""
-        code = status_of(error)[0].name
+        self.count_as(status_of(error)[0])
+
+    def count_as(self, code: grpc.StatusCode) -> None:
+        """One more, answered with what is this over gRPC."""
         with self._lock:
-            self._counts[code] += 1
+            self._counts[code.name] += 1
 
     def describe(self) -> Iterable[Metric]:
         """For prometheus_client: nothing to compare at registration."""

@@ -151,7 +151,7 @@ class RankingServer:
                 options=server_options(limits, connections or ConnectionConfig(), shares_port=is_one_of_many),
                 maximum_concurrent_rpcs=limits.max_concurrent_rpcs + health.MAX_WATCHES + _MAX_OTHER_RPCS,
                 interceptors=[
-                    Gatekeeper(authorizer, self._threads),
+                    Gatekeeper(authorizer, self._threads, self._service.refusals),
                     AdminGate(self._threads.administration, self._threads.refusals),
                 ],
             )

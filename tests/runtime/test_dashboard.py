@@ -7,7 +7,9 @@ from pathlib import Path
 import linear
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from xlarank_serving.refusals import Refusals
 
+from xlarank.errors import AccessError
 from xlarank.runtime import Metrics, ModelRepository
 from xlarank.runtime import metrics as metrics_module
 
@@ -28,6 +30,9 @@ def queries():
 def series(linear_version):
     """Label names by series of a server that has answered; those of features are known without a store."""
     metrics = Metrics()
+    refusals = Refusals()
+    refusals.count(AccessError("no token", is_known_caller=False))
+    metrics.register(refusals)
     repository = ModelRepository.open(linear_version.parents[1], num_devices=1, metrics=metrics)
     with repository.lease("linear") as engine:
         engine.score(engine.request(linear.features(5)))
@@ -47,6 +52,7 @@ def test_every_series_of_the_dashboard_is_one_that_the_server_has(series):
     asked = {name for query in queries() for name in NAME.findall(query)}
     assert len(asked) > 25
     assert asked - series.keys() == set()
+    assert "xlarank_requests_refused_total" in asked
     assert {"xlarank_device_rows", "xlarank_batch_rows_total", "xlarank_padding_rows_total"} <= asked
     assert any("by (model, bucket)" in query and "xlarank_padding_rows_total" in query for query in queries())
 

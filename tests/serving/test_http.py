@@ -61,6 +61,10 @@ class Over:
         status, _, answer = self.call("POST", path, body, headers.items())
         return status, json.loads(answer)
 
+    def num_refused(self):
+        (family,) = self.server.refusals.collect()
+        return {sample.labels["status"]: sample.value for sample in family.samples}
+
 
 @pytest.fixture(scope="module")
 def over(wire):
@@ -415,6 +419,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(own):
                        headers={"Transfer-Encoding": "chunked"})  # fmt: skip
     assert connection.getresponse().status == 413
     connection.close()
+    assert over.num_refused() == {"RESOURCE_EXHAUSTED": 2}
 
 
 def test_silent_connections_do_not_shut_the_port(own, wire):
@@ -445,6 +450,7 @@ def test_bodies_have_a_common_bound_and_give_their_share_back(own, wire):
         assert b"retry-after: 1\r\n" in answer
         assert b"retry-after-ms: 1000\r\n" in answer
         assert b"the server holds 16777216 bytes of requests, its limit; try again" in answer
+        assert over.num_refused() == {"RESOURCE_EXHAUSTED": 1}
         connections.remove(refused)
         connections[0].close()
         statuses = (over.infer(as_json(wire))[0] for _ in range(1000))  # until the server has noticed
@@ -457,12 +463,15 @@ def test_a_body_that_does_not_come_is_given_up(own):
     with socket.create_connection((host, int(port)), timeout=20) as half:
         half.sendall(b"POST /v2/models/feed/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
         assert half.recv(4096).startswith(b"HTTP/1.1 408")
+    assert over.num_refused() == {"CANCELLED": 1}
 
 
-def test_a_compressed_body_is_refused(over, wire):
+def test_a_compressed_body_is_refused(own, wire):
+    over = own()
     status, answer = over.infer(b"x", **{"Content-Encoding": "gzip"})
     assert (status, answer["error"]) == (415, "expected a body without Content-Encoding, got 'gzip'")
     assert over.infer(as_json(wire), **{"Content-Encoding": "Identity"})[0] == 200
+    assert over.num_refused() == {"UNIMPLEMENTED": 1}
 
 
 def test_json_is_bounded_before_it_is_parsed(over, wire):
@@ -514,6 +523,7 @@ def test_who_may_not_call_is_refused(own, wire, tmp_path):
     assert "token" in json.loads(answer)["error"]
     assert over.call("GET", "/v2/models/feed", headers={"Authorization": "Bearer bad"}.items())[0] == 401
     assert over.infer(as_json(wire), Authorization="Bearer a-token-of-enough-letters")[0] == 200
+    assert over.num_refused() == {"UNAUTHENTICATED": 1}  # of the call that ranks
 
 
 def test_models_are_loaded_and_unloaded_for_those_with_an_admin_token(own, tmp_path):

@@ -323,6 +323,21 @@ def test_an_unknown_token_may_not(guarded, candidates, token):
     assert refusal(guarded, candidates, token=token) == (False, "the token isn't known to the server")
 
 
+def test_bad_tokens_of_ranking_calls_are_counted_once_each(guarded, candidates, wire):
+    for values in ([], [("authorization", "Bearer another-token-0123456")]):
+        with pytest.raises(grpc.RpcError):
+            guarded.infer(wire.raw(**wire.valid(1)), metadata=values)
+    stream = guarded.channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+    with pytest.raises(grpc.RpcError):
+        next(stream(iter([b""])))
+    metadata = guarded.channel.unary_unary("/inference.GRPCInferenceService/ServerMetadata")
+    with pytest.raises(grpc.RpcError):  # ranks nothing
+        metadata(b"")
+    assert_right(guarded, candidates, token=RANK)
+    (family,) = guarded.server.refusals.collect()
+    assert {sample.labels["status"]: sample.value for sample in family.samples} == {"UNAUTHENTICATED": 3}
+
+
 def test_no_token_is_unauthenticated_and_told_what_to_send(guarded, wire):
     with pytest.raises(grpc.RpcError) as caught:
         guarded.infer(wire.raw(**wire.valid(1)))
