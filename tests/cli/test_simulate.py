@@ -134,6 +134,7 @@ def test_a_trace_that_can_not_be_read_is_refused(run, tmp_path, text, message):
         ),
         (("--rate", "1", "--costs", "1,2"), "--costs: expected one for each of 1 devices, got 2"),
         (("--rate", "1", "--slo-ms", "0"), "--slo-ms must be > 0; was 0.0"),
+        (("--rate", "1", "--slo-ms", "nan"), "--slo-ms must be > 0; was nan"),
         (("--rate", "1", "--slowdown", "0"), "--slowdown must be > 0; was 0.0"),
         (("--rate", "1", "--capacity", "0"), "--capacity must be > 0; was 0.0"),
         (("--rate", "1", "--capacity", "1", "--alone-ms", "0"), "--alone-ms must be > 0; was 0.0"),

@@ -90,6 +90,16 @@ def test_by_hand():
     assert result.utilisation == pytest.approx(5 / 6)
 
 
+def test_rows_of_a_request_that_is_dropped_later_are_no_padding():
+    """Four rows run, for longer than was predicted; the other two are late before the device is free."""
+    plan = plan_of([Bucket(4, 4)], lambda bucket: 1.0)
+    arrivals = [Arrival(0.0, 6, timeout=2.5)]
+    result = simulate(*scheduler_of(plan), arrivals, service_seconds=lambda turn: 3.0)
+    assert (result.num_late, result.num_batches, result.num_rows_run) == (1, 1, 4)
+    assert result.num_candidates_run == 4
+    assert result.padding_share == 0
+
+
 def test_refused_and_late_requests_are_counted_and_have_no_latency():
     plan = plan_of([Bucket(1, 1)], lambda bucket: 1.0)
     arrivals = [

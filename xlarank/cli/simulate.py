@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         (kind, speed): BucketPlan.of_config(manifest.ladder, _scaled(profiles[kind], speed), config)
         for kind, speed in {*zip(named, speeds, strict=True)}
     }
-    if args.slo_ms <= 0:
+    if not 0 < args.slo_ms < math.inf:
         raise ConfigError(f"--slo-ms must be > 0; was {args.slo_ms}")
     by_device = [plans[device] for device in zip(named, speeds, strict=True)]
     pace = _stated_pace(args, manifest.spec.name, by_device)

@@ -66,6 +66,9 @@ class SimulationResult:
     num_rows_run: int
     """Rows of all buckets that ran, padding included."""
 
+    num_candidates_run: int
+    """Of those rows, the ones with a candidate, of requests that were dropped later too."""
+
     busy_seconds: tuple[float, ...]
     """By device."""
 
@@ -87,7 +90,7 @@ class SimulationResult:
     @property
     def padding_share(self) -> float:
         """Rows without a candidate, of all rows that ran."""
-        return 1 - float(self.sizes[self.is_answered].sum()) / self.num_rows_run if self.num_rows_run else 0.0
+        return 1 - self.num_candidates_run / self.num_rows_run if self.num_rows_run else 0.0
 
     @property
     def utilisation(self) -> float:
@@ -214,7 +217,8 @@ class _Run:
         self._arrivals: list[Arrival] = []
         self._rows_left: list[int] = []
         self._latencies: list[float] = []
-        self._num_refused = self._num_late = self._num_batches = self._num_rows_run = 0
+        self._num_refused = self._num_late = 0
+        self._num_batches = self._num_rows_run = self._num_candidates_run = 0
         self._busy = [0.0] * len(self._free)
 
     def advance(self, until: float) -> None:
@@ -264,6 +268,7 @@ class _Run:
             num_late=self._num_late,
             num_batches=self._num_batches,
             num_rows_run=self._num_rows_run,
+            num_candidates_run=self._num_candidates_run,
             busy_seconds=tuple(self._busy),
         )
 
@@ -297,4 +302,5 @@ class _Run:
                 self._busy[device] += seconds
                 self._num_batches += 1
                 self._num_rows_run += turn.batch.bucket.rows
+                self._num_candidates_run += sum(part.num_rows for part in turn.batch.parts)
                 heapq.heappush(self._ends, (self._now + seconds, next(self._count), turn))
