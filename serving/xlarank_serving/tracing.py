@@ -2,12 +2,14 @@
 
 A request is a span `ModelInfer` with six below it, wait, decode, queue, gather, execute and respond, made
 when it is answered, from the times that were taken anyway; it continues the caller's trace where metadata has
-a `traceparent`. Requests that aren't sampled cost one decision.
+a `traceparent`. One that dies in the queue has its time there up to its end. Requests that aren't sampled
+cost one decision.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 
@@ -94,6 +96,8 @@ class Tracer:
         stages = [("wait", record.wait_seconds), ("decode", record.decode_seconds)]
         if record.timings is not None:
             stages += [(name, getattr(record.timings, name)) for name in ("queue", "gather", "execute")]
+        elif record.status == "DEADLINE_EXCEEDED":  # once it is decoded, nothing else takes its time
+            stages.append(("queue", math.inf))
         context = trace.set_span_in_context(span)
         for name, seconds in stages:
             stage = self._tracer.start_span(name, context, start_time=_nanoseconds(begin))

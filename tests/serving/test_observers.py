@@ -315,6 +315,16 @@ def test_stages_last_as_long_as_they_did():
     assert milliseconds == pytest.approx(expected, abs=1e-2)
 
 
+def test_a_request_that_dies_in_the_queue_was_there_to_its_end():
+    exporter = InMemorySpanExporter()
+    tracer = Tracer(TracingConfig(share=1.0), exporter=exporter)
+    tracer(record(status="DEADLINE_EXCEEDED", message="late", timings=None))
+    tracer.close()
+    milliseconds = {s.name: (s.end_time - s.start_time) / 1e6 for s in exporter.get_finished_spans()}
+    expected = {"ModelInfer": 10, "wait": 0, "decode": 1, "queue": 9}
+    assert milliseconds == pytest.approx(expected, abs=1e-2)
+
+
 def test_a_collector_that_does_not_answer_does_not_hold_up_the_end(caplog, monkeypatch):
     monkeypatch.setattr(tracing, "_CLOSE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
