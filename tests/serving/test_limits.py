@@ -385,6 +385,16 @@ def test_calls_past_the_limit_are_told_when_to_come_again(wire, candidates):
         assert len(running.client.score("feed", candidates)["finish"]) == 3
 
 
+def test_a_compressed_message_is_refused_for_what_it_would_be(wire, candidates):
+    with running_server(wire, max_message_mib=8) as running:
+        call = running.channel.unary_unary(INFER)
+        with pytest.raises(grpc.RpcError) as caught:
+            call(bytes(9 * 2**20), timeout=20, compression=grpc.Compression.Gzip)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert not running.engine.requests
+        assert len(running.client.score("feed", candidates)["finish"]) == 3
+
+
 def test_a_call_without_a_message_is_refused(shared):
     call = shared.channel.stream_unary(INFER)
     with pytest.raises(grpc.RpcError, match="expected one request message, got none") as caught:
