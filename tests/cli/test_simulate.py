@@ -145,6 +145,10 @@ def test_a_trace_that_can_not_be_read_is_refused(run, tmp_path, text, message):
         (("--rate", "1", "--overhead-ms", "-1"), "--overhead-ms must be >= 0; was -1.0"),
         (("--rate", "1", "--timeout-ms", "-1"), "--timeout-ms must be >= 0; was -1.0"),
         (("--rate", "1", "--requests", "0"), "--requests must be >= 1; was 0"),
+        (
+            ("--rate", "1", "--candidates", "65537"),
+            "traffic: expected at most 65536 candidates a request, the server's max_candidates, got 65537",
+        ),
         (("--trace", "nowhere.csv"), "nowhere.csv: expected a CSV file: "),
     ],
 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
+from xlarank_serving.config import LimitConfig
 
 from xlarank.bundle import Verify, open_bundle, resolve_bundle
 from xlarank.cli.console import output_console
@@ -196,6 +197,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         arrivals = _read_trace(args.trace)
     else:
         arrivals = _poisson(args, manifest.spec.name, by_device, slowdown=pace.slowdown)
+    largest = max((arrival.num_rows for arrival in arrivals), default=0)
+    if largest > LimitConfig.max_candidates:
+        raise ConfigError(
+            f"traffic: expected at most {LimitConfig.max_candidates} candidates a request, the server's "
+            f"max_candidates, got {largest}"
+        )
     if args.capacity is not None:
         observed = observed_pace(
             by_device,
