@@ -33,11 +33,13 @@ def test_order_and_sums_are_those_of_a_sorted_list(seed):
             assert list(queue) == ordered
             assert queue.seconds == pytest.approx(sum(kept.values()), abs=1e-12)
             for order in (-1.0, rng.random() * 2000, step / 2, float(step), 1e9):
-                before = sum(kept[part] for part in ordered if part.ticket.order[0] <= order)
-                assert queue.seconds_before(order) == pytest.approx(before, abs=1e-12)
+                before = [part for part in ordered if part.ticket.order[0] <= order]
+                seconds = sum(kept[part] for part in before)
+                assert queue.seconds_before(order) == pytest.approx(seconds, abs=1e-12)
+                assert queue.rows_before(order) == sum(part.num_rows for part in before)
     for part in list(queue):
         queue.remove(part)
-    assert queue.seconds == queue.seconds_before(1e9) == 0
+    assert queue.seconds == queue.seconds_before(1e9) == queue.rows_before(1e9) == 0
     assert list(queue) == []
 
 

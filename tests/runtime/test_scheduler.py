@@ -487,6 +487,18 @@ def test_rows_are_bounded_but_a_lone_request_is_taken():
         ask(scheduler, queue, "b", 1)
 
 
+def test_rows_of_low_levels_keep_no_higher_ones_out():
+    scheduler, queue = scheduler_of(ALIKE, max_queued_rows=40, max_queue_ms=1e9, ageing_ms=1000)
+    ask(scheduler, queue, "bulk", 100, priority=4)
+    for number in range(2):
+        ask(scheduler, queue, number, 20, priority=1)
+    for priority, num_rows in ((1, 40), (4, 140)):
+        with pytest.raises(OverloadError, match=f"{num_rows} rows are queued, 1 more would pass"):
+            ask(scheduler, queue, "one more", 1, priority=priority)
+    # By 3 s the bulk has aged past whoever comes then.
+    assert "140 rows are queued, 1 more" in str(scheduler.overload(0, 3.5))
+
+
 def test_predictions_count_other_models_as_far_as_they_take_turns():
     scheduler = Scheduler(1)
     config = QueueConfig(max_queue_ms=1e6)

@@ -232,6 +232,10 @@ class Batcher(Generic[Item]):
         """Device time of all that a request of this level would find before it, if it came now."""
         return self._queue.seconds_before(now + self._head_start(priority))
 
+    def rows_ahead(self, now: float, priority: int) -> int:
+        """Rows of all that."""
+        return self._queue.rows_before(now + self._head_start(priority))
+
     def next_batch(
         self,
         device: int,

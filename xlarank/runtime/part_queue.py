@@ -1,4 +1,4 @@
-"""What is queued, in order, and the device time of what is before a place in it: `PartQueue`."""
+"""What is queued, in order, and device time and rows of what is before a place in it: `PartQueue`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ class PartQueue(Generic[Item]):
         self._chunks: list[list[Part[Item]]] = []  # ascending, none of them empty
         self._seconds: list[list[float]] = []  # of each part
         self._sums: list[float] = []
+        self._rows: list[int] = []  # sums, too
 
     def __iter__(self) -> Iterator[Part[Item]]:
         return itertools.chain.from_iterable(self._chunks)
@@ -89,17 +90,30 @@ class PartQueue(Generic[Item]):
 
     def seconds_before(self, order: float) -> float:
         """Device time of the requests whose order isn't later than this."""
+        at, place = self._end_of(order)
+        if at == len(self._chunks):
+            return self.seconds
+        return sum(self._sums[:at]) + sum(self._seconds[at][:place])
+
+    def rows_before(self, order: float) -> int:
+        """Rows of the requests whose order isn't later than this."""
+        at, place = self._end_of(order)
+        own = self._chunks[at][:place] if place else ()
+        return sum(self._rows[:at]) + sum(part.num_rows for part in own)
+
+    def _end_of(self, order: float) -> tuple[int, int]:
+        """The chunk in which what isn't later than this ends, and the place there."""
         key = (order, math.inf)
         at = bisect.bisect_left(self._chunks, key, key=_last_place)
         if at == len(self._chunks):
-            return self.seconds
-        place = bisect.bisect_left(self._chunks[at], key, key=_place)
-        return sum(self._sums[:at]) + sum(self._seconds[at][:place])
+            return at, 0
+        return at, bisect.bisect_left(self._chunks[at], key, key=_place)
 
     def insert(self, part: Part[Item], seconds: float) -> None:
         """Queues a part that takes so much device time."""
         if not self._chunks:
             self._chunks, self._seconds, self._sums = [[part]], [[seconds]], [seconds]
+            self._rows = [part.num_rows]
             return
         at = min(bisect.bisect_left(self._chunks, _place(part), key=_last_place), len(self._chunks) - 1)
         parts, prices = self._chunks[at], self._seconds[at]
@@ -107,10 +121,12 @@ class PartQueue(Generic[Item]):
         parts.insert(place, part)
         prices.insert(place, seconds)
         self._sums[at] = sum(prices)
+        self._rows[at] += part.num_rows
         if len(parts) > 2 * _CHUNK_PARTS:
             self._chunks[at : at + 1] = [parts[:_CHUNK_PARTS], parts[_CHUNK_PARTS:]]
             self._seconds[at : at + 1] = [prices[:_CHUNK_PARTS], prices[_CHUNK_PARTS:]]
             self._sums[at : at + 1] = [sum(half) for half in self._seconds[at : at + 2]]
+            self._rows[at : at + 1] = [sum(p.num_rows for p in half) for half in self._chunks[at : at + 2]]
 
     def remove(self, part: Part[Item]) -> None:
         """Takes out a part that is queued."""
@@ -121,8 +137,9 @@ class PartQueue(Generic[Item]):
         del parts[place], prices[place]
         if parts:
             self._sums[at] = sum(prices)
+            self._rows[at] -= part.num_rows
         else:
-            del self._chunks[at], self._seconds[at], self._sums[at]
+            del self._chunks[at], self._seconds[at], self._sums[at], self._rows[at]
 
 
 def _place(part: Part) -> tuple[float, int, int]:

@@ -371,7 +371,7 @@ class Scheduler(Generic[Item]):
             count = num_arriving * share
             arriving = count * queue.batcher.plan.work_seconds(max(1, round(queue.mean_rows)))
             wait = self.predicted_start(queue, now, level, arriving) - now
-            refusal = self._refusal(queue, math.floor(count * queue.mean_rows) + 1, wait)
+            refusal = self._refusal(queue, math.floor(count * queue.mean_rows) + 1, level, wait, now)
             if refusal is None or wait == math.inf:
                 return None
             refusals.append(refusal)
@@ -429,7 +429,7 @@ class Scheduler(Generic[Item]):
         start = self.predicted_start(queue, now, priority)
         if start == math.inf:
             raise UnavailableError(f"model {queue.name!r}: no device is healthy")
-        refusal = self._refusal(queue, num_rows, start - now)
+        refusal = self._refusal(queue, num_rows, priority, start - now, now)
         if refusal is not None:
             why, retry = refusal
             raise OverloadError(f"model {queue.name!r}: the queue is full: {why}", retry)
@@ -444,16 +444,17 @@ class Scheduler(Generic[Item]):
                 )
 
     @staticmethod
-    def _refusal(queue: ModelQueue[Item], num_rows: int, wait: float) -> tuple[str, float] | None:
+    def _refusal(
+        queue: ModelQueue[Item], num_rows: int, priority: int, wait: float, now: float
+    ) -> tuple[str, float] | None:
         """Why so many rows more, which would wait so long, are too many, and in how many seconds they may not
-        be; None if they aren't."""
-        config, num_queued = queue.batcher.config, queue.batcher.num_queued_rows
-        longest = config.max_queue_ms / 1e3
-        if num_queued and num_queued + num_rows > config.max_queued_rows:
-            why = (
-                f"{num_queued} rows are queued, {num_rows} more would pass max_queued_rows, "
-                f"{config.max_queued_rows}"
-            )
+        be; None if they aren't. What is behind them doesn't count: low levels don't keep high ones out."""
+        config = queue.batcher.config
+        longest, most = config.max_queue_ms / 1e3, config.max_queued_rows
+        is_near = queue.batcher.num_queued_rows + num_rows > most
+        num_ahead = queue.batcher.rows_ahead(now, priority) if is_near else 0
+        if num_ahead and num_ahead + num_rows > most:
+            why = f"{num_ahead} rows are queued, {num_rows} more would pass max_queued_rows, {most}"
         elif wait > longest:
             why = f"a request would wait {wait * 1e3:.1f} ms, max_queue_ms is {config.max_queue_ms:g}"
         else:

@@ -27,7 +27,8 @@ class QueueConfig:
     """How the requests of each model wait for devices, and how many may."""
 
     max_queued_rows: int = 65536
-    """Rows accepted and not yet running; a request beyond it is refused, unless nothing is queued."""
+    """Rows accepted and not yet running; a request beyond it is refused, unless nothing is queued. What would
+    run after the request, of lower levels, doesn't count."""
 
     max_queue_ms: float = 1000.0
     """Predicted wait beyond which a request is refused, in milliseconds."""
