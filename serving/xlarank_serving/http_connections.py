@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import http
 import json
@@ -14,6 +15,8 @@ from typing import Any
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from xlarank_serving.unread import UnreadAnswers
 
 __all__ = ["BoundedServer", "bounded_connections"]
 
@@ -37,6 +40,7 @@ def bounded_connections(
     idle_seconds: float,
     max_header_seconds: float,
     when_full: Callable[..., Awaitable[None]],
+    unread: UnreadAnswers,
 ) -> type[H11Protocol]:
     """A uvicorn protocol that closes connections without a request under way.
 
@@ -48,9 +52,10 @@ def bounded_connections(
       max_connections: one more closes the one that has been without a request longest. If all others have
         one it stays, and its request is refused.
       idle_seconds: from the connection's begin, or its last answer, to a request's first byte. A client that
-        doesn't read its answer for so long is left, too.
+        reads nothing of its answer for so long is left, too.
       max_header_seconds: from there to the end of the header; for the rest of a body that was refused, too.
       when_full: the ASGI app that refuses it.
+      unread: counts what clients haven't read; a connection is a call of its own there.
 
     Returns:
       The class, for one server: its connections share a list of those that are idle.
@@ -63,6 +68,7 @@ def bounded_connections(
         _is_half_closed = False  # its client sends no more, and awaits answers; moves one way
         _is_over = False  # it has had its last answer: what comes yet is discarded; moves one way
         _num_discarded = 0
+        _num_unread = 0  # bytes, when the timer was set
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -114,14 +120,22 @@ def bounded_connections(
         def pause_writing(self) -> None:
             super().pause_writing()
             self._wait(idle_seconds)
+            unread.hold(self, self, self._num_unread)
 
         def resume_writing(self) -> None:
             super().resume_writing()
+            unread.release(self)
             if self._has_request:
                 self._settle()
 
+        def cancel(self) -> None:
+            """Ends it, as it is. Any thread."""
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and so is this
+                self.loop.call_soon_threadsafe(self.transport.abort)
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._settle()
+            unread.release(self)
             idle.pop(self, None)
             super().connection_lost(exc)
 
@@ -177,6 +191,7 @@ def bounded_connections(
             if self._timer is not None:
                 self._timer.cancel()
             self._timer = self.loop.call_later(seconds, then or self._give_up)
+            self._num_unread = self.transport.get_write_buffer_size()
 
         def _settle(self) -> None:
             self._is_receiving = False
@@ -192,7 +207,10 @@ def bounded_connections(
                 self._wait(_PROBE_SECONDS, self._probe)
 
         def _give_up(self) -> None:
-            if self.transport.get_write_buffer_size():
+            num_unread = self.transport.get_write_buffer_size()
+            if 0 < num_unread < self._num_unread:  # it reads, slowly
+                self._wait(idle_seconds)
+            elif num_unread:
                 self.transport.abort()  # who doesn't read would never let it be closed in order
             else:
                 self.transport.close()

@@ -21,6 +21,7 @@ from xlarank_serving.repository_rpcs import ManagedRepository
 from xlarank_serving.service import InferenceService, Repository
 from xlarank_serving.threads import ServerThreads
 from xlarank_serving.transport import address_of
+from xlarank_serving.unread import UnreadAnswers
 
 __all__ = ["HttpServer"]
 
@@ -57,6 +58,7 @@ class HttpServer:
         repository: Repository,
         threads: ServerThreads,
         config: HttpConfig,
+        unread: UnreadAnswers,
         *,
         host: str = "127.0.0.1",
         authorize: Authorize | None = None,
@@ -70,6 +72,7 @@ class HttpServer:
           repository: has the index.
           threads: that the answers are made on, gRPC's.
           config: its port, and how much it takes.
+          unread: counts what clients haven't read, gRPC's too.
           host: address to listen on.
           authorize: who may call what, see `http_app`.
           tls: certificates; None for plain HTTP.
@@ -108,6 +111,7 @@ class HttpServer:
                         retry_after_seconds=_RETRY_SECONDS,
                     )
                 ),
+                unread=unread,
             ),
             ws="none",
             loop="asyncio",

@@ -170,6 +170,7 @@ class RankingServer:
                     repository,
                     self._threads,
                     http,
+                    self._unread,
                     host=config.host,
                     authorize=authorizer.check_method,
                     tls=None if tls is None or security.plain_http else tls.http_context(),

@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -21,13 +21,21 @@ _CALL_BYTES = 32 * 2**10
 """What a call takes beside its answer, as measured."""
 
 
+class Call(Protocol):
+    """Of gRPC or a connection of HTTP; hashable."""
+
+    def cancel(self) -> Any:
+        """Ends it. Any thread."""
+        ...
+
+
 class UnreadAnswers:
     """Bounds the memory of answers on their way to callers. Any thread.
 
     A unary call's thread is free as soon as its answer is made, but gRPC holds the answer until HTTP/2 lets
     it go: for ever, if the caller says that it has no room for it. A stream's answers wait for the one before
     them. Past the bound the calls of the oldest answers are cancelled, so that who doesn't read keeps nobody
-    else away.
+    else away. HTTP's connections count with what is written to them and not sent.
     """
 
     def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
@@ -39,11 +47,11 @@ class UnreadAnswers:
         self._lock = threading.Lock()
         # Both guarded by _lock: answers that aren't taken, the oldest first, with their calls and what they
         # hold, by the call if it is unary; and what they hold together.
-        self._held: dict[Any, tuple[grpc.ServicerContext, int]] = {}
+        self._held: dict[Any, tuple[Call, int]] = {}
         self._num_bytes = 0
         # Guarded by _lock: those cancelled. gRPC tells of that some time later, and what they answer until
         # then must push nobody out.
-        self._cancelled: weakref.WeakSet[grpc.ServicerContext] = weakref.WeakSet()
+        self._cancelled: weakref.WeakSet[Call] = weakref.WeakSet()
 
     @property
     def num_bytes(self) -> int:
@@ -73,16 +81,16 @@ class UnreadAnswers:
 
         return answer
 
-    def hold(self, answer: Any, context: grpc.ServicerContext, size: int) -> None:
+    def hold(self, answer: Any, context: Call, size: int) -> None:
         """Counts an answer until `release`; one of a call that was cancelled isn't counted.
 
         Args:
           answer: any name of it, hashable.
-          context: of its call.
+          context: of its call; any thread may cancel it.
           size: in bytes.
         """
         size += _CALL_BYTES
-        dropped: dict[grpc.ServicerContext, None] = {}
+        dropped: dict[Call, None] = {}
         with self._lock:
             if context in self._cancelled:
                 return

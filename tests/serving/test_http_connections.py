@@ -10,6 +10,7 @@ import pytest
 import trustme
 import uvicorn
 from xlarank_serving.http_connections import BoundedServer, bounded_connections
+from xlarank_serving.unread import UnreadAnswers
 
 LONG = 60.0  # seconds; a test would fail for its own timeout first
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -28,12 +29,14 @@ def serve():
             max_header_seconds=LONG,
             max_handshake_seconds=LONG,
             tls=None,
+            unread=None,
         ):
             bounded = bounded_connections(
                 max_connections=max_connections,
                 idle_seconds=idle_seconds,
                 max_header_seconds=max_header_seconds,
                 when_full=full,
+                unread=UnreadAnswers() if unread is None else unread,
             )
             options = uvicorn.Config(
                 app,
@@ -195,6 +198,77 @@ def test_a_client_that_does_not_read_its_answer_is_left(serve):
     connection.sendall(REQUEST)
     assert ended.wait(20)  # what a client that is gone would get is thrown away
     assert is_closed(connection)
+
+
+@pytest.fixture
+def big():
+    """An app whose answers no socket holds; tells when one is made."""
+
+    class Big:
+        num_bytes = 32 * 2**20
+
+        def __init__(self):
+            self.made = threading.Semaphore(0)
+
+        async def __call__(self, scope, receive, send):
+            size = (b"content-length", b"%d" % self.num_bytes)
+            await send({"type": "http.response.start", "status": 200, "headers": [size]})
+            await send({"type": "http.response.body", "body": bytes(self.num_bytes)})
+            self.made.release()
+
+        def ask(self, connection):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+            connection.sendall(REQUEST)
+            assert self.made.acquire(timeout=20)
+
+        def read(self, connection, pause=lambda: None):
+            """How much of an answer's body comes."""
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += connection.recv(1)
+            count = 0
+            with contextlib.suppress(ConnectionResetError):
+                while count < self.num_bytes and (part := connection.recv(2**20)):
+                    count += len(part)
+                    if count // 2**20 != (count - len(part)) // 2**20:
+                        pause()
+            return count
+
+    return Big()
+
+
+def test_a_client_that_reads_slowly_gets_its_whole_answer(serve, big):
+    connection = serve(big, idle_seconds=0.6)()
+    big.ask(connection)
+    pace = threading.Event()  # never set: 32 MiB take several times `idle_seconds`
+    assert big.read(connection, lambda: pace.wait(0.1)) == big.num_bytes
+
+
+def test_past_the_bound_of_unread_answers_the_longest_unread_is_left(serve, big):
+    unread = UnreadAnswers(max_bytes=70 * 2**20)
+    connect = serve(big, unread=unread)
+    connections = [connect() for _ in range(3)]
+    for connection in connections:
+        big.ask(connection)
+    assert unread.num_bytes <= 70 * 2**20
+    assert [big.read(each) == big.num_bytes for each in connections] == [False, True, True]
+    for connection in connections[1:]:
+        big.ask(connection)  # so what came before is over
+        assert big.read(connection) == big.num_bytes
+
+
+def test_answers_of_others_push_out_a_connection_too(serve, big):
+    class Call:
+        def cancel(self):
+            raise AssertionError
+
+    unread, call = UnreadAnswers(max_bytes=70 * 2**20), Call()
+    connection = serve(big, unread=unread)()
+    big.ask(connection)
+    unread.hold(call, call, 60 * 2**20)  # on another thread than the loop's
+    assert big.read(connection) < big.num_bytes
+    unread.release(call)
+    assert unread.num_bytes == 0
 
 
 def test_a_client_that_never_shakes_hands_is_left_and_one_that_does_is_answered(serve):
