@@ -273,6 +273,10 @@ async def _wait_for_disconnect(request: Request, on_disconnect: Callable[[], Non
 def _set_from_json(message: Any, body: bytes) -> None:
     """Settings of a repository request; an unknown one is let pass, as parameters are."""
     settings = parse_object(body)
+    repository = settings.get("repository_name", "")
+    if type(repository) is not str:
+        raise RequestError(f"expected 'repository_name' to be a string, got {repository!r:.100}")
+    message.repository_name = repository.encode(errors="replace").decode()
     if isinstance(message, messages.RepositoryModelLoadRequest):
         parameters = settings.get("parameters", {})
         if not isinstance(parameters, dict):

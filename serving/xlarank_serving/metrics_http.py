@@ -151,6 +151,9 @@ def _handler(
         timeout = 10  # seconds for a client to say what it wants, in one piece or the next
         server: _Server
 
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
         def do_GET(self) -> None:
             if not self.server.is_asked(self.connection):
                 return
@@ -172,7 +175,8 @@ def _handler(
         def _end(self, body: bytes) -> None:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             """A scrape every few seconds is no news."""

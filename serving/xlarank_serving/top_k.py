@@ -90,6 +90,8 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
             weight = float(number)
         except ValueError:
             weight = math.nan
+        if not number.isascii() or "_" in number:  # Python's own way of writing numbers
+            weight = math.nan
         if not name or not abs(weight) <= _MAX_WEIGHT or name in weights:
             raise RequestError(
                 f"parameter 'top_k_weights': expected outputs and weights that are finite as float32, as in "

@@ -407,6 +407,13 @@ def test_the_index_may_be_of_what_is_ready(own, wire):
     assert [one["version"] for one in every] == ["3", "4"]
     assert [one["version"] for one in ready] == ["3"]
     assert over.call("POST", "/v2/repository/index", {"ready": "yes"})[0] == 400
+    assert over.call("POST", "/v2/repository/index", {"repository_name": ""})[0] == 200
+    for name, told in (
+        ("other", "repository 'other': expected no name"),
+        (5, "to be a string"),
+    ):
+        status, _, content = over.call("POST", "/v2/repository/index", {"repository_name": name})
+        assert (status, told in json.loads(content)["error"]) == (400, True)
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(own):

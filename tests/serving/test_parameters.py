@@ -177,6 +177,7 @@ def test_parameters_that_mean_nothing_here_are_let_pass(serving, wire):
         ({"top_k_weights": "finish:1"}, "'top_k_weights': expected 'top_k' beside it"),
         ({"top_k": 5, "top_k_weights": "finish"}, "'top_k_weights': expected outputs and weights that are "),
         ({"top_k": 5, "top_k_weights": "finish:1,"}, "expected outputs and weights that.* got ''"),
+        ({"top_k": 5, "top_k_weights": "finish:1_0"}, "finite as float32, .* got 'finish:1_0'"),
         ({"top_k": 5, "top_k_weights": "finish:nan"}, "finite as float32, .* got 'finish:nan'"),
         ({"top_k": 5, "top_k_weights": "finish:-inf"}, "finite as float32, .* got 'finish:-inf'"),
         ({"top_k": 5, "top_k_weights": "finish:1,share:1e39"}, "finite as float32, .* got 'share:1e39'"),

@@ -62,6 +62,15 @@ def scrape(serving):
         return response.read().decode()
 
 
+def test_who_asks_for_the_head_of_the_metrics_gets_no_body(serving):
+    with contextlib.closing(http.client.HTTPConnection(serving.server.http_address, timeout=10)) as client:
+        client.request("HEAD", "/metrics")
+        response = client.getresponse()
+        assert response.status == 200
+        assert int(response.headers["Content-Length"]) > 1000
+        assert response.read() == b""
+
+
 def test_live_ready_and_server_metadata(serving, wire):
     m = wire.messages
     assert serving.call("ServerLive", m.ServerLiveRequest()).live
