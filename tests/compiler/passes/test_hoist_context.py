@@ -80,7 +80,7 @@ def once_or_swept(name):
     return name if name in ON_THE_OLDEST else pytest.param(name, marks=mark)
 
 
-@pytest.mark.parametrize("name", map(once_or_swept, MODELS))
+@pytest.mark.parametrize("name", [once_or_swept(name) for name in MODELS])
 def test_hoisted_scores_are_those_of_the_authors_model(name):
     case, number = case_of(name), MODELS.index(name)
     more = MORE_BUCKETS if name in ODD else (MORE_BUCKETS[number % len(MORE_BUCKETS)],)
