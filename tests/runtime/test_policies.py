@@ -19,8 +19,8 @@ def opened(root):
     """Opens the repository; closed at the end."""
     repositories = []
 
-    def opened(*policies, **options):
-        versions = VersionOptions(warm_share=1.0, models=policies)
+    def opened(*policies, watch_seconds=None, **options):
+        versions = VersionOptions(warm_share=1.0, models=policies, watch_seconds=watch_seconds)
         repositories.append(ModelRepository.open(root, num_devices=2, versions=versions, **options))
         return repositories[-1]
 
@@ -174,6 +174,15 @@ def test_while_a_policy_waits_versions_come_and_go_by_the_one_before(publish, op
     repository.unload("linear")
     repository.load("linear")
     assert answering(repository) == answers
+
+
+def test_a_policy_before_of_which_nothing_can_answer_is_not_waited_by(publish, opened):
+    publish(2, golden_error=0.5)
+    repository = opened(labelled(Policy.SPECIFIC, (2,)), watch_seconds=3600.0)
+    publish(3)
+    repository.set_policies([labelled(stable=(4, 1.0))])
+    repository.poll()
+    assert answering(repository) == {3}
 
 
 def test_labels_whose_versions_are_not_there_at_a_start_are_told_of(publish, root, opened, caplog):
