@@ -176,6 +176,13 @@ def test_while_a_policy_waits_versions_come_and_go_by_the_one_before(publish, op
     assert answering(repository) == answers
 
 
+def test_an_ordinary_start_with_labels_warns_of_nothing(publish, opened, caplog):
+    publish(1)
+    publish(2)
+    opened(labelled(stable=(1, 0.9), canary=(2, 0.1)))
+    assert caplog.messages == []
+
+
 def test_a_policy_before_of_which_nothing_can_answer_is_not_waited_by(publish, opened):
     publish(2, golden_error=0.5)
     repository = opened(labelled(Policy.SPECIFIC, (2,)), watch_seconds=3600.0)

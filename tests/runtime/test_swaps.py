@@ -348,9 +348,9 @@ def test_a_version_whose_helper_process_is_killed_is_tried_again(publish, opened
         f"{path}: the process that compiles it was ended by signal 9 (SIGKILL); the system does so where "
         f"memory is short"
     )
-    assert poll() == ("UNAVAILABLE", f"{killed}; another try comes in 10 s")
+    assert poll() == ("UNAVAILABLE", f"{killed}; a look after 10 s tries it again")
     now = 10.0
-    assert poll() == ("UNAVAILABLE", f"{killed}; another try comes in 20 s")
+    assert poll() == ("UNAVAILABLE", f"{killed}; a look after 20 s tries it again")
     now = 30.0
     assert poll() == ("UNAVAILABLE", killed)
     now = 1e9
@@ -370,7 +370,7 @@ def test_a_helper_process_that_cannot_be_started_is_no_fault_of_the_version(publ
     (status,) = [status for status in repository.index() if status.version == 2]
     assert status.reason == (
         f"{path}: the process that compiles it can't be started: [Errno 2] No such file or directory: "
-        f"'/nowhere/python'; another try comes in 10 s"
+        f"'/nowhere/python'; a look after 10 s tries it again"
     )
     monkeypatch.setattr(repository._models["linear"], "_clock", lambda: 1e9)
     repository.poll()

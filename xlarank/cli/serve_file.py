@@ -59,10 +59,7 @@ class ConfigFile:
             config, problems = self._read()
             # It would be right, and the end of all policies.
             if config is not None and self._path is not None and says_nothing(self._path):
-                config, problems = (
-                    None,
-                    ["says nothing: expected a section, [versions], perhaps empty"],
-                )
+                config, problems = None, ["says nothing: expected a section, [versions], perhaps empty"]
         except Exception as error:  # what serves must not end for a file, whatever is in it
             config, problems = None, [str(error) if isinstance(error, ConfigError) else repr(error)]
         if config is None:

@@ -149,6 +149,11 @@ class ModelVersions:
         while (version := self._next_missing()) is not None:
             self._load_one(version, strict)
         self._swap(None)
+        if not self._is_held:  # the process that has chosen them tells of it
+            routes = self.routes
+            self._told_of_policy.tell(
+                policy_warnings(self.model, self._policy, routes.policy, routes.versions)
+            )
 
     def set_policy(self, policy: ModelPolicy) -> None:
         """From the next `follow` on, another policy says what is served."""
@@ -380,7 +385,7 @@ class ModelVersions:
                 num_deaths = self._num_deaths[version] = self._num_deaths.get(version, 0) + 1
                 if num_deaths < MOST_DEATHS:
                     retry_at = self._clock() + num_deaths * _RETRY_SECONDS
-                    reason += f"; another try comes in {num_deaths * _RETRY_SECONDS:g} s"
+                    reason += f"; a look after {num_deaths * _RETRY_SECONDS:g} s tries it again"
             with self._lock:  # one step: who reads the log may ask for the reason at once
                 self._failed[version] = _Blocked(stamp, reason, retry_at)
                 self._loading = None
@@ -417,8 +422,6 @@ class ModelVersions:
                 served = dict(self._loaded)
             # The swap: one reference, read once by each request.
             self.routes = dataclasses.replace(self.routes, policy=policy, versions=served)
-        if not self._is_held:
-            self._told_of_policy.tell(policy_warnings(self.model, self._policy, policy, served))
         if served.keys() != before.keys():
             _log.info("model %s: versions %s answer, before %s", self.model, sorted(served), sorted(before))
         ended = [version for version in self._loaded if version not in served and version not in wanted]

@@ -23,7 +23,15 @@ from xlarank.runtime.processes.messages import (
 )
 from xlarank.runtime.processes.scrapes import Worker
 from xlarank.runtime.processes.supervisor import Supervisor
-from xlarank.spec.versions import ModelPolicy, Policy, VersionState, VersionStatus
+from xlarank.runtime.processes.version_plan import VersionPlan
+from xlarank.spec.versions import (
+    ModelPolicy,
+    Policy,
+    VersionLabel,
+    VersionOptions,
+    VersionState,
+    VersionStatus,
+)
 
 OLD, NEW, NEWER = ("feed", 1), ("feed", 2), ("feed", 3)
 PLAIN = ModelPolicy(name="feed")
@@ -121,11 +129,13 @@ def test_beside_what_serves_a_version_is_given_up_after_several_deaths_in_a_row(
 def test_a_version_whose_compiling_is_killed_is_tried_again_and_given_up_after_several_times(told):
     serve(told)
     told.plan.versions = (OLD, NEW)
-    failed = Failed(reason="was ended by signal 9 (SIGKILL)", version=None, is_death=True)
+    told.plan.versions += (("ads", 2),)
+    failed = Failed(reason="was ended by signal 9 (SIGKILL)", version=NEW, is_death=True)
     for _ in range(3):
         assert told.plan.blocked == []
         told.supervisor._hear_holder(begin(told), failed)
     assert told.plan.blocked == [NEW]
+    assert begin(told).versions == (OLD, ("ads", 2))
 
 
 def test_a_failure_long_after_another_is_the_first_again(told):
@@ -267,6 +277,30 @@ def test_a_start_ends_when_other_policies_or_the_folder_have_its_versions_no_mor
     assert told.supervisor._starting is None
     assert told.supervisor._serving is first
     assert told.plan.blocked == []
+
+
+def test_a_policy_that_was_taken_back_while_processes_start_does_not_come_in_force(told, tmp_path):
+    """Though what it was taken back to waits: the one that serves goes on."""
+    (tmp_path / "models" / "feed" / "1").mkdir(parents=True)
+    first, second, typo = (
+        ModelPolicy(name="feed", labels=(VersionLabel(name="stable", version=version, traffic=1.0),))
+        for version in (1, 2, 11)
+    )
+    told.supervisor._plan = VersionPlan(tmp_path / "models", VersionOptions(models=(first,)))
+    serving = serve(told)
+    (tmp_path / "models" / "feed" / "2").mkdir()
+
+    def follow(policy):
+        told.policies = [(policy,)]
+        told.now += 5
+        told.supervisor._follow_policies()
+
+    follow(second)
+    starting = begin(told)
+    assert (serving.policies, starting.policies) == ((first,), (second,))
+    follow(typo)
+    assert told.supervisor._starting is starting
+    assert (serving.policies, starting.policies) == ((first,), (first,))
 
 
 def test_the_end_of_a_start_that_was_given_up_is_not_the_next_one_s(told):

@@ -90,6 +90,8 @@ def test_the_policy_before_is_followed_while_the_version_of_a_label_fails_or_nev
     if label == 2:
         assert plan.wanted(kept, [former]) == (better := (("a", 2), ("a", 3)))
         assert plan.policies(better, [former], is_all=True) == (newer,)
+        assert plan.statuses(with_idle=True) == []  # of what is served its process tells
+        assert plan.wanted(better, [newer]) == better
         (status,) = plan.statuses(with_idle=True)
         assert (status.version, status.reason) == (1, "not served under policy latest")
 

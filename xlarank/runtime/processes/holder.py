@@ -126,7 +126,7 @@ class Holder:
                 self._tables[version] = self._load(version, self._order.is_beside, others)
                 memory[version] = self._tables[version].memory
             except CompileDiedError as error:
-                self._tell(Failed(reason=str(error), version=None, is_death=True))
+                self._tell(Failed(reason=str(error), version=version, is_death=True))
                 return False
             except XlarankError as error:
                 self._tell(Failed(reason=str(error), version=version))

@@ -85,7 +85,8 @@ class Failed:
     """Whose fault it is, as far as can be told."""
 
     is_death: bool = False
-    """Whether a process died for no reason that is known."""
+    """Whether a process died for no reason that is known: `version` is what it was at then, perhaps not at
+    fault."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

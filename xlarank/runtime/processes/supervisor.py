@@ -187,8 +187,7 @@ class Supervisor:
     # What is to be served
 
     def _follow_policies(self) -> None:
-        """Whatever is starting: labels move between versions that the processes have, and what nobody wants
-        any more is started no further."""
+        """Labels move, whatever is starting, and what nobody wants any more is started no further."""
         if self._watch_seconds is None or self._clock() < self._policies_at:
             return
         self._policies_at = self._clock() + self._watch_seconds
@@ -196,14 +195,17 @@ class Supervisor:
         if policies is not None:
             self._plan.set_policies(policies)
             for generation in self._generations.values():
-                generation.policies = self._plan.policies(generation.versions, generation.policies)
+                is_new = generation is self._starting  # before its policies are those that are in force
+                before = self._policies if is_new else generation.policies
+                generation.policies = self._plan.policies(generation.versions, before, is_all=is_new)
         if self._starting is not None:
             self._reconsider(self._starting, have_policies_changed=policies is not None)
 
     def _reconsider(self, starting: _Generation, *, have_policies_changed: bool) -> None:
         """Not for a newer version: who publishes often would never see one served."""
-        unwanted = {*starting.versions} - {*self._served}
-        unwanted -= {*(self._wanted() or starting.versions)}
+        if (wanted := self._wanted()) is None:
+            return
+        unwanted = {*starting.versions} - {*self._served, *wanted}
         if not have_policies_changed:
             unwanted = self._plan.gone(unwanted)
         if unwanted:
@@ -215,9 +217,12 @@ class Supervisor:
     def _served(self) -> tuple[Version, ...]:
         return () if self._serving is None else self._serving.versions
 
+    @property
+    def _policies(self) -> tuple[ModelPolicy, ...]:
+        return () if self._serving is None else self._serving.policies
+
     def _wanted(self) -> tuple[Version, ...] | None:
-        policies = () if self._serving is None else self._serving.policies
-        return self._plan.wanted(self._served, policies)
+        return self._plan.wanted(self._served, self._policies)
 
     def _begin_next(self) -> None:
         if self._starting is not None or self._clock() < self._look_at:
@@ -226,7 +231,6 @@ class Supervisor:
             self._clock() + self._watch_seconds if self._watch_seconds is not None else float("inf")
         )
         serving, served = self._serving, self._served
-        policies = () if serving is None else serving.policies
         wanted = self._wanted() if serving is None or self._is_watched else served
         is_lost = serving is not None and serving.holder is None
         if wanted is None and serving is None and not self._is_watched:
@@ -234,13 +238,13 @@ class Supervisor:
         if wanted is None:
             return
         if serving is not None and wanted == served and not is_lost:
-            serving.policies = self._plan.policies(served, policies, is_all=True)
+            serving.policies = self._plan.policies(served, self._policies, is_all=True)
             return
         number = next(self._numbers)
         self._starting = self._generations[number] = _Generation(
             number,
             wanted,
-            self._plan.policies(wanted, policies, is_all=True),
+            self._plan.policies(wanted, self._policies, is_all=True),
             self._clock(),
             self._clock() + _SLOW_SECONDS,
         )
@@ -290,11 +294,11 @@ class Supervisor:
         self._num_deaths = self._num_deaths + 1 if is_death else 0
         is_hopeless = not is_death or self._num_deaths >= MOST_DEATHS
         new = set(generation.versions) - set(() if serving is None else serving.versions)
-        at_fault = {failed.version} & new if failed.version is not None else set()
+        at_fault = new & {failed.version} if is_hopeless else set[Version]()
         if serving is None and is_hopeless and not (at_fault and self._is_watched):
             raise ModelError(failed.reason)
         if is_death and is_hopeless:
-            at_fault, self._num_deaths = new, 0
+            at_fault, self._num_deaths = at_fault or new, 0
         self._plan.block(sorted(at_fault), failed.reason)
         for model in {model for model, _ in at_fault}:
             self._scrapes.versions.record_failure(model)
@@ -309,9 +313,8 @@ class Supervisor:
 
     def _pause(self) -> float:
         """Seconds before the next try."""
-        now = self._clock()
-        seconds, self._failed_at = self._backoff.after(now - self._failed_at), now
-        return seconds
+        before, self._failed_at = self._failed_at, self._clock()
+        return self._backoff.after(self._failed_at - before)
 
     def _end_start(self, generation: _Generation) -> None:
         # Clients have come to those that serve already: these let them go first.

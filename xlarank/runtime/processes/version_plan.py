@@ -132,7 +132,7 @@ class VersionPlan:
         followed = asked.or_before(former, {*on_disk, *served} - blocked)
         wanted = followed.wanted(on_disk, served, blocked) or sorted(served)
         held_back = set() if followed is asked else {*asked.wanted(on_disk, served, blocked)}
-        for version in sorted({*on_disk, *asked.named} - {*wanted} - blocked):
+        for version in sorted({*on_disk, *asked.named} - {*wanted, *served} - blocked):
             if version in held_back:
                 status = VersionStatus(model, version, VersionState.LOADING, why_held_back(asked))
             else:
