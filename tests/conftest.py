@@ -53,7 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Runs before test modules are imported: some make arrays, which starts JAX's backend."""
     given: str | None = getattr(config, "workerinput", {}).get("compile_cache")
     config.stash[_CACHE] = Path(given or tempfile.mkdtemp(prefix="xlarank-tests-"))
-    device.configure(num_devices=2, compile_cache=config.stash[_CACHE])
+    is_cpu = os.environ["JAX_PLATFORMS"].startswith("cpu")
+    device.configure(num_devices=2 if is_cpu else None, compile_cache=config.stash[_CACHE])
     hypothesis.settings.load_profile("xlarank")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -37,6 +39,9 @@ TOP = 10
 TUNE_SECONDS = 15
 """For trying forms; `xlarank compile` takes 60 unless it is told otherwise."""
 
+# On a GPU this process, which scores the reference, shares it with those that it starts.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 console = Console()
 
 
@@ -44,8 +49,9 @@ def main() -> None:
     """Runs every step; raises on the first that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts/demo"))
-    parser.add_argument("--devices", type=int, default=2, help="XLA host devices on a CPU host")
+    parser.add_argument("--devices", type=int, help="all accelerators, or 2 XLA host devices, by default")
     args = parser.parse_args()
+    args.devices = args.devices or (2 if jax.default_backend() == "cpu" else jax.local_device_count())
     data, checkpoint, models = (args.artifacts / name for name in ("data", "checkpoint", "models"))
     shutil.rmtree(args.artifacts, ignore_errors=True)
 

@@ -73,9 +73,10 @@ def test_every_task_gets_a_logit_a_row(forward, activations):
 
 
 def test_compiled_and_op_by_op_agree(model, forward, activations):
-    jitted = forward(activations)
-    with jax.disable_jit():
-        plain = model(activations)
+    with jax.default_matmul_precision("highest"):  # else TF32, on a GPU that has it
+        jitted = forward(activations)
+        with jax.disable_jit():
+            plain = model(activations)
     for task, logits in plain.items():
         np.testing.assert_allclose(jitted[task], logits, rtol=1e-5, atol=1e-5)
 

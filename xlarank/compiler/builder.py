@@ -130,7 +130,7 @@ class Builder:
         built: _Built | None = None
         failure: VerifyError | None = None
         note = ""
-        if reusable is not None and reusable.device_rows != tuple(self.gatherer.device_rows.values()):
+        if reusable is not None and self._differs_on_devices(reusable):
             note = f"version {reusable.version} was not reused: devices hold other rows, or other formats"
             reusable = None
         if reusable is not None:
@@ -149,6 +149,14 @@ class Builder:
                 path = self._publish(failed, built, analysis, note, refusal=str(failure)).path
             raise VerifyError(f"{failure}; kept for study in {path}") from failure
         return self._publish(writer, built, analysis, note)
+
+    def _differs_on_devices(self, reusable: Reusable) -> bool:
+        """Whether devices hold other rows than an earlier version's, or rows of other formats: its programs
+        decode what they look up."""
+        held = self.gatherer.device_rows
+        return reusable.device_rows != tuple(held.values()) or any(
+            reusable.table_formats[name] is not self.spec.table_by_name[name].dtype for name in held
+        )
 
     def _settle_tables(
         self, scores: Mapping[str, Sequence[np.ndarray]], reusable: Reusable | None
