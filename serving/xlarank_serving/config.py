@@ -255,8 +255,7 @@ class HttpConfig:
             raise ConfigError(f"http: port must be in [0, {_MAX_PORT}]; was {self.port}")
         for name in ("max_connections", "max_body_mib", "idle_seconds"):
             _check_range(self, "http", name, 1)
-        if not self.max_receive_seconds > 0:
-            raise ConfigError(f"http: max_receive_seconds must be > 0; was {self.max_receive_seconds}")
+        _check_range(self, "http", "max_receive_seconds", 0.1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

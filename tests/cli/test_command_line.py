@@ -123,7 +123,7 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(run, words, told):
         "serve --config none.toml": "none.toml: no such config file",
         "serve --config broken.toml": "broken.toml: expected a TOML file",
         "serve --config spam.toml": "spam.toml: sections: unknown keys ['model', 'name', 'spam', 'tasks']",
-        "serve none --devices 0": "models: devices must be >= 1; was 0",
+        "serve none --devices 0": "models: devices must be in [1, 1024]; was 0",
         "serve none --feature-memory 9": "features: memory_bytes is for the cache of misses 'fetch'; misses",
         "serve none": "repository none: expected a folder of models, found none",
         "serve empty": "repository empty: expected bundles as <model>/<version>, found none",

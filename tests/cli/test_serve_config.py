@@ -94,6 +94,50 @@ def test_print_config_prints_what_would_be_used(capsys, tmp_path):
     assert config.models.repository == tmp_path / "models"
 
 
+def test_a_printed_config_says_the_same_wherever_it_is_put(capsys, tmp_path, monkeypatch):
+    """A file's paths are from its own folder on, the command line's from the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf").mkdir()
+    file = tmp_path / "conf" / "server.toml"
+    file.write_text('[server]\nport_file = "port"\n[access_log]\npath = "-"\n')
+    assert main.main(parse("models", "--config", "conf/server.toml", "--print-config")) == 0
+    printed = tmp_path / "conf" / "printed.toml"
+    printed.write_text(capsys.readouterr().out)
+    config, problems = read_sections(ServeConfig, parse(), printed)
+    assert problems == []
+    assert config.models.repository == tmp_path / "models"
+    assert config.server.port_file == tmp_path / "conf" / "port"
+    assert str(config.access_log.path) == "-"  # the standard output, no file beside the config
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[server]\nport_file = "a\\u0000b"', r"[server] port_file must be without NUL; was 'a\x00b'"),
+        ('[security]\ntokens = "a\\u0000b"', r"[security] tokens must be without NUL; was 'a\x00b'"),
+        ('[server]\nhost = "a\\u0000b"', r"[server] host must be without NUL; was 'a\x00b'"),
+        ('[features]\npaths = ["a", "a\\u0000b"]', r"[features] paths must be without NUL; was 'a\x00b'"),
+        (f"[connections]\nmax_connections = {2**31}", f"must be at most 2**31 - 1; was {2**31}"),
+        (f"[connections]\nmax_streams = -{2**70}", f"must be at most 2**31 - 1; was -{2**70}"),
+        (f"[features]\nmemory_bytes = {2**63}", f"must be at most 2**63 - 1; was {2**63}"),
+        ("[models]\ndevices = 1025", "models: devices must be in [1, 1024]; was 1025"),
+        ("[models]\nhost_threads = 0", "models: host_threads must be in [1, 1024]; was 0"),
+        ("[http]\nport = 0\nmax_receive_seconds = inf", "http: max_receive_seconds must be a finite number"),
+        (
+            f'[server]\nhost = "{"a" * 64}.b"\nport = 0\nhttp_port = 0',
+            "expected a free port, got no host has such a name",
+        ),
+    ],
+)
+def test_values_that_no_library_takes_are_told_by_the_check(capsys, tmp_path, repository, text, problem):
+    """They ended in a traceback, some after the check had said that all is well."""
+    file = tmp_path / "server.toml"
+    file.write_text(text)
+    with pytest.raises(SystemExit):
+        main.main(parse(str(repository), "--config", str(file), "--check"))
+    assert problem in capsys.readouterr().err
+
+
 def test_a_repository_that_could_be_served_is_ok(check, repository):
     assert check(str(repository), *FREE) == (0, OK, [])
     status, out, problems = check(str(repository), *FREE, "--json")

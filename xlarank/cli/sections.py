@@ -31,13 +31,16 @@ from xlarank.errors import ConfigError
 from xlarank.spec.fields import check_keys, from_mapping
 from xlarank.spec.files import parse_toml
 
-__all__ = ["Option", "add_flags", "config_text", "options_of", "read_sections", "says_nothing"]
+__all__ = ["Option", "add_flags", "config_text", "options_of", "read_sections"]
 
 _Config = TypeVar("_Config")
 
 _WIDTH = 108
 
 _KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", Path: "a path"}
+
+_STANDARD_STREAM = "-"
+"""In place of a file, wherever the config file lies."""
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
@@ -86,6 +89,9 @@ class Option:
             return None
         items = value if self.is_list and isinstance(value, list) else [value]
         if self.is_list is isinstance(value, list) and all(self._is_of_kind(item) for item in items):
+            for item in items:
+                if (bound := self._bound(item)) is not None:
+                    raise ConfigError(f"[{self.section}] {self.name} must be {bound}; was {item!r}")
             made = [self._made(item, folder) for item in items]
             return tuple(made) if self.is_list else made[0]
         raise ConfigError(f"[{self.section}] {self.name} must be {self.expected}; was {value!r}")
@@ -101,9 +107,12 @@ class Option:
         if self.none is not None and text == self.none:
             return None
         try:
-            return self.kind(text)
+            value = self.kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected {self.expected}, got {text!r}") from None
+        if (bound := self._bound(value)) is not None:
+            raise argparse.ArgumentTypeError(f"expected {bound}, got {text!r}")
+        return value
 
     def _is_of_kind(self, value: Any) -> bool:
         if dataclasses.is_dataclass(self.kind):
@@ -116,10 +125,22 @@ class Option:
             return isinstance(value, (int, float))
         return isinstance(value, str if self.kind is Path else self.kind)
 
+    def _bound(self, value: Any) -> str | None:
+        """What a value of the right kind must be besides, in words; None if it is."""
+        if isinstance(value, str) and "\0" in value:
+            return "without NUL"  # which the system takes for the end of a name
+        if self.kind is float:
+            return "a finite number" if isinstance(value, int) and abs(value) >= 2**1023 else None
+        # What libraries keep such numbers in.
+        bits = 63 if self.name.endswith("_bytes") else 31
+        return f"at most 2**{bits} - 1" if isinstance(value, int) and abs(value) >= 2**bits else None
+
     def _made(self, value: Any, folder: Path) -> Any:
         if dataclasses.is_dataclass(self.kind):
             return from_mapping(self.kind, value, f"[[{self.section}.{self.name}]]")
-        return folder / value if self.kind is Path else self.kind(value)
+        if self.kind is Path and value != _STANDARD_STREAM:
+            return folder / value
+        return self.kind(value)
 
 
 def options_of(config: type) -> Iterator[Option]:
@@ -166,7 +187,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
 
 
 def read_sections(
-    config: type[_Config], args: argparse.Namespace, file: Path | None
+    config: type[_Config], args: argparse.Namespace, file: Path | None, *, expects_section: bool = False
 ) -> tuple[_Config | None, list[str]]:
     """Makes a config of what the command line says, what the file says and the defaults, in this order.
 
@@ -174,6 +195,7 @@ def read_sections(
       config: a dataclass of sections.
       args: of a parser with the flags.
       file: TOML; None for none.
+      expects_section: whether a file without a key (empty, blank, all comments) is a problem.
 
     Returns:
       The config, None if there is a problem; and every problem, in a line of words each.
@@ -181,6 +203,8 @@ def read_sections(
     document, problems = _document(file)
     hints = typing.get_type_hints(config)
     where = "" if file is None else f"{file}: "
+    if expects_section and file is not None and not (document or problems):
+        problems = [f"{where}says nothing: expected a section, perhaps empty"]
     problems += _said(lambda: check_keys(document, hints, f"{where}sections"))[1]
     given = vars(args)
     sections: dict[str, Any] = {}
@@ -199,14 +223,8 @@ def read_sections(
     return (None, problems) if problems else (config(**sections), [])
 
 
-def says_nothing(file: Path) -> bool:
-    """Whether a TOML file that can be read has no key: it is empty, blank, or all comments."""
-    document, problems = _document(file)
-    return not (document or problems)
-
-
 def config_text(config: Any) -> str:
-    """A TOML file that says all that a config says, every option with its comment."""
+    """A TOML file that says all that a config says, every option with its comment, wherever it is put."""
     parts = []
     for section, cls in typing.get_type_hints(type(config)).items():
         lines = [_comment(_summary(cls)), f"[{section}]"]
@@ -318,4 +336,6 @@ def _toml(value: Any) -> str:
         return f"{{ {', '.join(f'{name} = {_toml(item)}' for name, item in pairs if item is not None)} }}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
-    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+    if isinstance(value, Path):  # a file's paths are from its own folder on
+        value = str(value) if str(value) == _STANDARD_STREAM else str(value.absolute())
+    return json.dumps(value, ensure_ascii=False)

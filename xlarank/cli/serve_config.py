@@ -39,6 +39,9 @@ __all__ = [
     "port_problems",
 ]
 
+_MAX_THREADS = 1024
+"""Of devices, each of which has one, and of the gather."""
+
 NO_REPOSITORY = "expected a repository, named on the command line or as repository in [models] of the file"
 """What is told when nothing says what to serve."""
 
@@ -73,8 +76,8 @@ class ModelsConfig:
     def __post_init__(self) -> None:
         for name in ("devices", "host_threads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"models: {name} must be >= 1; was {value}")
+            if value is not None and not 1 <= value <= _MAX_THREADS:  # each device has one
+                raise ConfigError(f"models: {name} must be in [1, {_MAX_THREADS}]; was {value}")
         object.__setattr__(self, "platforms", tuple(self.platforms))
         names = [options.name for options in self.platform_options]
         if len(set(names)) < len(names):
@@ -212,7 +215,10 @@ def folder_problem(what: str, path: Path, folder: Path) -> str | None:
 
 def listening_address(host: str, port: int) -> tuple[int, Any]:
     """Family and address of a socket that listens there; OSError for a host that isn't known."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except UnicodeError as error:  # a label that is empty, too long, or no IDNA
+        raise OSError(f"no host has such a name: {error}") from None
     return family, address
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from xlarank_serving.reloading import file_stamp
 
-from xlarank.cli.sections import options_of, says_nothing
+from xlarank.cli.sections import options_of
 from xlarank.cli.serve_config import ServeConfig
 from xlarank.errors import ConfigError
 from xlarank.spec.versions import ModelPolicy
@@ -16,6 +17,12 @@ from xlarank.spec.versions import ModelPolicy
 __all__ = ["ConfigFile"]
 
 _log = logging.getLogger(__name__)
+
+
+class ReadConfig(Protocol):
+    """Reads a file with the flags beside it; see `read_sections`."""
+
+    def __call__(self, *, expects_section: bool = False) -> tuple[ServeConfig | None, list[str]]: ...
 
 
 class ConfigFile:
@@ -28,11 +35,11 @@ class ConfigFile:
       config: of the start.
     """
 
-    def __init__(self, path: Path | None, read: Callable[[], tuple[ServeConfig | None, list[str]]]) -> None:
+    def __init__(self, path: Path | None, read: ReadConfig) -> None:
         """
         Args:
           path: of the file; None if there is none, then nothing changes.
-          read: reads it with the flags beside it, see `read_sections`.
+          read: reads it.
 
         Raises:
           ConfigError: if something is wrong.
@@ -56,10 +63,8 @@ class ConfigFile:
             return None
         self._taken = stamp
         try:
-            config, problems = self._read()
-            # It would be right, and the end of all policies.
-            if config is not None and self._path is not None and says_nothing(self._path):
-                config, problems = None, ["says nothing: expected a section, [versions], perhaps empty"]
+            # One that says nothing would be right, and the end of all policies.
+            config, problems = self._read(expects_section=True)
         except Exception as error:  # what serves must not end for a file, whatever is in it
             config, problems = None, [str(error) if isinstance(error, ConfigError) else repr(error)]
         if config is None:
