@@ -80,7 +80,7 @@ def load(version, is_beside, others):
     if is_beside:
         raise ConfigError(repr([dict(other) for other in others]))
     where = TableMemory.HUGE if version[0] == "ours" else TableMemory.MMAP
-    return LoadedTables({}, {version[0]: where}, None, TableCheck([]))
+    return LoadedTables({}, {version[0]: where}, None, TableCheck([]), None)
 
 def work(order, index, tables, say_ready):
     say_ready()

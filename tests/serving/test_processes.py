@@ -478,3 +478,51 @@ def test_without_the_supervisor_the_others_drain_and_end(folder, linear_version)
         assert len(below) == 3
         process.send_signal(signal.SIGKILL)
         until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the end of all processes")
+
+
+def test_a_bundle_that_is_replaced_in_place_is_served_whole(tmp_path, linear_version):
+    """Rows of its tables were updated, after which no golden score can tell whose they are."""
+    models = tmp_path / "models"
+    linear.publish(linear_version, models, 1, spec=FRESH, rows=[4], with_code=False)
+    (tmp_path / "server.toml").write_text(CONFIG)
+    with started(tmp_path, "--admin-port", "0") as process:
+        served = Served(process, tmp_path, linear_version)
+        served.update()
+        with RankingClient(served.ready["grpc"]) as client:
+            served.both_answer(lambda: served.check_updated(client))
+            (models / "fresh" / "1").rename(tmp_path / "before")
+            linear.publish(linear_version, models, 1, spec=FRESH, rows=[4], with_code=False, scale=5.0)
+            served.publish(1, PLAIN, rows=[4], with_code=False)  # which comes with new processes
+            served.said("fresh/1: was replaced by another bundle")
+
+            def is_new():
+                with contextlib.suppress(UnavailableError):
+                    scores = served.score(client, "fresh")
+                    if np.allclose(scores, expected(5, 5.0), rtol=1e-6):
+                        return True
+                    changed = expected(5, 1) + (100 - 12) * np.array([1, 2, 1, 1, 1])
+                    np.testing.assert_allclose(scores, changed, rtol=1e-6)  # else wholly the one before
+                return False
+
+            until(is_new, "scores of the new bundle")
+            until(lambda: all(is_new() for _ in range(20)), "nobody has the old one")
+            served.both_answer(lambda: np.testing.assert_equal(is_new(), True))
+
+
+@pytest.mark.parametrize("options", [(), ("--processes", "1")], ids=["two", "one"])
+def test_a_log_that_cannot_be_written_keeps_nothing_from_being_served(tmp_path, linear_version, options):
+    """Its disk is full, or what read it has ended."""
+    models = tmp_path / "models"
+    linear.publish(linear_version, models, 1, spec=PLAIN, rows=[4], with_code=False)
+    (tmp_path / "server.toml").write_text(CONFIG)
+    with started(tmp_path, *options) as process:
+        ready = json.loads(process.stdout.readline())
+        process.stderr.close()
+        linear.publish(linear_version, models, 2, spec=PLAIN, rows=[4], with_code=False)
+        with RankingClient(ready["grpc"]) as client:
+
+            def is_new():
+                with contextlib.suppress(UnavailableError):
+                    return np.allclose(client.score("plain", features(5))["value"], expected(5, 2), rtol=1e-6)
+
+            until(is_new, "the new version")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pickle
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from xlarank.bundle import Bundle, Verify, list_versions, open_bundle
+from xlarank.cli.lines import say
 from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig, listening_address
 from xlarank.cli.serve_file import ConfigFile
 from xlarank.cli.table_memory import table_lines
@@ -157,7 +159,21 @@ def hold_and_serve(orders: Path) -> int:
     ) -> int:
         return _work(config, order, index, HeldTables(tables, is_beside=order.is_beside), say_ready)
 
-    return Holder(load, work).run(order)
+    return Holder(load, work, is_current=functools.partial(_is_current, config)).run(order)
+
+
+def _is_current(config: ServeConfig, version: Version, tables: LoadedTables) -> bool:
+    """Whether a version's folder holds the bundle that tables are of. What can't be read replaces nothing."""
+    assert config.models.repository is not None
+    model, number = version
+    path = config.models.repository / model / str(number)
+    try:
+        is_same = tables.are_of(open_bundle(path, verify=Verify.SIZES))
+    except XlarankError:
+        return True
+    if not is_same:
+        _log.warning("%s: was replaced by another bundle: its tables are loaded, row updates are gone", path)
+    return is_same
 
 
 def load_for_workers(
@@ -179,7 +195,7 @@ def load_for_workers(
     bundle = open_bundle(config.models.repository / model / str(number), verify=Verify.SIZES)
     if problem := sharing_problem(bundle):
         raise ConfigError(problem)
-    print(f"loading {model} {number}: tables", file=sys.stderr, flush=True)
+    say(f"loading {model} {number}: tables")
     threads = config.models.host_threads or min(_MAX_LOADING_THREADS, len(os.sched_getaffinity(0)))
 
     def read(num_threads: int) -> LoadedTables:
@@ -214,7 +230,7 @@ def _compile(config: ServeConfig, version: Version, compiled: set[str], *, is_be
     if not is_beside or key in compiled:
         compiled.add(key)
         return
-    print(f"loading {model} {number}: programs", file=sys.stderr, flush=True)
+    say(f"loading {model} {number}: programs")
     helper = CompileHelper(
         num_devices=models.devices,
         platforms=models.platform_options,

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import faulthandler
 import math
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from xlarank_serving.admin import AdminServer
 from xlarank_serving.server import RankingServer, StopRequest, stop_on_signals
 from xlarank_serving.threads import short_turns
 
+from xlarank.cli.lines import say
 from xlarank.cli.serve_config import NO_REPOSITORY, ServeConfig
 from xlarank.cli.serve_file import ConfigFile
 from xlarank.cli.table_memory import table_progress
@@ -186,7 +186,7 @@ def _open_repository(
             queue=config.queue,
             captures=captures,
             faults=config.faults,
-            on_progress=lambda step: print(f"loading {step}", file=sys.stderr, flush=True),
+            on_progress=lambda step: say(f"loading {step}"),
             on_table_bytes=on_table_bytes,
             held=held,
         )

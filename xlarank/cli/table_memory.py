@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
+
+from xlarank.cli.lines import say
 
 __all__ = ["add_table_memory", "table_lines", "table_progress"]
 
@@ -63,6 +64,6 @@ def table_lines(clock: Callable[[], float] = time.monotonic) -> Callable[[int, i
         before, tenth = tenth, 10 * done // total
         if tenth > before and clock() - begun >= _QUIET_SECONDS:
             gib = f"{done / 2**30:.2f} of {total / 2**30:.2f} GiB"
-            print(f"loading tables: {10 * tenth}%, {gib} are read and right", file=sys.stderr, flush=True)
+            say(f"loading tables: {10 * tenth}%, {gib} are read and right")
 
     return on_bytes

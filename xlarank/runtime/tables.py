@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from xlarank.bundle import Bundle, ReadPace, TableFile
-from xlarank.errors import ConfigError
+from xlarank.bundle import Bundle, Manifest, ReadPace, TableFile
+from xlarank.errors import BundleError, ConfigError
 from xlarank.host import HostTable, HugePages, TableMemory, huge_empty
 from xlarank.host.memory import AvailableMemory, available_memory, huge_pages_enabled, huge_pages_of
 from xlarank.host.shared_rows import SharedRows
@@ -44,8 +44,24 @@ class LoadedTables:
     check: TableCheck
     """Of their content; finished for those that aren't mapped."""
 
+    manifest: Manifest
+    """Of the bundle that they are of."""
+
     shared_rows: Mapping[str, SharedRows] = dataclasses.field(default_factory=dict)
     """Of updatable tables that processes forked later update together, by name."""
+
+    def are_of(self, bundle: Bundle) -> bool:
+        """Whether they are a bundle's, and not of one that lay there before."""
+        return bundle.manifest == self.manifest
+
+    def check_bundle(self, bundle: Bundle) -> None:
+        """Raises BundleError if they are another's: programs and weights of one bundle over tables of another
+        would give scores of neither."""
+        if not self.are_of(bundle):
+            raise BundleError(
+                f"{bundle.path}: holds another bundle than the one that its tables were loaded from: give "
+                f"what is new a version of its own, or start the server anew"
+            )
 
     def __str__(self) -> str:
         """Where they are, such as ``tables in huge: users, videos; in mmap: words``."""
@@ -142,7 +158,7 @@ def load_tables(
         shared_rows = {name: SharedRows(tables[name].rows) for name in updatable}
         for name in tables.keys() - shared_rows.keys():
             tables[name].rows.flags.writeable = False
-    return LoadedTables(tables, places, pages, check, shared_rows)
+    return LoadedTables(tables, places, pages, check, bundle.manifest, shared_rows)
 
 
 def memory_beside(

@@ -147,6 +147,8 @@ class VersionLoader:
         )
         host_pace = paced.beside if is_beside else device.at_once
         bundle = self._open(path, is_beside, host_pace)
+        if tables is not None:
+            tables.check_bundle(bundle)
         key = program_key(bundle)
         twin = next((peer for peer in peers if self._keys.get(peer) == key), None)
         if is_beside and twin is None and not self._is_in_cache(key):

@@ -74,6 +74,7 @@ class Holder:
         load: Callable[[Version, bool, Sequence[Mapping[str, TableMemory]]], LoadedTables],
         work: Callable[[Order, int, Mapping[Version, LoadedTables], Callable[[], None]], int],
         *,
+        is_current: Callable[[Version, LoadedTables], bool] = lambda _version, _tables: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -82,10 +83,12 @@ class Holder:
             model's other versions are, those that this one follows among them.
           work: what a worker does: told the order, its index, the tables, and whom to tell that it serves.
             Returns its exit status.
+          is_current: whether tables that are held are of the bundle that lies there now.
           clock: seconds, monotonic.
         """
         self._load = load
         self._work = work
+        self._is_current = is_current
         self._clock = clock
         self._tables: dict[
             Version, LoadedTables
@@ -116,7 +119,7 @@ class Holder:
         # Where they are, and not the tables, which would never be freed.
         memory = {version: loaded.memory for version, loaded in self._tables.items()}
         for version in list(self._tables):
-            if version not in self._order.versions:
+            if version not in self._order.versions or not self._is_current(version, self._tables[version]):
                 del self._tables[version]
         for version in self._order.versions:
             if version in self._tables:
@@ -218,8 +221,7 @@ class Holder:
     def _start(self, worker: _Worker) -> None:
         worker.start_at = None
         reader, writer = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         try:
             pid = os.fork()
         except OSError as error:  # of processes or memory there are too many, or too little, now
@@ -254,8 +256,7 @@ class Holder:
 
     def _fork_successor(self, order: Order) -> None:
         """A fork that inherits the tables; what it doesn't need of them it lets go of."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         try:
             pid = os.fork()
         except OSError as error:
@@ -298,7 +299,12 @@ def _end_with(work: Callable[[], int]) -> None:
     except BaseException:
         _log.exception("a forked process failed")
     finally:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        _flush()
         os._exit(status)
+
+
+def _flush() -> None:
+    """Writes what was said, lest a fork say it again; who reads it may be gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
