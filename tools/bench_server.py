@@ -33,7 +33,7 @@ from xlarank_serving.layout import SERVICE_NAME
 from xlarank import device
 from xlarank.bundle import Verify, open_bundle
 from xlarank.compiler import random_requests
-from xlarank.host import Gatherer, Segment
+from xlarank.host import DeviceRows, Gatherer, Segment
 from xlarank.spec import Bucket, ModelSpec, RankRequest
 
 __all__ = ["closed_loop", "encode", "load_executable", "measure"]
@@ -151,14 +151,22 @@ def load_executable(bundle_folder: Path, cache: Path) -> tuple[Callable[[], None
     """
     device.configure(num_devices=1, compile_cache=cache)
     bundle = open_bundle(bundle_folder, verify=Verify.SIZES)
-    gatherer = Gatherer(bundle.spec, bundle.tables(), unused=bundle.manifest.unused_features)
-    (entry,) = [entry for entry in bundle.manifest.programs if entry.bucket == BUCKET]
+    manifest = bundle.manifest
+    gatherer = Gatherer(
+        bundle.spec,
+        bundle.tables(),
+        unused=manifest.unused_features,
+        activations=manifest.activations,
+        device_rows=DeviceRows.of_bundle(manifest.placements, bundle.device_rows()),
+    )
+    (entry,) = [entry for entry in manifest.programs if entry.bucket == BUCKET]
     program = device.BucketProgram(device.deserialize_program(bundle.program(entry)), entry.prepared)
     data, target = bundle.prepare(), device.devices(1)[0]
     prepare = None if data is None else device.deserialize_program(data)
     prepared = device.prepare_weights(target, prepare, list(bundle.params().values()))
-    replica = device.Replica(target, gatherer.signature, {BUCKET: program}, prepared)
-    leaves = device.BatchBuffers(gatherer.signature, bundle.manifest.ladder).leaves(BUCKET)
+    (tables,) = device.place_tables([target], gatherer.device_arrays())
+    replica = device.Replica(target, gatherer.signature, {BUCKET: program}, (*prepared, *tables))
+    leaves = device.BatchBuffers(gatherer.signature, manifest.ladder).leaves(BUCKET)
     segments = [Segment(gatherer.bind(_requests(bundle.spec)[0]), 0, NUM_CANDIDATES)]
     task = bundle.spec.tasks[0].name
     return (

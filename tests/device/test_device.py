@@ -14,6 +14,7 @@ from jax import export
 
 from xlarank import device
 from xlarank.compiler import random_requests
+from xlarank.device.programs import has_int8
 from xlarank.errors import ConfigError, ModelError, VerifyError
 from xlarank.host import Gatherer
 from xlarank.spec import Bucket, BucketLadder, Leaf, PlatformOptions, Precision, Scope, Signature
@@ -339,6 +340,19 @@ def test_a_program_of_another_platform_is_refused():
     text = "expected a program for cpu, got one for cuda; serve it there, or compile the model on cpu"
     with pytest.raises(ModelError, match=f"{device.PROGRAM_NAME}: {text}"):
         device.compile_program(exported, jax.devices()[0], device.PROGRAM_NAME)
+
+
+def test_a_gpu_multiplies_int8_without_triton():
+    """Which gets some sizes wrong there (jaxlib 0.11.2)."""
+    shapes = [jax.ShapeDtypeStruct(shape, np.int8) for shape in ((8, 7), (7, 5))]
+    assert has_int8(jax.jit(jax.lax.dot).lower(*shapes))
+    for dtype in (np.uint8, np.int32, jax.numpy.bfloat16):
+        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((8, 7), (7, 5))]
+        assert not has_int8(jax.jit(jax.lax.dot).lower(*shapes))
+    name = "xla_gpu_enable_triton_gemm"
+    assert device.compiler_options("gpu", has_int8=True)[name] is False
+    assert all(name not in device.compiler_options(*given) for given in (("gpu",), ("cpu",)))
+    assert device.compiler_options("cpu", has_int8=True) == device.compiler_options("cpu")
 
 
 def test_the_fingerprint_says_what_compiled_code_depends_on():

@@ -116,6 +116,7 @@ def _run(device: Device, function: Callable, *arrays: np.ndarray) -> Callable[[]
     """A compiled function of arrays that lie on the device."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     lowered = jax.jit(function, in_shardings=sharding, out_shardings=sharding).lower(*arrays)
-    compiled = lowered.compile(compiler_options=compiler_options(device.platform))
+    has_int8 = any(array.dtype == np.int8 for array in arrays)
+    compiled = lowered.compile(compiler_options=compiler_options(device.platform, has_int8=has_int8))
     placed = [jax.device_put(array, device) for array in arrays]
     return lambda: compiled(*placed).block_until_ready()

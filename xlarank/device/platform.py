@@ -189,15 +189,19 @@ def seed_compile_cache(files: Iterable[Path], *, is_newer: bool = False) -> None
 
 
 @functools.cache
-def compiler_options(platform_name: str) -> dict[str, str | bool]:
+def compiler_options(platform_name: str, *, has_int8: bool = False) -> dict[str, str | bool]:
     """XLA options that every program of ours is compiled with, in training as in serving.
 
     jaxlib 0.11 and later hand reductions on CPU to YNNPACK, which reads out of bounds when an operand was
     broadcast: wrong scores that differ from run to run (google/XNNPACK pull request 11243; measured on
     0.12.0). Its matmuls are right and fast, so they stay.
 
+    On a GPU jaxlib 0.11.2 lets Triton multiply int8, and gets it wrong at some sizes (8 x 7 x 5 and
+    16 x 33 x 7 of ten tried on an H100); cuBLAS, which does it instead, is right.
+
     Args:
       platform_name: of the device, such as ``cpu``.
+      has_int8: whether the program has matrices of int8.
 
     Returns:
       For `compiler_options` of `jax.jit` and `Lowered.compile`; empty where the options don't exist.
@@ -207,6 +211,8 @@ def compiler_options(platform_name: str) -> dict[str, str | bool]:
     options: dict[str, str | bool] = {"xla_allow_excess_precision": False}
     if platform_name == "cpu" and release >= (0, 11):
         options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    if platform_name == "gpu" and has_int8:
+        options["xla_gpu_enable_triton_gemm"] = False
     cpu = jax.local_devices(backend="cpu")[0]
     with jax.default_device(cpu):
         for name in list(options):

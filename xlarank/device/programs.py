@@ -83,7 +83,7 @@ def compile_lowered(lowered: jax.stages.Lowered, device: Device) -> jax.stages.C
       lowered: what to compile.
       device: where it will run.
     """
-    options = compiler_options(device.platform)
+    options = compiler_options(device.platform, has_int8=device.platform == "gpu" and has_int8(lowered))
     try:
         with _cache_errors_raised():
             return lowered.compile(compiler_options=options)
@@ -96,6 +96,11 @@ def compile_lowered(lowered: jax.stages.Lowered, device: Device) -> jax.stages.C
             seed_compile_cache(Path(empty).iterdir(), is_newer=True)
         _log.warning("a file of the compile cache couldn't be read, and is replaced: %s", error)
         return compiled
+
+
+def has_int8(lowered: jax.stages.Lowered) -> bool:
+    """Whether a program has arrays of int8."""
+    return "xi8>" in lowered.as_text()
 
 
 _CACHE_ERRORS = threading.Lock()
