@@ -1,12 +1,14 @@
-"""How long HTTP connections that ask for nothing may stay: `bounded_connections`, `BoundedServer`."""
+"""How long HTTP connections may stay, and how they end: `bounded_connections`, `BoundedServer`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import http
 import json
+import select
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -15,6 +17,7 @@ from typing import Any
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from xlarank_serving.unread import UnreadAnswers
 
@@ -28,10 +31,18 @@ _MAX_ERROR_CHARS = 256
 _PROBE_SECONDS = 0.1
 """Between signs of life to a client that sends no more: the second to one that has left can't be sent."""
 
-_MAX_DISCARDED_BYTES = 1 << 20
 _DISCARD_SECONDS = 2.0
-"""How much is read yet behind what was no HTTP, and for how long: closed with bytes unread, TCP resets a
-connection, and its client loses the answer."""
+"""How long a connection is read on behind its last answer, if that was given before all had come: closed with
+bytes unread, TCP resets a connection, and its client loses the answer."""
+
+_FIRST_REQUEST_SECONDS = 0.3
+"""How long after its begin a connection is kept for its first request though the server ends."""
+
+_ACCEPT_SECONDS = 0.01
+"""For the event loop to make connections of what the kernel has accepted."""
+
+_LAST_SECONDS = 0.1
+"""How long a client has yet to read that its request was given up by the server's end."""
 
 
 def bounded_connections(
@@ -39,6 +50,7 @@ def bounded_connections(
     max_connections: int,
     idle_seconds: float,
     max_header_seconds: float,
+    max_discarded_bytes: int,
     when_full: Callable[..., Awaitable[None]],
     unread: UnreadAnswers,
 ) -> type[H11Protocol]:
@@ -54,6 +66,7 @@ def bounded_connections(
       idle_seconds: from the connection's begin, or its last answer, to a request's first byte. A client that
         reads nothing of its answer for so long is left, too.
       max_header_seconds: from there to the end of the header; for the rest of a body that was refused, too.
+      max_discarded_bytes: most that is read on behind a last answer; the connection is reset beyond.
       when_full: the ASGI app that refuses it.
       unread: counts what clients haven't read; a connection is a call of its own there.
 
@@ -63,6 +76,7 @@ def bounded_connections(
     idle: dict[Connection, None] = {}  # the longest first; used by the event loop's thread alone
 
     class Connection(H11Protocol):
+        server_state: _ServerState
         _timer: asyncio.TimerHandle | None = None  # beside uvicorn's own, which bytes reset
         _is_receiving = False  # bytes came since it was last idle, and no whole header yet
         _is_half_closed = False  # its client sends no more, and awaits answers; moves one way
@@ -71,8 +85,10 @@ def bounded_connections(
         _num_unread = 0  # bytes, when the timer was set
 
         def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.conn = _Requests(h11.SERVER)
+            own: Any = _Closing(transport, self._close)
+            super().connection_made(own)
+            self.conn = _Messages(self.server_state)
+            self._made_at = self.loop.time()
             self._wait(idle_seconds)
             idle[self] = None
             if len(self.connections) > max_connections and (longest := next(iter(idle))) is not self:
@@ -83,7 +99,7 @@ def bounded_connections(
         def data_received(self, data: bytes) -> None:
             if self._is_over:
                 self._num_discarded += len(data)
-                if self._num_discarded > _MAX_DISCARDED_BYTES:
+                if self._num_discarded > max_discarded_bytes:
                     self.transport.abort()
                 return
             self.app = when_full if self._is_full else self.config.loaded_app
@@ -107,6 +123,8 @@ def bounded_connections(
             return True
 
         def on_response_complete(self) -> None:
+            if self._is_over:
+                return
             self._settle()
             super().on_response_complete()
             if self.transport.is_closing() or self._is_over:
@@ -134,14 +152,22 @@ def bounded_connections(
                 self.loop.call_soon_threadsafe(self.transport.abort)
 
         def connection_lost(self, exc: Exception | None) -> None:
+            self._is_over = True
             self._settle()
             unread.release(self)
             idle.pop(self, None)
             super().connection_lost(exc)
 
         def shutdown(self) -> None:
-            if not self._is_receiving:  # else its answer ends it
-                super().shutdown()
+            """Ends it now, unless something else will: its answer, its time or `_discard`."""
+            if not self._has_request:
+                if self._is_receiving or self._is_over or self._has_arrived():
+                    return
+                left = self._made_at + _FIRST_REQUEST_SECONDS - self.loop.time()
+                if self.cycle is None and left > 0:
+                    self._wait(left)
+                    return
+            super().shutdown()
 
         def send_400_response(self, msg: str) -> None:
             """Called where h11's error is handled, which says more than `msg`."""
@@ -149,8 +175,16 @@ def bounded_connections(
                 self._send_error(sys.exception() or msg)
             self._discard()
 
+        def _close(self, transport: asyncio.Transport) -> None:
+            """Closes it, at once if nothing is left to read."""
+            is_ahead = self.conn.their_state is not h11.IDLE and self.conn.trailing_data[0]
+            if self._is_over or not (is_ahead or self.conn.their_state is h11.SEND_BODY):
+                transport.close()
+            else:
+                self._discard()
+
         def _discard(self) -> None:
-            """Ends a connection when its client does, or when that takes long."""
+            """Ends a connection when its client does, or when that takes long or much."""
             if self._has_request:  # as if it had left: its answer is this one
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
@@ -177,6 +211,12 @@ def bounded_connections(
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event) or b"")
+
+        def _has_arrived(self) -> bool:
+            """Whether something has come that the event loop hasn't read yet: to close now would reset it."""
+            poll = select.poll()  # select() takes no file from the 1024th on
+            poll.register(self.transport.get_extra_info("socket"), select.POLLIN)
+            return bool(poll.poll(0))
 
         @property
         def _is_full(self) -> bool:
@@ -218,8 +258,33 @@ def bounded_connections(
     return Connection
 
 
-class _Requests(h11.Connection):
-    """Refuses what ends in two ways: whoever passes it on may see another end, and so another request."""
+class _Closing:
+    """A transport that is closed another way: uvicorn closes it in many places, mostly behind an answer."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[asyncio.Transport], None]) -> None:
+        self._transport = transport
+        self._close = close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        self._close(self._transport)
+
+
+class _ServerState(ServerState):
+    """What a server shares with its connections."""
+
+    is_ending = False  # set by any thread, moves one way: each answer is its connection's last
+
+
+class _Messages(h11.Connection):
+    """Refuses requests that end in two ways: whoever passes such a one on may see another end, and so another
+    request. Says with an answer that it is the last."""
+
+    def __init__(self, server_state: _ServerState) -> None:
+        super().__init__(h11.SERVER)
+        self._server_state = server_state
 
     def next_event(self) -> Any:
         event = super().next_event()
@@ -228,6 +293,11 @@ class _Requests(h11.Connection):
             if {b"content-length", b"transfer-encoding"} <= names:  # RFC 9112, section 6.1
                 raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
         return event
+
+    def send(self, event: Any) -> Any:
+        if self._server_state.is_ending and isinstance(event, h11.Response) and _LAST not in event.headers:
+            event = dataclasses.replace(event, headers=[*event.headers, _LAST])
+        return super().send(event)
 
 
 class BoundedServer(uvicorn.Server):
@@ -247,6 +317,7 @@ class BoundedServer(uvicorn.Server):
           max_handshake_seconds: from a connection's begin to the end of its handshake.
         """
         super().__init__(config)
+        self.server_state: _ServerState = _ServerState()
         self._max_handshake_seconds = max_handshake_seconds
         self.is_leaving = False  # moves one way
 
@@ -258,6 +329,10 @@ class BoundedServer(uvicorn.Server):
             vars(loop)["create_server"] = bounded
         await super().startup(sockets)
 
+    def end_connections(self) -> None:
+        """From now on each answer says that it is its connection's last. Any thread."""
+        self.server_state.is_ending = True
+
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
         is_end = await super().on_tick(counter)
@@ -265,15 +340,16 @@ class BoundedServer(uvicorn.Server):
             # A timer's turn: what was accepted has become a connection, which a closed server would refuse.
             for server in self.servers:
                 server.close()
-            self._say_last()
+            self.end_connections()
         return is_end
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends connections as they are answered, and those without a request at once."""
-        self._say_last()
+        """Ends connections as they are answered, those without a request at once, and in the end all."""
+        self.end_connections()
+        await asyncio.sleep(_ACCEPT_SECONDS)
         await super().shutdown(sockets)
-
-    def _say_last(self) -> None:
-        headers = self.server_state.default_headers
-        if _LAST not in headers:
-            self.server_state.default_headers = [*headers, _LAST]
+        if self.server_state.connections:  # their requests were cancelled, or they are read on
+            await asyncio.sleep(_LAST_SECONDS)
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+            await asyncio.sleep(0)  # a turn of the event loop, which closes them

@@ -82,12 +82,13 @@ class HttpServer:
         Raises:
           ConfigError: if the port is in use or the address can't be had.
         """
+        max_body_bytes = config.max_body_mib << 20
         app = http_app(
             service,
             repository,
             threads,
-            max_body_bytes=config.max_body_mib << 20,
-            max_bodies_bytes=_MAX_BODIES * config.max_body_mib << 20,
+            max_body_bytes=max_body_bytes,
+            max_bodies_bytes=_MAX_BODIES * max_body_bytes,
             max_receive_seconds=config.max_receive_seconds,
             authorize=authorize,
             manager=manager,
@@ -104,6 +105,7 @@ class HttpServer:
                 max_connections=config.max_connections,
                 idle_seconds=config.idle_seconds,
                 max_header_seconds=config.max_receive_seconds,
+                max_discarded_bytes=max_body_bytes,
                 when_full=refusing(
                     OverloadError(
                         f"the server has {config.max_connections} connections with a request, its limit; try "
@@ -154,10 +156,15 @@ class HttpServer:
             wait(_LINGER_SECONDS)
         self.stop(math.ceil(grace_seconds))
 
+    def drain(self) -> None:
+        """From now on each answer says that it is its connection's last. Who connects is still answered."""
+        self._server.end_connections()
+
     def stop(self, grace_seconds: int = _GRACE_SECONDS) -> None:
         """Closes the port; requests under way have so long to be answered. Idempotent."""
         if not self._thread.is_alive():
             return
+        _turn_away(self._socket)
         self._options.timeout_graceful_shutdown = grace_seconds
         self._server.should_exit = True
         self._thread.join()

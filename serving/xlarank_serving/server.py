@@ -219,6 +219,8 @@ class RankingServer:
             is cancelled.
         """
         grace = self._config.grace_seconds if grace_seconds is None else grace_seconds
+        if self.rest is not None:
+            self.rest.drain()  # before anything is refused: a client shall ask elsewhere, or at least anew
         self._service.stop_accepting()
         self._health.stop()
         self._streams.stop()

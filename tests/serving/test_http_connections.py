@@ -9,6 +9,7 @@ import threading
 import pytest
 import trustme
 import uvicorn
+from xlarank_serving import http_connections
 from xlarank_serving.http_connections import BoundedServer, bounded_connections
 from xlarank_serving.unread import UnreadAnswers
 
@@ -27,6 +28,7 @@ def serve():
             max_connections=100,
             idle_seconds=LONG,
             max_header_seconds=LONG,
+            max_discarded_bytes=2**20,
             max_handshake_seconds=LONG,
             tls=None,
             unread=None,
@@ -35,6 +37,7 @@ def serve():
                 max_connections=max_connections,
                 idle_seconds=idle_seconds,
                 max_header_seconds=max_header_seconds,
+                max_discarded_bytes=max_discarded_bytes,
                 when_full=full,
                 unread=UnreadAnswers() if unread is None else unread,
             )
@@ -60,6 +63,7 @@ def serve():
             def connect():
                 return stack.enter_context(socket.create_connection(listening.getsockname(), timeout=20))
 
+            connect.server = server
             return connect
 
         yield start
@@ -271,11 +275,18 @@ def test_answers_of_others_push_out_a_connection_too(serve, big):
     assert unread.num_bytes == 0
 
 
-def test_a_client_that_never_shakes_hands_is_left_and_one_that_does_is_answered(serve):
+@pytest.fixture(scope="module")
+def contexts():
+    """TLS of a server, and of a client that trusts it."""
     authority = trustme.CA()
     tls, trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
     authority.issue_cert("127.0.0.1").configure_cert(tls)
     authority.configure_trust(trusting)
+    return tls, trusting
+
+
+def test_a_client_that_never_shakes_hands_is_left_and_one_that_does_is_answered(serve, contexts):
+    tls, trusting = contexts
     connect = serve(hello, max_handshake_seconds=1.0, tls=tls)
     with trusting.wrap_socket(connect(), server_hostname="127.0.0.1") as connection:
         assert is_closed(connect())
@@ -362,3 +373,116 @@ def test_a_request_sent_ahead_by_half_is_left_behind_the_answer(serve, slow):
     slow.answer()
     assert status_of(connection) == 200
     assert connection.recv(4096) == b""
+
+
+def send(connection, part, count):
+    for _ in range(count):
+        connection.sendall(part)
+
+
+LAST = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+
+
+@pytest.mark.parametrize("is_tls", [False, True], ids=["http", "https"])
+def test_a_last_answer_before_the_body_is_not_lost_to_a_reset(serve, contexts, is_tls):
+    tls, trusting = contexts
+    connection = serve(hello, tls=tls if is_tls else None)()
+    if is_tls:
+        connection = trusting.wrap_socket(connection, server_hostname="127.0.0.1")
+    with connection:
+        part = bytes(2**14)
+        connection.sendall(LAST % (2**20) + part)
+        assert status_of(connection) == 200
+        if not is_tls:
+            assert connection.recv(1) == b""  # it closed its side, and reads all the same:
+        send(connection, part, 2**20 // len(part) - 1)
+
+
+def test_a_last_answer_is_not_lost_to_requests_sent_ahead(serve, slow):
+    connection = serve(slow)()
+    connection.sendall(LAST % 0 + REQUEST)
+    assert slow.arrived.acquire(timeout=20)
+    slow.answer()
+    assert status_of(connection) == 200
+    assert connection.recv(1) == b""
+    send(connection, REQUEST, 100)
+
+
+def test_who_sends_more_than_is_read_on_behind_a_last_answer_is_reset(serve):
+    connection = serve(hello, max_discarded_bytes=2**16)()
+    connection.sendall(LAST % (2**30))
+    assert status_of(connection) == 200
+    with pytest.raises(ConnectionError):
+        send(connection, bytes(2**16), 2**14)
+
+
+def test_a_connection_is_closed_at_once_behind_a_last_answer_to_a_whole_request(serve):
+    connection = serve(hello, idle_seconds=LONG)()
+    connection.sendall(LAST % 4 + b"body")
+    assert status_of(connection) == 200
+    assert connection.recv(1) == b""
+    with pytest.raises(ConnectionError):
+        send(connection, b"x", 1000)  # nobody reads on
+
+
+def end_now(connect, meanwhile):
+    """Ends the connections as a server does at its end, in one turn of its event loop with a function."""
+    done = threading.Event()
+
+    def end():
+        meanwhile()
+        connect.server.end_connections()
+        for each in list(connect.server.server_state.connections):
+            each.shutdown()
+        done.set()
+
+    connect.server.loop.call_soon_threadsafe(end)
+    assert done.wait(20)
+
+
+@pytest.fixture
+def ending(serve):
+    """A server that `end_now` can end."""
+
+    async def app(scope, receive, send):
+        connect.server.loop = asyncio.get_running_loop()
+        await hello(scope, receive, send)
+
+    connect = serve(app)
+    with connect() as connection:
+        assert ask(connection) == 200
+    return connect
+
+
+def test_an_idle_connection_is_closed_in_order_at_the_end(ending):
+    connection = ending()
+    assert ask(connection) == 200
+    end_now(ending, lambda: None)
+    assert connection.recv(1) == b""
+
+
+def test_a_request_that_arrives_just_as_the_server_ends_is_answered(ending):
+    connection = ending()
+    assert ask(connection) == 200
+    end_now(ending, lambda: connection.sendall(REQUEST))
+    assert status_of(connection) == 200
+    assert connection.recv(1) == b""
+
+
+def test_who_has_just_connected_as_the_server_ends_is_answered(ending, monkeypatch):
+    monkeypatch.setattr(http_connections, "_FIRST_REQUEST_SECONDS", LONG)
+    kept, connection = ending(), ending()
+    assert ask(kept) == 200  # so the other one was accepted, too: it is next in the queue
+    assert ask(kept) == 200
+    end_now(ending, lambda: None)
+    assert kept.recv(1) == b""
+    assert ask(connection) == 200
+    assert connection.recv(1) == b""
+
+
+def test_who_has_just_connected_and_asks_for_nothing_is_left_at_the_end(ending, monkeypatch):
+    monkeypatch.setattr(http_connections, "_FIRST_REQUEST_SECONDS", 0.1)
+    connection = ending()
+    assert ask(ending()) == 200
+    end_now(ending, lambda: None)
+    assert connection.recv(1) == b""

@@ -21,9 +21,13 @@ def serve(wire):
     """Starts one of many servers of an HTTP port."""
     with contextlib.ExitStack() as stack:
 
-        def serve(port=0):
+        def serve(port=0, **options):
             server = RankingServer(
-                wire.repository(), None, ServerConfig(port=0), http=HttpConfig(port=port), is_one_of_many=True
+                wire.repository(),
+                None,
+                ServerConfig(port=0),
+                http=HttpConfig(port=port, **options),
+                is_one_of_many=True,
             )
             stack.callback(server.stop, 0)
             return server
@@ -125,16 +129,18 @@ def test_no_request_fails_while_servers_of_a_port_come_and_go(serve):
     port = serve().rest.port
     is_over, failures, num_answers = threading.Event(), [], []
 
-    def ask():
-        while not is_over.is_set():
-            try:
-                with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as own:
+    def ask(is_kept):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as own:
+            while not is_over.is_set():
+                try:
                     is_alive(own)
                     num_answers.append(1)
-            except OSError as error:
-                failures.append(error)
+                except OSError as error:
+                    failures.append(error)
+                if not is_kept:
+                    own.close()
 
-    clients = [threading.Thread(target=ask) for _ in range(4)]
+    clients = [threading.Thread(target=ask, args=(is_kept,)) for is_kept in (False, False, True, True)]
     for client in clients:
         client.start()
     try:
@@ -188,11 +194,12 @@ def send_on(connection, part):
 
 
 @pytest.mark.parametrize("sent", [b"?\r\n\r\n", CHUNKED + b"five\r\n"], ids=["header", "chunk"])
-@pytest.mark.parametrize("limit", ["_MAX_DISCARDED_BYTES", "_DISCARD_SECONDS"])
-def test_who_sends_on_behind_what_is_no_http_is_read_and_then_left(serve, caplog, monkeypatch, sent, limit):
-    for name in {"_MAX_DISCARDED_BYTES", "_DISCARD_SECONDS"} - {limit}:
-        monkeypatch.setattr(http_connections, name, 1e9)
-    with connect(serve()) as connection:
+@pytest.mark.parametrize(("max_body_mib", "seconds"), [(1, 1e9), (2**20, 2.0)], ids=["bytes", "seconds"])
+def test_who_sends_on_behind_what_is_no_http_is_read_and_then_left(
+    serve, caplog, monkeypatch, sent, max_body_mib, seconds
+):
+    monkeypatch.setattr(http_connections, "_DISCARD_SECONDS", seconds)
+    with connect(serve(max_body_mib=max_body_mib)) as connection:
         connection.sendall(sent)
         assert last_answer(connection).startswith(b"HTTP/1.1 400 ")
         send_on(connection, 64 * b"?")

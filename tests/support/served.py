@@ -57,8 +57,8 @@ def complaints_in(err):
     return [line for line in err.splitlines() if not told.match(line)]
 
 
-def tensors_of(num_candidates):
-    """A request for tritonclient."""
+def tensors_of(num_candidates, infer_input=triton.InferInput):
+    """A request for tritonclient; its inputs over HTTP have another type."""
     values = features(num_candidates)
     tensors = {
         "age": ("FP32", np.float32([3.0])),
@@ -66,7 +66,7 @@ def tensors_of(num_candidates):
         "topics": ("INT64", np.array(values["topics"]).reshape(-1)),
         "topics.lengths": ("INT32", np.full(num_candidates, 2, np.int32)),
     }
-    inputs = [triton.InferInput(name, array.shape, datatype) for name, (datatype, array) in tensors.items()]
+    inputs = [infer_input(name, array.shape, datatype) for name, (datatype, array) in tensors.items()]
     for tensor, (_, array) in zip(inputs, tensors.values(), strict=True):
         tensor.set_data_from_numpy(array)
     return inputs
