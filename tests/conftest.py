@@ -36,6 +36,8 @@ _OLDEST = {
     "runtime/test_engine.py",
     "runtime/test_pool.py",
     "serving/test_http.py",
+    "serving/test_http_limits.py",
+    "serving/test_http_stop.py",
     "serving/test_protos.py",
     "serving/test_serve_process.py",
     "serving/test_server.py",

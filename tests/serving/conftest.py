@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import grpc
 import numpy as np
 import pytest
+from over_http import Over
 from tritonclient.utils import np_to_triton_dtype
 from xlarank_serving import status
 from xlarank_serving._proto import grpc_service_pb2 as messages
@@ -378,3 +379,25 @@ def wire():
         start=start,
         start_at=start_at,
     )
+
+
+@pytest.fixture(scope="module")
+def over(wire):
+    """A server over HTTP for tests that leave it as they found it."""
+    over = Over(wire)
+    yield over
+    over.server.stop(0)
+
+
+@pytest.fixture
+def own(wire):
+    """Starts servers over HTTP for a test that changes them."""
+    made = []
+
+    def make(**options):
+        made.append(Over(wire, **options))
+        return made[-1]
+
+    yield make
+    for over in made:
+        over.server.stop(0)
