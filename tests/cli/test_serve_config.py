@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import typing
 from pathlib import Path
 
@@ -316,6 +317,19 @@ def test_a_server_with_one_port_for_two_services_does_not_start(repository, caps
     assert main.main(parse(str(repository), "--port", "1", "--http-port", "1")) != 0
     text = "http port 1 on 127.0.0.1: expected a port of its own, got that of grpc"
     assert text in capsys.readouterr().err
+
+
+def test_processes_need_a_folder_for_temporary_files_with_room_for_a_socket(check, repository, monkeypatch):
+    """The kernel says: AF_UNIX path too long."""
+    for name, is_good in (("/" + 85 * "t", False), ("/" + 84 * "t", True)):
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        told = [
+            "processes: num_processes: expected a folder for temporary files of at most 85 "
+            f"characters, in which there is room for the name of a socket, got {name}: set TMPDIR to another"
+        ]
+        status, _, problems = check(str(repository), *FREE, "--processes", "2")
+        assert (status, problems) == ((0, []) if is_good else (1, told))
+        assert check(str(repository), *FREE)[0] == 0
 
 
 @pytest.mark.parametrize("num_processes", ["1", "2"])

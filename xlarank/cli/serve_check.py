@@ -20,7 +20,7 @@ from xlarank.cli.serve_config import (
     port_file_problem,
     port_problems,
 )
-from xlarank.cli.serve_processes import sharing_problem
+from xlarank.cli.serve_processes import sharing_problem, temporary_folder_problem
 from xlarank.errors import ConfigError, XlarankError
 from xlarank.host import FeatureOptions, native_available
 from xlarank.runtime.policy_words import policy_warnings
@@ -44,6 +44,8 @@ def problems_of(config: ServeConfig) -> list[str]:
     versions, wrong = _versions(config)
     problems += wrong
     is_shared = config.processes.num_processes > 1
+    if is_shared and (problem := temporary_folder_problem()):
+        problems.append(problem)
     problems += _bundle_problems(config.models.repository, versions, is_shared=is_shared)
     problems += _feature_problems(config.features.files, versions)
     if not native_available() and not config.models.allow_reference_gather:

@@ -38,6 +38,12 @@ _log = logging.getLogger(__name__)
 _MAX_AGE_SECONDS = 60.0
 """Of connections, unless the config says."""
 
+_PREFIX = "xlarank-"
+"""Of a folder of ours among temporary files."""
+
+_MAX_SOCKET_PATH = 107
+"""Bytes of a Unix socket's path on Linux, without its end; see unix(7)."""
+
 _MAX_LOADING_THREADS = 4
 
 _VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -65,13 +71,15 @@ def serve_with_processes(file: ConfigFile, announce: Callable[[dict[str, Any]], 
         raise ConfigError(NO_REPOSITORY)
     if not repository.is_dir():
         raise ConfigError(f"repository {repository}: expected a folder of models, found none")
+    if problem := temporary_folder_problem():
+        raise ConfigError(problem)
     if config.versions.watch_seconds is None:
         config.versions.check_models(repository, list_versions(repository))
     ready: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         config, ports = stack.enter_context(_reserved(config))
         folder = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="xlarank-", ignore_cleanup_errors=True))
+            stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True))
         )
 
         def on_ready(versions: tuple[Version, ...]) -> None:
@@ -242,6 +250,19 @@ def _compile(config: ServeConfig, version: Version, compiled: set[str], *, is_be
         seconds = helper.compile(bundle.path, {} if visible is None else {_VISIBLE_DEVICES: visible})
         _log.info("%s: a process of its own has compiled it in %.1f s", bundle.path, seconds)
     compiled.add(key)
+
+
+def temporary_folder_problem() -> str | None:
+    """Why processes can't meet in a folder for temporary files; None if they can."""
+    folder = tempfile.gettempdir()
+    # Behind the prefix a random word of eight characters.
+    most = _MAX_SOCKET_PATH - len(f"/{_PREFIX}12345678/link")
+    if len(os.fsencode(folder)) <= most:
+        return None
+    return (
+        f"processes: num_processes: expected a folder for temporary files of at most {most} characters, in "
+        f"which there is room for the name of a socket, got {folder}: set TMPDIR to another"
+    )
 
 
 def sharing_problem(bundle: Bundle) -> str | None:
