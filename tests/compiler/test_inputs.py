@@ -12,6 +12,8 @@ from flax import nnx
 from xlarank import device
 from xlarank.bundle import open_bundle
 from xlarank.compiler import BuildOptions, build, build_bundle, random_requests, reference_scores
+from xlarank.compiler.program import Traces
+from xlarank.compiler.split import split_module
 from xlarank.errors import ConfigError, ModelError, VerifyError
 from xlarank.runtime import Engine
 from xlarank.spec import (
@@ -408,6 +410,13 @@ def projects_at_random(params, features):
     kernel = jax.random.normal(KEY, (7, 16))
     x = jnp.concatenate([features["user"], features["item"]], axis=1)
     return {"like": (jax.nn.relu(x @ kernel) @ params["out"]["kernel"])[:, 0]}
+
+
+def test_a_model_knows_the_narrow_formats_that_it_computes_in_itself():
+    """Devices round those otherwise than the reference does."""
+    halves = Traces(split_module(Halves(rngs=nnx.Rngs(0))), SPEC)
+    assert halves.at(4).narrow_floats == ("bfloat16",)
+    assert Traces(split_module(Normalised(rngs=nnx.Rngs(0))), SPEC).at(4).narrow_floats == ()
 
 
 @pytest.mark.parametrize("model", [Halves(rngs=nnx.Rngs(0)), projects_at_random], ids=["bfloat16", "key"])

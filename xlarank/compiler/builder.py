@@ -441,6 +441,12 @@ class Builder:
         except VerifyError as error:
             self._raise_row_fault(error)
             counts_rows()  # the reason, if it is one
+            narrow, platform = self.traces.at(bucket.rows).narrow_floats, replica.device.platform
+            if narrow and platform != "cpu":
+                raise VerifyError(
+                    f"{error}; the model computes in {narrow[0]} of its own accord, which a {platform} "
+                    f"rounds otherwise: let it compute in float32, and ask for --precision {narrow[0]}"
+                ) from error
             raise
         try:
             counts_rows()

@@ -13,7 +13,15 @@ from jax.extend import core
 
 from xlarank.compiler.device_lookup import look_up
 from xlarank.compiler.split import DenseModel, refused_logit, scores_of
-from xlarank.compiler.tracing import ClosedJaxpr, evaluate, flatten, retrace, source_of, trace
+from xlarank.compiler.tracing import (
+    ClosedJaxpr,
+    evaluate,
+    flatten,
+    nested_equations,
+    retrace,
+    source_of,
+    trace,
+)
 from xlarank.errors import ModelError
 from xlarank.spec import MASK_SUFFIX, Bucket, FeatureKind, ModelSpec, Scope, Signature
 from xlarank.spec.wording import counted
@@ -58,6 +66,17 @@ class ModelTrace:
         read |= {atom for atom in self.closed.jaxpr.outvars if isinstance(atom, core.Var)}
         inputs = self.closed.jaxpr.invars[self.num_weights :]
         return frozenset(n for n, var in zip(self.activations, inputs, strict=True) if var not in read)
+
+    @property
+    def narrow_floats(self) -> tuple[str, ...]:
+        """Names of float formats narrower than float32 that the model itself computes in, in order of use."""
+        names = (
+            var.aval.dtype.name  # type: ignore[attr-defined]
+            for equation, _ in nested_equations(self.closed.jaxpr)
+            for var in equation.outvars
+            if jnp.issubdtype(var.aval.dtype, jnp.floating) and var.aval.dtype.itemsize < 4  # type: ignore[attr-defined]
+        )
+        return tuple(dict.fromkeys(names))
 
 
 class Traces:

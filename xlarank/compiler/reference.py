@@ -242,7 +242,9 @@ def check_row_counts(
     """Scores the first candidates of a request at several row counts.
 
     A program of B rows serves requests of 1 to B candidates. A model that looks at the number of rows would
-    give them other scores than its author's call does, and no two rows of one batch would show it.
+    give them other scores than its author's call does, and no two rows of one batch would show it. On a CPU,
+    as the reference: an accelerator may take another kernel for another size, and round a model's own
+    bfloat16 otherwise.
 
     Args:
       traces: of the model.
@@ -255,10 +257,11 @@ def check_row_counts(
         other scores, that.
     """
     spec = traces.spec
-    among_many = _scores_at(traces, tables, request, _MANY_ROWS)
-    _check_repeats(traces, tables, request, tolerance, among_many)
-    for num_rows in _FEW_ROWS:
-        alone = _scores_at(traces, tables, request, num_rows)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        among_many = _scores_at(traces, tables, request, _MANY_ROWS)
+        _check_repeats(traces, tables, request, tolerance, among_many)
+        few = {num_rows: _scores_at(traces, tables, request, num_rows) for num_rows in _FEW_ROWS}
+    for num_rows, alone in few.items():
         for task, found, many in zip(spec.tasks, alone, among_many, strict=True):
             worst = _difference(task.kind, found, many[:num_rows])
             if not worst <= tolerance.of(task.kind):
@@ -331,7 +334,7 @@ def _scores_at(
     """Scores [num_rows] by task of a request's first candidates, the last repeated, compiled at that size."""
     rows = np.minimum(np.arange(num_rows), request.num_candidates - 1)
     run = functools.partial(run_equations, traces.at(num_rows).closed)
-    compiled = jax.jit(run, compiler_options=compiler_options(jax.default_backend()))
+    compiled = jax.jit(run, compiler_options=compiler_options(_platform()))
     return [np.asarray(scores) for scores in compiled(arguments_of(traces, tables, request, rows))]
 
 
@@ -365,9 +368,14 @@ def _looked_up(
     graph, state = nnx.split(EmbeddingCollection(spec, tables=tables))
     look_up = jax.jit(
         lambda state, inputs: nnx.merge(graph, state)(inputs),
-        compiler_options=compiler_options(jax.default_backend()),
+        compiler_options=compiler_options(_platform()),
     )
     return look_up(state, inputs)
+
+
+def _platform() -> str:
+    """Of the device that computes here by default."""
+    return (jax.config.jax_default_device or jax.local_devices()[0]).platform
 
 
 def _groups(requests: Sequence[RankRequest]) -> Iterator[tuple[int, list[RankRequest]]]:
