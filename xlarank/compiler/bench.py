@@ -17,7 +17,7 @@ from xlarank.compiler.golden_set import GoldenSet
 from xlarank.compiler.lower import lower_row_program
 from xlarank.compiler.prepare import Parted, PreparedArrays, part
 from xlarank.errors import VerifyError
-from xlarank.spec import Bucket, ModelSpec, Precision, Signature
+from xlarank.spec import Bucket, BucketLadder, ModelSpec, Precision, Signature
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
     from jaxlib._jax import Device
@@ -139,9 +139,9 @@ class DeviceBench:
     def in_turns(self, forms: Mapping[Bucket, Form]) -> dict[Bucket, float]:
         """Median seconds of full batches of several buckets of one row count, run in turns."""
         runs = {}
-        # The buckets share buffers: what the one with fewest requests wrote last holds for all of them.
-        for bucket in sorted(forms, key=lambda b: -b.requests):
-            leaves = self._buffers.leaves(bucket)
+        for bucket in forms:
+            # Buffers of its own: in those that buckets share the last one filled would stand.
+            leaves = device.BatchBuffers(self._signature, BucketLadder((bucket,))).leaves(bucket)
             self._golden.replay.fill(leaves, bucket, bucket.rows)
             replica = self.candidate(bucket, forms[bucket]).replica
             runs[bucket] = lambda r=replica, b=bucket, given=leaves: r.run(b, given)
