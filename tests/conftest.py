@@ -30,6 +30,7 @@ _OLDEST = {
     "compiler/passes/test_hoist_traps.py",
     "compiler/test_build.py",
     "device/test_device.py",
+    "device/test_layout.py",
     "host/test_extension.py",
     "host/test_gather.py",
     "host/test_strings.py",

@@ -48,9 +48,8 @@ def test_buffers_are_aligned_and_hold_every_bucket_in_one_memory():
             assert array.dtype == leaf.dtype
             assert array.ctypes.data % 64 == 0
             assert array.flags.c_contiguous
-            assert np.shares_memory(array, buffers.leaves(Bucket(64, 64))[leaf.name])
-    largest = sum(array.nbytes for array in buffers.leaves(Bucket(64, 64)).values())
-    assert buffers.num_bytes == largest
+        assert np.shares_memory(leaves.words, buffers.leaves(Bucket(64, 64)).words)
+    assert buffers.num_bytes == buffers.leaves(Bucket(64, 64)).words.nbytes
 
 
 def test_a_ring_hands_out_each_buffer_once_until_it_comes_back():
@@ -338,8 +337,10 @@ def test_accelerators_that_are_not_there_are_refused(monkeypatch):
 def test_a_program_of_another_platform_is_refused():
     exported = export.export(jax.jit(lambda x: x), platforms=["cuda"])(jax.ShapeDtypeStruct((), np.float32))
     text = "expected a program for cpu, got one for cuda; serve it there, or compile the model on cpu"
-    with pytest.raises(ModelError, match=f"{device.PROGRAM_NAME}: {text}"):
-        device.compile_program(exported, jax.devices()[0], device.PROGRAM_NAME)
+    with pytest.raises(ModelError, match=f"xlarank_prepare: {text}"):
+        device.compile_prepare(exported, jax.devices()[0])
+    with pytest.raises(ModelError, match=f"xlarank_program: {text}"):
+        device.compile_row_program(exported, jax.devices()[0])
 
 
 def test_a_gpu_multiplies_int8_without_triton():

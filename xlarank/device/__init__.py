@@ -3,7 +3,7 @@
 What the compiler proves and what the server runs is this code.
 """
 
-from xlarank.device.buffers import BatchBuffers, BufferRing
+from xlarank.device.buffers import BatchBuffers, BatchLeaves, BufferRing
 from xlarank.device.compiles import CompileCounter, num_compiled
 from xlarank.device.pace import Pace, at_once
 from xlarank.device.platform import (
@@ -19,14 +19,15 @@ from xlarank.device.platform import (
     export_platform,
     fingerprint,
     half_precision,
+    has_own_memory,
     platforms_of,
     seed_compile_cache,
 )
 from xlarank.device.programs import (
-    PREPARE_NAME,
-    PROGRAM_NAME,
+    Compile,
     ProgramLibrary,
-    compile_program,
+    compile_prepare,
+    compile_row_program,
     deserialize_program,
 )
 from xlarank.device.replay import GoldenReplay, ScoreError, check_errors, row_errors, score_errors
@@ -42,11 +43,11 @@ from xlarank.device.table_writer import TableWriter, compile_update
 from xlarank.device.timing import measure_profile, time_in_turns
 
 __all__ = [
-    "PREPARE_NAME",
-    "PROGRAM_NAME",
     "BatchBuffers",
+    "BatchLeaves",
     "BucketProgram",
     "BufferRing",
+    "Compile",
     "CompileCounter",
     "Executable",
     "GoldenReplay",
@@ -61,7 +62,8 @@ __all__ = [
     "compile_cache_at",
     "compile_cache_files",
     "compile_cache_folder",
-    "compile_program",
+    "compile_prepare",
+    "compile_row_program",
     "compile_update",
     "compiler_options",
     "configure",
@@ -73,6 +75,7 @@ __all__ = [
     "export_platform",
     "fingerprint",
     "half_precision",
+    "has_own_memory",
     "measure_profile",
     "num_compiled",
     "place_tables",

@@ -2,44 +2,76 @@
 
 from __future__ import annotations
 
-import math
 import queue
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from xlarank.device.layout import BatchLayout
 from xlarank.host import aligned_empty
 from xlarank.spec import Bucket, BucketLadder, Signature
 
-__all__ = ["BatchBuffers", "BufferRing"]
+__all__ = ["BatchBuffers", "BatchLeaves", "BufferRing"]
+
+
+class BatchLeaves(Mapping[str, np.ndarray]):
+    """The leaves of a bucket by name, in the order of the signature, as parts of one piece of memory.
+
+    The arrays are written by whoever holds the buffers; which they are doesn't change.
+
+    Attributes:
+      names: of the leaves.
+      layout: where they lie.
+      words: [W] uint32, the memory.
+    """
+
+    __slots__ = ("_arrays", "layout", "names", "words")
+
+    def __init__(self, signature: Signature, bucket: Bucket, memory: np.ndarray) -> None:
+        """
+        Args:
+          signature: names the leaves.
+          bucket: their size.
+          memory: uint32, 64-byte aligned, whose front they take.
+        """
+        self.names = tuple(leaf.name for leaf in signature.leaves)
+        self.layout = BatchLayout.of(signature, bucket)
+        self.words = memory[: self.layout.num_words]
+        self._arrays = dict(zip(self.names, self.layout.views(self.words), strict=True))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
 
 
 class BatchBuffers:
-    """The input leaves of one batch, 64-byte aligned, sized for the largest bucket.
+    """The input leaves of one batch in one piece of memory, each 64-byte aligned, sized for the largest
+    bucket.
 
-    A smaller bucket uses the front of the same memory. JAX reads aligned arrays on the CPU without a
-    copy, so they may be written again only after the batch's results are ready.
+    A smaller bucket uses the front of the same memory, where its leaves lie closer together: what is written
+    for one bucket means nothing to another. JAX reads aligned arrays on the CPU without a copy, and those of
+    a transfer after the call that starts it, so they may be written again only after the batch's results are
+    ready.
     """
 
     def __init__(self, signature: Signature, ladder: BucketLadder) -> None:
-        self._flat = {}
-        for leaf in signature.leaves:
-            most = max(leaf.leading(bucket) for bucket in ladder.buckets)
-            self._flat[leaf.name] = aligned_empty((most * math.prod(leaf.tail),), np.dtype(leaf.dtype))
-        self._views: dict[Bucket, dict[str, np.ndarray]] = {}
-        for bucket in ladder.buckets:
-            shapes = {leaf.name: leaf.shape(bucket) for leaf in signature.leaves}
-            self._views[bucket] = {
-                name: self._flat[name][: math.prod(shape)].reshape(shape) for name, shape in shapes.items()
-            }
+        most = max(BatchLayout.of(signature, bucket).num_words for bucket in ladder.buckets)
+        self._memory = aligned_empty((most,), np.uint32)
+        self._leaves = {bucket: BatchLeaves(signature, bucket, self._memory) for bucket in ladder.buckets}
 
     @property
     def num_bytes(self) -> int:
         """Host memory held."""
-        return sum(array.nbytes for array in self._flat.values())
+        return self._memory.nbytes
 
-    def leaves(self, bucket: Bucket) -> dict[str, np.ndarray]:
+    def leaves(self, bucket: Bucket) -> BatchLeaves:
         """Arrays of ``leaf.shape(bucket)`` by leaf name, in the order of the signature."""
-        return self._views[bucket]
+        return self._leaves[bucket]
 
 
 class BufferRing:

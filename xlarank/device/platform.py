@@ -38,6 +38,7 @@ __all__ = [
     "export_platform",
     "fingerprint",
     "half_precision",
+    "has_own_memory",
     "platforms_of",
     "seed_compile_cache",
 ]
@@ -126,6 +127,11 @@ def device_kind(device: Device) -> str:
 def export_platform(device: Device) -> str:
     """The platform that jax.export makes a program for, such as ``cuda``, if it is to run on a device."""
     return "cuda" if device.platform == "gpu" else device.platform
+
+
+def has_own_memory(device: Device) -> bool:
+    """Whether a device's inputs and outputs are transferred: CPUs read and write them where they lie."""
+    return device.platform != "cpu"
 
 
 def device_memory(device: Device) -> int | None:

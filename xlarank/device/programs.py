@@ -1,5 +1,5 @@
-"""Compiling exported programs: `compile_program`, and the programs that versions of a model share:
-`ProgramLibrary`."""
+"""Compiling exported programs: `compile_prepare`, `compile_row_program`, and those that versions of a model
+share: `ProgramLibrary`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import logging
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax import export
 
+from xlarank.device.layout import BatchLayout
 from xlarank.device.platform import (
     compile_cache_at,
     compiler_options,
     export_platform,
+    has_own_memory,
     seed_compile_cache,
 )
 from xlarank.errors import ModelError
@@ -27,18 +30,19 @@ if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers d
     from jaxlib._jax import Device
 
 __all__ = [
-    "PREPARE_NAME",
-    "PROGRAM_NAME",
+    "Compile",
     "ProgramLibrary",
     "compile_lowered",
-    "compile_program",
+    "compile_prepare",
+    "compile_row_program",
     "deserialize_program",
+    "takes_words",
 ]
 
 _log = logging.getLogger(__name__)
 
-PROGRAM_NAME, PREPARE_NAME = "xlarank_program", "xlarank_prepare"
-"""Of row programs and of those that prepare weights, in profiles and in the compilation cache."""
+Compile = Callable[[export.Exported, "Device"], jax.stages.Compiled]
+"""Compiles a program for a device."""
 
 
 def deserialize_program(data: bytes) -> export.Exported:
@@ -46,17 +50,65 @@ def deserialize_program(data: bytes) -> export.Exported:
     return export.deserialize(bytearray(data))
 
 
-def compile_program(program: export.Exported, device: Device, name: str) -> jax.stages.Compiled:
-    """Compiles for a device, or finds it in the compilation cache.
+def compile_prepare(program: export.Exported, device: Device) -> jax.stages.Compiled:
+    """Compiles the program that prepares weights for a device, or finds it in the compilation cache.
 
     Args:
       program: what to compile.
       device: where it will run.
-      name: shows in profiles and in the names of cache files.
 
     Raises:
       ModelError: if it was exported for other platforms than the device's.
     """
+    return _compile(program.call, _arguments(program), program, device, "xlarank_prepare")
+
+
+def compile_row_program(
+    program: export.Exported, device: Device, *, is_packed: bool | None = None
+) -> jax.stages.Compiled:
+    """Compiles a bucket's program for a device, or finds it in the compilation cache.
+
+    Args:
+      program: takes (prepared, context, candidates, request_of_row).
+      device: where it will run.
+      is_packed: whether what is compiled takes (prepared, words) instead, the leaves in one array as
+        `BatchLayout` has them. None: on devices that have memory of their own, where each array is a transfer
+        that costs more than its bytes.
+
+    Raises:
+      ModelError: if it was exported for other platforms than the device's.
+    """
+    arguments = _arguments(program)
+    if not (has_own_memory(device) if is_packed is None else is_packed):
+        return _compile(program.call, arguments, program, device, "xlarank_program")
+    prepared, *by_scope = arguments
+    leaves, tree = jax.tree.flatten(by_scope)
+    layout = BatchLayout(tuple(leaf.shape for leaf in leaves), tuple(np.dtype(leaf.dtype) for leaf in leaves))
+
+    def call(prepared, words):
+        return program.call(prepared, *jax.tree.unflatten(tree, layout.unpack(words)))
+
+    words = jax.ShapeDtypeStruct((layout.num_words,), np.uint32)
+    return _compile(call, (prepared, words), program, device, "xlarank_program")
+
+
+def takes_words(compiled: jax.stages.Compiled) -> bool:
+    """Whether a compiled row program takes its leaves in one array; see `compile_row_program`."""
+    arguments, _ = compiled.args_info
+    return len(arguments) == 2
+
+
+def _arguments(program: export.Exported) -> tuple[Any, ...]:
+    """Shapes and dtypes of a program's arguments, in their containers."""
+    avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in program.in_avals]
+    arguments, _ = jax.tree.unflatten(program.in_tree, avals)
+    return arguments
+
+
+def _compile(
+    run: Callable[..., Any], arguments: Sequence[Any], program: export.Exported, device: Device, name: str
+) -> jax.stages.Compiled:
+    """Compiles what calls a program, under a name that shows in profiles and in the names of cache files."""
     if (here := export_platform(device)) not in program.platforms:
         raise ModelError(
             f"{name}: expected a program for {here}, got one for {' and '.join(program.platforms)}; serve it "
@@ -64,13 +116,12 @@ def compile_program(program: export.Exported, device: Device, name: str) -> jax.
         )
 
     def call(*args):
-        return program.call(*args)
+        return run(*args)
 
     call.__name__ = name
     sharding = jax.sharding.SingleDeviceSharding(device)
-    avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in program.in_avals]
-    args, _ = jax.tree.unflatten(program.in_tree, avals)
-    return compile_lowered(jax.jit(call, in_shardings=sharding, out_shardings=sharding).lower(*args), device)
+    lowered = jax.jit(call, in_shardings=sharding, out_shardings=sharding).lower(*arguments)
+    return compile_lowered(lowered, device)
 
 
 def compile_lowered(lowered: jax.stages.Lowered, device: Device) -> jax.stages.Compiled:
@@ -126,26 +177,27 @@ class ProgramLibrary:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Guarded by _lock. By digest, device and name.
-        self._compiled: weakref.WeakValueDictionary[tuple[str, Device, str], jax.stages.Compiled] = (
+        # Guarded by _lock. By digest, device and what compiles.
+        self._compiled: weakref.WeakValueDictionary[tuple[str, Device, Compile], jax.stages.Compiled] = (
             weakref.WeakValueDictionary()
         )
 
     def compiled(
-        self, digest: str, read: Callable[[], export.Exported], device: Device, name: str
+        self, digest: str, read: Callable[[], export.Exported], device: Device, compile_: Compile
     ) -> jax.stages.Compiled:
-        """The program, compiled unless it is in use already; see `compile_program`.
+        """The program, compiled unless it is in use already.
 
         Args:
           digest: of the program's content.
           read: gives the program; called if it must be compiled.
-          device, name: see there.
+          device: where it will run.
+          compile_: `compile_row_program` or `compile_prepare`.
         """
-        key = digest, device, name
+        key = digest, device, compile_
         with self._lock:
             known = self._compiled.get(key)
         if known is None:
-            known = compile_program(read(), device, name)
+            known = compile_(read(), device)
             with self._lock:
                 known = self._compiled.setdefault(key, known)
         return known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,9 @@ import jax
 import numpy as np
 from jax import export
 
-from xlarank.device.programs import PREPARE_NAME, PROGRAM_NAME, compile_program
+from xlarank.device.buffers import BatchLeaves
+from xlarank.device.layout import BatchLayout
+from xlarank.device.programs import compile_prepare, compile_row_program, takes_words
 from xlarank.spec import REQUEST_OF_ROW, Bucket, Signature
 
 if TYPE_CHECKING:  # jax.Device is this class, under a name that type checkers don't take
@@ -45,7 +48,7 @@ def prepare_weights(
     if prepare is None:
         return placed
     if isinstance(prepare, export.Exported):
-        prepare = compile_program(prepare, device, PREPARE_NAME)
+        prepare = compile_prepare(prepare, device)
     return tuple(prepare(*placed))
 
 
@@ -98,7 +101,7 @@ class Executable:
     """The size it was compiled for."""
 
     compiled: jax.stages.Compiled
-    """Takes (prepared, context, candidates, request_of_row)."""
+    """Takes (prepared, context, candidates, request_of_row), or (prepared, words)."""
 
     prepared: tuple[jax.Array, ...]
     """Prepared weights on the device."""
@@ -108,6 +111,14 @@ class Executable:
 
     candidate_names: tuple[str, ...]
     """Leaves of the third argument."""
+
+    layout: BatchLayout | None
+    """Of the words; None where it takes the leaves themselves."""
+
+    @functools.cached_property
+    def _names(self) -> tuple[str, ...]:
+        """Of all leaves, in the order of the arguments."""
+        return (*self.context_names, *self.candidate_names, REQUEST_OF_ROW)
 
     def cost(self) -> ProgramCost:
         """What XLA says that a batch costs."""
@@ -123,14 +134,28 @@ class Executable:
         Returns:
           Scores [B] float32 by task, padding included, in host memory.
         """
-        outputs = self.compiled(
-            self.prepared,
-            tuple(leaves[name] for name in self.context_names),
-            tuple(leaves[name] for name in self.candidate_names),
-            leaves[REQUEST_OF_ROW],
-        )
+        # JAX reads the arrays after the call too: a CPU's program in place, a GPU's client from a thread that
+        # copies them to pinned memory (kImmutableZeroCopy of jaxlib/py_values.cc). A program starts when all
+        # that it takes has arrived, so once its outputs are here nobody reads them any more.
+        if self.layout is None:
+            outputs = self.compiled(
+                self.prepared,
+                tuple(leaves[name] for name in self.context_names),
+                tuple(leaves[name] for name in self.candidate_names),
+                leaves[REQUEST_OF_ROW],
+            )
+        else:
+            outputs = self.compiled(self.prepared, self._words(self.layout, leaves))
+            for scores in outputs.values():  # all on their way before the first is waited for
+                scores.copy_to_host_async()
         # np.asarray first, slice later: slicing a jax.Array compiles a program for each new size.
         return {task: np.asarray(scores) for task, scores in outputs.items()}
+
+    def _words(self, layout: BatchLayout, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The leaves in one array: the memory that they lie in, or copies if they lie anywhere."""
+        if isinstance(leaves, BatchLeaves) and leaves.layout == layout and leaves.names == self._names:
+            return leaves.words
+        return layout.pack(self._names, [leaves[name] for name in self._names])
 
 
 class Replica:
@@ -143,6 +168,8 @@ class Replica:
         programs: Mapping[Bucket, BucketProgram],
         prepared: Sequence[jax.Array],
         prepare: jax.stages.Compiled | None = None,
+        *,
+        is_packed: bool | None = None,
     ) -> None:
         """Compiles (or finds in the compilation cache) every bucket.
 
@@ -152,6 +179,7 @@ class Replica:
           programs: one a bucket.
           prepared: arrays on the device, of `prepare_weights` and after them those of `place_tables`.
           prepare: what made them, held for the next weights of the model; see `ProgramLibrary`.
+          is_packed: how exported programs take a batch; see `compile_row_program`.
         """
         self.device = device
         self.prepare = prepare
@@ -159,16 +187,19 @@ class Replica:
         self._takes = {bucket: program.takes for bucket, program in programs.items()}
         context = tuple(leaf.name for leaf in signature.context_leaves)
         candidate = tuple(leaf.name for leaf in signature.candidate_leaves)
-        self.executables = {
-            bucket: Executable(
+        self.executables = {}
+        for bucket, program in programs.items():
+            compiled = program.program
+            if isinstance(compiled, export.Exported):
+                compiled = compile_row_program(compiled, device, is_packed=is_packed)
+            self.executables[bucket] = Executable(
                 bucket,
-                _compiled(program.program, device),
+                compiled,
                 tuple(prepared[place] for place in program.takes),
                 context,
                 candidate,
+                BatchLayout.of(signature, bucket) if takes_words(compiled) else None,
             )
-            for bucket, program in programs.items()
-        }
 
     @property
     def prepared(self) -> tuple[jax.Array, ...]:
@@ -194,9 +225,3 @@ class Replica:
     def run(self, bucket: Bucket, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs one batch; see `Executable.__call__`."""
         return self.executables[bucket](leaves)
-
-
-def _compiled(program: export.Exported | jax.stages.Compiled, device: Device) -> jax.stages.Compiled:
-    if isinstance(program, export.Exported):
-        return compile_program(program, device, PROGRAM_NAME)
-    return program

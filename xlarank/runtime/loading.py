@@ -326,14 +326,14 @@ class Loader:
     ) -> device.Replica:
         library = self._library or device.ProgramLibrary()
 
-        def compiled(program: ExportedProgram, name: str) -> Compiled:
-            return self._host_pace(functools.partial(program.compiled, library, target, name))
+        def compiled(program: ExportedProgram, compile_: device.Compile) -> Compiled:
+            return self._host_pace(functools.partial(program.compiled, library, target, compile_))
 
-        lay_out = None if prepare is None else compiled(prepare, device.PREPARE_NAME)
+        lay_out = None if prepare is None else compiled(prepare, device.compile_prepare)
         prepared = device.prepare_weights(target, lay_out, weights)
         bucket_programs = {
             entry.bucket: device.BucketProgram(
-                compiled(programs[entry.bucket], device.PROGRAM_NAME), entry.prepared
+                compiled(programs[entry.bucket], device.compile_row_program), entry.prepared
             )
             for entry in self._bundle.manifest.programs
         }
@@ -402,9 +402,9 @@ class ExportedProgram:
 
     data: bytes
 
-    def compiled(self, library: device.ProgramLibrary, target: Device, name: str) -> Compiled:
-        """Compiled for a device; see `xlarank.device.compile_program`."""
-        return library.compiled(self.digest, lambda: device.deserialize_program(self.data), target, name)
+    def compiled(self, library: device.ProgramLibrary, target: Device, compile_: device.Compile) -> Compiled:
+        """Compiled for a device; see `xlarank.device.ProgramLibrary`."""
+        return library.compiled(self.digest, lambda: device.deserialize_program(self.data), target, compile_)
 
 
 def read_programs(bundle: Bundle) -> tuple[dict[Bucket, ExportedProgram], ExportedProgram | None]:

@@ -83,9 +83,9 @@ def _compile(bundle: Bundle, devices: Sequence[Device]) -> None:
     for target in devices:
         library = device.ProgramLibrary()
         if prepare is not None:
-            prepare.compiled(library, target, device.PREPARE_NAME)
+            prepare.compiled(library, target, device.compile_prepare)
         for program in programs.values():
-            program.compiled(library, target, device.PROGRAM_NAME)
+            program.compiled(library, target, device.compile_row_program)
         for table, _ in updatable.values():
             device.compile_update(target, table.shape, np.dtype(table.dtype))
 
