@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import itertools
 import logging
 import os
-import signal
 import socket
 import struct
 import time
@@ -19,6 +17,7 @@ from typing import Any, Protocol
 
 from xlarank.errors import ConfigError, ModelError
 from xlarank.runtime.process_ends import MOST_DEATHS, Backoff
+from xlarank.runtime.processes.links import adopt_orphans, kill, listening_at, receive
 from xlarank.runtime.processes.messages import (
     Complete,
     Failed,
@@ -43,8 +42,6 @@ from xlarank.spec.versions import ModelPolicy, VersionState, VersionStatus
 __all__ = ["StopSignal", "Supervisor"]
 
 _log = logging.getLogger(__name__)
-
-_PR_SET_CHILD_SUBREAPER = 36
 
 _KILL_SECONDS = 10.0
 """After the grace period of a stop, what is left is killed."""
@@ -143,7 +140,7 @@ class Supervisor:
         self._changed_policies = changed_policies
         self._clock = clock
         self._path = folder / "link"
-        self._listening = _listening_at(self._path)
+        self._listening = listening_at(self._path)
         self._beat_at = clock() + _BEAT_SECONDS
         self._num_deaths = 0  # starts in a row that ended so
         self._numbers = itertools.count(1)
@@ -170,7 +167,7 @@ class Supervisor:
         Raises:
           ModelError: if what is to be served at first can't be, and the repository isn't watched; says why.
         """
-        _adopt_orphans()
+        adopt_orphans()
         try:
             while not stop.is_set():
                 self._follow_policies()
@@ -369,7 +366,7 @@ class Supervisor:
         self._beat_at = self._clock() + _BEAT_SECONDS
         if not self._path.exists():
             self._listening.close()
-            self._listening = _listening_at(self._path)
+            self._listening = listening_at(self._path)
         if (starting := self._starting) is not None and self._clock() >= starting.slow_at:
             starting.slow_at = self._clock() + _SLOW_SECONDS
             _log.warning(
@@ -384,7 +381,7 @@ class Supervisor:
             worker.ask(self._clock())
             if worker.silent_seconds(self._clock()) >= _HUNG_SECONDS:
                 _log.error("process %d (pid %d) doesn't answer and is killed", worker.index, worker.pid)
-                _kill(worker.pid)
+                kill(worker.pid)
 
     def _next_time(self) -> float:
         """When something is to be done though nothing happens."""
@@ -397,7 +394,7 @@ class Supervisor:
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
         link = Connection(accepted.detach())
         try:
-            hello: Hello = _receive(link)
+            hello: Hello = receive(link)
         except (EOFError, OSError):
             link.close()
             return
@@ -418,7 +415,7 @@ class Supervisor:
     def _hear(self, link: Connection) -> None:
         hear = self._links[link]
         try:
-            message = _receive(link)
+            message = receive(link)
         except (EOFError, OSError):
             del self._links[link]
             link.close()
@@ -506,7 +503,7 @@ class Supervisor:
     def _tell_all(self, generation: _Generation, message: object) -> None:
         generation.is_ending = True
         if generation.holder is not None and not generation.workers:
-            _kill(generation.holder_pid)  # it reads tables, perhaps for long, for nobody
+            kill(generation.holder_pid)  # it reads tables, perhaps for long, for nobody
         links = [generation.holder, *(worker.link for worker in generation.workers.values())]
         for link in links:
             if link is not None:
@@ -553,47 +550,8 @@ class Supervisor:
         for worker in self._workers():
             if worker.link is not None:
                 _log.error("process %d (pid %d) didn't end in time and is killed", worker.index, worker.pid)
-                _kill(worker.pid)
+                kill(worker.pid)
         for generation in self._generations.values():
             if generation.holder is not None:
                 _log.error("the process that holds the tables (pid %d) is killed", generation.holder_pid)
-                _kill(generation.holder_pid)
-
-
-def _listening_at(path: Path) -> socket.socket:
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    listening = socket.socket(socket.AF_UNIX)
-    listening.bind(str(path))
-    listening.listen()
-    return listening
-
-
-def _receive(link: Connection) -> Any:
-    """The message that has begun to come.
-
-    Raises:
-      EOFError, OSError: if there is none. A process that stands still in the middle of one is killed, as this
-        one must go on.
-    """
-    try:
-        return link.recv()
-    except BlockingIOError:
-        with socket.socket(fileno=os.dup(link.fileno())) as own:
-            pid, _, _ = struct.unpack("3i", own.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        _log.error("a process (pid %d) stands still in the middle of a message and is killed", pid)
-        _kill(pid)
-        raise
-
-
-def _kill(pid: int) -> None:
-    """Of a process whose link is open: it is there, and the number is nobody else's."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def _adopt_orphans() -> None:
-    """A holder that outlives the one it was forked from is a child of this process then, not of the machine's
-    first one. Where the system won't, it is that one's."""
-    library = ctypes.CDLL(None, use_errno=True)
-    if library.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        _log.info("holders may become children of init: %s", os.strerror(ctypes.get_errno()))
+                kill(generation.holder_pid)
