@@ -22,7 +22,7 @@ def policy_warnings(
       versions: that answer, or will.
     """
     texts: list[str] = []
-    if followed is not asked:
+    if followed != asked:
         labels = sorted(label.version for label in asked.labels)
         texts.append(
             f"model {model}: a policy waits for versions of its labels, and the one before it stays in "

@@ -26,6 +26,15 @@ def test_policies_say_what_is_wanted(tmp_path, put):
     assert plan.wanted(()) == (("a", 2), ("b", 1), ("b", 2), ("c", 1))
 
 
+def test_an_ordinary_start_and_a_new_version_warn_of_nothing(tmp_path, put, caplog):
+    put(("a", 1))
+    plan = plan_of(tmp_path)
+    served = plan.wanted(())
+    put(("a", 2))
+    plan.wanted(served, plan.policies(served))
+    assert caplog.messages == []
+
+
 def test_a_version_that_failed_is_left_alone_until_its_folder_changes(tmp_path, put):
     put(("a", 1), ("a", 2))
     plan = plan_of(tmp_path)
