@@ -471,6 +471,35 @@ def test_what_cannot_be_served_at_first_ends_all_with_the_reason(folder, linear_
     assert "xlarank serve: model 'plain', task 'value'" in err
 
 
+def test_what_was_removed_serves_as_long_as_its_processes_and_holds_up_nobody(linear_version, tmp_path):
+    for spec in (PLAIN, FRESH):
+        linear.publish(linear_version, tmp_path / "models", 1, spec=spec, rows=[4], with_code=False)
+    (tmp_path / "server.toml").write_text(CONFIG)
+    with started(tmp_path) as process:
+        served = Served(process, tmp_path, linear_version)
+        gone = tmp_path / "models" / "fresh"
+        gone.rename(tmp_path / "gone")
+        served.said(f"{gone / '1'}: was removed; model fresh version 1 goes on serving")
+        with RankingClient(served.ready["grpc"]) as client:
+            served.both_answer(lambda: served.score(client, "fresh"))
+            os.kill(min(served.workers()), signal.SIGKILL)
+            served.said("ended: signal 9 (SIGKILL)")
+            served.said(f"{gone / '1'}: was removed; a process that is started again doesn't serve it")
+            until(lambda: served.num_up() == 2, "the process again")
+            served.both_answer(lambda: served.check(client))
+            served.publish(2, PLAIN, rows=[4], with_code=False)
+            served.said("versions (('plain', 2),) are served")
+        with triton.InferenceServerClient(served.ready["grpc"]) as client:
+
+            def index():
+                with contextlib.suppress(triton.InferenceServerException):  # of a process that goes
+                    index = client.get_model_repository_index().models
+                    return {(model.name, model.version): model.state for model in index}
+
+            expected = {("plain", "1"): "UNAVAILABLE", ("plain", "2"): "READY"}
+            until(lambda: index() == expected, "an index of what new processes serve")
+
+
 def test_without_the_supervisor_the_others_drain_and_end(folder, linear_version):
     with started(folder) as process:
         Served(process, folder, linear_version)

@@ -163,8 +163,14 @@ def hold_and_serve(orders: Path) -> int:
         return load_for_workers(config, version, is_beside, others)
 
     def work(
-        order: Order, index: int, tables: Mapping[Version, LoadedTables], say_ready: Callable[[], None]
+        order: Order,
+        index: int,
+        tables: Mapping[Version, LoadedTables],
+        is_again: bool,
+        say_ready: Callable[[], None],
     ) -> int:
+        if is_again:
+            tables = _there(config, tables)
         return _work(config, order, index, HeldTables(tables, is_beside=order.is_beside), say_ready)
 
     return Holder(load, work, is_current=functools.partial(_is_current, config)).run(order)
@@ -182,6 +188,20 @@ def _is_current(config: ServeConfig, version: Version, tables: LoadedTables) -> 
     if not is_same:
         _log.warning("%s: was replaced by another bundle: its tables are loaded, row updates are gone", path)
     return is_same
+
+
+def _there(config: ServeConfig, tables: Mapping[Version, LoadedTables]) -> Mapping[Version, LoadedTables]:
+    """Those of versions whose folders are there; all of them if none is, as it may be the repository that
+    isn't. A process that is started again would never serve if it had to load what was removed since."""
+    repository = config.models.repository
+    assert repository is not None
+    removed = [version for version in tables if not (repository / version[0] / str(version[1])).is_dir()]
+    if not removed or len(removed) == len(tables):
+        return tables
+    for model, number in removed:
+        where = repository / model / str(number)
+        _log.error("%s: was removed; a process that is started again doesn't serve it", where)
+    return {version: loaded for version, loaded in tables.items() if version not in removed}
 
 
 def load_for_workers(

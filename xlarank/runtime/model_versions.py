@@ -14,7 +14,7 @@ from pathlib import Path
 from xlarank.errors import ConfigError, ModelError, ModelNotFoundError, UnavailableError, XlarankError
 from xlarank.runtime.compile_helper import CompileDiedError
 from xlarank.runtime.engine import Engine
-from xlarank.runtime.policy_words import policy_warnings, why_held_back, why_not_served
+from xlarank.runtime.policy_words import policy_warnings, removed_warning, why_held_back, why_not_served
 from xlarank.runtime.process_ends import MOST_DEATHS
 from xlarank.runtime.routes import Routes, ServedVersion
 from xlarank.runtime.version_metrics import VersionMetrics
@@ -316,10 +316,7 @@ class ModelVersions:
                 )
             # Under policy all it ends, and the log says that.
             if version not in self._on_disk and not (self._policy.policy is Policy.ALL and self._on_disk):
-                yield (
-                    f"{where}: was removed; model {self.model} version {version} goes on serving until "
-                    f"another version takes its place"
-                )
+                yield removed_warning(where, self.model, version, "another version takes its place")
 
     def _wanted(self) -> list[int]:
         """What is to be loaded and serve, newest first."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xlarank.spec.versions import ModelPolicy
 
-__all__ = ["policy_warnings", "why_held_back", "why_not_served"]
+__all__ = ["policy_warnings", "removed_warning", "why_held_back", "why_not_served"]
 
 
 def policy_warnings(
@@ -36,6 +36,18 @@ def policy_warnings(
             f"requests goes to others: {sorted(versions)}"
         )
     return texts
+
+
+def removed_warning(folder: Path, model: str, version: int, until: str) -> str:
+    """That a version serves on though its folder isn't there.
+
+    Args:
+      folder: of the version.
+      model: its name.
+      version: its number.
+      until: what ends it.
+    """
+    return f"{folder}: was removed; model {model} version {version} goes on serving until {until}"
 
 
 def why_held_back(asked: ModelPolicy) -> str:

@@ -46,8 +46,11 @@ class Plan:
         self.versions, self.blocked, self.failed, self.removed = (OLD,), [], [], set()
         self.models, self.is_awaited = (PLAIN,), False
 
-    def wanted(self, served, former=()):
+    def wanted(self, served, former=(), *, is_lost=False):
         return tuple(v for v in self.versions if v not in self.blocked)
+
+    def left(self, versions):
+        return tuple(v for v in versions if v not in self.removed)
 
     def set_policies(self, models):
         self.models = models
@@ -277,6 +280,22 @@ def test_a_start_ends_when_other_policies_or_the_folder_have_its_versions_no_mor
     assert told.supervisor._starting is None
     assert told.supervisor._serving is first
     assert told.plan.blocked == []
+
+
+@pytest.mark.parametrize("is_watched", [True, False])
+def test_processes_for_those_whose_holder_has_ended_come_without_what_was_removed(told, tmp_path, is_watched):
+    for name in ("ads", "feed"):
+        (tmp_path / "models" / name / "1").mkdir(parents=True)
+    told.supervisor._plan = VersionPlan(tmp_path / "models", VersionOptions())
+    serving = serve(told)
+    assert serving.versions == (("ads", 1), OLD)
+    (tmp_path / "models" / "ads" / "1").rmdir()
+    told.supervisor._is_watched = is_watched
+    told.now = told.supervisor._look_at
+    told.supervisor._begin_next()
+    assert told.supervisor._starting is None
+    told.supervisor._hear_holder(serving, None)
+    assert begin(told).versions == (OLD,)
 
 
 def test_a_policy_that_was_taken_back_while_processes_start_does_not_come_in_force(told, tmp_path):

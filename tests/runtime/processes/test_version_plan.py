@@ -47,17 +47,51 @@ def test_a_version_that_failed_is_left_alone_until_its_folder_changes(tmp_path, 
     assert plan.statuses() == []
 
 
-def test_what_is_served_stays_when_its_folder_or_the_whole_repository_vanishes(tmp_path, put):
+def test_what_is_served_stays_when_its_folder_or_the_whole_repository_vanishes(tmp_path, put, caplog):
     put(("a", 1), ("b", 1))
     plan = plan_of(tmp_path)
     served = (("a", 1), ("b", 1))
     (tmp_path / "a" / "1").rmdir()
-    assert plan.wanted(served) == served
+    for _ in range(2):
+        assert plan.wanted(served) == served
+    assert caplog.messages == [
+        f"{tmp_path / 'a' / '1'}: was removed; model a version 1 goes on serving until other processes come, "
+        f"which can't load it"
+    ]
     assert plan.gone(served) == {("a", 1)}
-    put(("b", 2))
-    assert plan.wanted(served) == (("a", 1), ("b", 2))
     tmp_path.rename(tmp_path.with_name("elsewhere"))
     assert plan.wanted(served) is None
+
+
+def test_new_processes_come_without_what_was_removed_as_they_could_not_load_it(tmp_path, put):
+    put(("a", 1), ("b", 1), ("c", 1), ("c", 2), ("c", 3))
+    plan = plan_of(tmp_path, c={"num_versions": 2})
+    served = (("a", 1), ("b", 1), ("c", 2), ("c", 3))
+    assert plan.wanted(()) == served
+    for removed in ("a/1", "c/3"):
+        (tmp_path / removed).rmdir()
+    assert plan.wanted(served) == served
+    assert plan.left(served) == (("b", 1), ("c", 2))
+    lost = (("b", 1), ("c", 1), ("c", 2))
+    assert plan.wanted(served, is_lost=True) == lost
+    put(("b", 2))
+    newer = (("b", 2), ("c", 1), ("c", 2))
+    assert plan.wanted(served) == plan.wanted(newer) == newer
+    told = {(status.model, status.version) for status in plan.statuses(with_idle=True)}
+    assert told == {("b", 1)}  # and nothing of what was removed
+    put(("a", 1))
+    assert plan.wanted(newer) == (("a", 1), ("b", 2), ("c", 1), ("c", 2))
+
+
+def test_processes_of_nothing_at_all_take_nobodys_place(tmp_path, put):
+    put(("a", 1), ("a", 2))
+    plan = plan_of(tmp_path, a={"policy": Policy.ALL})
+    served = plan.wanted(())
+    for version in served:
+        (tmp_path / "a" / str(version[1])).rmdir()
+    plan.set_policies((ModelPolicy(name="a"),))
+    assert plan.wanted(served) == (("a", 2),)
+    assert plan.left(served) == served
 
 
 LABELLED = ModelPolicy(name="a", labels=(VersionLabel(name="stable", version=1, traffic=1.0),))

@@ -72,7 +72,7 @@ class Holder:
     def __init__(
         self,
         load: Callable[[Version, bool, Sequence[Mapping[str, TableMemory]]], LoadedTables],
-        work: Callable[[Order, int, Mapping[Version, LoadedTables], Callable[[], None]], int],
+        work: Callable[[Order, int, Mapping[Version, LoadedTables], bool, Callable[[], None]], int],
         *,
         is_current: Callable[[Version, LoadedTables], bool] = lambda _version, _tables: True,
         clock: Callable[[], float] = time.monotonic,
@@ -81,8 +81,8 @@ class Holder:
         Args:
           load: reads a version's tables, beside others that serve or not; told where the tables of the
             model's other versions are, those that this one follows among them.
-          work: what a worker does: told the order, its index, the tables, and whom to tell that it serves.
-            Returns its exit status.
+          work: what a worker does: told the order, its index, the tables, whether it is started again, and
+            whom to tell that it serves. Returns its exit status.
           is_current: whether tables that are held are of the bundle that lies there now.
           clock: seconds, monotonic.
         """
@@ -249,7 +249,7 @@ class Holder:
             os.close(writer)
 
         def work() -> int:
-            return self._work(self._order, index, self._tables, say_ready)
+            return self._work(self._order, index, self._tables, self._is_complete, say_ready)
 
         self._leave()
         _end_with(work)

@@ -219,7 +219,12 @@ class Supervisor:
         return () if self._serving is None else self._serving.policies
 
     def _wanted(self) -> tuple[Version, ...] | None:
-        return self._plan.wanted(self._served, self._policies)
+        return self._plan.wanted(self._served, self._policies, is_lost=self._is_lost)
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether what serves has lost the process that holds its tables."""
+        return self._serving is not None and self._serving.holder is None
 
     def _begin_next(self) -> None:
         if self._starting is not None or self._clock() < self._look_at:
@@ -228,13 +233,13 @@ class Supervisor:
             self._clock() + self._watch_seconds if self._watch_seconds is not None else float("inf")
         )
         serving, served = self._serving, self._served
-        wanted = self._wanted() if serving is None or self._is_watched else served
-        is_lost = serving is not None and serving.holder is None
+        is_looked_at = serving is None or self._is_watched
+        wanted = self._wanted() if is_looked_at else self._plan.left(served) if self._is_lost else served
         if wanted is None and serving is None and not self._is_watched:
             raise ConfigError("the repository can't be looked at, and nothing is served yet")
         if wanted is None:
             return
-        if serving is not None and wanted == served and not is_lost:
+        if serving is not None and wanted == served and not self._is_lost:
             serving.policies = self._plan.policies(served, self._policies, is_all=True)
             return
         number = next(self._numbers)
@@ -303,8 +308,12 @@ class Supervisor:
             self._look_at = self._clock()
         else:
             seconds = self._pause()
+            whose = "{}/{}: ".format(*failed.version) if failed.version else ""
             _log.error(
-                "the processes can't be started anew, another try comes in %g s: %s", seconds, failed.reason
+                "the processes can't be started anew, another try comes in %g s: %s%s",
+                seconds,
+                whose,
+                failed.reason,
             )
             self._look_at = self._clock() + seconds
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from xlarank.runtime.policy_words import policy_warnings, why_held_back, why_not_served
+from xlarank.runtime.policy_words import policy_warnings, removed_warning, why_held_back, why_not_served
 from xlarank.runtime.processes.messages import Version
 from xlarank.runtime.watching import Listing, Told, folder_stamp
 from xlarank.spec.versions import ModelPolicy, VersionOptions, VersionState, VersionStatus
@@ -15,6 +15,8 @@ from xlarank.spec.versions import ModelPolicy, VersionOptions, VersionState, Ver
 __all__ = ["VersionPlan"]
 
 _log = logging.getLogger(__name__)
+
+_UNTIL = "other processes come, which can't load it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,8 @@ class VersionPlan:
     """Looks at a repository and says, by the policies, what is to be served. For one thread.
 
     As one process goes about it (`ModelVersions`): a version that failed isn't tried again before its folder
-    changes, and one whose folder vanishes is served on until another takes its place.
+    changes, and one whose folder vanishes is served on, though only until processes come for whatever reason:
+    they can't load it.
     """
 
     def __init__(self, root: Path, options: VersionOptions) -> None:
@@ -45,30 +48,39 @@ class VersionPlan:
         self._told = Told(_log)
 
     def wanted(
-        self, served: Collection[Version], former: Iterable[ModelPolicy] = ()
+        self, served: Collection[Version], former: Iterable[ModelPolicy] = (), *, is_lost: bool = False
     ) -> tuple[Version, ...] | None:
         """What is to be served now, sorted; None if the folder can't be looked at.
 
         Args:
           served: what is served now.
           former: by which policies: they stay in force while a new one's labels lead nowhere.
+          is_lost: whether new processes are needed for that alone.
         """
         found = self._listing.look()
         if found is None:
             return None
         self._found = found
         self._forget_changed()
-        wanted: list[Version] = []
-        warnings: list[str] = []
-        self._idle = []
         before = {policy.name: policy for policy in former}
-        for model in sorted({*found, *(model for model, _ in served)}):
-            own = {version for name, version in served if name == model}
-            numbers, followed = self._of_model(model, found.get(model, ()), own, before.get(model))
-            wanted += [(model, version) for version in numbers]
-            warnings += policy_warnings(model, self._options.policy_of(model), followed, numbers)
-        self._told.tell(warnings)
+        gone = self.gone(served)
+        wanted, warnings = self._look(served, before)
+        removed = [
+            removed_warning(self._root / model / str(version), model, version, _UNTIL)
+            for model, version in sorted(gone & {*wanted})
+        ]
+        if gone and (is_lost or {*wanted} != {*served}):
+            left = self._look({*served} - gone, before)
+            # Of nothing at all no processes are started: those that serve are better.
+            wanted, warnings = left if left[0] else self._look(served, before)
+        self._told.tell(removed + warnings)
         return tuple(sorted(wanted))
+
+    def left(self, versions: Iterable[Version]) -> tuple[Version, ...]:
+        """Those that are on disk now; all of them if none is, or the folder can't be looked at."""
+        versions = tuple(versions)
+        found = self._listing.look() or {}
+        return tuple(v for v in versions if v[1] in found.get(v[0], ())) or versions
 
     def set_policies(self, models: tuple[ModelPolicy, ...]) -> None:
         """From the next `wanted` on, other policies say what is to be served."""
@@ -122,6 +134,20 @@ class VersionPlan:
             for (model, version), blocked in sorted(self._blocked.items())
         ]
         return failed + self._idle if with_idle else failed
+
+    def _look(
+        self, served: Collection[Version], former: Mapping[str, ModelPolicy]
+    ) -> tuple[list[Version], list[str]]:
+        """What is wanted, and warnings, by what was found."""
+        wanted: list[Version] = []
+        warnings: list[str] = []
+        self._idle = []
+        for model in sorted({*self._found, *(model for model, _ in served)}):
+            own = {version for name, version in served if name == model}
+            numbers, followed = self._of_model(model, self._found.get(model, ()), own, former.get(model))
+            wanted += [(model, version) for version in numbers]
+            warnings += policy_warnings(model, self._options.policy_of(model), followed, numbers)
+        return wanted, warnings
 
     def _of_model(
         self, model: str, on_disk: Sequence[int], served: set[int], former: ModelPolicy | None
