@@ -333,10 +333,7 @@ class ModelVersions:
         """The policy that is in force while no other versions are there: the one before may be."""
         if self._is_held:
             return self._policy
-        followed = self._policy.or_before(self.routes.policy, {*there} - self._blocked())
-        if followed is self._policy or self._wanted_by(followed, self._on_disk):
-            return followed
-        return self._policy  # nothing of the one before can answer
+        return self._policy.or_before(self.routes.policy, there, self._on_disk, self._loaded, self._blocked())
 
     def _in_force(self) -> ModelPolicy:
         """The policy that says who gets what of the versions that are loaded."""

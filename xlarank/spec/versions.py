@@ -177,16 +177,27 @@ class ModelPolicy:
             before, ready
         )
 
-    def or_before(self, before: ModelPolicy | None, usable: Collection[int]) -> ModelPolicy:
-        """The policy that says what is served, and who gets it: `before` while this one waits for labels.
+    def or_before(
+        self,
+        before: ModelPolicy | None,
+        there: Collection[int],
+        on_disk: Collection[int],
+        loaded: Collection[int],
+        blocked: Collection[int],
+    ) -> ModelPolicy:
+        """The policy that says what is served, and who gets it: `before` while this one waits for labels, and
+        anything can answer under it.
 
         Args:
           before: in force until now; None for none.
-          usable: versions that are ready, or can be.
+          there: versions that are ready, or can be if they aren't blocked.
+          on_disk, loaded, blocked: see `wanted`.
         """
-        if before is None or before == self or not self.waits_for_labels(before, usable):
+        if before is None or before == self:
             return self
-        return before
+        if not self.waits_for_labels(before, {*there} - {*blocked}):
+            return self
+        return before if before.wanted(on_disk, loaded, blocked) else self
 
     def label(self, name: str) -> VersionLabel | None:
         """The label of that name."""

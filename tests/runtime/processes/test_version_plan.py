@@ -139,6 +139,26 @@ def test_the_policy_before_is_followed_while_the_version_of_a_label_fails_or_nev
         assert (status.version, status.reason) == (1, "not served under policy latest")
 
 
+def test_a_policy_before_of_which_nothing_can_answer_is_not_waited_by(tmp_path, put):
+    """As in one process: what was withdrawn must not take over once its version comes."""
+    put(("a", 1))
+    plan = plan_of(tmp_path)
+    served = plan.wanted(())
+    withdrawn = ModelPolicy(name="a", policy=Policy.SPECIFIC, versions=(2,))
+    plan.set_policies((withdrawn,))
+    assert plan.wanted(served, plan.policies(served)) == served
+    before = plan.policies(served, is_all=True)
+    assert before == (withdrawn,)
+    label = VersionLabel(name="next", version=5, traffic=1.0)
+    pinned = ModelPolicy(name="a", policy=Policy.SPECIFIC, versions=(1,), labels=(label,))
+    plan.set_policies((pinned,))
+    assert plan.wanted(served, before) == served
+    before = plan.policies(served, before, is_all=True)
+    assert before == (pinned,)
+    put(("a", 2))
+    assert plan.wanted(served, before) == served
+
+
 def test_other_policies_are_planned_by_and_wait_only_for_versions_that_processes_do_not_have(tmp_path, put):
     put(("a", 1), ("a", 2), ("b", 1))
     plan = plan_of(tmp_path)

@@ -104,12 +104,15 @@ class VersionPlan:
         policies: list[ModelPolicy] = []
         for model, numbers in sorted(ready.items()):
             policy = dataclasses.replace(self._options.policy_of(model), name=model)
-            is_kept = model in former and (
-                policy.waits_for_labels(former[model], numbers)
-                if is_all
-                else not policy.moves_at_once(former[model], numbers)
-            )
-            policies.append(former[model] if is_kept else policy)
+            if is_all:
+                on_disk = self._found.get(model, ())
+                followed = policy.or_before(
+                    former.get(model), numbers, on_disk, numbers, self._blocked_of(model)
+                )
+            else:
+                is_kept = model in former and not policy.moves_at_once(former[model], numbers)
+                followed = former[model] if is_kept else policy
+            policies.append(followed)
         return tuple(policies)
 
     def gone(self, versions: Iterable[Version]) -> set[Version]:
@@ -154,8 +157,8 @@ class VersionPlan:
     ) -> tuple[Sequence[int], ModelPolicy]:
         """Versions, and the policy that says so."""
         asked = self._options.policy_of(model)
-        blocked = {version for name, version in self._blocked if name == model}
-        followed = asked.or_before(former, {*on_disk, *served} - blocked)
+        blocked = self._blocked_of(model)
+        followed = asked.or_before(former, {*on_disk, *served}, on_disk, served, blocked)
         wanted = followed.wanted(on_disk, served, blocked) or sorted(served)
         held_back = set() if followed is asked else {*asked.wanted(on_disk, served, blocked)}
         for version in sorted({*on_disk, *asked.named} - {*wanted, *served} - blocked):
@@ -166,6 +169,9 @@ class VersionPlan:
                 status = VersionStatus(model, version, VersionState.UNAVAILABLE, why)
             self._idle.append(status)
         return wanted, followed
+
+    def _blocked_of(self, model: str) -> set[int]:
+        return {version for name, version in self._blocked if name == model}
 
     def _forget_changed(self) -> None:
         self._blocked = {
