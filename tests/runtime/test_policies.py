@@ -227,6 +227,35 @@ def test_labels_wait_until_all_of_their_versions_are_there(publish, opened, monk
     assert answering(repository) == {3, 4}
 
 
+@pytest.mark.parametrize("former", [labelled(Policy.SPECIFIC, (1,)), labelled()])
+@pytest.mark.parametrize("is_good", [True, False])
+def test_a_canary_does_not_get_what_is_the_stable_versions_while_that_one_loads_or_if_it_fails(
+    publish, opened, monkeypatch, former, is_good
+):
+    publish(1)
+    repository = opened(former)
+    publish(2, golden_error=0.0 if is_good else 0.5)
+    publish(3)
+    seen = []
+    load = repository._loader.load
+
+    def looking(*words, **options):
+        seen.append(answering(repository))
+        return load(*words, **options)
+
+    monkeypatch.setattr(repository._loader, "load", looking)
+    repository.set_policies([labelled(stable=(2, 0.9), canary=(3, 0.1))])
+    assert answering(repository) == {1}
+    repository.poll()
+    assert seen == [{1}, {1}]
+    assert answering(repository) == ({2, 3} if is_good else {1})
+    if not is_good:
+        assert states(repository) == {1: "READY", 2: "UNAVAILABLE", 3: "LOADING"}
+        publish(4)
+        repository.poll()
+        assert answering(repository) == ({1} if former.versions else {4})
+
+
 def test_a_version_that_is_no_longer_wanted_once_it_is_loaded_does_not_answer(
     publish, opened, started, caplog
 ):

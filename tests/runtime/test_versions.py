@@ -68,7 +68,10 @@ def test_the_traffic_of_a_version_that_is_not_ready_goes_to_the_others():
     [
         ({}, {}, True),
         ({"stable": 1.0}, {"stable": 0.0, "canary": 1.0}, True),
-        ({"stable": 1.0}, {"stable": 0.5, "next": 0.5}, True),  # 5 isn't ready, and has none of it yet
+        ({"stable": 1.0}, {"stable": 0.5, "next": 0.5}, False),  # 5 isn't ready, and this is to be its share
+        ({"stable": 1.0, "next": 0.0}, {"stable": 0.5, "next": 0.5}, False),
+        ({"stable": 1.0}, {"stable": 1.0, "next": 0.0}, True),
+        ({}, {"next": 0.9, "canary": 0.1}, False),
         ({"stable": 1.0}, {"next": 1.0}, False),
         ({"stable": 1.0}, {}, False),  # the newest is to answer, which may be still to come
         ({"next": 1.0}, {"next": 0.5, "canary": 0.5}, True),

@@ -324,7 +324,10 @@ class ModelVersions:
         return self._wanted_by(_EVERYTHING if self._is_held else self._followed(there), self._on_disk)
 
     def _wanted_by(self, policy: ModelPolicy, on_disk: Collection[int]) -> list[int]:
-        return policy.wanted(on_disk, self._loaded, self._blocked())
+        blocked = self._blocked()
+        if policy is not self._policy and not self._is_held:
+            blocked |= self._policy.held_back(policy, self.routes.versions)
+        return policy.wanted(on_disk, self._loaded, blocked)
 
     def _blocked(self) -> set[int]:
         return {*self._failed, *self._rolled_back}
@@ -333,7 +336,10 @@ class ModelVersions:
         """The policy that is in force while no other versions are there: the one before may be."""
         if self._is_held:
             return self._policy
-        return self._policy.or_before(self.routes.policy, there, self._on_disk, self._loaded, self._blocked())
+        routes = self.routes
+        return self._policy.or_before(
+            routes.policy, there, self._on_disk, self._loaded, self._blocked(), routes.versions
+        )
 
     def _in_force(self) -> ModelPolicy:
         """The policy that says who gets what of the versions that are loaded."""
@@ -409,7 +415,11 @@ class ModelVersions:
             wanted = picked = self._wanted()
             policy = self._in_force()
             if policy is not self._policy:
-                picked = self._wanted_by(policy, [v for v in self._on_disk if v in self._loaded])
+                if self._followed({*self._on_disk, *self._loaded}) is self._policy:
+                    # It waits for loads alone: what is loaded for it first doesn't answer before the rest.
+                    picked = policy.wanted(before, before, self._blocked())
+                else:
+                    picked = self._wanted_by(policy, [v for v in self._on_disk if v in self._loaded])
             served = {v: self._loaded[v] for v in picked if v in self._loaded}
             served = served or before  # what was loaded and is no longer wanted doesn't answer
             if not any(s.engine.damage is None for s in served.values()):

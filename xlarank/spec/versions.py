@@ -160,12 +160,18 @@ class ModelPolicy:
     def moves_at_once(self, before: ModelPolicy, ready: Collection[int]) -> bool:
         """Whether requests may go by this policy in the place of `before`, whatever is still to be loaded.
 
-        A label that leads to a version that is ready must not lead to one that isn't, and traffic that labels
-        share must not go to the newest version while none of its own is ready.
+        A label that leads to a version that is ready must not lead to one that isn't; the share of a label
+        that had none must not go to the others while its version isn't ready, or a canary would get what is
+        the stable version's; and traffic that labels share must not go to the newest version while none of
+        its own is ready.
         """
         for label in self.labels:
+            if label.version in ready:
+                continue
             former = before.label(label.name)
-            if former is not None and former.version in ready and label.version not in ready:
+            if former is not None and former.version in ready:
+                return False
+            if label.traffic and (former is None or not former.traffic):
                 return False
         is_shared = any(label.traffic for policy in (self, before) for label in policy.labels)
         return not is_shared or any(label.traffic and label.version in ready for label in self.labels)
@@ -184,6 +190,7 @@ class ModelPolicy:
         on_disk: Collection[int],
         loaded: Collection[int],
         blocked: Collection[int],
+        answering: Collection[int],
     ) -> ModelPolicy:
         """The policy that says what is served, and who gets it: `before` while this one waits for labels, and
         anything can answer under it.
@@ -192,12 +199,25 @@ class ModelPolicy:
           before: in force until now; None for none.
           there: versions that are ready, or can be if they aren't blocked.
           on_disk, loaded, blocked: see `wanted`.
+          answering: see `held_back`.
         """
         if before is None or before == self:
             return self
         if not self.waits_for_labels(before, {*there} - {*blocked}):
             return self
-        return before if before.wanted(on_disk, loaded, blocked) else self
+        held_back = self.held_back(before, answering)
+        return before if before.wanted(on_disk, loaded, {*blocked} | held_back) else self
+
+    def held_back(self, before: ModelPolicy, answering: Collection[int]) -> set[int]:
+        """Versions that `before` doesn't serve while this policy waits, as if they were blocked.
+
+        This one says which share of the requests they get, and that one may give them all.
+
+        Args:
+          before: in force meanwhile.
+          answering: versions that requests go to: those go on.
+        """
+        return {label.version for label in self.labels if label.traffic} - before.named - {*answering}
 
     def label(self, name: str) -> VersionLabel | None:
         """The label of that name."""

@@ -139,6 +139,26 @@ def test_the_policy_before_is_followed_while_the_version_of_a_label_fails_or_nev
         assert (status.version, status.reason) == (1, "not served under policy latest")
 
 
+@pytest.mark.parametrize("former", [SPECIFIC, ModelPolicy(name="a")])
+def test_a_canary_does_not_get_what_is_the_stable_versions_if_that_one_is_missing(tmp_path, put, former):
+    put(("a", 1))
+    plan = VersionPlan(tmp_path, VersionOptions(models=(former,)))
+    served = plan.wanted(())
+    before = plan.policies(served)
+    put(("a", 3))
+    labels = (
+        VersionLabel(name="stable", version=2, traffic=0.9),
+        VersionLabel(name="canary", version=3, traffic=0.1),
+    )
+    plan.set_policies((after := ModelPolicy(name="a", labels=labels),))
+    assert plan.wanted(served, before) == served
+    assert plan.policies(served, before) == plan.policies(served, before, is_all=True) == before == (former,)
+    put(("a", 2))
+    assert plan.wanted(served, before) == (both := (("a", 2), ("a", 3)))
+    assert plan.policies(served, before) == before
+    assert plan.policies(both, before, is_all=True) == (after,)
+
+
 def test_a_policy_before_of_which_nothing_can_answer_is_not_waited_by(tmp_path, put):
     """As in one process: what was withdrawn must not take over once its version comes."""
     put(("a", 1))

@@ -106,9 +106,8 @@ class VersionPlan:
             policy = dataclasses.replace(self._options.policy_of(model), name=model)
             if is_all:
                 on_disk = self._found.get(model, ())
-                followed = policy.or_before(
-                    former.get(model), numbers, on_disk, numbers, self._blocked_of(model)
-                )
+                blocked = self._blocked_of(model)
+                followed = policy.or_before(former.get(model), numbers, on_disk, numbers, blocked, numbers)
             else:
                 is_kept = model in former and not policy.moves_at_once(former[model], numbers)
                 followed = former[model] if is_kept else policy
@@ -158,8 +157,9 @@ class VersionPlan:
         """Versions, and the policy that says so."""
         asked = self._options.policy_of(model)
         blocked = self._blocked_of(model)
-        followed = asked.or_before(former, {*on_disk, *served}, on_disk, served, blocked)
-        wanted = followed.wanted(on_disk, served, blocked) or sorted(served)
+        followed = asked.or_before(former, {*on_disk, *served}, on_disk, served, blocked, served)
+        held = set[int]() if followed is asked else asked.held_back(followed, served)
+        wanted = followed.wanted(on_disk, served, blocked | held) or sorted(served)
         held_back = set() if followed is asked else {*asked.wanted(on_disk, served, blocked)}
         for version in sorted({*on_disk, *asked.named} - {*wanted, *served} - blocked):
             if version in held_back:
