@@ -415,11 +415,7 @@ class ModelVersions:
             wanted = picked = self._wanted()
             policy = self._in_force()
             if policy is not self._policy:
-                if self._followed({*self._on_disk, *self._loaded}) is self._policy:
-                    # It waits for loads alone: what is loaded for it first doesn't answer before the rest.
-                    picked = policy.wanted(before, before, self._blocked())
-                else:
-                    picked = self._wanted_by(policy, [v for v in self._on_disk if v in self._loaded])
+                picked = self._wanted_by(policy, [v for v in self._on_disk if v in self._loaded])
             served = {v: self._loaded[v] for v in picked if v in self._loaded}
             served = served or before  # what was loaded and is no longer wanted doesn't answer
             if not any(s.engine.damage is None for s in served.values()):
