@@ -487,6 +487,13 @@ def test_what_was_removed_serves_as_long_as_its_processes_and_holds_up_nobody(li
             served.said(f"{gone / '1'}: was removed; a process that is started again doesn't serve it")
             until(lambda: served.num_up() == 2, "the process again")
             served.both_answer(lambda: served.check(client))
+            # What can't be loaded for another reason is said, until it can.
+            spoilt = tmp_path / "models" / "plain" / "1" / "manifest.json"
+            spoilt.rename(tmp_path / "manifest.json")
+            os.kill(min(served.workers()), signal.SIGKILL)
+            served.said(f"can't start: plain/1: {spoilt.parent}")
+            (tmp_path / "manifest.json").rename(spoilt)
+            until(lambda: served.num_up() == 2, "the process once more")
             served.publish(2, PLAIN, rows=[4], with_code=False)
             served.said("versions (('plain', 2),) are served")
         with triton.InferenceServerClient(served.ready["grpc"]) as client:

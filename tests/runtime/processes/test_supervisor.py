@@ -298,6 +298,14 @@ def test_processes_for_those_whose_holder_has_ended_come_without_what_was_remove
     assert begin(told).versions == (OLD,)
 
 
+def test_why_a_process_that_was_started_again_can_not_start_is_in_the_log(told, caplog):
+    first = serve(told)
+    worker = Worker(0, 2**30)
+    told.supervisor._hear_worker(first, worker, Failed(reason="no such file", version=OLD))
+    assert caplog.messages == [f"process 0 (pid {2**30}) can't start: feed/1: no such file"]
+    assert told.plan.blocked == []
+
+
 def test_a_policy_that_was_taken_back_while_processes_start_does_not_come_in_force(told, tmp_path):
     """Though what it was taken back to waits: the one that serves goes on."""
     (tmp_path / "models" / "feed" / "1").mkdir(parents=True)

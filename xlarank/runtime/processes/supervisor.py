@@ -308,11 +308,10 @@ class Supervisor:
             self._look_at = self._clock()
         else:
             seconds = self._pause()
-            whose = "{}/{}: ".format(*failed.version) if failed.version else ""
             _log.error(
                 "the processes can't be started anew, another try comes in %g s: %s%s",
                 seconds,
-                whose,
+                _whose(failed),
                 failed.reason,
             )
             self._look_at = self._clock() + seconds
@@ -451,6 +450,14 @@ class Supervisor:
             worker.is_ready = True
             _log.info("process %d (pid %d) serves", worker.index, worker.pid)
         elif isinstance(message, Failed):
+            if generation.is_complete and not generation.is_ending:  # it was started again
+                _log.error(
+                    "process %d (pid %d) can't start: %s%s",
+                    worker.index,
+                    worker.pid,
+                    _whose(message),
+                    message.reason,
+                )
             self._see_failure(generation, message)
         elif isinstance(message, (MetricsText, LastMetrics)):
             worker.text = message.text
@@ -564,3 +571,8 @@ class Supervisor:
             if generation.holder is not None:
                 _log.error("the process that holds the tables (pid %d) is killed", generation.holder_pid)
                 kill(generation.holder_pid)
+
+
+def _whose(failed: Failed) -> str:
+    """The version that was being loaded, as the beginning of a line of the log."""
+    return "{}/{}: ".format(*failed.version) if failed.version else ""
