@@ -57,8 +57,9 @@ class ServerConfig:
     """Requests in decode, in the queue or running at a time; each waits on a thread."""
 
     stream_idle_seconds: float = 600.0
-    """A ModelStreamInfer without a request under way is ended after this time, as it holds one of 64 places,
-    and so is a silent stream of reflection; 0 for no limit."""
+    """A ModelStreamInfer without a request under way, or that doesn't take an answer, is ended after this
+    time, as it holds one of 64 places, and so is a silent or unread stream of reflection; 0 for no limit.
+    Who doesn't read has less while others are refused for want of a place, and while the server stops."""
 
     grace_seconds: float = dataclasses.field(default=30.0, metadata={"flag": "grace"})
     """How long a stop waits for accepted requests."""

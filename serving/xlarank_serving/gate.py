@@ -11,6 +11,7 @@ from xlarank.errors import OverloadError, UnavailableError, XlarankError
 from xlarank_serving.arrival import stamp_arrival
 from xlarank_serving.layout import INFER_METHOD, SERVICE_NAME, STREAM_METHOD
 from xlarank_serving.parsing import refusal_handler
+from xlarank_serving.receiving import ReceiveWatch
 from xlarank_serving.service import InferenceService
 from xlarank_serving.threads import AdminThreads, ServerThreads
 
@@ -34,10 +35,22 @@ class Gate(grpc.GenericRpcHandler):
     """
 
     def __init__(
-        self, service: InferenceService, handlers: dict[str, grpc.RpcMethodHandler], threads: ServerThreads
+        self,
+        service: InferenceService,
+        handlers: dict[str, grpc.RpcMethodHandler],
+        threads: ServerThreads,
+        streams: ReceiveWatch,
     ) -> None:
+        """
+        Args:
+          service: ranks.
+          handlers: a handler a method, by name.
+          threads: that they run on.
+          streams: told of streams that are refused: who reads nothing makes room for who comes again.
+        """
         self._service = service
         self._threads = threads
+        self._streams = streams
         self._inner = grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
@@ -59,6 +72,7 @@ class Gate(grpc.GenericRpcHandler):
         elif self._threads.streams.num_open < self._threads.max_streams:
             return None
         else:
+            self._streams.count_refused()
             refusal = OverloadError(
                 f"the server has {self._threads.max_streams} open streams of ModelStreamInfer, its limit; "
                 f"send more over one of them, or use ModelInfer",

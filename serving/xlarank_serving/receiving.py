@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import logging
@@ -26,6 +27,9 @@ _HURRY_SECONDS = 0.25
 """What the oldest requests get to arrive in, and answers to be taken, while half of the threads wait like
 theirs, and calls for one."""
 
+_REFUSED_SECONDS = 1.0
+"""How long a call that was refused for want of a thread wants one: about when it comes again."""
+
 _LOOK_SECONDS = 0.05
 
 _STALLED_SECONDS = 0.05
@@ -40,7 +44,8 @@ class ReceiveWatch:
     threads, sent by half, would end all service of that pool. Here a request has `max_receive_seconds` to
     arrive. While that is what the threads are short for, as many of the oldest as calls wait for a thread
     have far less. The caller of one that is ended sees CANCELLED. A stream's answers are sent on a thread
-    too, and wait there until the caller has room for them.
+    too, and wait there until the caller has room for them: each has as long as a request, from when it is
+    sent, so that who reads slowly keeps its stream.
     """
 
     def __init__(
@@ -59,6 +64,9 @@ class ReceiveWatch:
         self._since: dict[grpc.ServicerContext, float] = {}
         # Those of them that were ended and still hold their thread; of who looks for late ones alone.
         self._ending: set[grpc.ServicerContext] = set()
+        # When calls were refused as the threads are all taken, where none may wait for one, the oldest first:
+        # added by who refuses, taken by who looks for late ones.
+        self._refused_at: collections.deque[float] = collections.deque(maxlen=threads.num_threads)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="grpc-receive-watch", daemon=True)
         self._thread.start()
@@ -98,6 +106,14 @@ class ReceiveWatch:
         finally:
             self._since.pop(context, None)
 
+    def count_refused(self) -> None:
+        """A call was refused as the threads are all taken: it is one more that wants a thread."""
+        self._refused_at.append(self._clock())
+
+    def hurry(self, max_seconds: float) -> None:
+        """From now on callers are awaited for so long at most: the server stops."""
+        self._max_seconds = min(self._max_seconds, max_seconds)
+
     @property
     def num_stalled(self) -> int:
         """Calls whose caller has been awaited for so long that nothing may come."""
@@ -113,9 +129,11 @@ class ReceiveWatch:
         late = [context for context, age in ages.items() if age > self._max_seconds]
         if 2 * len(since) >= self._threads.num_threads:
             # Threads of calls that were ended are about to come free.
-            num_wanted = max(0, self._threads.num_waiting - len(self._ending) - len(late))
+            num_wanted = max(0, self._num_wanted(now) - len(self._ending) - len(late))
             hurried = [c for c, age in ages.items() if _HURRY_SECONDS < age <= self._max_seconds]
             late += hurried[:num_wanted]
+        for _ in range(min(len(late), len(self._refused_at))):  # these get the threads
+            self._refused_at.popleft()
         for context in late:
             self._ending.add(context)
             self._refusals.count(CancelledError())
@@ -128,6 +146,12 @@ class ReceiveWatch:
                 least,
             )
         return len(late)
+
+    def _num_wanted(self, now: float) -> int:
+        """Calls that wait for a thread, and those that would if they might."""
+        while self._refused_at and now - self._refused_at[0] > _REFUSED_SECONDS:
+            self._refused_at.popleft()
+        return self._threads.num_waiting + len(self._refused_at)
 
     def close(self) -> None:
         """Ends its thread; calls are left alone from then on."""

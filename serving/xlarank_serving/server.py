@@ -122,12 +122,6 @@ class RankingServer:
             undo.callback(self._threads.close)
             self._unread = UnreadAnswers()
             stream_seconds = config.stream_idle_seconds or math.inf
-            self._streams = InferStreams(
-                self._service,
-                self._threads,
-                self._unread,
-                max_idle_seconds=stream_seconds,
-            )
             # By the pool whose threads wait; the service's refusals are of ranking requests alone.
             self._receive_watches: dict[CountingThreadPool, ReceiveWatch] = {}
             for pool, seconds, refusals in (
@@ -136,10 +130,18 @@ class RankingServer:
                 (self._threads.health_watches, limits.max_receive_seconds, Refusals()),
                 (self._threads.health_news, limits.max_receive_seconds, Refusals()),
                 (self._threads.reflection, stream_seconds, Refusals()),
+                (self._threads.streams, stream_seconds, Refusals()),
             ):
                 watch = ReceiveWatch(seconds, pool, refusals)
                 undo.callback(watch.close)
                 self._receive_watches[pool] = watch
+            self._streams = InferStreams(
+                self._service,
+                self._threads,
+                self._unread,
+                self._receive_watches[self._threads.streams],
+                max_idle_seconds=stream_seconds,
+            )
             self._health = HealthService(
                 repository, self._threads, self._receive_watches[self._threads.health_news]
             )
@@ -272,7 +274,8 @@ class RankingServer:
             }
             generic = grpc.method_handlers_generic_handler(name, handlers)
             if name == SERVICE_NAME:
-                generic = Gate(self._service, handlers, self._threads)
+                streams = self._receive_watches[self._threads.streams]
+                generic = Gate(self._service, handlers, self._threads, streams)
             self._server.add_generic_rpc_handlers((generic,))
 
     def _watched(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:

@@ -4,8 +4,8 @@ Answers come in the order of a stream's requests, as Triton's do. A stream has t
 which ranks: one reads requests and hands them to the engine, one writes answers. So an idle stream holds up
 nobody, and both the streams of a server and the requests under way on each are bounded: past the latter the
 server reads on when the oldest is answered and written, and HTTP/2 makes the caller wait. Answers that wait
-to be written count with all others that callers don't take, and a stream without a request under way is
-ended.
+to be written count with all others that callers don't take. A stream without a request under way is ended,
+and so is one whose caller doesn't take an answer: nobody keeps a place by doing nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from xlarank.errors import DeadlineError, UnavailableError
 from xlarank.runtime import Answer
 from xlarank_serving._proto import grpc_service_pb2 as messages
 from xlarank_serving.arrival import arrival_of
+from xlarank_serving.receiving import ReceiveWatch
 from xlarank_serving.service import InferenceService, RankCall
 from xlarank_serving.status import answering_stream, let_go, retry_after_ms, status_of
 from xlarank_serving.threads import ServerThreads, on_threads
@@ -36,6 +37,9 @@ _MAX_IN_FLIGHT = 32
 _BUFFERED_BYTES = 64 * 2**10
 """What gRPC takes of a stream's answers before its caller does: it may hold them when the stream's threads
 are through."""
+
+_STOP_SECONDS = 1.0
+"""What each answer has to be taken in while the server stops, which waits for streams."""
 
 _FINAL = "triton_final_response"
 """Response parameter that Triton's clients look for: no more answers to this request."""
@@ -51,6 +55,7 @@ class InferStreams:
         service: InferenceService,
         threads: ServerThreads,
         unread: UnreadAnswers,
+        watch: ReceiveWatch,
         *,
         max_idle_seconds: float = math.inf,
     ) -> None:
@@ -59,11 +64,13 @@ class InferStreams:
           service: ranks.
           threads: a thread of `streams` and one of `stream_readers` is held by each open stream.
           unread: bounds what streams hold unwritten.
+          watch: of `streams`; ends those whose answers aren't taken.
           max_idle_seconds: longest that a stream is open without a request under way.
         """
         self._service = service
         self._threads = threads
         self._unread = unread
+        self._watch = watch
         self._max_idle_seconds = max_idle_seconds
         self._lock = threading.Lock()
         self._open: set[_Stream] = set()  # guarded by _lock
@@ -80,7 +87,7 @@ class InferStreams:
         self, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[messages.ModelStreamInferResponse]:
         """One answer a request, errors included; UNAVAILABLE ends the streams of a server that stops,
-        DEADLINE_EXCEEDED one that nobody uses."""
+        DEADLINE_EXCEEDED one that nobody uses, CANCELLED one that nobody reads."""
         stream = _Stream(context, self._unread, self._max_idle_seconds)
         with self._lock:
             if self._is_stopping:
@@ -91,9 +98,11 @@ class InferStreams:
                 stream.abandon()
             self._threads.stream_readers.submit(self._read, requests, context, stream)
             while (call := stream.oldest()) is not None:
-                yield self._finish(call) if isinstance(call, RankCall) else call
+                response = self._finish(call) if isinstance(call, RankCall) else call
+                with self._watch.awaiting(context):  # goes on when gRPC has room for the next
+                    yield response
                 stream.remove_oldest()
-                del call  # an idle stream must not keep its engine
+                del call, response  # an idle stream must not keep its engine
         finally:
             with self._lock:
                 self._open.discard(stream)
@@ -102,7 +111,8 @@ class InferStreams:
             raise UnavailableError("the server is stopping")
 
     def stop(self) -> None:
-        """Streams end as soon as what was read of them is answered."""
+        """Streams end as soon as what was read of them is answered, or isn't taken."""
+        self._watch.hurry(_STOP_SECONDS)
         with self._lock:
             self._is_stopping = True
             streams = list(self._open)

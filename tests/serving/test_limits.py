@@ -481,6 +481,33 @@ def test_an_answer_has_as_long_to_be_taken():
     assert call.num_cancelled == 1
 
 
+def test_calls_that_were_refused_are_made_room_for_until_they_have_come_again():
+    watch, _, _, now = watch_by_hand(num_threads=4)
+    calls = [Cancelled() for _ in range(4)]
+
+    def num_cancelled():
+        return [call.num_cancelled for call in calls]
+
+    with contextlib.ExitStack() as stack:
+        for call in calls:
+            stack.enter_context(watch.awaiting(call))
+        watch.count_refused()
+        assert watch.end_late_calls() == 0
+        now[0] = 0.3
+        assert watch.end_late_calls() == 1
+        assert num_cancelled() == [1, 0, 0, 0]
+        assert watch.end_late_calls() == 0
+        stack.enter_context(watch.awaiting(calls[0]))  # who was refused has the thread now
+        now[0] = 0.6
+        for _ in range(2):
+            watch.count_refused()
+        now[0] = 1.7  # they didn't come again
+        assert watch.end_late_calls() == 0
+        watch.hurry(2.0)
+        now[0] = 2.1
+        assert watch.end_late_calls() == 3
+
+
 def test_of_the_late_ones_as_many_of_the_oldest_are_ended_as_calls_wait_for_a_thread(caplog):
     watch, threads, refusals, now = watch_by_hand(num_threads=8)
     calls = []

@@ -271,6 +271,99 @@ def test_of_streams_whose_answers_nobody_reads_the_oldest_are_given_up(wire):
     running.server.stop(0)
 
 
+def num_under_way(streams):
+    with streams._lock:
+        return sum(len(stream._calls) for stream in streams._open)
+
+
+@pytest.fixture
+def unread(wire, monkeypatch):
+    """Starts a server that takes two streams, and opens such as nobody reads: their answers wait."""
+    monkeypatch.setattr(ServerThreads, "max_streams", 2)
+    request = wire.raw(**wire.valid(4000) | {"video": np.zeros(4000, np.int64)})  # its answer has 32 KB
+    with contextlib.ExitStack() as stack:
+
+        def start(num_callers, **options):
+            running = wire.start(**options)
+            stack.callback(running.server.stop, 0)
+            stack.enter_context(contextlib.closing(running.client))
+            # A client that takes 64 KiB ahead of its reader, and not what it thinks the network holds.
+            channel = grpc.insecure_channel(running.server.address, options=[("grpc.http2.bdp_probe", 0)])
+            stack.enter_context(contextlib.closing(channel))
+            watch, callers = running.server._receive_watches[running.server._threads.streams], []
+            for number in range(1, num_callers + 1):
+                callers.append(Caller(SimpleNamespace(channel=channel), wire))
+                stack.callback(callers[-1].end)
+                callers[-1].send(*[request] * 64)
+                while num_under_way(running.server._streams) < 32 * number:
+                    pass
+            return running, watch, callers
+
+        yield start
+
+
+def ended(caller):
+    """The status of a stream whose end the server has made."""
+    with pytest.raises(grpc.RpcError) as info:
+        list(caller.answers)
+    return info.value.code()
+
+
+def test_a_stream_whose_answers_are_not_taken_is_ended_and_gives_its_place_away(unread, caplog):
+    running, watch, (caller,) = unread(1, stream_idle_seconds=600.0)
+    now = watch._clock()
+    watch._clock = lambda: now + 601.0
+    assert running.server._threads.streams.wait_until_idle(30)
+    assert ended(caller) is grpc.StatusCode.CANCELLED
+    watch.close()  # which logs once it has cancelled
+    assert "1 calls ended: requests didn't arrive, or answers weren't taken" in caplog.text
+
+
+def test_of_streams_that_are_not_read_the_oldest_makes_room_for_one_that_was_refused(unread, wire):
+    running, _, callers = unread(2)
+    late = Caller(running, wire)
+    with pytest.raises(grpc.RpcError, match="2 open streams"):
+        next(late.answers)
+    late.end()
+    streams = running.server._threads.streams
+    with streams._changed:
+        assert streams._changed.wait_for(lambda: streams.num_open < 2, 30)
+    assert ended(callers[0]) is grpc.StatusCode.CANCELLED
+    again = Caller(running, wire)
+    again.send(request_of(wire, "again"))
+    again.end()
+    assert [answer.infer_response.id for answer in again.answers] == ["again"]
+    callers[1].end()
+    assert len(list(callers[1].answers)) == 64
+
+
+def test_a_stop_waits_for_no_stream_that_is_not_read(unread):
+    running, _, (caller,) = unread(1)
+    stopping = threading.Thread(target=running.server.stop, args=(600,))
+    stopping.start()
+    stopping.join(timeout=30)
+    assert not stopping.is_alive()
+    assert ended(caller) is grpc.StatusCode.CANCELLED
+
+
+def test_a_stream_that_is_read_slowly_is_not_ended(unread):
+    _, watch, (caller,) = unread(1, stream_idle_seconds=600.0)
+    now = watch._clock()
+    watch._clock = lambda: now
+    num_read = 0
+    while num_read < 64:
+        now += 400.0
+        assert watch.end_late_calls() == 0
+        before = list(watch._since.values())
+        for _ in range(8):  # 256 KB: gRPC takes other answers
+            assert len(next(caller.answers).infer_response.outputs) == 2
+        num_read += 8
+        while before and list(watch._since.values()) == before:
+            pass
+    caller.end()
+    assert list(caller.answers) == []
+
+
 def test_a_stream_keeps_no_tensors_of_requests_that_wait_for_their_answers(serving, wire, caller):
     """This one is parsed, as a tensor has a parameter."""
     serving.engine.hold()
