@@ -349,6 +349,32 @@ def test_the_port_file_of_an_earlier_run_is_gone_before_anything_is_loaded(tmp_p
     assert f"server: port_file {ports}: expected a file, got a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("num_processes", ["1", "2"])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--tokens",), "security: tokens {}: line 1: expected a token of at least 16 printable ASCII "),
+        (
+            ("--tls-certificate", "--tls-key"),
+            "security: tls_certificate {0} and tls_key {0}: expected a PEM certificate",
+        ),
+    ],
+)
+def test_tokens_and_certificates_are_looked_at_before_anything_is_loaded(
+    repository, tmp_path, capsys, num_processes, options, told
+):
+    bad, ports = tmp_path / "bad", tmp_path / "ports.json"
+    bad.write_text("short\n")
+    ports.write_text("{}")
+    words = [word for option in options for word in (option, str(bad))]
+    words += ["--processes", num_processes, "--port-file", str(ports)]
+    assert main.main(parse(str(repository), *FREE, *words)) == 1
+    assert ports.exists()
+    err = capsys.readouterr().err
+    assert told.format(bad) in err
+    assert "loading" not in err
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

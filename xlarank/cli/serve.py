@@ -114,6 +114,10 @@ def _serve(file: ConfigFile, *, is_json: bool) -> dict[str, Any]:
         raise ConfigError(wrong[0])
     if problem := port_file_problem(config.server.port_file):
         raise ConfigError(problem)
+    from xlarank.cli.serve_check import security_problems  # imports gRPC
+
+    for problem in security_problems(config.security):
+        raise ConfigError(problem)
     if config.server.port_file is not None:
         _remove(config.server.port_file)
     if config.processes.num_processes > 1:

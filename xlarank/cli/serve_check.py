@@ -25,7 +25,7 @@ from xlarank.errors import ConfigError, XlarankError
 from xlarank.host import FeatureOptions, native_available
 from xlarank.runtime.policy_words import policy_warnings
 
-__all__ = ["UNCHECKED", "problems_of", "warnings_of"]
+__all__ = ["UNCHECKED", "problems_of", "security_problems", "warnings_of"]
 
 UNCHECKED = (
     "what the bundles' files hold beyond their sizes (`xlarank inspect` reads them), whether programs "
@@ -39,7 +39,7 @@ def problems_of(config: ServeConfig) -> list[str]:
     feature files."""
     problems = port_problems(config.ports)
     problems += _extras_problems(config)
-    problems += _security_problems(config.security)
+    problems += security_problems(config.security)
     problems += _path_problems(config)
     versions, wrong = _versions(config)
     problems += wrong
@@ -69,8 +69,8 @@ def _extras_problems(config: ServeConfig) -> Iterator[str]:
                 yield str(error)
 
 
-def _security_problems(security: SecurityConfig) -> Iterator[str]:
-    """What the server would refuse to start with: it and this go through the same code."""
+def security_problems(security: SecurityConfig) -> Iterator[str]:
+    """Certificates and tokens that the server would refuse: it and this go through the same code."""
     for make, is_asked_for in ((Authorizer, True), (ServerTls, security.has_tls)):
         if is_asked_for:
             try:
