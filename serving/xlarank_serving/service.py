@@ -69,7 +69,7 @@ class EngineMetrics(Protocol):
 
     def record_failure(self, reason: str, seconds: float = 0.0) -> None: ...
 
-    def record_outside(self, seconds: float) -> None: ...
+    def record_outside(self, seconds: float, wait_seconds: float = 0.0) -> None: ...
 
     def statistics(self) -> ModelStatistics: ...
 
@@ -425,6 +425,7 @@ class InferenceService:
             priority=parameters.priority,
             deadline=min(timeout_at, arrival.ends_at),
             affinity_key=parameters.affinity_key,
+            arrived_at=arrival.at,
         )
         read.candidates = rank_request.num_candidates
         read.decode_seconds = time.monotonic() - read.began_at
@@ -462,8 +463,9 @@ class InferenceService:
             call.engine.metrics.record_failure(failure_reason(error), time.monotonic() - call.arrival.at)
             self._observe(call.request, call.read, call.arrival, error=error)
             raise
-        inside = answer.timings.total
-        call.engine.metrics.record_outside(max(0.0, time.monotonic() - call.read.began_at - inside))
+        outside = time.monotonic() - call.read.began_at - answer.timings.total
+        wait = call.read.began_at - call.arrival.at
+        call.engine.metrics.record_outside(max(0.0, outside), max(0.0, wait))
         self._observe(call.request, call.read, call.arrival, timings=answer.timings)
         return response
 

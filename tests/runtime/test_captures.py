@@ -22,7 +22,7 @@ def keep(captures, count, seed=0):
     requests = random_requests(shop.SPEC, count, num_candidates=3, seed=seed)
     for request in requests:
         scores = {task.name: np.arange(3, dtype=np.float32) for task in shop.SPEC.tasks}
-        captures.keep_slow("shop", 7, request, TIMINGS, scores)
+        captures.keep_slow("shop", 7, request, TIMINGS, scores, 0.004)
     return requests
 
 
@@ -33,7 +33,8 @@ def test_the_last_requests_of_each_reason_are_kept_in_memory():
     kept = captures.kept()
     assert [capture.request for capture in kept] == [requests[0], *requests[2:]]
     assert [capture.reason for capture in kept] == ["fault", "slow", "slow", "slow"]
-    assert kept[1].detail == "queue 1.000 ms, gather 2.000 ms, execute 3.000 ms, total 7.500 ms"
+    times = "before 4.000 ms, queue 1.000 ms, gather 2.000 ms, execute 3.000 ms, total 7.500 ms"
+    assert kept[1].detail == times
     captures.close()
 
 

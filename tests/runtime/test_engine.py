@@ -27,10 +27,11 @@ from xlarank.errors import (
     RequestError,
     UnavailableError,
 )
-from xlarank.runtime import Engine, Metrics, ModelRepository, workload
+from xlarank.runtime import Captures, Engine, Metrics, ModelRepository, workload
 from xlarank.runtime.loading import host_threads_of
 from xlarank.runtime.table_check import TableCheck
 from xlarank.spec import (
+    CaptureConfig,
     FeatureSpec,
     ModelSpec,
     QueueConfig,
@@ -306,6 +307,25 @@ def test_metrics_count_rows_and_padding(repository):
     assert samples["xlarank_batch_rows_total"] == 5
     assert samples["xlarank_padding_rows_total"] == 3
     assert samples["nv_inference_count"] == 5
+
+
+def test_durations_and_what_is_slow_count_from_the_arrival(repository):
+    captures = Captures(CaptureConfig(slow_ms=1e9))
+    with Engine.load(repository / "shop", captures=captures) as engine:
+        at_once, waited = random_requests(shop.SPEC, 2, num_candidates=5)
+        answers = [
+            engine.submit(request, RequestOptions(arrived_at=time.monotonic() - seconds)).result()
+            for request, seconds in ((at_once, -1e6), (waited, 2e6))  # one by a clock that is ahead
+        ]
+        stages = engine.metrics.statistics().stage_seconds
+    inside = sum(answer.timings.total for answer in answers)  # submit to answer, as traces have it
+    assert stages["request"] == pytest.approx(2e6 + inside)
+    rest = {stage: seconds for stage, seconds in stages.items() if stage != "request"}
+    assert sum(rest.values()) == pytest.approx(inside)
+    (kept,) = captures.kept()
+    assert kept.request is waited
+    assert kept.detail.startswith("before 2000000")
+    captures.close()
 
 
 def test_who_has_an_answer_finds_it_counted(engine):

@@ -33,16 +33,17 @@ def value(metrics, name, labels=LABELS):
     return float(line.rpartition(" ")[2])
 
 
-def succeed(model, num_rows=1, **seconds):
-    model.record_success(num_rows, Timings(**{"queue": 0, "gather": 0, "execute": 0, "total": 0} | seconds))
+def succeed(model, num_rows=1, before=0.0, **seconds):
+    timings = Timings(**{"queue": 0, "gather": 0, "execute": 0, "total": 0} | seconds)
+    model.record_success(num_rows, timings, before)
 
 
 def test_a_success_counts_once_with_its_rows_and_durations(metrics, feed):
     succeed(feed, 500, queue=1.0, gather=0.25, execute=0.5, total=2.0)
-    succeed(feed, 20, queue=0.5, gather=0.25, execute=0.5, total=1.5)
+    succeed(feed, 20, before=8.0, queue=0.5, gather=0.25, execute=0.5, total=1.5)
     assert value(metrics, "nv_inference_request_success") == 2
     assert value(metrics, "nv_inference_count") == 520
-    assert value(metrics, "nv_inference_request_duration_us") == 3.5e6
+    assert value(metrics, "nv_inference_request_duration_us") == 11.5e6  # from the arrival on
     assert value(metrics, "nv_inference_queue_duration_us") == 1.5e6
     assert value(metrics, "nv_inference_compute_input_duration_us") == 0.5e6
     assert value(metrics, "nv_inference_compute_infer_duration_us") == 1e6
@@ -51,8 +52,20 @@ def test_a_success_counts_once_with_its_rows_and_durations(metrics, feed):
 
 def test_time_outside_of_the_engine_is_summed(metrics, feed):
     feed.record_outside(0.5)
-    feed.record_outside(0.25)
+    feed.record_outside(0.25, wait_seconds=8.0)
     assert value(metrics, "xlarank_outside_seconds_total") == 0.75
+
+
+def test_waits_for_a_thread_are_counted_by_length(metrics, feed):
+    feed.record_outside(0.5)
+    feed.record_outside(0.5, wait_seconds=0.05)
+    name = "xlarank_wait_duration_histogram_us"
+    counts = [
+        value(metrics, f"{name}_bucket", f'{{le="{bound}",model="feed",version="3"}}')
+        for bound in (10, 40960, 81920, "+Inf")
+    ]
+    assert counts == [1, 1, 2, 2]
+    assert value(metrics, f"{name}_sum") == 50_000
 
 
 def test_a_batch_counts_its_rows_padding_and_bucket(metrics, feed):
@@ -151,6 +164,7 @@ def test_names_and_types_are_triton_s(metrics, feed):
         "xlarank_outside_seconds_total": "counter",
         "xlarank_request_path_compiles_total": "counter",
         "xlarank_request_candidates": "histogram",
+        "xlarank_wait_duration_histogram_us": "histogram",
         "xlarank_table_bytes": "gauge",
         "xlarank_table_checked_bytes": "gauge",
         "xlarank_table_huge_page_bytes": "gauge",

@@ -47,7 +47,9 @@ def test_a_request_without_parameters_has_the_default_options_but_for_the_caller
         "/inference.GRPCInferenceService/ModelInfer",
         request_serializer=wire.messages.ModelInferRequest.SerializeToString,
     )(wire.raw(**wire.valid(1)))
-    assert serving.engine.options[-1] == RequestOptions()
+    last = serving.engine.options[-1]
+    assert options.arrived_at < last.arrived_at <= time.monotonic()
+    assert last == RequestOptions(arrived_at=last.arrived_at)
 
 
 @pytest.mark.parametrize(

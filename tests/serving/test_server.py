@@ -220,6 +220,31 @@ def test_metrics_over_http_count_successes_and_failures(serving, wire, candidate
         assert values["nv_inference_request_failure_total", *labels] == count
 
 
+def test_the_wait_for_a_thread_counts_from_the_headers_and_is_told(wire, candidates):
+    running = wire.start(num_threads=1)
+    running.engine.hold()
+    threads = running.server._threads.rank
+    with ThreadPoolExecutor(2) as callers:
+        first = callers.submit(running.client.score, "feed", candidates)
+        assert running.engine.arrived.acquire(timeout=10)
+        second = callers.submit(running.client.score, "feed", candidates)
+        while threads.num_open < 2:
+            pass
+        seen_at = time.monotonic()
+        scrape(running)
+        waited = time.monotonic() - seen_at
+        running.engine.release()
+        assert [len(call.result(timeout=10)["finish"]) for call in (first, second)] == [3, 3]
+    values = metric_values(scrape(running))
+    name, labels = "xlarank_wait_duration_histogram_us", (("model", "feed"), ("version", "3"))
+    assert values[f"{name}_count", *labels] == 2
+    assert values[f"{name}_sum", *labels] >= waited * 1e6
+    assert running.engine.options[1].arrived_at <= seen_at
+    running.channel.close()
+    running.client.close()
+    running.server.stop(0)
+
+
 def test_http_answers_nothing_but_metrics(shared):
     host, port = shared.server.http_address.split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=10)

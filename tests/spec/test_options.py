@@ -22,3 +22,8 @@ def test_a_priority_that_is_no_level_is_refused(priority):
 def test_a_deadline_that_is_no_time_is_refused():
     with pytest.raises(RequestError, match="deadline must be a number; was nan"):
         RequestOptions(deadline=math.nan)
+
+
+def test_an_arrival_that_is_no_number_is_refused():
+    with pytest.raises(RequestError, match="arrived_at must be a number; was nan"):
+        RequestOptions(arrived_at=math.nan)

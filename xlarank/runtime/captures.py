@@ -94,7 +94,7 @@ class Captures:
         return {reason: collections.deque(maxlen=self.config.num_kept) for reason in CaptureReason}
 
     def is_slow(self, seconds: float) -> bool:
-        """Whether a request that took so long is kept."""
+        """Whether a request that took so long, from its arrival, is kept."""
         return 0 < self.config.slow_ms < seconds * 1e3
 
     def keep_slow(
@@ -104,9 +104,12 @@ class Captures:
         request: RankRequest,
         timings: Timings,
         scores: Mapping[str, np.ndarray],
+        before_seconds: float = 0.0,
     ) -> None:
-        """Keeps a request that was slow."""
-        times = ", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in vars(timings).items())
+        """Keeps a request that was slow, with its scores and where the time went: before its submit (waiting
+        for a thread, being decoded), and from then on."""
+        stages = {"before": before_seconds, **vars(timings)}
+        times = ", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in stages.items())
         self._keep(Capture(CaptureReason.SLOW, model, version, request, times, time.time(), scores))
 
     def keep_fault(self, model: str, version: int, request: RankRequest, detail: str) -> None:

@@ -281,7 +281,7 @@ class Engine:
 
         Args:
           request: made for this engine's `spec` (or an equal one).
-          options: priority, deadline, affinity; `RequestOptions()` by default.
+          options: priority, deadline, affinity, arrival; `RequestOptions()` by default.
 
         Returns:
           A future; its scores are empty arrays for zero candidates. Cancelling it before its batch is
@@ -301,14 +301,16 @@ class Engine:
                 f"engine.request(features) makes one"
             )
         self._check_damage()  # that no device works, the pool says below
-        pending = Pending(self._gatherer.bind(request), self._tasks, time.monotonic())
+        options = options or RequestOptions()
+        bound = self._gatherer.bind(request)
+        pending = Pending(bound, self._tasks, time.monotonic(), options.arrived_at)
         with self._idle:
             if not self._is_open:
                 raise UnavailableError(f"model {self.spec.name!r} version {self.version} is closed")
             self._num_open += 1
         try:
             if request.num_candidates:
-                self._pool.submit(self._queue, pending, request.num_candidates, options or RequestOptions())
+                self._pool.submit(self._queue, pending, request.num_candidates, options)
             else:  # nothing to run, but answered and counted like any other
                 self._workload.respond(pending)
         except XlarankError:  # which its future doesn't get: it is in frames that the error keeps, a cycle

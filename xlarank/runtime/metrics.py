@@ -8,13 +8,16 @@
                                             BACKEND, OTHER (bad input)
     nv_inference_count                      rows scored
     nv_inference_exec_count                 batches executed
-    nv_inference_request_duration_us        submit to answer
+    nv_inference_request_duration_us        arrival (over gRPC of a call's headers) to answer: wait, decode,
+                                            and the four below
     nv_inference_queue_duration_us          submit to the start of gather
     nv_inference_compute_input_duration_us  gather
     nv_inference_compute_infer_duration_us  execute
     nv_inference_compute_output_duration_us respond
     nv_inference_pending_request_count      requests submitted and not yet answered
     nv_inference_*_duration_histogram_us    the same five durations as histograms
+    xlarank_wait_duration_histogram_us      arrival until a thread had the request to read, of answered ones,
+                                            as a histogram; a part of the request's duration
     xlarank_request_candidates              candidates of accepted requests that have any, as a histogram
     xlarank_bucket_batches_total            batches executed, by `bucket` (rows x requests)
     xlarank_batch_rows_total                valid rows in them, by `bucket`
@@ -78,6 +81,8 @@ FAILURE_REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 
 _STAGES = ("request", "queue", "compute_input", "compute_infer", "compute_output")
 
+_WAIT = "xlarank_wait_duration_histogram_us"
+
 _BOUNDS_US = tuple(10.0 * 2**i for i in range(21))
 """Upper bounds of the histograms: 10 us to 10.5 s, each twice the one before."""
 
@@ -89,7 +94,7 @@ _HELP = {
     "nv_inference_request_failure": "Requests refused or failed, by reason",
     "nv_inference_count": "Rows scored",
     "nv_inference_exec_count": "Batches executed",
-    "nv_inference_request_duration_us": "Microseconds from submit to answer, summed over requests",
+    "nv_inference_request_duration_us": "Microseconds from arrival to answer, summed over requests",
     "nv_inference_queue_duration_us": "Microseconds from submit to gather, summed over requests",
     "nv_inference_compute_input_duration_us": "Microseconds of gather, summed over requests",
     "nv_inference_compute_infer_duration_us": "Microseconds of execute, summed over requests",
@@ -181,7 +186,8 @@ class ModelStatistics:
     """Until failures were told, summed."""
 
     stage_seconds: Mapping[str, float]
-    """Summed over successes: request (the whole), queue, compute_input, compute_infer, compute_output."""
+    """Summed over successes: request (the whole, from its arrival), queue, compute_input, compute_infer,
+    compute_output."""
 
     batches: Mapping[int, BatchTime]
     """By rows of the bucket."""
@@ -234,6 +240,8 @@ class ModelMetrics:
         self._batch_seconds: dict[Bucket, tuple[float, float]] = {}  # of gather and execute
         self._sums_us = [0.0] * len(_STAGES)
         self._histograms = [[0] * (len(_BOUNDS_US) + 1) for _ in _STAGES]  # not cumulative
+        self._wait_us = 0.0
+        self._waits = [0] * (len(_BOUNDS_US) + 1)  # their histogram, not cumulative
         self._num_candidates = 0  # of all accepted requests
         self._candidates = [0] * (len(_SIZE_BOUNDS) + 1)  # their histogram, not cumulative
         self._checked_table_bytes: Callable[[], int] = lambda: 0
@@ -271,7 +279,7 @@ class ModelMetrics:
             before = self._batch_seconds.get(bucket, (0.0, 0.0))
             self._batch_seconds[bucket] = (before[0] + gather_seconds, before[1] + execute_seconds)
 
-    def record_success(self, num_rows: int, timings: Timings) -> None:
+    def record_success(self, num_rows: int, timings: Timings, before_seconds: float = 0.0) -> None:
         """Counts one answered request; its share of a batch counts as the whole batch's time, as in Triton.
 
         What is left of the total beside queue, gather and execute counts as respond.
@@ -279,9 +287,11 @@ class ModelMetrics:
         Args:
           num_rows: N.
           timings: of it.
+          before_seconds: from its arrival to its submit; part of the request's duration, and of no stage.
         """
         respond = max(0.0, timings.total - timings.queue - timings.gather - timings.execute)
-        durations = (timings.total, timings.queue, timings.gather, timings.execute, respond)
+        total = before_seconds + timings.total
+        durations = (total, timings.queue, timings.gather, timings.execute, respond)
         with self._lock:
             self._values["nv_inference_request_success"] += 1
             self._values["nv_inference_count"] += num_rows
@@ -291,10 +301,18 @@ class ModelMetrics:
                 self._sums_us[stage] += duration_us
                 self._histograms[stage][bisect.bisect_left(_BOUNDS_US, duration_us)] += 1
 
-    def record_outside(self, seconds: float) -> None:
-        """Counts what a server spent on an answered request beside the `Timings.total` of its answer."""
+    def record_outside(self, seconds: float, wait_seconds: float = 0.0) -> None:
+        """Counts what an answered request took beside the `Timings.total` of its answer.
+
+        Args:
+          seconds: that the server spent on it.
+          wait_seconds: from its arrival until a thread of the server had it to read; no part of `seconds`.
+        """
+        wait_us = wait_seconds * 1e6
         with self._lock:
             self._values["xlarank_outside_seconds_total"] += seconds
+            self._wait_us += wait_us
+            self._waits[bisect.bisect_left(_BOUNDS_US, wait_us)] += 1
 
     def record_failure(self, reason: str, seconds: float = 0.0) -> None:
         """Counts one refused or failed request.
@@ -410,9 +428,11 @@ class ModelMetrics:
         """Metric name, cumulative counts by upper bound, and sum of what is counted, of one moment."""
         with self._lock:
             histograms, sums_us = [list(counts) for counts in self._histograms], list(self._sums_us)
+            waits, wait_us = list(self._waits), self._wait_us
             candidates, num_candidates = list(self._candidates), self._num_candidates
         for stage, counts, total_us in zip(_STAGES, histograms, sums_us, strict=True):
             yield f"nv_inference_{stage}_duration_histogram_us", _cumulative(_BOUNDS_US, counts), total_us
+        yield _WAIT, _cumulative(_BOUNDS_US, waits), wait_us
         yield CANDIDATES_METRIC, _cumulative(_SIZE_BOUNDS, candidates), num_candidates
 
 
@@ -487,6 +507,7 @@ class Metrics(Collector):
         for stage in _STAGES:
             help_text = _HELP[f"nv_inference_{stage}_duration_us"].removesuffix(", summed over requests")
             yield self._histogram(f"nv_inference_{stage}_duration_histogram_us", help_text, models)
+        yield self._histogram(_WAIT, "Microseconds from arrival until a thread had the request", models)
         yield self._histogram(CANDIDATES_METRIC, "Candidates of an accepted request", models)
 
     def describe(self) -> Iterable[Metric]:

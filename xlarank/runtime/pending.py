@@ -30,21 +30,30 @@ class Pending:
         "_rows_left",
         "_scores",
         "_started_at",
+        "before_seconds",
         "bound",
         "future",
         "queued_at",
     )
 
-    def __init__(self, bound: BoundRequest, tasks: tuple[str, ...], queued_at: float) -> None:
+    def __init__(
+        self,
+        bound: BoundRequest,
+        tasks: tuple[str, ...],
+        queued_at: float,
+        arrived_at: float | None = None,
+    ) -> None:
         """
         Args:
           bound: the request.
           tasks: names of the model's tasks.
           queued_at: seconds, monotonic.
+          arrived_at: the same, when it came to who submits it; with the submit by default.
         """
         self.bound = bound
         self.future: Future[Answer] = Future()
         self.queued_at = queued_at
+        self.before_seconds = 0.0 if arrived_at is None else max(0.0, queued_at - arrived_at)
         self._lock = threading.Lock()
         # All below guarded by _lock.
         self._scores = {task: np.empty(bound.num_candidates, np.float32) for task in tasks}

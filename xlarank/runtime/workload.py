@@ -134,15 +134,16 @@ class ModelWorkload:
 
     def respond(self, pending: Pending) -> None:
         """Answers a request all of whose scores have come."""
-        num_candidates = pending.bound.num_candidates
+        num_candidates, before = pending.bound.num_candidates, pending.before_seconds
         answer = pending.answer(
-            time.monotonic(), lambda answer: self._metrics.record_success(num_candidates, answer.timings)
+            time.monotonic(),
+            lambda answer: self._metrics.record_success(num_candidates, answer.timings, before),
         )
         if answer is None:
             return
-        if self._captures.is_slow(answer.timings.total):
+        if self._captures.is_slow(before + answer.timings.total):
             self._captures.keep_slow(
-                self._name, self._version, pending.bound.request, answer.timings, answer.scores
+                self._name, self._version, pending.bound.request, answer.timings, answer.scores, before
             )
 
     def accuse(self, culprit: Culprit) -> None:

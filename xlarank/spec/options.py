@@ -29,6 +29,10 @@ class RequestOptions:
     affinity_key: str | None = None
     """Requests of the same key go to the same device while it isn't busier than others."""
 
+    arrived_at: float | None = None
+    """When it came to whoever submits it, on the same clock: what it waited for until then is part of its
+    duration in metrics, and of what makes it slow. None if it comes with the submit."""
+
     def __post_init__(self) -> None:
         if self.priority not in range(1, NUM_PRIORITIES + 1):
             raise RequestError(
@@ -36,3 +40,5 @@ class RequestOptions:
             )
         if math.isnan(self.deadline):
             raise RequestError("deadline must be a number; was nan")
+        if self.arrived_at is not None and math.isnan(self.arrived_at):
+            raise RequestError("arrived_at must be a number; was nan")

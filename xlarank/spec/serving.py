@@ -100,7 +100,7 @@ class CaptureConfig:
     """Of each reason: the last so many. 0 keeps none."""
 
     slow_ms: float = dataclasses.field(default=0.0, metadata={"flag": "capture-slow-ms"})
-    """Requests that took longer are kept as slow, in milliseconds; 0 for none."""
+    """Requests that took longer, from their arrival on, are kept as slow, in milliseconds; 0 for none."""
 
     def __post_init__(self) -> None:
         to_integer("captures", "num_kept", self.num_kept, least=0)
