@@ -4,6 +4,7 @@ import itertools
 import random
 import sys
 
+import numpy as np
 import pytest
 
 from xlarank.runtime.batcher import Batcher
@@ -37,9 +38,13 @@ def test_order_and_sums_are_those_of_a_sorted_list(seed):
                 seconds = sum(kept[part] for part in before)
                 assert queue.seconds_before(order) == pytest.approx(seconds, abs=1e-12)
                 assert queue.rows_before(order) == sum(part.num_rows for part in before)
+            of_rows = np.repeat([kept[p] / p.num_rows for p in ordered], [p.num_rows for p in ordered])
+            for num_rows in (0, 1, rng.randint(0, len(of_rows)), len(of_rows)):
+                assert queue.seconds_of_first(num_rows) == pytest.approx(of_rows[:num_rows].sum(), abs=1e-9)
     for part in list(queue):
         queue.remove(part)
     assert queue.seconds == queue.seconds_before(1e9) == queue.rows_before(1e9) == 0
+    assert queue.seconds_of_first(9) == 0
     assert list(queue) == []
 
 

@@ -487,6 +487,22 @@ def test_rows_are_bounded_but_a_lone_request_is_taken():
         ask(scheduler, queue, "b", 1)
 
 
+@pytest.mark.parametrize(("num_rows", "seconds"), [(64, 1.5), (100, 0.5 + 68 / 32), (1000, 3.5)])
+def test_who_comes_again_when_told_to_finds_room_for_its_rows(num_rows, seconds):
+    scheduler, queue = scheduler_of(ALIKE, max_queued_rows=128)  # and a wait that is no reason to refuse
+    ask(scheduler, queue, "bulk", 128)
+    turn = scheduler.next_turn(0, 0.0)
+    with pytest.raises(OverloadError, match=f"96 rows are queued, {num_rows} more would pass") as refused:
+        ask(scheduler, queue, "next", num_rows, now=0.5)
+    # Half a second is left of the run, and each 32 rows that are in the way take a second.
+    assert refused.value.retry_after_seconds == pytest.approx(seconds)
+    again = 0.5 + refused.value.retry_after_seconds
+    for end in range(1, math.floor(again) + 1):
+        scheduler.finished(turn, end)
+        turn = scheduler.next_turn(0, end)
+    ask(scheduler, queue, "next", num_rows, now=again)
+
+
 def test_rows_of_low_levels_keep_no_higher_ones_out():
     scheduler, queue = scheduler_of(ALIKE, max_queued_rows=40, max_queue_ms=1e9, ageing_ms=1000)
     ask(scheduler, queue, "bulk", 100, priority=4)

@@ -236,6 +236,10 @@ class Batcher(Generic[Item]):
         """Rows of all that."""
         return self._queue.rows_before(now + self._head_start(priority))
 
+    def seconds_of_first(self, num_rows: int) -> float:
+        """Device time of so many rows that come first."""
+        return self._queue.seconds_of_first(num_rows)
+
     def next_batch(
         self,
         device: int,

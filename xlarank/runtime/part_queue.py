@@ -101,6 +101,20 @@ class PartQueue(Generic[Item]):
         own = self._chunks[at][:place] if place else ()
         return sum(self._rows[:at]) + sum(part.num_rows for part in own)
 
+    def seconds_of_first(self, num_rows: int) -> float:
+        """Device time of so many rows that come first; of a request that they end in, its share."""
+        seconds, left = 0.0, num_rows
+        chunks = zip(self._chunks, self._seconds, self._sums, self._rows, strict=True)
+        for parts, prices, total, rows in chunks:
+            if rows <= left:
+                seconds, left = seconds + total, left - rows
+                continue
+            for part, price in zip(parts, prices, strict=True):
+                taken = min(left, part.num_rows)
+                seconds, left = seconds + price * taken / part.num_rows, left - taken
+            break
+        return seconds
+
     def _end_of(self, order: float) -> tuple[int, int]:
         """The chunk in which what isn't later than this ends, and the place there."""
         key = (order, math.inf)

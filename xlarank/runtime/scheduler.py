@@ -396,10 +396,16 @@ class Scheduler(Generic[Item]):
     ) -> float:
         """When a request of this level would begin to run if it came now; inf without a healthy device.
 
-        The work ahead of it, and that of what is arriving, fills the devices up to a common level, each from
-        when it is free on.
+        Ahead of it is what is queued before it, and what is arriving.
         """
-        ahead = own = queue.batcher.seconds_ahead(now, priority) + arriving_seconds
+        return self._start_behind(queue, queue.batcher.seconds_ahead(now, priority) + arriving_seconds, now)
+
+    def _start_behind(self, queue: ModelQueue[Item], own: float, now: float) -> float:
+        """When a model's next request would begin with so many seconds of its own work ahead.
+
+        The work fills the devices up to a common level, each from when it is free on.
+        """
+        ahead = own
         own_ratio = self._ratio(queue, now)
         for other in self._queues:
             if other is not queue:  # it gets as many turns as this one, and may be the first
@@ -443,9 +449,8 @@ class Scheduler(Generic[Item]):
                     f"deadline {when}"
                 )
 
-    @staticmethod
     def _refusal(
-        queue: ModelQueue[Item], num_rows: int, priority: int, wait: float, now: float
+        self, queue: ModelQueue[Item], num_rows: int, priority: int, wait: float, now: float
     ) -> tuple[str, float] | None:
         """Why so many rows more, which would wait so long, are too many, and in how many seconds they may not
         be; None if they aren't. What is behind them doesn't count: low levels don't keep high ones out."""
@@ -453,13 +458,16 @@ class Scheduler(Generic[Item]):
         longest, most = config.max_queue_ms / 1e3, config.max_queued_rows
         is_near = queue.batcher.num_queued_rows + num_rows > most
         num_ahead = queue.batcher.rows_ahead(now, priority) if is_near else 0
+        retry = wait - longest / 2 if wait > longest else 0.0
         if num_ahead and num_ahead + num_rows > most:
             why = f"{num_ahead} rows are queued, {num_rows} more would pass max_queued_rows, {most}"
+            in_the_way = queue.batcher.seconds_of_first(min(num_ahead, num_ahead + num_rows - most))
+            retry = max(retry, self._start_behind(queue, in_the_way, now) - now)
         elif wait > longest:
             why = f"a request would wait {wait * 1e3:.1f} ms, max_queue_ms is {config.max_queue_ms:g}"
         else:
             return None
-        return why, max(_LEAST_RETRY_SECONDS, wait - longest / 2)
+        return why, max(_LEAST_RETRY_SECONDS, retry)
 
     def _finish(self, queue: ModelQueue[Item], num_rows: int, start: float, now: float) -> float:
         """When the soonest device would be through with a request that begins at `start` or after."""
