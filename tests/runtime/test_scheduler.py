@@ -36,6 +36,16 @@ def ask(scheduler, queue, item, rows=32, now=0.0, **options):
     scheduler.submit(queue, item, rows, RequestOptions(**options), now)
 
 
+def answer(scheduler, queue, sizes, now=0.0, **options):
+    """Answers requests of so many rows, one after the other; returns when."""
+    for rows in sizes:
+        ask(scheduler, queue, "answered", rows, now, **options)
+        while (turn := scheduler.next_turn(0, now)) is not None:
+            now += turn.predicted_seconds
+            scheduler.finished(turn, now)
+    return now
+
+
 def items(turn):
     return [] if turn is None else [part.item for part in turn.batch.parts]
 
@@ -338,18 +348,21 @@ def test_a_longer_queue_than_allowed_is_refused_and_says_when_to_come_again():
 def test_a_request_is_refused_unread_while_the_queue_has_no_room_for_it():
     scheduler, queue = scheduler_of(ALIKE, max_queue_ms=2500, max_queued_rows=128)
     assert scheduler.overload(1000, 0.0) is None  # nobody knows yet what they will be
+    now = answer(scheduler, queue, [32] * 20)
     for i in range(2):
-        ask(scheduler, queue, i)
-    assert scheduler.overload(0, 0.0) is None  # 2 s to wait
-    refusal = scheduler.overload(1, 0.0)  # what is on its way counts as if it were queued
+        ask(scheduler, queue, i, now=now)
+    assert scheduler.overload(0, now) is None  # 2 s to wait
+    refusal = scheduler.overload(1, now)  # what is on its way counts as if it were queued
     assert str(refusal) == (
         "the server's queues are full: where there is room again soonest, a request would wait 3000.0 ms, "
         "max_queue_ms is 2500"
     )
     assert refusal.retry_after_seconds == pytest.approx(3.0 - 1.25)
-    scheduler.next_turn(0, 0.0)
-    assert scheduler.overload(0, 0.9) is None
-    assert "32 rows are queued, 97 more would pass max_queued_rows, 128" in str(scheduler.overload(3, 0.9))
+    scheduler.next_turn(0, now)
+    assert scheduler.overload(0, now + 0.9) is None
+    assert "32 rows are queued, 97 more would pass max_queued_rows, 128" in str(
+        scheduler.overload(3, now + 0.9)
+    )
 
 
 @pytest.mark.parametrize("first", ["quick", "slow"])
@@ -374,10 +387,20 @@ def test_a_refusal_of_what_is_unread_names_no_model_and_waits_for_the_soonest(fi
 
 def test_what_is_on_its_way_counts_by_what_came_lately():
     scheduler, queue = scheduler_of(*[ALIKE] * 4, max_queue_ms=500)
-    ask(scheduler, queue, 0)
-    assert scheduler.next_turn(0, 0.0) is not None
-    assert scheduler.overload(3, 0.0) is None  # there is a device for each
-    assert scheduler.overload(7, 0.0) is not None
+    now = answer(scheduler, queue, [32] * 20)
+    ask(scheduler, queue, 0, now=now)
+    assert scheduler.next_turn(0, now) is not None
+    # There is a device for three of them. 48 of a row each, which they may be, take the three half a second.
+    assert scheduler.overload(3 + 47, now) is None
+    assert scheduler.overload(3 + 49, now) is not None
+    for device in (1, 2, 3):
+        ask(scheduler, queue, device, now=now)
+        assert scheduler.next_turn(device, now) is not None
+    ask(scheduler, queue, "waits", now=now + 0.6)
+    assert (
+        scheduler.overload(0, now + 0.9) is None
+    )  # a tenth of a second of the turns, and a quarter of its own
+    assert scheduler.overload(1, now + 0.9) is not None  # and a quarter more
     # Many of a lower level are not before one of a higher.
     scheduler, queue = scheduler_of(ALIKE, max_queue_ms=500, ageing_ms=1e5)
     for i in range(40):
@@ -411,16 +434,31 @@ def test_a_model_that_left_with_nearly_all_requests_leaves_the_door_as_it_is():
     assert scheduler.overload(0, 0.9) is None
 
 
-def test_one_large_request_does_not_close_the_door_on_small_ones():
+@pytest.mark.parametrize("sizes", [[5000], [1, 1, 1, 5000, 1], [5000] * 50])
+def test_large_requests_do_not_close_an_idle_servers_door_on_small_ones(sizes):
     scheduler, queue = scheduler_of(ALIKE, max_queue_ms=500)
+    now = answer(scheduler, queue, sizes)
+    assert scheduler.overload(8, now) is None  # none is known to be large
+    for i in range(8):
+        ask(scheduler, queue, i, 1, now=now)
+        assert scheduler.overload(7 - i, now) is None
+
+
+@pytest.mark.parametrize("bulk_priority", [1, 4])
+def test_bulk_requests_do_not_close_the_door_on_small_ones_of_users(bulk_priority):
+    scheduler, queue = scheduler_of(ALIKE, max_queue_ms=500, ageing_ms=1e6, max_queued_rows=4096)
     now = 0.0
-    for i, rows in enumerate([1, 1, 1, 5000, 1]):
-        ask(scheduler, queue, i, rows, now)
-        while (turn := scheduler.next_turn(0, now)) is not None:
-            now += turn.predicted_seconds
-            scheduler.finished(turn, now)
-    assert queue.mean_rows < 2
-    assert scheduler.overload(3, now) is None
+    for _ in range(30):
+        now = answer(scheduler, queue, [2048], now, priority=bulk_priority)
+        now = answer(scheduler, queue, [1] * 5, now, priority=1)
+    ask(scheduler, queue, "bulk", 32, now, priority=bulk_priority)
+    turn = scheduler.next_turn(0, now)
+    now += 0.8
+    assert turn is not None
+    ask(scheduler, queue, "behind", 32 if bulk_priority == 1 else 2048, now, priority=4)
+    for i in range(8):  # a fifth of a second is left of the turn, and none of these takes more than 30 ms
+        assert scheduler.overload(8 - i, now) is None
+        ask(scheduler, queue, i, 1, now, priority=1)
 
 
 def test_a_request_is_read_while_another_model_or_level_that_came_lately_has_room():

@@ -35,8 +35,8 @@ class ModelQueue(Generic[Item]):
     is_uneven: bool = False
     """Whether devices of one kind have come to differ, as of the last run."""
 
-    mean_rows: float = 0.0
-    """Of the requests that were taken lately."""
+    least_rows: dict[int, float] = dataclasses.field(default_factory=dict)
+    """Of the requests of each level that came lately; 1 or a little more where few have come."""
 
     shares: dict[int, float] = dataclasses.field(default_factory=dict)
     """Of all requests of all models lately, those of this model, by level."""

@@ -53,8 +53,8 @@ _ADAPT = 0.1
 
 _LEAST_RETRY_SECONDS = 0.001
 
-_MOST_ROWS_TIMES = 4
-"""A request counts as this many times the mean rows at most in it: an odd one must not close the door."""
+_LEAST_GROWTH = 1.25
+"""By which the least rows that came lately grow with a request of more: a small one counts for some tens."""
 
 _MOST_TIMES_EXPECTED = 4.0
 """A turn counts as this many times what was expected of it at most: others must not go first for a stall."""
@@ -205,10 +205,8 @@ class Scheduler(Generic[Item]):
         deadline = options.deadline
         if config.default_timeout_ms:
             deadline = min(deadline, now + config.default_timeout_ms / 1e3)
-        self._count_arrival(queue, options.priority, now)
+        self._count_arrival(queue, num_rows, options.priority, now)
         self._admit(queue, num_rows, options.priority, deadline, now)
-        before = queue.mean_rows or num_rows
-        queue.mean_rows = before + _ADAPT * (min(num_rows, _MOST_ROWS_TIMES * before) - before)
         home = None if options.affinity_key is None else self._home(options.affinity_key)
         spread: list[int] = []
         if config.policy is DispatchPolicy.SPREAD:
@@ -349,7 +347,8 @@ class Scheduler(Generic[Item]):
 
         Args:
           num_arriving: requests that are on their way and haven't been submitted. They count as queued, but
-            for as many as devices are free for: of the models, levels and sizes that came lately.
+            for as many as devices are free for: of the models and levels that came lately, with the least
+            rows that did, or a row each while nothing is queued.
           now: seconds.
 
         Returns:
@@ -357,7 +356,8 @@ class Scheduler(Generic[Item]):
           of the queues has room, as predicted. None if it may be taken, or would be refused for another
           reason.
         """
-        if not self.num_queued_requests:
+        is_empty = not self.num_queued_requests
+        if is_empty:
             num_free = sum(device.is_available and not device.is_busy for device in self._devices)
             num_arriving = max(0, num_arriving - num_free)
         all_shares = sum(share for queue in self._queues for share in queue.shares.values())
@@ -367,11 +367,14 @@ class Scheduler(Generic[Item]):
             if not recent:
                 continue
             level = min(recent)
-            share = sum(share for own, share in queue.shares.items() if own <= level) / all_shares
-            count = num_arriving * share
-            arriving = count * queue.batcher.plan.work_seconds(max(1, round(queue.mean_rows)))
-            wait = self.predicted_start(queue, now, level, arriving) - now
-            refusal = self._refusal(queue, math.floor(count * queue.mean_rows) + 1, level, wait, now)
+            seconds = num_rows = 0.0
+            for own in [own for own in queue.shares if own <= level]:
+                count = num_arriving * queue.shares[own] / all_shares
+                least = 1 if is_empty else round(queue.least_rows[own])
+                seconds += count * queue.batcher.plan.work_seconds(least)
+                num_rows += count * least
+            wait = self.predicted_start(queue, now, level, seconds) - now
+            refusal = self._refusal(queue, math.floor(num_rows) + 1, level, wait, now)
             if refusal is None or wait == math.inf:
                 return None
             refusals.append(refusal)
@@ -380,8 +383,9 @@ class Scheduler(Generic[Item]):
         why, retry = min(refusals, key=lambda refusal: refusal[1])
         return OverloadError(f"the server's queues are full: where there is room again soonest, {why}", retry)
 
-    def _count_arrival(self, queue: ModelQueue[Item], level: int, now: float) -> None:
+    def _count_arrival(self, queue: ModelQueue[Item], num_rows: int, level: int, now: float) -> None:
         queue.seen_at[level] = now
+        queue.least_rows[level] = min(num_rows, _LEAST_GROWTH * queue.least_rows.get(level, 1.0))
         for each in self._queues:
             for own in each.shares:
                 each.shares[own] *= 1 - _ADAPT
