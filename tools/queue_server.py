@@ -108,7 +108,7 @@ class _OneModel:
 
     def __init__(self, engine: Engine, pool: DevicePool) -> None:
         self._engine = engine
-        self.overload = pool.overload
+        self.overload, self.abandon = pool.overload, pool.abandon
 
     def engine(self, name: str, version: str = "") -> Engine:
         if name != self._engine.spec.name or version not in ("", str(self._engine.version)):

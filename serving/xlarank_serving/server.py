@@ -218,7 +218,7 @@ class RankingServer:
 
         Args:
           grace_seconds: longest wait for accepted requests; the config's by default. What is left then
-            is cancelled.
+            is answered UNAVAILABLE, whatever its device is at, or cancelled.
         """
         grace = self._config.grace_seconds if grace_seconds is None else grace_seconds
         if self.rest is not None:
@@ -226,7 +226,9 @@ class RankingServer:
         self._service.stop_accepting()
         self._health.stop()
         self._streams.stop()
-        self._threads.wait_until_idle(grace)
+        if not self._threads.wait_until_idle(grace):
+            self._repository.abandon(f"the server is stopping, and the answer didn't come within {grace:g} s")
+            self._threads.wait_until_idle(_LAST_GRACE_SECONDS)
         if grace:
             time.sleep(_TURN_AWAY_SECONDS)
         if self.rest is not None:

@@ -134,6 +134,10 @@ class Repository(IndexedRepository, Protocol):
         """Name, version and whether it is ready, for every version."""
         ...
 
+    def abandon(self, why: str) -> None:
+        """Answers UNAVAILABLE what was accepted and isn't done."""
+        ...
+
     def close(self) -> None: ...
 
 

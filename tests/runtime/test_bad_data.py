@@ -220,7 +220,7 @@ def test_a_device_that_hangs_in_answers_is_quarantined_and_what_was_not_answered
     assert data.outcomes[0] == "answered"
     assert str(data.outcomes[1]) == f"model 'feed': {reason}"
     assert served.pool.fault == f"no device is healthy (0: {reason})"
-    assert served.pool.is_away(0)
+    assert served.pool.statuses()[0].is_away
     hang.gate.set()
     with served.pool._work:
         assert served.pool._work.wait_for(lambda: not served.pool._health.is_away(0), 30)
@@ -260,7 +260,7 @@ def test_a_device_that_comes_back_late_from_the_golden_replay_is_not_cleared_by_
     data.wait_for(0)
     assert isinstance(data.outcomes[0], UnavailableError)
     assert str(data.outcomes[0]) == "no device is healthy (0: a golden replay took more than 10 s)"
-    assert served.pool.is_away(0)
+    assert served.pool.statuses()[0].is_away
     hang.gate.set()
     with served.pool._work:
         assert served.pool._work.wait_for(lambda: not served.pool._health.is_away(0), 30)

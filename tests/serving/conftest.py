@@ -103,6 +103,11 @@ class FakeEngine:
             future.set_result(answer_to(request))
         return future
 
+    def abandon(self, why):
+        for future, _ in self.held or ():
+            if future.set_running_or_notify_cancel():
+                future.set_exception(UnavailableError(why))
+
     def hold(self):
         self.held, self.arrived = [], threading.Semaphore(0)
 
@@ -135,6 +140,10 @@ class FakeRepository:
         engine = FakeEngine(spec, version, self.metrics.model(spec.name, version))
         self.engines[spec.name, version] = engine
         return engine
+
+    def abandon(self, why):
+        for engine in self.engines.values():
+            engine.abandon(why)
 
     @property
     def is_ready(self):

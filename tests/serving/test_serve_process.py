@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -22,7 +23,7 @@ from xlarank_serving.admin import AdminClient
 from xlarank_serving.channel import ClientTls
 from xlarank_serving.client import RankingClient
 
-from xlarank.errors import AccessError, ModelNotFoundError, RequestError
+from xlarank.errors import AccessError, ModelNotFoundError, RequestError, UnavailableError
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,57 @@ def test_a_stop_that_hangs_ends_all_the_same_and_says_where(folder):
     assert process.returncode == 1
     assert "Timeout (0:00:00.2" in err
     assert "in <lambda>" in err.partition("most recent call first")[2]
+
+
+STUCK = """
+import threading
+from xlarank import device
+from xlarank.cli import main
+run = device.Replica.run
+
+
+def stuck(self, bucket, leaves):
+    if bucket.rows == 16 and threading.current_thread().name == "xlarank-device-0" and is_ready.is_set():
+        print("the device hangs", flush=True)
+        threading.Event().wait()
+    return run(self, bucket, leaves)
+
+
+is_ready = threading.Event()
+device.Replica.run = stuck
+threading.Thread(target=lambda: (input(), is_ready.set(), print("told", flush=True)), daemon=True).start()
+main.run()
+"""
+
+
+def test_a_stop_waits_for_no_device_that_hangs(folder):
+    words = [str(folder / "models"), "--compile-cache", str(folder / "cache"), "--grace", "0.2"]
+    words += ["--watchdog-seconds", "1000", "--port", "0", "--http-port", "0", "--json"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", STUCK, "serve", *words], env=environment(), **pipes
+        ) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(process.kill)
+        ready = json.loads(process.stdout.readline())
+        process.stdin.write("hang from now on\n")
+        process.stdin.flush()
+        read_until(process.stdout, "told")
+        client = stack.enter_context(RankingClient(ready["grpc"]))
+        threads = stack.enter_context(ThreadPoolExecutor(2))
+        stuck = threads.submit(client.score, "linear", features(9))
+        read_until(process.stdout, "the device hangs")
+        behind = threads.submit(client.score, "linear", features(3))
+        process.send_signal(signal.SIGTERM)
+        for answer in (stuck, behind):
+            with pytest.raises(UnavailableError, match="the server is stopping"):
+                answer.result(timeout=60)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Timeout (" not in err  # nobody had to end it
+    assert json.loads(out.splitlines()[-1]) == ready
 
 
 UNREAD = """

@@ -55,6 +55,9 @@ class DeviceStatus:
     num_quarantines: int
     """So far."""
 
+    is_away: bool
+    """Whether it hangs."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Suspicion:
@@ -109,7 +112,7 @@ class DeviceHealth:
 
     def statuses(self) -> list[DeviceStatus]:
         """By device."""
-        return [DeviceStatus(d.state, d.reason, d.num_quarantines) for d in self._devices]
+        return [DeviceStatus(d.state, d.reason, d.num_quarantines, d.is_away) for d in self._devices]
 
     @property
     def fault(self) -> str:

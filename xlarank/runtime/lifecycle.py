@@ -215,7 +215,8 @@ class ModelRepository:
 
     @property
     def has_left_work(self) -> bool:
-        """Whether `close` has left a thread behind that loads a version: Python's end would wait for it."""
+        """Whether `close` has left a thread behind that loads a version or runs a batch: the process's end
+        would wait for it."""
         return self._has_left_work
 
     @property
@@ -373,6 +374,10 @@ class ModelRepository:
         with self._policy_lock:
             self._put_policies(models)
 
+    def abandon(self, why: str) -> None:
+        """Answers UNAVAILABLE what was accepted and isn't done, whatever devices are at. Then `close`."""
+        self._pool.abandon(why)
+
     def close(self) -> None:
         """Finishes what was accepted, then stops everything. Idempotent.
 
@@ -401,7 +406,7 @@ class ModelRepository:
                 served.drain()
         for model in models:
             model.wait_until_drained()
-        self._pool.close()
+        self._has_left_work |= not self._pool.close()
         for collector in (self._version_metrics, self._pool_metrics):
             self._metrics.unregister(collector)
 

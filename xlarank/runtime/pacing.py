@@ -110,7 +110,7 @@ class PacedRuns:
 
         self._pool.run_between(device_index, errand)
         while not concurrent.futures.wait([done], timeout=_LOOK_SECONDS).done:
-            if self._pool.is_away(device_index):
+            if self._pool.statuses()[device_index].is_away:
                 raise ExecutionError(f"device {device_index} hangs in a golden replay of it")
             if self._wait(0.0):
                 raise _stopping()

@@ -192,8 +192,21 @@ class DevicePool:
         with self._lock:
             return snapshot_of(self._scheduler, self._health.statuses(), self._refusals, self._clock())
 
-    def close(self) -> None:
-        """Finishes what is queued, then stops the threads; one that hangs is left behind."""
+    def abandon(self, why: str) -> None:
+        """Answers UNAVAILABLE what isn't done, and leaves behind the devices that are at it. Then `close`."""
+        with self._lock:
+            self._is_closed = True
+            turns = [*self._scheduler.turns(), *filter(None, self._answering.values())]
+            lost = [(self._workloads.get(t.queue), [p.item for p in t.batch.parts], None) for t in turns]
+            for index in range(self.num_devices):
+                is_away = self._health.is_away(index) or self._watchdog.is_running(index)
+                lost += self._exclude(index, why, is_away=is_away)
+        for workload, items, _ in lost:
+            if workload is not None:  # else its callers have left, and it was closed
+                workload.fail(items, UnavailableError(why))
+
+    def close(self) -> bool:
+        """Finishes what is queued, then stops the threads; False if one hangs, which is left behind."""
         with self._lock:
             self._is_closed = True
             self._work.notify_all()
@@ -203,15 +216,11 @@ class DevicePool:
                 self._threads[index].join(0.1)
         self._timer.close()
         self._complaints.close()
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _has_ended(self, index: int) -> bool:
         """Whether a device's thread is through, or hangs and is left behind. With or without the lock."""
         return not self._threads[index].is_alive() or self._health.is_away(index)
-
-    def is_away(self, device_index: int) -> bool:
-        """Whether a device hangs in a batch."""
-        with self._lock:
-            return self._health.is_away(device_index)
 
     # Device threads
     def _give_up(self, index: int, error: Exception) -> None:
@@ -230,8 +239,7 @@ class DevicePool:
                 now = self._clock()
                 task = self._judgement(index, now) or self._aside(index, now) or self._step(index, now)
                 if task is None and (turn := self._scheduler.next_turn(index, now)) is not None:
-                    workload = self._workloads[turn.queue]
-                    task = lambda turn=turn, workload=workload: self._run(turn, workload)  # noqa: E731
+                    task = functools.partial(self._run, turn, self._workloads[turn.queue])
                 task = task or self._step(index, now, is_idle=True)
                 if task is not None:
                     self._watchdog.begin(index, now)
@@ -250,10 +258,13 @@ class DevicePool:
 
     def _aside(self, index: int, now: float) -> Task | None:
         """A probe or an errand, if there is one."""
-        task = self._probing(index, now)
-        if task is None and self._errands[index]:
+        if not self._is_closed and now >= self._health.probe_at(index):
+            task = functools.partial(self._probe, index, list(self._workloads.items()))
+        elif self._errands[index]:
             task = self._errands[index].popleft()
-        return None if task is None else self._put_aside(index, now, task)
+        else:
+            return None
+        return self._put_aside(index, now, task)
 
     def _put_aside(self, index: int, now: float, task: Task) -> Task:
         """A task as if it were a turn: the device is not free, and may hang in it."""
@@ -287,8 +298,7 @@ class DevicePool:
         try:
             workload.answer(result)
         except Exception as error:  # nobody must wait for ever
-            line = "device %d: a batch of model %s has run, but can't be answered"
-            self._complain(line, turn, error=error)
+            self._complain("device %d: a batch of model %s has run, but can't be answered", turn, error=error)
             items = [part.item for part in turn.batch.parts]
             workload.fail(items, ExecutionError(f"model {turn.queue.name!r}: {error}"))
 
@@ -450,8 +460,7 @@ class DevicePool:
         step = self._search.take(now, is_idle=is_idle)
         if step is None:
             return None
-        turn = self._scheduler.retry(step.turn_on(index), index, now)
-        return lambda: self._run_step(step, turn)
+        return functools.partial(self._run_step, step, self._scheduler.retry(step.turn_on(index), index, now))
 
     def _run_step(self, step: Step, turn: Turn) -> None:
         workload: Workload = step.suspicion.workload
@@ -466,12 +475,6 @@ class DevicePool:
             with self._lock:
                 culprit = self._learn(step, None, self._clock() - turn.started_at)
             self._accuse(step, culprit)
-
-    def _probing(self, index: int, now: float) -> Task | None:
-        if self._is_closed or now < self._health.probe_at(index):
-            return None
-        workloads = list(self._workloads.items())
-        return lambda: self._probe(index, workloads)
 
     def _probe(self, index: int, workloads: Sequence[tuple[ModelQueue, Workload]]) -> None:
         try:
@@ -508,8 +511,8 @@ class DevicePool:
         stranded: list[_Stranded] = []
         if not self._scheduler.num_healthy:
             stranded += [(self._workloads[queue], items, None) for queue, items in self._scheduler.clear()]
-            for waiting in (*self._suspicions.clear(), *self._search.clear()):
-                stranded.append((waiting.workload, waiting.items, None))
+            waiting = (*self._suspicions.clear(), *self._search.clear())
+            stranded += [(each.workload, each.items, None) for each in waiting]
         self._work.notify_all()
         self._tell_change()
         return stranded
@@ -564,8 +567,7 @@ class DevicePool:
 
     def _wait(self, now: float) -> None:
         self.idle.update(self._scheduler.is_idle)
-        wake_at = self._wake_at()
-        seconds = wake_at - now
+        seconds = (wake_at := self._wake_at()) - now
         if seconds <= 0:  # a deferral has ended, or a probe is due: devices see to it
             self._work.notify_all()
             seconds = _LEAST_TICK_SECONDS
