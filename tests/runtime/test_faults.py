@@ -359,15 +359,22 @@ def test_a_device_that_hangs_is_quarantined_and_its_batch_answered_by_another(se
     assert samples["nv_inference_request_success"] == 8 + len(futures)
 
 
-def test_a_batch_that_hangs_two_devices_is_given_up_and_spares_the_third(serve):
-    engine, executors = serve(min(3, len(jax.devices())))
+def test_a_batch_that_hangs_two_devices_is_given_up_and_kept_and_spares_the_third(serve, caplog):
+    captures = Captures()
+    engine, executors = serve(min(3, len(jax.devices())), captures=captures)
     hangs = [Hang() for _ in executors]
     for executor, hang in zip(executors, hangs, strict=True):
         executor.fault = hang
-    future = engine.submit(requests_of(1)[0])
-    with pytest.raises((ExecutionError, UnavailableError)):
-        future.result(60)
+    (request,) = requests_of(1)
+    with pytest.raises(ExecutionError, match=r"model 'shop': a batch took more than 0\.5 s"):
+        engine.submit(request).result(60)
     assert sum(hang.has_come.is_set() for hang in hangs) == 2
+    assert [(kept.request, kept.detail) for kept in captures.kept()] == [
+        (request, "model 'shop': a batch took more than 0.5 s")
+    ]
+    assert re.search(
+        r"device \d is quarantined: a batch took more than 0.5 s of model 'shop' version 1", caplog.text
+    )
     for executor, hang in zip(executors, hangs, strict=True):
         executor.fault = None
         hang.go_on.set()
@@ -442,7 +449,7 @@ def test_the_log_hears_of_requests_at_fault_once_a_minute(caplog):
     failed = []
     for number in range(4):
         now[0] += 60 * (number == 3)
-        item = SimpleNamespace(bound=SimpleNamespace(request=number), fail=failed.append)
+        item = SimpleNamespace(bound=SimpleNamespace(request=number), has_answer=False, fail=failed.append)
         model.accuse(Culprit(SimpleNamespace(item=item), RuntimeError("overflow"), number, number + 1))
     model.accuse(Culprit(SimpleNamespace(item=item), ValueError("shape"), 0, 2))
     model.close()

@@ -69,6 +69,12 @@ class Pending:
         return self.future.done()
 
     @property
+    def has_answer(self) -> bool:
+        """Whether its caller was given scores."""
+        future = self.future
+        return future.done() and not future.cancelled() and future.exception() is None
+
+    @property
     def num_rows_done(self) -> int:
         """Rows whose scores have come."""
         with self._lock:

@@ -597,4 +597,4 @@ class DevicePool:
         if workload is not None and not may_retry:
             items = [part.item for part in turn.batch.parts]
             stranded.append((workload, items, ExecutionError(f"model {turn.queue.name!r}: {reason}")))
-        return reason, stranded
+        return f"{reason} of model {turn.queue.name!r} version {turn.queue.version}", stranded

@@ -154,13 +154,14 @@ class ModelWorkload:
             rows = f"rows {culprit.begin} to {culprit.end - 1}"
         detail = f"model {self._name!r}: the request fails on every device, by {rows}: {culprit.error}"
         self._complaints.add("%s", detail, about=type(culprit.error))
-        self._captures.keep_fault(self._name, self._version, pending.bound.request, detail)
         self.fail([pending], ExecutionError(detail))
 
     def fail(self, items: Sequence[Pending], error: Exception) -> None:
-        """Answers requests that will not be run, or not to their end."""
+        """Answers requests that will not be run, or not to their end; keeps those that may be at fault."""
         for pending in items:
             self._drop(pending, False)
+            if isinstance(error, ExecutionError) and not pending.has_answer:
+                self._captures.keep_fault(self._name, self._version, pending.bound.request, str(error))
             pending.fail(error)
 
     def fail_late(self, item: Pending) -> None:
