@@ -18,8 +18,8 @@ Contract
     to itself.
   - A request is bound to a device when the device frees, not at arrival. All parts of one that runs in
     several run on the device that took the first. Each keeps the request's place in the order, so that a
-    higher level waits for one run of a huge request at most; the last part takes company along. (Policy
-    spread pins parts to devices at arrival.)
+    higher level waits for one run of a huge request at most, until that has aged past it: then for all its
+    rest. The last part takes company along. (Policy spread pins parts to devices at arrival.)
   - A request whose deadline no device can meet any more is never handed out: it goes to `take_late`. Nor is
     one in a run that is expected to end after its deadline: a quick run goes first if that makes fewer rows
     of its level late and less than a full run of them waits behind; else it is left out, and others take its
