@@ -218,7 +218,7 @@ def test_a_port_in_use_is_refused_and_nothing_stays_open(wire):
     [
         ({"port": 70000}, r"http: port must be in \[0, 65535\]; was 70000"),
         ({"max_body_mib": 0}, "http: max_body_mib must be >= 1; was 0"),
-        ({"max_receive_seconds": 0}, "http: max_receive_seconds must be > 0; was 0"),
+        ({"max_receive_seconds": 0}, "http: max_receive_seconds must be >= 0.1; was 0"),
     ],
 )
 def test_a_bad_config_is_refused(options, text):

@@ -177,31 +177,43 @@ def hold_and_serve(orders: Path) -> int:
 
 
 def _is_current(config: ServeConfig, version: Version, tables: LoadedTables) -> bool:
-    """Whether a version's folder holds the bundle that tables are of. What can't be read replaces nothing."""
+    """Whether a version's folder holds the bundle that tables are of; the log says so if it doesn't."""
     assert config.models.repository is not None
     model, number = version
     path = config.models.repository / model / str(number)
-    try:
-        is_same = tables.are_of(open_bundle(path, verify=Verify.SIZES))
-    except XlarankError:
-        return True
+    is_same = _is_same(path, tables)
     if not is_same:
         _log.warning("%s: was replaced by another bundle: its tables are loaded, row updates are gone", path)
     return is_same
 
 
+def _is_same(path: Path, tables: LoadedTables) -> bool:
+    """Whether a folder holds the bundle that tables are of. What can't be read replaces nothing."""
+    try:
+        return tables.are_of(open_bundle(path, verify=Verify.SIZES))
+    except XlarankError:
+        return True
+
+
 def _there(config: ServeConfig, tables: Mapping[Version, LoadedTables]) -> Mapping[Version, LoadedTables]:
-    """Those of versions whose folders are there; all of them if none is, as it may be the repository that
-    isn't. A process that is started again would never serve if it had to load what was removed since."""
+    """Those of versions whose bundles are there; all of them if none is, as it may be the repository that
+    isn't. A process that is started again would never serve if it had to load what was removed or replaced
+    since."""
     repository = config.models.repository
     assert repository is not None
-    removed = [version for version in tables if not (repository / version[0] / str(version[1])).is_dir()]
-    if not removed or len(removed) == len(tables):
+    gone = {}
+    for version, loaded in tables.items():
+        path = repository / version[0] / str(version[1])
+        if not path.is_dir():
+            gone[version] = "was removed"
+        elif not _is_same(path, loaded):
+            gone[version] = "was replaced by another bundle"
+    if not gone or len(gone) == len(tables):
         return tables
-    for model, number in removed:
+    for (model, number), why in gone.items():
         where = repository / model / str(number)
-        _log.error("%s: was removed; a process that is started again doesn't serve it", where)
-    return {version: loaded for version, loaded in tables.items() if version not in removed}
+        _log.error("%s: %s; a process that is started again doesn't serve it", where, why)
+    return {version: loaded for version, loaded in tables.items() if version not in gone}
 
 
 def load_for_workers(
