@@ -46,10 +46,30 @@ def test_counters_and_histograms_are_summed_and_gauges_stand_by_themselves():
     assert found[of("seconds_sum")] == 6
 
 
+def test_what_is_told_of_a_device_is_of_the_process_that_has_it():
+    """Device 0 of each is another: their busy seconds would add up to more than time."""
+
+    def text_of_device(batches):
+        registry = prometheus_client.CollectorRegistry()
+        prometheus_client.Counter("batches_total", "Batches", ["device"], registry=registry).labels(0).inc(
+            batches
+        )
+        return prometheus_client.generate_latest(registry)
+
+    def found(*texts):
+        values = values_of(merged.text(enumerate(map(text_of_device, texts))))
+        return [values["batches_total", (("device", "0"), ("process", process))] for process in "01"]
+
+    merged = MergedMetrics()
+    assert found(3, 5) == [3, 5]
+    merged.keep(1, text_of_device(5))
+    assert found(3, 1) == [3, 6]
+
+
 def test_what_a_process_has_counted_outlives_it():
     merged = MergedMetrics()
-    merged.keep(text_of(10, 3, seconds=[5]))
-    merged.keep(text_of(1, 3))
+    merged.keep(0, text_of(10, 3, seconds=[5]))
+    merged.keep(0, text_of(1, 3))
     found = values_of(merged.text([(0, text_of(2, 8))]))
     assert found[of("requests_total")] == 13
     assert found[of("seconds_count")] == 1
@@ -58,8 +78,8 @@ def test_what_a_process_has_counted_outlives_it():
 
 def test_series_of_a_version_that_nobody_serves_end():
     merged = MergedMetrics()
-    merged.keep(text_of(10, version="1"))
-    merged.keep(text_of(1, version="2"))
+    merged.keep(0, text_of(10, version="1"))
+    merged.keep(0, text_of(1, version="2"))
     for _ in range(2):
         found = values_of(merged.text([(0, text_of(2, version="2"))]))
         assert found[of("requests_total", "2")] == 3
@@ -68,14 +88,14 @@ def test_series_of_a_version_that_nobody_serves_end():
 
 def test_nothing_is_forgotten_while_no_process_says_what_is_served():
     merged = MergedMetrics()
-    merged.keep(text_of(10))
+    merged.keep(0, text_of(10))
     merged.text([])
     assert values_of(merged.text([(0, text_of(1))]))[of("requests_total")] == 11
 
 
 def test_what_processes_share_is_counted_once():
     merged = MergedMetrics()
-    merged.keep(text_of(rows=4))
+    merged.keep(0, text_of(rows=4))
     found = values_of(merged.text([(0, text_of(rows=9)), (1, text_of(rows=9))]))
     assert found[of("xlarank_table_updated_rows_total")] == 9
 

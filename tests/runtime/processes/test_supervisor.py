@@ -151,6 +151,17 @@ def test_a_failure_long_after_another_is_the_first_again(told):
         assert told.supervisor._look_at == told.now + wait
 
 
+def test_starts_that_take_long_to_fail_are_tried_ever_later(told):
+    """What they take is no time without a failure."""
+    serve(told)
+    told.plan.versions = (OLD, NEW)
+    for wait in (1, 2, 4):
+        generation = begin(told)
+        told.now += 90
+        told.supervisor._see_failure(generation, Failed(reason="no such folder", version=None))
+        assert told.supervisor._look_at == told.now + wait
+
+
 def test_what_is_no_version_s_fault_ends_the_first_start_and_is_tried_again_later(told):
     failed = Failed(reason="access log /none: no such folder", version=None)
     with pytest.raises(ModelError, match="access log /none"):

@@ -13,6 +13,9 @@ __all__ = ["MergedMetrics"]
 _OF_ALL = {"xlarank_table_updated_rows_total"}
 """Counters of what the processes share: each tells the same, so the largest counts and not the sum."""
 
+_DEVICE = re.compile(r'[{,]device="')
+"""In a series of one of a process's own devices: device 0 of each is another."""
+
 _VERSION = re.compile(r'[{,]model="(?:[^"\\]|\\.)*"|[{,]version="\d+"')
 
 
@@ -32,10 +35,14 @@ class _Family:
         return self.kind in ("counter", "histogram")
 
     def add(self, other: _Family, label: str = "") -> None:
-        """Sums the series of a process that has this label; what isn't summed gets the label."""
+        """Sums the series of a process that has this label; what isn't summed gets the label, and so does
+        what is told of a device."""
         for series, value in other.values.items():
             if not self.is_summed:
                 self.values[_with_label(series, label)] = value
+            elif _DEVICE.search(series):
+                own = _with_label(series, label)
+                self.values[own] = self.values.get(own, 0.0) + value
             elif _name(series) in _OF_ALL:
                 self.values[series] = max(self.values.get(series, 0.0), value)
             else:
@@ -52,17 +59,18 @@ class MergedMetrics:
 
     Counters and histograms are summed; what a process that is gone had counted when it last said so goes on
     being counted, except of versions that nobody serves any more: those series end, as in one process. Each
-    process's gauges stand by themselves, with a label `process`.
+    process's gauges stand by themselves, with a label `process`, and so does what it tells of its devices.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, _Family] = {}  # by TYPE: counters and histograms of processes that are gone
 
-    def keep(self, text: bytes) -> None:
-        """A process is gone whose last words these were."""
+    def keep(self, number: int, text: bytes) -> None:
+        """A process of this number is gone whose last words these were."""
         for family in _families(text):
             if family.is_summed:
-                self._kept.setdefault(family.header[-1], _Family(family.header, family.kind)).add(family)
+                kept = self._kept.setdefault(family.header[-1], _Family(family.header, family.kind))
+                kept.add(family, _label(number))
 
     def text(self, processes: Iterable[tuple[int, bytes]], own: bytes = b"") -> bytes:
         """What /metrics answers.
@@ -73,7 +81,7 @@ class MergedMetrics:
           own: what is said of all of them; its gauges get no label.
         """
         merged: dict[str, _Family] = {}
-        for label, text in [*((f'process="{number}"', text) for number, text in processes), ("", own)]:
+        for label, text in [*((_label(number), text) for number, text in processes), ("", own)]:
             for family in _families(text):
                 merged.setdefault(family.header[-1], _Family(family.header, family.kind)).add(family, label)
         self._forget_ended(merged)
@@ -110,6 +118,10 @@ def _families(text: bytes) -> Iterator[_Family]:
             family.values[series] = float(value)
     if family.header:
         yield family
+
+
+def _label(number: int) -> str:
+    return f'process="{number}"'
 
 
 def _name(series: str) -> str:

@@ -307,7 +307,7 @@ class Supervisor:
         if at_fault:
             self._look_at = self._clock()
         else:
-            seconds = self._pause()
+            seconds = self._pause(generation.started_at)
             _log.error(
                 "the processes can't be started anew, another try comes in %g s: %s%s",
                 seconds,
@@ -316,10 +316,10 @@ class Supervisor:
             )
             self._look_at = self._clock() + seconds
 
-    def _pause(self) -> float:
-        """Seconds before the next try."""
+    def _pause(self, begun_at: float) -> float:
+        """Seconds before the next try, behind one that began then: what it took was no time of peace."""
         before, self._failed_at = self._failed_at, self._clock()
-        return self._backoff.after(self._failed_at - before)
+        return self._backoff.after(begun_at - before)
 
     def _end_start(self, generation: _Generation) -> None:
         # Clients have come to those that serve already: these let them go first.
@@ -466,7 +466,7 @@ class Supervisor:
         elif message is None:
             worker.link, worker.is_ready = None, False
             self._scrapes.see_answer(worker)
-            self._scrapes.merged.keep(worker.text)
+            self._scrapes.merged.keep(worker.index, worker.text)
             worker.text = b""
             self._forget(generation)
 
@@ -489,6 +489,8 @@ class Supervisor:
 
     def _see_mute_end(self, number: int, why: str) -> None:
         """A holder that ended before it said a word has no link to tell of its end."""
+        while wait([self._listening], 0):  # it may have said one that nobody has read
+            self._accept()
         generation = self._generations.get(number)
         if generation is not None and not generation.has_had_holder:
             self._see_failure(generation, Failed(reason=why, version=None), is_death=True)
@@ -507,7 +509,7 @@ class Supervisor:
                 "the process that holds the tables has ended; its workers go on, and others are started with "
                 "tables read anew: what was updated since they were loaded is lost then"
             )
-            self._look_at = min(self._look_at, self._clock() + self._pause())
+            self._look_at = min(self._look_at, self._clock() + self._pause(self._clock()))
         self._forget(generation)
 
     def _forget(self, generation: _Generation) -> None:
