@@ -211,6 +211,35 @@ def test_the_index_tells_of_versions_that_failed_in_other_processes(publish, ope
     assert [(status.model, status.version) for status in repository.index()] == [("linear", 1)]
 
 
+def test_requests_and_readiness_know_of_versions_that_other_processes_see_to(publish, opened):
+    """As one process does of its own: who loads or has failed is unavailable, who isn't wanted not found."""
+    publish(1)
+    repository = opened()
+    repository.show_elsewhere(
+        [
+            VersionStatus("linear", 2, VersionState.UNAVAILABLE, "golden replay"),
+            VersionStatus("linear", 3, VersionState.LOADING),
+            VersionStatus("broken", 7, VersionState.UNAVAILABLE, "params.safetensors: damaged"),
+        ],
+        [VersionStatus("linear", 4, VersionState.UNAVAILABLE, "not wanted")],
+        ["broken"],
+    )
+    for model, version, told in (
+        ("linear", "2", r"'linear' version 2 is not at ready state: golden replay$"),
+        ("linear", "3", r"'linear' version 3 is not at ready state$"),
+        ("broken", "", r"'broken' is not at ready state: version 7: params.safetensors: damaged$"),
+    ):
+        with pytest.raises(UnavailableError, match=told):
+            repository.engine(model, version)
+    for model, version in (("linear", "4"), ("linear", "02"), ("other", "")):
+        with pytest.raises(ModelNotFoundError):
+            repository.engine(model, version)
+    assert scores(repository) == 1
+    assert not repository.is_ready
+    repository.show_elsewhere([])
+    assert repository.is_ready
+
+
 def test_a_damaged_version_is_tried_again_when_its_folder_changes_and_not_before(publish, opened, caplog):
     publish(1)
     path = publish(2)

@@ -562,3 +562,25 @@ def test_a_log_that_cannot_be_written_keeps_nothing_from_being_served(tmp_path, 
                     return np.allclose(client.score("plain", features(5))["value"], expected(5, 2), rtol=1e-6)
 
             until(is_new, "the new version")
+
+
+def test_a_model_that_failed_at_the_start_is_unavailable_and_keeps_the_server_from_being_ready(
+    tmp_path, linear_version
+):
+    models = tmp_path / "models"
+    linear.publish(linear_version, models, 1, spec=PLAIN, rows=[4], with_code=False)
+    linear.publish(linear_version, models, 1, spec=FRESH, rows=[4], with_code=False, golden_error=1.0)
+    (tmp_path / "server.toml").write_text(CONFIG)
+    with started(tmp_path) as process:
+        ready = json.loads(process.stdout.readline())
+        with triton.InferenceServerClient(ready["grpc"]) as client:
+            until(lambda: not client.is_server_ready(), "the word of the model that failed")
+            assert client.is_server_live()
+        with RankingClient(ready["grpc"]) as client:
+            np.testing.assert_allclose(client.score("plain", features(5))["value"], expected(5, 1), rtol=1e-6)
+            for version in ("", "1"):
+                with pytest.raises(UnavailableError, match=r"'fresh'.* is not at ready state: .*golden"):
+                    client.score("fresh", features(5), version=version)
+        linear.publish(linear_version, models, 2, spec=FRESH, rows=[4], with_code=False)
+        with triton.InferenceServerClient(ready["grpc"]) as client:
+            until(client.is_server_ready, "a version that is right")

@@ -194,7 +194,10 @@ class ModelRepository:
         self._is_closed = False  # for `close` alone
         self._has_left_work = False  # moves one way
         self._is_serving = False  # moves one way
-        self._elsewhere: tuple[VersionStatus, ...] = ()  # replaced whole
+        # Replaced whole, by `show_elsewhere`.
+        self._elsewhere: tuple[VersionStatus, ...] = ()
+        self._awaited: dict[str, dict[str, str]] = {}
+        self._unserved: tuple[str, ...] = ()
         self._listing = Listing(self._root)
         self._version_metrics = VersionMetrics(
             lambda: self.index(with_idle=False), lambda: loader.num_serving_compiles
@@ -211,7 +214,8 @@ class ModelRepository:
         failed changes nothing. False while there is no model.
         """
         required = [m for m in self._models.values() if m.model in self._required and not m.is_unloaded]
-        return not self._stopping.is_set() and bool(required) and all(m.is_ready for m in required)
+        is_served = bool(required) and all(m.is_ready for m in required) and not self._unserved
+        return is_served and not self._stopping.is_set()
 
     @property
     def has_left_work(self) -> bool:
@@ -251,13 +255,24 @@ class ModelRepository:
             by_version.setdefault((status.model, status.version), status)
         return [status for _, status in sorted(by_version.items())]
 
-    def show_elsewhere(self, statuses: Sequence[VersionStatus]) -> None:
-        """Has the index tell of versions that failed in other processes of the server, or are loaded there.
+    def show_elsewhere(
+        self,
+        awaited: Sequence[VersionStatus],
+        idle: Sequence[VersionStatus] = (),
+        unserved: Sequence[str] = (),
+    ) -> None:
+        """Has the index, requests and readiness know of versions that other processes of the server see to.
 
         Args:
-          statuses: all of them, in the place of those told before.
+          awaited: all that failed, are loaded or wait there, in the place of those told before.
+          idle: all that nobody asks for, likewise.
+          unserved: models that are to be served, and of which no version is.
         """
-        self._elsewhere = tuple(statuses)
+        self._elsewhere = (*awaited, *idle)
+        reasons: dict[str, dict[str, str]] = {}
+        for status in awaited:
+            reasons.setdefault(status.model, {})[str(status.version)] = status.reason
+        self._awaited, self._unserved = reasons, tuple(unserved)
 
     def overload(self, num_arriving: int) -> OverloadError | None:
         """See `DevicePool.overload`."""
@@ -529,6 +544,11 @@ class ModelRepository:
 
     def _known(self, name: str) -> ModelVersions:
         model = self._models.get(name)
+        if model is None and (awaited := self._awaited.get(name)):
+            why = "; ".join(f"version {version}: {why}" for version, why in awaited.items() if why)
+            raise UnavailableError(
+                f"Request for unknown model: '{name}' is not at ready state{f': {why}' if why else ''}"
+            )
         if model is None:
             raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
         return model
@@ -542,7 +562,16 @@ class ModelRepository:
     def _pick(self, model: ModelVersions, version: str, position: float | None) -> ServedVersion:
         if self._stopping.is_set():
             raise UnavailableError(f"model '{model.model}' is shutting down")
-        return model.routes.pick(version, position)
+        try:
+            return model.routes.pick(version, position)
+        except ModelNotFoundError:
+            awaited = self._awaited.get(model.model, {})
+            if version not in awaited:
+                raise
+            why = f": {awaited[version]}" if awaited[version] else ""
+            raise UnavailableError(
+                f"Request for unknown model: '{model.model}' version {version} is not at ready state{why}"
+            ) from None
 
     def _let_go(self, model: str, version: int) -> None:
         self._loader.remove(model, version)

@@ -45,6 +45,7 @@ class Plan:
     def __init__(self):
         self.versions, self.blocked, self.failed, self.removed = (OLD,), [], [], set()
         self.models, self.is_awaited = (PLAIN,), False
+        self.models_on_disk = {"feed"}
 
     def wanted(self, served, former=(), *, is_lost=False):
         return tuple(v for v in self.versions if v not in self.blocked)
@@ -218,6 +219,26 @@ def test_workers_are_told_of_versions_that_failed_when_they_serve_and_when_it_ch
     told.plan.failed = []
     told.supervisor._tell_versions_elsewhere()
     assert sent == {index: [VersionsElsewhere((status,)), VersionsElsewhere(())] for index in (0, 1)}
+
+
+def test_workers_are_told_of_models_that_were_there_at_the_start_and_are_not_served(told):
+    """One process isn't ready then; a model that came later and failed changes nothing."""
+    messages = []
+    told.supervisor._tell = lambda link, message: messages.append(message)
+    told.plan.models_on_disk = {"feed", "ads"}
+    generation = serve(told)
+    generation.workers[1] = Worker(0, 1, link=object(), is_ready=True)
+    idle = VersionStatus("feed", 7, VersionState.UNAVAILABLE, "no policy names it")
+    held_back = VersionStatus("feed", 8, VersionState.LOADING, "waits")
+    failed = VersionStatus("ads", 1, VersionState.UNAVAILABLE, "golden replay")
+    told.plan.failed = [failed]
+    told.plan.statuses = lambda *, with_idle=False: [failed, idle, held_back] if with_idle else [failed]
+    told.plan.models_on_disk = {"feed", "ads", "late"}
+    told.supervisor._tell_versions_elsewhere()
+    assert messages == [VersionsElsewhere((failed, held_back), (idle,), ("ads",))]
+    told.plan.models_on_disk = {"feed"}  # it was removed
+    told.supervisor._tell_versions_elsewhere()
+    assert messages[-1].unserved == ()
 
 
 def test_policies_are_a_worker_s_first_word_and_told_again_when_they_change(told, tmp_path):

@@ -152,9 +152,16 @@ class Policies:
 
 @dataclasses.dataclass(frozen=True)
 class VersionsElsewhere:
-    """To a worker, for its index: all versions that failed, and those that new processes are loading."""
+    """To a worker, which knows of no versions but those that it has: all others."""
 
-    statuses: tuple[VersionStatus, ...]
+    awaited: tuple[VersionStatus, ...]
+    """Those that failed, that new processes are loading, or that wait for others."""
+
+    idle: tuple[VersionStatus, ...] = ()
+    """Those that nobody asks for."""
+
+    unserved: tuple[str, ...] = ()
+    """Models none of whose versions is served, though they were there at the start or have been served."""
 
 
 @dataclasses.dataclass(frozen=True)

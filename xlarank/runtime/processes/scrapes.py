@@ -16,7 +16,7 @@ from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from xlarank.runtime.processes.messages import AskMetrics
+from xlarank.runtime.processes.messages import AskMetrics, VersionsElsewhere
 from xlarank.runtime.processes.metrics_merge import MergedMetrics
 from xlarank.runtime.version_metrics import VersionMetrics
 from xlarank.spec.versions import ModelPolicy, VersionStatus
@@ -38,8 +38,8 @@ class Worker:
     text: bytes = b""
     """What it last said of itself."""
 
-    told_elsewhere: tuple[VersionStatus, ...] = ()
-    """Of versions that it knows to have failed elsewhere, or to be loaded there."""
+    told_elsewhere: VersionsElsewhere = dataclasses.field(default_factory=lambda: VersionsElsewhere(()))
+    """What it knows of versions that it hasn't."""
 
     told_policies: tuple[ModelPolicy, ...] | None = None
     """By which it serves; None before its first word from the supervisor."""

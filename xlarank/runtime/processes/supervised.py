@@ -25,6 +25,9 @@ from xlarank.spec.versions import ModelPolicy, VersionStatus
 
 __all__ = ["Request", "Supervised", "WorkerRequests"]
 
+ShowElsewhere = Callable[[Sequence[VersionStatus], Sequence[VersionStatus], Sequence[str]], None]
+"""`ModelRepository.show_elsewhere`."""
+
 
 class Request(Protocol):
     """Something that is asked for once, such as a stop."""
@@ -66,7 +69,7 @@ class Supervised:
         self,
         ready: Mapping[str, Any],
         metrics_text: Callable[[], bytes],
-        on_versions_elsewhere: Callable[[Sequence[VersionStatus]], None],
+        on_versions_elsewhere: ShowElsewhere,
         on_policies: Callable[[Sequence[ModelPolicy]], None],
         *,
         stop: Request,
@@ -77,7 +80,7 @@ class Supervised:
         Args:
           ready: what its ready line says.
           metrics_text: what its /metrics says.
-          on_versions_elsewhere: told all versions that failed in other processes, whenever they change.
+          on_versions_elsewhere: told of all versions that it hasn't, whenever that changes.
           on_policies: told all policies, whenever they change.
           stop: asked for when it is to answer what it has accepted, and end.
           retire: asked for when it is to let its clients go first.
@@ -105,7 +108,7 @@ class Supervised:
     def _listen(
         self,
         metrics_text: Callable[[], bytes],
-        on_versions_elsewhere: Callable[[Sequence[VersionStatus]], None],
+        on_versions_elsewhere: ShowElsewhere,
         on_policies: Callable[[Sequence[ModelPolicy]], None],
         stop: Request,
         retire: Request,
@@ -121,7 +124,7 @@ class Supervised:
             if isinstance(message, AskMetrics):
                 self.tell(MetricsText(metrics_text()))
             elif isinstance(message, VersionsElsewhere):
-                on_versions_elsewhere(message.statuses)
+                on_versions_elsewhere(message.awaited, message.idle, message.unserved)
             elif isinstance(message, Policies):
                 on_policies(message.models)
             elif isinstance(message, Retire):

@@ -152,6 +152,7 @@ class Supervisor:
         self._has_children = False  # as of the last look
         self._backoff = Backoff()
         self._failed_at = float("-inf")  # for no version's fault
+        self._required: set[str] = set()  # models that have been served, or were there at the start
         self._look_at = clock()
         self._policies_at = float("inf") if watch_seconds is None else clock()
         self._is_watched = watch_seconds is not None
@@ -274,7 +275,9 @@ class Supervisor:
         self._num_deaths = 0
         generation.is_complete = True
         before, self._serving, self._starting = self._serving, generation, None
+        self._required |= {model for model, _ in generation.versions}
         if before is None:
+            self._required |= self._plan.models_on_disk
             self._on_ready(generation.versions)
         else:
             _log.info("versions %s are served, before %s", generation.versions, before.versions)
@@ -360,14 +363,19 @@ class Supervisor:
     def _tell_versions_elsewhere(self) -> None:
         """A worker loads what its holder has, and would know of no version that failed in another process, is
         loaded there, or isn't wanted."""
-        elsewhere = tuple(self._plan.statuses(with_idle=True))
-        if self._starting is not None and self._serving is not None:
-            new = sorted({*self._starting.versions} - {*self._serving.versions})
-            elsewhere += tuple(VersionStatus(*version, VersionState.LOADING) for version in new)
+        failed, others = self._plan.statuses(), self._plan.statuses(with_idle=True)
+        awaited = [s for s in others if s in failed or s.state is VersionState.LOADING]
+        idle = tuple(status for status in others if status not in awaited)
+        served = set() if self._serving is None else {*self._serving.versions}
+        if self._starting is not None and served:
+            new = sorted({*self._starting.versions} - served)
+            awaited += [VersionStatus(*version, VersionState.LOADING) for version in new]
+        unserved = (self._required & self._plan.models_on_disk) - {model for model, _ in served}
+        elsewhere = VersionsElsewhere(tuple(awaited), idle, tuple(sorted(unserved)))
         for worker in self._workers():
             if worker.link is not None and worker.is_ready and worker.told_elsewhere != elsewhere:
                 worker.told_elsewhere = elsewhere
-                self._tell(worker.link, VersionsElsewhere(elsewhere))
+                self._tell(worker.link, elsewhere)
 
     def _beat(self) -> None:
         """Looks after workers that hang, and after the socket: folders for temporary files are cleaned up."""

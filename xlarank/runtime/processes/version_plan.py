@@ -114,6 +114,11 @@ class VersionPlan:
             policies.append(followed)
         return tuple(policies)
 
+    @property
+    def models_on_disk(self) -> set[str]:
+        """Those that had a version at the last look."""
+        return {*self._found}
+
     def gone(self, versions: Iterable[Version]) -> set[Version]:
         """Those that weren't on disk at the last look."""
         return {(model, version) for model, version in versions if version not in self._found.get(model, ())}
