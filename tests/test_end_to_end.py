@@ -476,7 +476,7 @@ MISTAKES = {
     "evaluate models/feed --checkpoint checkpoint --data data": "models/feed is a folder, so a bundle",
     "evaluate feed.toml --checkpoint models --data data": "{folder}/models: no checkpoint here",
     "evaluate feed.toml --checkpoint checkpoint --data none": "none/train/contexts.parquet: no such file",
-    "serve models --host-threads 0": "host_threads must be >= 1; was 0",
+    "serve models --host-threads 0": "host_threads must be in [1, 1024]; was 0",
     "serve data": "repository data: expected bundles as <model>/<version>, found none",
 }
 

@@ -82,7 +82,7 @@ def load(version, is_beside, others):
     where = TableMemory.HUGE if version[0] == "ours" else TableMemory.MMAP
     return LoadedTables({}, {version[0]: where}, None, TableCheck([]), None)
 
-def work(order, index, tables, say_ready):
+def work(order, index, tables, is_again, say_ready):
     say_ready()
     while True:
         time.sleep(60)
