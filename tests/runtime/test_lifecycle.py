@@ -348,6 +348,23 @@ def test_a_rollback_to_a_version_that_fails_changes_nothing(publish, opened):
     assert states(repository)[2] == READY
 
 
+def test_a_rollback_that_fails_for_no_fault_of_the_version_is_not_tried_again(publish, opened, monkeypatch):
+    """Nor does what befell it count when the version is wanted later."""
+    publish(1)
+    publish(2)
+    repository = opened()
+
+    def load(version, peers):
+        raise MemoryError("none is left")
+
+    model = repository._models["linear"]
+    monkeypatch.setattr(model, "_load", load)
+    with pytest.raises(ModelError, match=r"rollback to version 1 failed: MemoryError: none is left$"):
+        repository.rollback("linear")
+    assert not model._num_deaths
+    assert scores(repository) == 2
+
+
 def test_a_model_unloaded_by_hand_stays_so_until_it_is_loaded(publish, opened):
     publish(1)
     repository = opened()

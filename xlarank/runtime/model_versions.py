@@ -263,7 +263,7 @@ class ModelVersions:
             self._failed = {v: blocked for v, blocked in self._failed.items() if v != target}
             self._rolled_back = {v: b for v, b in self._rolled_back.items() if v != target} | marks
         try:
-            if target not in self._loaded and not self._load_one(target, strict=False):
+            if target not in self._loaded and not self._load_one(target, strict=False, is_asked_once=True):
                 why = self._failed[target].reason
                 raise ModelError(f"model {self.model!r}: rollback to version {target} failed: {why}")
         except XlarankError:
@@ -363,7 +363,7 @@ class ModelVersions:
             )
         return version
 
-    def _load_one(self, version: int, strict: bool) -> bool:
+    def _load_one(self, version: int, strict: bool, *, is_asked_once: bool = False) -> bool:
         start = self._clock()
         stamp = folder_stamp(self._folder / str(version))
         with self._lock:
@@ -381,7 +381,7 @@ class ModelVersions:
                 raise
             reason = str(error) if isinstance(error, XlarankError) else f"{type(error).__name__}: {error}"
             retry_at = math.inf
-            if isinstance(error, _PASSING):
+            if isinstance(error, _PASSING) and not is_asked_once:
                 num_deaths = self._num_deaths[version] = self._num_deaths.get(version, 0) + 1
                 if num_deaths < MOST_DEATHS:
                     retry_at = self._clock() + num_deaths * _RETRY_SECONDS
