@@ -381,7 +381,15 @@ def test_a_start_that_takes_long_is_in_the_log_and_in_the_index(told, caplog):
     second = begin(told)
     second.workers[1] = Worker(0, 2**30 + 1, is_ready=True)
     told.supervisor._tell_versions_elsewhere()
-    assert messages == [VersionsElsewhere((VersionStatus(*NEW, VersionState.LOADING),))]
+    loading = VersionStatus(*NEW, VersionState.LOADING)
+    assert messages == [VersionsElsewhere((loading,))]
+    told.plan.versions = (OLD, NEW, NEWER)
+    told.supervisor._reconsider(second, have_policies_changed=False)
+    told.supervisor._tell_versions_elsewhere()
+    waits = VersionStatus(*NEWER, VersionState.LOADING, "waits to be loaded")
+    assert messages[1:] == [VersionsElsewhere((loading, waits))]
+    told.plan.versions = (OLD, NEW)
+    told.supervisor._reconsider(second, have_policies_changed=False)
     for seconds in (59.0, 2.0, 58.0, 2.0):
         told.now += seconds
         told.supervisor._beat()

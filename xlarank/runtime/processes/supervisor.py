@@ -153,6 +153,7 @@ class Supervisor:
         self._backoff = Backoff()
         self._failed_at = float("-inf")  # for no version's fault
         self._required: set[str] = set()  # models that have been served, or were there at the start
+        self._last_wanted: tuple[Version, ...] = ()  # at the last look
         self._look_at = clock()
         self._policies_at = float("inf") if watch_seconds is None else clock()
         self._is_watched = watch_seconds is not None
@@ -220,7 +221,10 @@ class Supervisor:
         return () if self._serving is None else self._serving.policies
 
     def _wanted(self) -> tuple[Version, ...] | None:
-        return self._plan.wanted(self._served, self._policies, is_lost=self._is_lost)
+        wanted = self._plan.wanted(self._served, self._policies, is_lost=self._is_lost)
+        if wanted is not None:
+            self._last_wanted = wanted
+        return wanted
 
     @property
     def _is_lost(self) -> bool:
@@ -368,8 +372,10 @@ class Supervisor:
         idle = tuple(status for status in others if status not in awaited)
         served = set() if self._serving is None else {*self._serving.versions}
         if self._starting is not None and served:
-            new = sorted({*self._starting.versions} - served)
-            awaited += [VersionStatus(*version, VersionState.LOADING) for version in new]
+            new = {*self._starting.versions} - served
+            awaited += [VersionStatus(*version, VersionState.LOADING) for version in sorted(new)]
+            later = {*self._last_wanted} - served - new
+            awaited += [VersionStatus(*v, VersionState.LOADING, "waits to be loaded") for v in sorted(later)]
         unserved = (self._required & self._plan.models_on_disk) - {model for model, _ in served}
         elsewhere = VersionsElsewhere(tuple(awaited), idle, tuple(sorted(unserved)))
         for worker in self._workers():
