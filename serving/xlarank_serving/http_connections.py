@@ -160,6 +160,8 @@ def bounded_connections(
 
         def shutdown(self) -> None:
             """Ends it now, unless something else will: its answer, its time or `_discard`."""
+            if self.transport.is_closing():  # it may have no socket any more
+                return
             if not self._has_request:
                 if self._is_receiving or self._is_over or self._has_arrived():
                     return

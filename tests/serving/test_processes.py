@@ -22,6 +22,7 @@ from xlarank_serving.admin import AdminClient
 from xlarank_serving.client import RankingClient
 
 from xlarank.errors import ModelNotFoundError, UnavailableError, UnsupportedError
+from xlarank.host import FeatureFileWriter, FeatureSchema, checked_columns
 
 NUM_ROWS = 400_000
 """Of the tables: enough to find their memory among all the rest."""
@@ -584,3 +585,28 @@ def test_a_model_that_failed_at_the_start_is_unavailable_and_keeps_the_server_fr
         linear.publish(linear_version, models, 2, spec=FRESH, rows=[4], with_code=False)
         with triton.InferenceServerClient(ready["grpc"]) as client:
             until(client.is_server_ready, "a version that is right")
+
+
+def test_processes_come_back_though_a_model_with_a_feature_file_was_removed(tmp_path, linear_version):
+    """Nobody looks at the repository: only the start asks that each file has its model."""
+    for spec in (PLAIN, FRESH):
+        linear.publish(linear_version, tmp_path / "models", 1, spec=spec, rows=[4], with_code=False)
+    schema = FeatureSchema.of(FRESH.candidate_features)
+    with FeatureFileWriter(tmp_path / "features", schema, model="fresh") as writer:
+        rows = {"likes": [[1.0, 0.0]], "topics": [[]]}
+        writer.add(np.array([7]), checked_columns(schema.rows_spec(FRESH), np.array([7]), rows))
+    (tmp_path / "server.toml").write_text("[processes]\nnum_processes = 2\n")
+    features_of_fresh = ("--features", str(tmp_path / "features"))
+    with started(tmp_path, *features_of_fresh) as process:
+        served = Served(process, tmp_path, linear_version)
+        before = served.workers()
+        (tmp_path / "models" / "fresh").rename(tmp_path / "before")
+        os.kill(min(before), signal.SIGKILL)
+        until(lambda: len(served.workers() - before) == 1, "the process again")
+        until(lambda: served.num_up() == 2, "both processes")
+        with RankingClient(served.ready["grpc"]) as client:
+            served.check(client)
+    with started(tmp_path, *features_of_fresh) as process:
+        out, err = process.communicate(timeout=60)
+        assert (out, process.returncode) == ("", 1)
+        assert "was built for model 'fresh'; served are ['plain']" in err

@@ -47,7 +47,7 @@ def problems_of(config: ServeConfig) -> list[str]:
     if is_shared and (problem := temporary_folder_problem()):
         problems.append(problem)
     problems += _bundle_problems(config.models.repository, versions, is_shared=is_shared)
-    problems += _feature_problems(config.features.files, versions)
+    problems += feature_problems(config.features.files, versions)
     if not native_available() and not config.models.allow_reference_gather:
         problems.append(
             "the native gather kernel isn't built: build it with `pip install .`, or serve all the same, "
@@ -170,9 +170,10 @@ def _bundle_refusals(bundle: Bundle, model: str) -> Iterator[str]:
         yield f"{bundle.path}: was refused when it was compiled: {bundle.manifest.refusal}"
 
 
-def _feature_problems(
+def feature_problems(
     features: Sequence[FeatureOptions], versions: Mapping[str, Sequence[int]]
 ) -> Iterator[str]:
+    """Feature files that can't be read, or are of no model among these."""
     seen: set[str] = set()
     for options in features:
         try:

@@ -138,7 +138,8 @@ class ModelRepository:
             versions = dataclasses.replace(versions, watch_seconds=None)
             by_model = itertools.groupby(sorted(held.tables), key=lambda version: version[0])
             found = {model: [version for _, version in own] for model, own in by_model}
-        stores = stores_by_model(features, None if is_watched else found)
+        # Of models that are removed processes that come later know nothing; who started the first has looked.
+        stores = stores_by_model(features, None if is_watched or held is not None else found)
         device.configure(num_devices=num_devices, platforms=platforms, compile_cache=compile_cache)
         metrics = metrics or Metrics()
         devices = device.devices(num_devices, platforms)

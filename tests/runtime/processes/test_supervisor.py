@@ -17,6 +17,7 @@ from xlarank.runtime.processes.messages import (
     Failed,
     Hello,
     Policies,
+    Retire,
     SuccessorEnded,
     VersionsElsewhere,
     open_link,
@@ -224,9 +225,9 @@ def test_workers_are_told_of_versions_that_failed_when_they_serve_and_when_it_ch
 def test_workers_are_told_of_models_that_were_there_at_the_start_and_are_not_served(told):
     """One process isn't ready then; a model that came later and failed changes nothing."""
     messages = []
-    told.supervisor._tell = lambda link, message: messages.append(message)
     told.plan.models_on_disk = {"feed", "ads"}
     generation = serve(told)
+    told.supervisor._tell = lambda link, message: messages.append(message)
     generation.workers[1] = Worker(0, 1, link=object(), is_ready=True)
     idle = VersionStatus("feed", 7, VersionState.UNAVAILABLE, "no policy names it")
     held_back = VersionStatus("feed", 8, VersionState.LOADING, "waits")
@@ -400,7 +401,34 @@ def test_a_start_that_takes_long_is_in_the_log_and_in_the_index(told, caplog):
     ]
     told.supervisor._see_complete(second)
     told.supervisor._tell_versions_elsewhere()
-    assert messages[-1] == VersionsElsewhere(())
+    assert messages[-1] == Retire()  # it owes an answer: what nobody reads would fill the link
+    first.workers[0].asked_at = None
+    told.supervisor._tell_versions_elsewhere()
+    newer = VersionStatus(*NEW, VersionState.LOADING, "newer processes serve it: connect again")
+    assert messages[-1] == VersionsElsewhere((newer,))
+
+
+def test_the_first_version_of_an_empty_repository_is_told_as_it_loads(told):
+    told.plan.versions, told.plan.models_on_disk = (), set()
+    first = serve(told)
+    messages = []
+    first.workers[0] = Worker(0, 1, SimpleNamespace(send=messages.append), is_ready=True)
+    told.plan.versions = (OLD,)
+    begin(told)
+    told.supervisor._tell_versions_elsewhere()
+    assert messages == [VersionsElsewhere((VersionStatus(*OLD, VersionState.LOADING),))]
+
+
+def test_a_model_that_comes_while_the_first_processes_start_was_not_there_at_the_start(told):
+    told.plan.models_on_disk = {"feed", "ads"}
+    first = begin(told)
+    told.plan.models_on_disk = {"feed", "ads", "late"}
+    told.supervisor._reconsider(first, have_policies_changed=False)
+    told.supervisor._see_complete(first)
+    messages = []
+    first.workers[0] = Worker(0, 1, SimpleNamespace(send=messages.append), is_ready=True)
+    told.supervisor._tell_versions_elsewhere()
+    assert messages == [VersionsElsewhere((), unserved=("ads",))]
 
 
 def test_a_holder_that_does_not_end_is_killed(told):

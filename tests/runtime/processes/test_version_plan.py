@@ -72,6 +72,7 @@ def test_new_processes_come_without_what_was_removed_as_they_could_not_load_it(t
         (tmp_path / removed).rmdir()
     assert plan.wanted(served) == served
     assert plan.left(served) == (("b", 1), ("c", 2))
+    assert plan.models_on_disk == {"b", "c"}  # or a server that isn't watched would wait for a for ever
     lost = (("b", 1), ("c", 1), ("c", 2))
     assert plan.wanted(served, is_lost=True) == lost
     put(("b", 2))

@@ -47,9 +47,14 @@ class Worker:
     asked_at: float | None = None
     """Since when it owes an answer; None for not."""
 
+    @property
+    def is_listening(self) -> bool:
+        """Whether it reads what it is told, as far as one knows: what nobody reads would fill the link."""
+        return self.link is not None and self.is_ready and self.asked_at is None
+
     def ask(self, now: float) -> None:
-        """Asks it to speak of itself, unless it owes an answer: what nobody reads would fill the link."""
-        if self.link is None or not self.is_ready or self.asked_at is not None:
+        """Asks it to speak of itself, unless it owes an answer."""
+        if self.link is None or not self.is_listening:
             return
         self.asked_at = now
         with contextlib.suppress(OSError):  # it has ended; its link says so next

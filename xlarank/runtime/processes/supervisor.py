@@ -244,6 +244,9 @@ class Supervisor:
             raise ConfigError("the repository can't be looked at, and nothing is served yet")
         if wanted is None:
             return
+        self._last_wanted = wanted
+        if serving is None:
+            self._required |= self._plan.models_on_disk
         if serving is not None and wanted == served and not self._is_lost:
             serving.policies = self._plan.policies(served, self._policies, is_all=True)
             return
@@ -281,7 +284,6 @@ class Supervisor:
         before, self._serving, self._starting = self._serving, generation, None
         self._required |= {model for model, _ in generation.versions}
         if before is None:
-            self._required |= self._plan.models_on_disk
             self._on_ready(generation.versions)
         else:
             _log.info("versions %s are served, before %s", generation.versions, before.versions)
@@ -355,8 +357,7 @@ class Supervisor:
     def _tell_policies(self) -> None:
         for generation in self._generations.values():
             for worker in generation.workers.values():
-                # Not who may not be reading: the link would fill.
-                if worker.is_ready and worker.asked_at is None:
+                if worker.is_listening:
                     self._tell_policies_to(worker, generation)
 
     def _tell_policies_to(self, worker: Worker, generation: _Generation) -> None:
@@ -365,23 +366,27 @@ class Supervisor:
             self._tell(worker.link, Policies(generation.policies))
 
     def _tell_versions_elsewhere(self) -> None:
-        """A worker loads what its holder has, and would know of no version that failed in another process, is
-        loaded there, or isn't wanted."""
+        """A worker loads what its holder has, and would know of no other version."""
         failed, others = self._plan.statuses(), self._plan.statuses(with_idle=True)
         awaited = [s for s in others if s in failed or s.state is VersionState.LOADING]
         idle = tuple(status for status in others if status not in awaited)
         served = set() if self._serving is None else {*self._serving.versions}
-        if self._starting is not None and served:
+        if self._starting is not None and self._serving is not None:
             new = {*self._starting.versions} - served
             awaited += [VersionStatus(*version, VersionState.LOADING) for version in sorted(new)]
             later = {*self._last_wanted} - served - new
             awaited += [VersionStatus(*v, VersionState.LOADING, "waits to be loaded") for v in sorted(later)]
         unserved = (self._required & self._plan.models_on_disk) - {model for model, _ in served}
-        elsewhere = VersionsElsewhere(tuple(awaited), idle, tuple(sorted(unserved)))
-        for worker in self._workers():
-            if worker.link is not None and worker.is_ready and worker.told_elsewhere != elsewhere:
-                worker.told_elsewhere = elsewhere
-                self._tell(worker.link, elsewhere)
+        for generation in self._generations.values():
+            # Those that others replace have clients for a while yet, whose versions may be the others'.
+            newer = sorted(served - {*generation.versions}) if generation.is_complete else []
+            why = "newer processes serve it: connect again"
+            there = [VersionStatus(*version, VersionState.LOADING, why) for version in newer]
+            elsewhere = VersionsElsewhere((*awaited, *there), idle, tuple(sorted(unserved)))
+            for worker in generation.workers.values():
+                if worker.is_listening and worker.told_elsewhere != elsewhere:
+                    worker.told_elsewhere = elsewhere
+                    self._tell(worker.link, elsewhere)
 
     def _beat(self) -> None:
         """Looks after workers that hang, and after the socket: folders for temporary files are cleaned up."""
@@ -536,15 +541,14 @@ class Supervisor:
         generation.is_ending = True
         if generation.holder is not None and not generation.workers:
             kill(generation.holder_pid)  # it reads tables, perhaps for long, for nobody
-        links = [generation.holder, *(worker.link for worker in generation.workers.values())]
-        for link in links:
-            if link is not None:
-                self._tell(link, message)
+        for link in (generation.holder, *(worker.link for worker in generation.workers.values())):
+            self._tell(link, message)
 
     @staticmethod
-    def _tell(link: Connection, message: object) -> None:
-        with contextlib.suppress(OSError):  # it has ended; its link says so next
-            link.send(message)
+    def _tell(link: Connection | None, message: object) -> None:
+        if link is not None:
+            with contextlib.suppress(OSError):  # it has ended; its link says so next
+                link.send(message)
 
     def _reap(self) -> None:
         """Takes note of children that have ended, and of orphans if this is a container's first process."""

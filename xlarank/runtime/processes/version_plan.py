@@ -78,8 +78,10 @@ class VersionPlan:
 
     def left(self, versions: Iterable[Version]) -> tuple[Version, ...]:
         """Those that are on disk now; all of them if none is, or the folder can't be looked at."""
-        versions = tuple(versions)
-        found = self._listing.look() or {}
+        versions, found = tuple(versions), self._listing.look()
+        if found is None:
+            return versions
+        self._found = found
         return tuple(v for v in versions if v[1] in found.get(v[0], ())) or versions
 
     def set_policies(self, models: tuple[ModelPolicy, ...]) -> None:
