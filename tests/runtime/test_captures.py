@@ -105,14 +105,16 @@ def test_the_folder_holds_the_last_though_the_disk_did_not_follow(tmp_path, monk
     captures.keep_fault("shop", 7, requests[0], "row 1")  # slow ones don't push it out
     now[0] += 59
     keep(captures, 1)
-    assert messages(caplog) == ["captures: a request is kept in memory alone: the disk doesn't follow"]
+    assert messages(caplog) == [
+        "captures: a request is in memory alone: too many at once, or the disk doesn't follow"
+    ]
     now[0] += 1
     requests = keep(captures, 3, seed=1)
     disk.go_on.set()
     captures.close()
     assert messages(caplog)[1:] == [
-        "captures: a request is kept in memory alone: the disk doesn't follow (7 since the last such line)",
-        "captures: a request is kept in memory alone: the disk doesn't follow (2 since the last such line)",
+        "captures: a request is in memory alone: too many at once, or the disk doesn't follow (7 since the last such line)",
+        "captures: a request is in memory alone: too many at once, or the disk doesn't follow (2 since the last such line)",
     ]
     files = sorted(tmp_path.glob("*-slow-*.safetensors"), key=lambda path: int(path.stem.rpartition("-")[2]))
     assert len(files) == 3

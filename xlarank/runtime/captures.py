@@ -113,7 +113,7 @@ class Captures:
         self._keep(Capture(CaptureReason.SLOW, model, version, request, times, time.time(), scores))
 
     def keep_fault(self, model: str, version: int, request: RankRequest, detail: str) -> None:
-        """Keeps a request that made its batch fail."""
+        """Keeps a request that made its batch fail, or was in one that hung."""
         self._keep(Capture(CaptureReason.FAULT, model, version, request, detail, time.time()))
 
     def kept(self) -> list[Capture]:
@@ -138,7 +138,9 @@ class Captures:
                 return
             unwritten = self._unwritten[capture.reason]
             if len(unwritten) == self.config.num_kept:  # the oldest goes: requests don't wait for the disk
-                self._complain("captures: a request is kept in memory alone: the disk doesn't follow")
+                self._complain(
+                    "captures: a request is in memory alone: too many at once, or the disk doesn't follow"
+                )
             unwritten.append(capture)
             self._changed.notify()
 

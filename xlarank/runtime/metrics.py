@@ -16,8 +16,9 @@
     nv_inference_compute_output_duration_us respond
     nv_inference_pending_request_count      requests submitted and not yet answered
     nv_inference_*_duration_histogram_us    the same five durations as histograms
-    xlarank_wait_duration_histogram_us      arrival until a thread had the request to read, of answered ones,
-                                            as a histogram; a part of the request's duration
+    xlarank_wait_duration_histogram_us      arrival until the request had come whole, a thread had it and its
+                                            message (over HTTP its JSON) was parsed, of answered ones, as a
+                                            histogram; a part of the request's duration
     xlarank_request_candidates              candidates of accepted requests that have any, as a histogram
     xlarank_bucket_batches_total            batches executed, by `bucket` (rows x requests)
     xlarank_batch_rows_total                valid rows in them, by `bucket`
