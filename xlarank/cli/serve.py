@@ -114,21 +114,21 @@ def _serve(file: ConfigFile, *, is_json: bool) -> dict[str, Any]:
         raise ConfigError(wrong[0])
     if problem := port_file_problem(config.server.port_file):
         raise ConfigError(problem)
-    from xlarank.bundle import list_versions
     from xlarank.cli.serve_check import feature_problems, security_problems  # imports gRPC
 
     for problem in security_problems(config.security):
         raise ConfigError(problem)
-    repository, is_watched = config.models.repository, config.versions.watch_seconds is not None
-    if config.processes.num_processes > 1 and repository is not None and not is_watched:
-        # Here alone: later a model may be gone that a file is for.
-        for problem in feature_problems(config.features.files, list_versions(repository)):
-            raise ConfigError(problem)
     if config.server.port_file is not None:
         _remove(config.server.port_file)
     if config.processes.num_processes > 1:
+        from xlarank.bundle import list_versions
         from xlarank.cli.serve_processes import serve_with_processes
 
+        repository = config.models.repository
+        if config.features.files and repository is not None and config.versions.watch_seconds is None:
+            # At the start alone: later a model may be gone that a file is for.
+            for problem in feature_problems(config.features.files, list_versions(repository)):
+                raise ConfigError(problem)
         return serve_with_processes(file, lambda ready: _announce(config, ready, is_json=is_json))
     return _serve_alone(file, is_json=is_json)
 
