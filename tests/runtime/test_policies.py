@@ -207,12 +207,8 @@ def test_labels_whose_versions_are_not_there_at_a_start_are_told_of(publish, roo
     ]
 
 
-def test_labels_wait_until_all_of_their_versions_are_there(publish, opened, monkeypatch):
-    for version in (1, 2):
-        publish(version)
-    repository = opened(labelled(stable=(1, 0.5), canary=(2, 0.5)))
-    for version in (3, 4):
-        publish(version)
+def answering_at_loads(repository, monkeypatch):
+    """A list of what answers as each load begins, filled as they do."""
     seen = []
     load = repository._loader.load
 
@@ -221,6 +217,16 @@ def test_labels_wait_until_all_of_their_versions_are_there(publish, opened, monk
         return load(*words, **options)
 
     monkeypatch.setattr(repository._loader, "load", looking)
+    return seen
+
+
+def test_labels_wait_until_all_of_their_versions_are_there(publish, opened, monkeypatch):
+    for version in (1, 2):
+        publish(version)
+    repository = opened(labelled(stable=(1, 0.5), canary=(2, 0.5)))
+    for version in (3, 4):
+        publish(version)
+    seen = answering_at_loads(repository, monkeypatch)
     repository.set_policies([labelled(stable=(3, 0.5), canary=(4, 0.5))])
     repository.poll()
     assert seen == [{1, 2}, {1, 2}]
@@ -236,14 +242,7 @@ def test_a_canary_does_not_get_what_is_the_stable_versions_while_that_one_loads_
     repository = opened(former)
     publish(2, golden_error=0.0 if is_good else 0.5)
     publish(3)
-    seen = []
-    load = repository._loader.load
-
-    def looking(*words, **options):
-        seen.append(answering(repository))
-        return load(*words, **options)
-
-    monkeypatch.setattr(repository._loader, "load", looking)
+    seen = answering_at_loads(repository, monkeypatch)
     repository.set_policies([labelled(stable=(2, 0.9), canary=(3, 0.1))])
     assert answering(repository) == {1}
     repository.poll()

@@ -36,6 +36,7 @@ __all__ = [
     "compile_prepare",
     "compile_row_program",
     "deserialize_program",
+    "has_int8",
     "takes_words",
 ]
 

@@ -35,7 +35,7 @@ from xlarank.runtime.metrics import Metrics
 from xlarank.runtime.model_versions import ModelVersions
 from xlarank.runtime.pool import DevicePool
 from xlarank.runtime.pool_metrics import PoolMetrics
-from xlarank.runtime.routes import ServedVersion
+from xlarank.runtime.routes import ServedVersion, not_ready
 from xlarank.runtime.tables import HeldTables, TableBytes
 from xlarank.runtime.version_loading import LoadOptions, VersionLoader
 from xlarank.runtime.version_metrics import VersionMetrics
@@ -546,10 +546,7 @@ class ModelRepository:
     def _known(self, name: str) -> ModelVersions:
         model = self._models.get(name)
         if model is None and (awaited := self._awaited.get(name)):
-            why = "; ".join(f"version {version}: {why}" for version, why in awaited.items() if why)
-            raise UnavailableError(
-                f"Request for unknown model: '{name}' is not at ready state{f': {why}' if why else ''}"
-            )
+            raise not_ready(f"'{name}'", awaited)
         if model is None:
             raise ModelNotFoundError(f"Request for unknown model: '{name}' is not found")
         return model
@@ -569,10 +566,7 @@ class ModelRepository:
             awaited = self._awaited.get(model.model, {})
             if version not in awaited:
                 raise
-            why = f": {awaited[version]}" if awaited[version] else ""
-            raise UnavailableError(
-                f"Request for unknown model: '{model.model}' version {version} is not at ready state{why}"
-            ) from None
+            raise not_ready(f"'{model.model}' version {version}", awaited[version]) from None
 
     def _let_go(self, model: str, version: int) -> None:
         self._loader.remove(model, version)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from xlarank.errors import ModelNotFoundError, UnavailableError
 from xlarank.runtime.engine import Engine
 from xlarank.spec.versions import ModelPolicy
 
-__all__ = ["Routes", "ServedVersion"]
+__all__ = ["Routes", "ServedVersion", "not_ready"]
 
 
 class ServedVersion:
@@ -86,8 +87,7 @@ class Routes:
             return self._undamaged(number)
         others = self.others()
         if number is not None and (label or number in others):
-            why = f": {others[number]}" if others.get(number) else ""
-            raise UnavailableError(f"Request for unknown model: {what} is not at ready state{why}")
+            raise not_ready(what, others.get(number, ""))
         served = ", ".join(map(str, sorted(self.versions)))
         many = "versions {} are" if len(self.versions) > 1 else "version {} is"
         hint = f"; {many.format(served)} served" if self.versions else ""
@@ -104,9 +104,7 @@ class Routes:
         if self.versions:
             return self._undamaged(max(self.versions))
         if others := self.others():
-            reasons = "; ".join(f"version {other}: {why}" for other, why in others.items() if why)
-            why = f": {reasons}" if reasons else ""
-            raise UnavailableError(f"Request for unknown model: '{self.model}' is not at ready state{why}")
+            raise not_ready(f"'{self.model}'", others)
         raise ModelNotFoundError(f"Request for unknown model: '{self.model}' has no available versions")
 
     def _undamaged(self, number: int) -> ServedVersion:
@@ -116,6 +114,18 @@ class Routes:
                 f"model '{self.model}' version {number} has failed: {served.engine.damage}"
             )
         return served
+
+
+def not_ready(what: str, why: str | Mapping[Any, str]) -> UnavailableError:
+    """The error for what somebody could expect to answer, and doesn't now.
+
+    Args:
+      what: the model, or a version of it, in words.
+      why: the reason, empty where there is none; of a model that by version.
+    """
+    if not isinstance(why, str):
+        why = "; ".join(f"version {version}: {reason}" for version, reason in why.items() if reason)
+    return UnavailableError(f"Request for unknown model: {what} is not at ready state{why and f': {why}'}")
 
 
 def _number(version: str) -> int | None:
